@@ -1,0 +1,50 @@
+"""Randomness that depends on (root seed, name) only: never on worker order, device or library version.
+
+Streams come from SHA-256 and from the raw 64-bit words of Philox, whose output is fixed by its definition; NumPy and
+PyTorch may change how they turn such words into normal variates between versions, so we only ever use the words.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["child_seed", "raw_words", "random_signs", "random_permutation", "random_subset", "random_uniform"]
+
+
+def child_seed(root: int, *names: str | int) -> int:
+    """A 128-bit seed that is a function of ``root`` and ``names`` alone."""
+    text = "\x1f".join([str(int(root)), *(f"{type(n).__name__}:{n}" for n in names)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little")
+
+
+def raw_words(seed: int, count: int) -> npt.NDArray[np.uint64]:
+    """``count`` uniform 64-bit words of Philox-4x64-10 keyed by ``seed`` (below 2**128)."""
+    words: npt.NDArray[np.uint64] = np.random.Philox(key=seed).random_raw(count)
+    return words
+
+
+def random_signs(seed: int, count: int) -> npt.NDArray[np.int8]:
+    """``count`` independent signs, -1 or +1, one bit of the stream each, lowest bit of a word first."""
+    words = raw_words(seed, -(-count // 64)).astype("<u8")
+    bits = np.unpackbits(words.view(np.uint8), bitorder="little")[:count]
+    return (bits.astype(np.int8) * 2 - 1).astype(np.int8)
+
+
+def random_uniform(seed: int, count: int) -> npt.NDArray[np.float64]:
+    """``count`` uniform numbers in [0, 1), the top 53 bits of each word."""
+    return (raw_words(seed, count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def random_permutation(seed: int, count: int) -> npt.NDArray[np.int64]:
+    """A uniform permutation of ``range(count)`` (sorting random words; a tie has probability below 1e-7 at 1e6)."""
+    return np.argsort(raw_words(seed, count), kind="stable").astype(np.int64)
+
+
+def random_subset(seed: int, population: int, count: int) -> npt.NDArray[np.int64]:
+    """``count`` distinct indices out of ``range(population)``, ascending."""
+    if count > population:
+        raise ValueError(f"cannot take {count} distinct indices out of {population}")
+    return np.sort(random_permutation(seed, population)[:count])
