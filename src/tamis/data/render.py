@@ -1,0 +1,324 @@
+"""Chat template -> token ids and label mask: which tokens of a row carry loss.
+
+Ids are those of ``tokenizer.apply_chat_template``. Labels are those that TRL's ``SFTTrainer`` trains on: the
+assistant's tokens of a chat (``assistant_only_loss``), everything after the prompt of a prompt/completion row, all of
+a text row. Where a template has no ``{% generation %}`` marks they come from what the template itself wrote for each
+message (``turns.py``), never from looking for the content in the text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tamis.data.template import MarkedText, Span
+from tamis.data.turns import TEMPLATE_ERRORS, TurnError, TurnFinder, check_answer, common_prefix
+from tamis.errors import BadRow, InvalidInput, InvalidSettings, Unsupported
+from tamis.types import Example, TokenizedExample
+
+__all__ = ["ALGORITHM", "Renderer"]
+
+ALGORITHM = "render-v1"
+
+# For a tokenizer without a template. {END} is <|im_end|> where the vocabulary has it, else the end-of-sequence token,
+# so that the end of a turn is one token, which the model can learn to emit.
+_DEFAULT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}"
+    "{{ message['content'] or '' }}"
+    "{% for call in message['tool_calls'] or [] %}{{ '\\n<tool_call>\\n' + (call | tojson) + '\\n</tool_call>' }}"
+    "{% endfor %}"
+    "{{ '{END}\\n' }}"
+    "{% endgeneration %}{% else %}{{ message['content'] + '{END}\\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A rendered row before truncation."""
+
+    text: str
+    ids: list[int]  # (T,)
+    offsets: npt.NDArray[np.int64]  # (T, 2) characters of ``text``
+    supervised: npt.NDArray[np.bool_]  # (T,)
+
+
+class Renderer:
+    """Renders rows with one tokenizer and one chat template, which it holds compiled.
+
+    ``notes`` are sentences for the user: what had to be assumed of the template.
+    """
+
+    def __init__(self, tokenizer: Any, *, max_length: int, chat_template: str | None = None) -> None:
+        """``chat_template`` is a template, or the path of a file that holds one; it replaces the tokenizer's own.
+
+        Raises:
+            InvalidInput: ``chat_template`` is neither, or does not compile.
+            InvalidSettings: ``max_length`` is below 2, which leaves nothing to predict.
+            Unsupported: the tokenizer cannot say which characters a token stands for.
+        """
+        if max_length < 2:
+            raise InvalidSettings(f"max_length={max_length}: expected 2 or more; the first token is never a label")
+        if not getattr(tokenizer, "is_fast", False):
+            raise Unsupported(
+                f"tokenizer {type(tokenizer).__name__} is not a fast one (of the tokenizers library), so it cannot say "
+                "which characters a token stands for; use a model folder with a tokenizer.json"
+            )
+        self.max_length = max_length
+        self._tokenizer = tokenizer
+        self._finders: dict[str, TurnFinder] = {}
+        self._template = _template_text(chat_template)
+        notes = []
+        if self._template is None and not tokenizer.chat_template:
+            end = "<|im_end|>" if "<|im_end|>" in tokenizer.get_vocab() else (tokenizer.eos_token or "<|im_end|>")
+            self._template = _DEFAULT_TEMPLATE.replace("{END}", end)
+            notes.append(
+                "The tokenizer has no chat template: chats are written in the ChatML form <|im_start|>role, line "
+                f"break, content, {end}. Pass chat_template to use another."
+            )
+        self.notes: tuple[str, ...] = (*notes, *_notes(self._finder(None)))
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Everything that determines the ids and labels of a row."""
+        named = self._tokenizer.chat_template
+        sources = [self._template] if self._template else list(named.values()) if isinstance(named, dict) else [named]
+        state = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        # Left behind by whoever called the tokenizer last, and set anew by each call.
+        state.pop("truncation", None)
+        state.pop("padding", None)
+        identity: dict[str, Any] = {
+            "algorithm": ALGORITHM,
+            "chat_template": _sha256(json.dumps(sources)),
+            "tokenizer": _sha256(json.dumps(state, sort_keys=True)),
+            "special_tokens": {k: str(v) for k, v in sorted(self._tokenizer.special_tokens_map.items())},
+            "max_length": self.max_length,
+        }
+        if "strftime_now" in self._finder(None).template.variables:
+            identity["date"] = date.today().isoformat()
+        return identity
+
+    def render(self, example: Example) -> TokenizedExample:
+        """Ids and labels of one row, cut to ``max_length`` from the end.
+
+        A row without a supervised token left is returned as such (``num_supervised == 0``), not refused.
+
+        Raises:
+            BadRow: the template refuses the chat, drops or rewrites an answer, or hides where an answer lies.
+        """
+        encoded = self._encode(example)
+        return TokenizedExample(
+            input_ids=np.array(encoded.ids[: self.max_length], dtype=np.int32),
+            supervised=encoded.supervised[: self.max_length],
+            truncated=max(0, len(encoded.ids) - self.max_length),
+        )
+
+    def preview(self, example: Example) -> list[tuple[str, bool]]:
+        """The rendered text up to ``max_length`` in pieces, each with whether it carries loss.
+
+        Raises:
+            BadRow: as for ``render``.
+        """
+        encoded = self._encode(example)
+        pieces: list[tuple[str, bool]] = []
+        shown = 0  # characters
+        for i, token in enumerate(encoded.ids[: self.max_length]):
+            start, end = (int(n) for n in encoded.offsets[i])
+            piece = encoded.text[shown:end]
+            if start == end == 0 and token in self._tokenizer.all_special_ids:
+                piece = str(self._tokenizer.convert_ids_to_tokens(token))  # added by the tokenizer, not in the text
+            shown = max(shown, end)
+            label = bool(encoded.supervised[i])
+            if pieces and pieces[-1][1] == label:
+                pieces[-1] = (pieces[-1][0] + piece, label)
+            elif piece:
+                pieces.append((piece, label))
+        return pieces
+
+    def _encode(self, example: Example) -> _Encoded:
+        if not example.messages:
+            return self._encode_plain(example)
+        try:
+            return self._encode_messages(example)
+        except TEMPLATE_ERRORS as error:
+            problem = f"the chat template refuses this chat: {' '.join(str(error).split())[:300]}"
+            raise BadRow(problem, file=example.file, row=example.row, field=_field(example, None)) from error
+        except TurnError as error:
+            field = _field(example, error.message)
+            raise BadRow(error.problem, file=example.file, row=example.row, field=field) from error
+
+    def _encode_plain(self, example: Example) -> _Encoded:
+        """Plain strings: the end-of-sequence token is appended unless it is there, the prompt carries no label."""
+        prompt, text = example.prompt or "", example.text or example.completion or ""
+        end = self._tokenizer.eos_token
+        text = prompt + text + (end if end and not text.endswith(end) else "")
+        ids, offsets = self._tokenize(text, add_special_tokens=True)
+        first = 0
+        if example.prompt is not None:
+            # By ids, as TRL does: a prompt's last token may merge with the completion's first.
+            first = common_prefix(self._tokenize(prompt, add_special_tokens=True)[0], ids)
+        return _Encoded(text, ids, offsets, np.arange(len(ids)) >= first)
+
+    def _encode_messages(self, example: Example) -> _Encoded:
+        finder = self._finder(example.tools)
+        messages = [_prepared(message, finder.takes_parts) for message in example.messages]
+        variables = {"tools": list(example.tools) if example.tools else None, **example.template_kwargs}
+        text = finder.apply(messages, **variables)
+        marked = finder.mark(messages, text, **variables)
+        ids, offsets = self._tokenize(text, add_special_tokens=False)
+        if example.prompt_messages:
+            prompt = finder.apply(messages[: example.prompt_messages], generation_prompt=True, **variables)
+            _check_completion(messages, example.prompt_messages, marked, text)
+            first = common_prefix(self._tokenize(prompt, add_special_tokens=False)[0], ids)
+            return _Encoded(text, ids, offsets, np.arange(len(ids)) >= first)
+        if finder.template.has_generation_marks:
+            supervised = self._generated(messages, text, marked, ids, offsets, finder, variables)
+        else:
+            supervised = np.zeros(len(ids), dtype=np.bool_)
+            for span in finder.answers(messages, text, marked, **variables):
+                supervised[slice(*_tokens_of(span, offsets))] = True
+        return _Encoded(text, ids, offsets, supervised)
+
+    def _generated(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        text: str,
+        marked: MarkedText | None,
+        ids: list[int],
+        offsets: npt.NDArray[np.int64],
+        finder: TurnFinder,
+        variables: Mapping[str, Any],
+    ) -> npt.NDArray[np.bool_]:
+        """The insides of the template's ``{% generation %}`` blocks."""
+        supervised = np.zeros(len(ids), dtype=np.bool_)
+        if marked is not None:
+            for span in marked.generated:
+                supervised[slice(*_tokens_of(span, offsets))] = True
+            for k, message in enumerate(messages):
+                if message["role"] == "assistant" and len(marked.turns.get(k, [])) == 1:
+                    check_answer(k, message, text[slice(*marked.turns[k][0])])
+        else:
+            mask = self._tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=finder.template.source,
+                tokenize=True,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+                **variables,
+            )["assistant_masks"]
+            supervised |= np.array(mask, dtype=np.bool_)
+        if not supervised.any():
+            raise TurnError(None, "the chat template marks nothing of this chat as generated; repair its marks")
+        return supervised
+
+    def _tokenize(self, text: str, *, add_special_tokens: bool) -> tuple[list[int], npt.NDArray[np.int64]]:
+        encoding = self._tokenizer(
+            text,
+            add_special_tokens=add_special_tokens,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        ids: list[int] = encoding["input_ids"]
+        return ids, np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+
+    def _finder(self, tools: Sequence[Any] | None) -> TurnFinder:
+        """The template for a chat with or without tools: a tokenizer may hold one of each."""
+        source = self._template or self._tokenizer.get_chat_template(tools=tools or None)
+        if source not in self._finders:
+            self._finders[source] = TurnFinder(self._tokenizer, source)
+        return self._finders[source]
+
+
+def _template_text(given: str | None) -> str | None:
+    """The template itself, whether ``given`` is one or names a file of one."""
+    if given is None:
+        return None
+    if "{%" in given or "{{" in given:
+        return given
+    path = Path(given).expanduser()
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(
+            f"chat_template {given}: neither a template (it has no '{{%' or '{{{{') nor a readable file ({error})"
+        ) from error
+
+
+def _notes(finder: TurnFinder) -> list[str]:
+    notes = []
+    if "strftime_now" in finder.template.variables:
+        notes.append(
+            "The chat template writes today's date, so ids change from day to day; pass a template with a fixed date "
+            "to resume a run on another day."
+        )
+    if finder.template.has_generation_marks:
+        return notes
+    if not finder.has_generation_prompt:
+        notes.append(
+            "The chat template has no generation prompt of its own; labels start where the assistant's turn starts."
+        )
+    if finder.closed_by_next:
+        notes.append(
+            "The chat template writes no end-of-turn token; the token that opens the next turn is the label that ends "
+            "an answer, and a last answer has no such label."
+        )
+    return notes
+
+
+def _prepared(message: Mapping[str, Any], takes_parts: bool) -> dict[str, Any]:
+    """The message without null fields, as Transformers passes it on; parts joined where the template wants a string."""
+    kept = {name: value for name, value in message.items() if value is not None}
+    content = kept.get("content")
+    if isinstance(content, Sequence) and not isinstance(content, str) and not takes_parts:
+        kept["content"] = "".join(part["text"] for part in content)
+    return kept
+
+
+def _check_completion(messages: Sequence[Mapping[str, Any]], first: int, marked: MarkedText | None, text: str) -> None:
+    for k, message in enumerate(messages):
+        if k >= first and message["role"] == "assistant":
+            regions = marked.turns.get(k, []) if marked is not None else []
+            check_answer(k, message, text[slice(*regions[0])] if len(regions) == 1 else text)
+
+
+def _tokens_of(span: Span, offsets: npt.NDArray[np.int64]) -> tuple[int, int]:
+    """First token that reaches into ``span`` and the one after the last: a token across an edge belongs to it.
+
+    Tokens of no width count where they stand: a space that the tokenizer trims away leaves one at its end.
+    """
+    start, end = span
+    inside = (offsets[:, 0] < end) & (offsets[:, 1] > start)
+    inside |= (offsets[:, 0] == offsets[:, 1]) & (offsets[:, 0] > start) & (offsets[:, 0] <= end)
+    found = np.flatnonzero(inside)
+    return (int(found[0]), int(found[-1]) + 1) if len(found) else (0, 0)
+
+
+def _field(example: Example, message: int | None) -> str:
+    """The field of the user's row that holds ``message``."""
+    if example.format == "instruction":
+        return "output"
+    if example.format == "prompt-completion":
+        before = example.prompt_messages
+        if message is None:
+            return "prompt"
+        return f"prompt[{message}]" if message < before else f"completion[{message - before}]"
+    name = "messages" if example.raw.get("messages") is not None else "conversations"
+    return name if message is None else f"{name}[{message}]"
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
