@@ -64,7 +64,11 @@ class StoreCorrupted(TamisError):
 
 
 class NonFinite(TamisError):
-    """A loss, gradient or score is NaN or infinite."""
+    """A loss, gradient or score is NaN or infinite; ``rows`` are the corpus positions concerned, where known."""
+
+    def __init__(self, message: str, *, rows: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.rows = rows
 
 
 class Unsupported(TamisError):

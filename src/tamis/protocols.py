@@ -4,20 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
-from tamis.types import LayerSpec
+from tamis.types import LayerSpec, TargetScores
 
-__all__ = ["LayerConsumer", "Progress", "Projector"]
+__all__ = [
+    "LayerConsumer",
+    "LayerwiseProjector",
+    "Method",
+    "Progress",
+    "Projector",
+    "TwoSidedProjector",
+    "VectorProjector",
+]
 
 
 class LayerConsumer(Protocol):
     """Receives the input and the output gradient of every layer during one forward/backward of a batch.
 
-    Called once per layer and use of that layer. ``act`` is ``(B, T, I)`` (bias column not appended), ``grad_out`` is
-    ``(B, T, O)``, both zero contributions at padded positions guaranteed by the loss mask (``grad_out`` is zero there).
+    ``act`` is ``(B, T, I)`` (bias column not appended), ``grad_out`` is ``(B, T, O)`` and zero at padded positions,
+    because no loss depends on them. ``consume`` is called once per layer and batch: the uses of a layer that is called
+    several times are joined along ``T``, so everything kept has ``B`` and ``T`` as its first axes.
     """
 
     def keep(self, layer: LayerSpec, act: Tensor) -> tuple[Tensor, ...]:
@@ -42,9 +52,54 @@ class Projector(Protocol):
         ...
 
 
+@runtime_checkable
+class TwoSidedProjector(Projector, Protocol):
+    """A projector of each layer's ``(O, I)`` gradient from both sides, which needs no gradient to be formed."""
+
+    def sides(
+        self, layer: LayerSpec, device: torch.device | str, dtype: torch.dtype
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """``(O, k_out)`` and ``(I, k_in)``, the bias column's row last; None leaves that side whole."""
+        ...
+
+
+@runtime_checkable
+class LayerwiseProjector(Projector, Protocol):
+    """A projector whose result is a sum over layers, so that only one layer's gradients exist at a time."""
+
+    def project_layer(self, layer: LayerSpec, grads: Tensor) -> Tensor:
+        """The layer's part ``(B, K)`` of the features, from its gradients ``(B, O, I)``."""
+        ...
+
+
+@runtime_checkable
+class VectorProjector(Projector, Protocol):
+    """A projector of whole gradient vectors."""
+
+    def project(self, grads: Tensor) -> Tensor:
+        """``(B, P) -> (B, K)``."""
+        ...
+
+
 class Progress(Protocol):
     """Where long work says how far it is. The library never prints; the command line passes one that does."""
 
     def stage(self, name: str, total: int, unit: str) -> AbstractContextManager[Callable[[int], None]]:
         """Open a stage of ``total`` units; call the result with the number of units just done."""
+        ...
+
+
+class Method(Protocol):
+    """A way to score the pool: a frozen dataclass whose fields are its settings."""
+
+    @property
+    def name(self) -> str:
+        """What a user types to get it."""
+        ...
+
+    def score(self, task: Any) -> TargetScores:
+        """Score ``task.rows`` against ``task.target_rows``; ``task`` is a ``tamis.collect.Task``.
+
+        Positive means that training on the row lowers the target loss.
+        """
         ...

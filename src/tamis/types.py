@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:  # only annotations need it, and `tamis --help` must not wait a second and more for its import
+    import torch
+    from torch import Tensor
 
 __all__ = ["Batch", "Budget", "Example", "IntArray", "FloatArray", "LayerSpec", "RowFormat", "TargetScores", "TokenizedExample"]
 
@@ -43,6 +45,7 @@ class Example:
     completion: str | None = None
     text: str | None = None
     tools: tuple[Any, ...] | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # the row's "chat_template_kwargs"
     digest: str = ""  # sha256 of what is trained on: equal digests are exact duplicates, whatever their ids
     raw: Mapping[str, Any] = field(default_factory=dict)  # the user's row, untouched
 

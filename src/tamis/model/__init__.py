@@ -1,0 +1,1 @@
+"""Loading models, choosing layers, losses and processes."""

@@ -1,0 +1,291 @@
+"""Base model, tokenizer and adapter from what the user typed; dtype and device are decided here, once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import load_peft_weights
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from tamis.errors import InvalidInput, InvalidSettings, TamisError, Unsupported
+from tamis.model.processes import local_rank
+from tamis.model.source import ModelSource, fingerprint_of, resolve_source
+from tamis.model.targets import embedding_matrix
+
+__all__ = ["LoadedModel", "ModelSettings", "load_model", "load_tokenizer", "model_fingerprint", "pad_token_id"]
+
+_DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Which model, and how it runs. ``auto`` is resolved by :func:`load_model`, whose description says to what."""
+
+    name: str  # hub id, local folder, PEFT adapter folder, or .gguf file
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    attention: str = "sdpa"
+    trust_remote_code: bool = False
+    chat_template: str | None = None  # a Jinja template or a file that holds one; replaces the tokenizer's
+    gradient_checkpointing: bool = False
+    device_map: str | None = None  # Accelerate's, for models that do not fit one device
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise InvalidSettings("model is empty; give a hub id, a folder, an adapter folder or a .gguf file")
+        if self.dtype != "auto" and self.dtype not in _DTYPES:
+            raise InvalidSettings(f"dtype '{self.dtype}' is unknown; choose auto or one of {', '.join(_DTYPES)}")
+        if self.device_map is not None and self.device != "auto":
+            raise InvalidSettings(
+                f"device '{self.device}' and device_map '{self.device_map}' exclude each other; give one"
+            )
+
+
+@dataclass(kw_only=True)
+class LoadedModel:
+    """A model ready for the gradient engine, and what it is."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: str
+    description: dict[str, Any]
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches go."""
+        return embedding_matrix(self.model).device
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills padded positions."""
+        return pad_token_id(self.tokenizer)
+
+
+def load_model(settings: ModelSettings) -> LoadedModel:
+    """Load weights and tokenizer. All weights of a plain model are trainable; of an adapter, its factors only.
+
+    Raises:
+        InvalidInput: the files are missing, incomplete, or an adapter does not fit its base.
+        InvalidSettings: the device or dtype is not available.
+        Unsupported: Transformers does not know the architecture, or the file needs a package that is missing.
+    """
+    source = resolve_source(settings.name, settings.revision)
+    device = _device(settings)
+    dtype = _dtype(settings, device)
+    model = _load_weights(source.base or source, settings, dtype)
+    if settings.device_map is None:
+        model = model.to(device)
+    if source.is_adapter:
+        model = _attach_adapter(model, source, settings)
+    model.eval()
+    if settings.gradient_checkpointing:
+        # Transformers renamed the method in 5.x and keeps the old name until 6.
+        new: Any = getattr(model, "activation_checkpointing_enable", None)
+        if new is not None:
+            new(activation_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    loaded = LoadedModel(
+        model=model,
+        tokenizer=load_tokenizer(settings),
+        fingerprint=fingerprint_of(source),
+        description={},
+    )
+    rows = embedding_matrix(model).shape[0]
+    if len(loaded.tokenizer) > rows:
+        raise InvalidInput(
+            f"the tokenizer of '{settings.name}' has {len(loaded.tokenizer)} tokens but the model's embedding has "
+            f"{rows} rows; they do not belong together"
+        )
+    loaded.description.update(_describe(settings, source, loaded, dtype))
+    return loaded
+
+
+def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
+    """The tokenizer alone, with the chat template of the settings if they have one. Loads no weights.
+
+    Raises:
+        InvalidInput: there is none, or the chat template file cannot be read.
+    """
+    source = resolve_source(settings.name, settings.revision)
+    place = source if source.base is None or source.has_tokenizer() else source.base
+    with _as_tamis_errors(settings.name, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            place.name,
+            revision=place.revision,
+            trust_remote_code=settings.trust_remote_code,
+            **({"gguf_file": place.gguf_file} if place.gguf_file else {}),
+        )
+    if settings.chat_template is not None:
+        tokenizer.chat_template = _template_text(settings.chat_template)
+    return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def model_fingerprint(settings: ModelSettings) -> str:
+    """What :func:`load_model` would give as fingerprint, without loading the weights to memory."""
+    return fingerprint_of(resolve_source(settings.name, settings.revision))
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills padded positions: the tokenizer's, else its end of sequence, else 0. It never carries loss."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(token, int):
+            return token
+    return 0
+
+
+def _load_weights(source: ModelSource, settings: ModelSettings, dtype: torch.dtype) -> nn.Module:
+    options: dict[str, Any] = {
+        "revision": source.revision or "main",
+        "dtype": dtype,
+        "attn_implementation": settings.attention,
+        "trust_remote_code": settings.trust_remote_code,
+        "output_loading_info": True,
+    }
+    if settings.device_map is not None:
+        options["device_map"] = settings.device_map
+    if source.gguf_file is not None:
+        options.update(gguf_file=source.gguf_file, **_gguf_options(settings.name))
+    with _as_tamis_errors(settings.name, "model"), _no_progress_bars():
+        model, info = AutoModelForCausalLM.from_pretrained(source.name, **options)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise InvalidInput(
+            f"model '{settings.name}' lacks {len(missing)} of its weights (first: {missing[0]}); they would be random "
+            "numbers. Is it a causal language model, saved whole?"
+        )
+    return cast(nn.Module, model)
+
+
+def _gguf_options(name: str) -> dict[str, Any]:
+    if find_spec("gguf") is None:
+        raise Unsupported(f"model '{name}' is a GGUF file, which needs the gguf package: pip install 'tamis[gguf]'")
+    try:
+        from transformers import GgufConfig  # Transformers 5; before, GGUF files were always dequantised
+    except ImportError:
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def _attach_adapter(model: nn.Module, source: ModelSource, settings: ModelSettings) -> nn.Module:
+    what = f"adapter '{settings.name}'"
+    base = cast(ModelSource, source.base).name
+    try:
+        adapted = PeftModel.from_pretrained(model, source.name, revision=source.revision, is_trainable=True)
+        saved = load_peft_weights(source.name, device="cpu", revision=source.revision)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise InvalidInput(f"{what} does not fit its base '{base}': {_first_line(error)}") from error
+    except OSError as error:
+        raise InvalidInput(f"{what} cannot be read: {_first_line(error)}") from error
+    expected = get_peft_model_state_dict(adapted)
+    different = sorted(set(expected) ^ set(saved))
+    if different:
+        raise InvalidInput(
+            f"{what} does not fit its base '{base}': {len(different)} weights are on one side only (first: "
+            f"{different[0]}); was it trained on another model?"
+        )
+    return cast(nn.Module, adapted)
+
+
+def _device(settings: ModelSettings) -> torch.device:
+    if settings.device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", local_rank())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(settings.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InvalidSettings(
+            f"device '{settings.device}' is not available here ({_first_line(error)}); try auto"
+        ) from error
+    return torch.device("cuda", local_rank()) if settings.device == "cuda" else device
+
+
+def _dtype(settings: ModelSettings, device: torch.device) -> torch.dtype:
+    if settings.dtype != "auto":
+        return _DTYPES[settings.dtype]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def _describe(settings: ModelSettings, source: ModelSource, loaded: LoadedModel, dtype: torch.dtype) -> dict[str, Any]:
+    model = loaded.model
+    whole = model.get_base_model() if isinstance(model, PeftModel) else model
+    return {
+        "name": settings.name,
+        "kind": "adapter" if source.is_adapter else source.kind,
+        "base": source.base.name if source.base else None,
+        "class": type(whole).__name__,
+        "tokenizer": type(loaded.tokenizer).__name__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": str(loaded.device) if settings.device_map is None else f"device_map {settings.device_map}",
+        "attention": settings.attention,
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "fingerprint": loaded.fingerprint,
+    }
+
+
+def _template_text(template: str) -> str:
+    """A template is Jinja text if it has a brace, else a file name."""
+    if "{" in template:
+        return template
+    try:
+        return Path(template).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"chat template file '{template}' cannot be read: {_first_line(error)}") from error
+
+
+@contextmanager
+def _as_tamis_errors(name: str, what: str) -> Iterator[None]:
+    """Transformers' many exceptions as the one line a user needs."""
+    try:
+        yield
+    except TamisError:
+        raise
+    except ImportError as error:
+        raise Unsupported(f"{what} '{name}' needs a package that is missing: {_first_line(error)}") from error
+    except OSError as error:
+        raise InvalidInput(f"{what} '{name}' cannot be read: {_first_line(error)}") from error
+    except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+        raise InvalidInput(f"{what} '{name}' cannot be loaded: {_first_line(error)}") from error
+    except Exception as error:  # safetensors and tokenizers raise classes of their own, derived from Exception alone
+        raise InvalidInput(f"{what} '{name}' cannot be loaded: {_first_line(error)}") from error
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Progress bars belong to the command line."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
