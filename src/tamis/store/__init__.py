@@ -1,0 +1,1 @@
+"""Results of long work on disk: safetensors shards, each self-verifying, and a manifest written last."""

@@ -1,0 +1,119 @@
+"""Files that are either whole or absent, whatever kills the process, and errors of the disk as sentences."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tamis.errors import InvalidInput
+
+__all__ = ["TEMPORARY_SUFFIX", "create_atomically", "disk_errors", "replace_atomically", "temporary_path"]
+
+TEMPORARY_SUFFIX = ".tmp"
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+
+# What `os.link` says on file systems that know no hard links.
+_NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+
+Buffer = bytes | bytearray | memoryview
+
+
+def temporary_path(path: Path) -> Path:
+    """Name under which this process writes ``path`` before it moves it into place: same folder, hidden.
+
+    The process id and the rank keep apart the processes of one machine and of several that share a disk.
+    """
+    rank = os.environ.get("RANK", "0")
+    return path.with_name(f".{path.name}.{rank}-{os.getpid()}{TEMPORARY_SUFFIX}")
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path, *, doing: str = "write") -> Iterator[None]:
+    """Turn an error of the operating system into one line that names the file and says what to do.
+
+    Raises:
+        InvalidInput: the disk is full, the folder may not be written, or anything else went wrong below us.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in _FULL:
+            todo = "free some space and run the same command again; everything written before is kept"
+        elif error.errno in _FORBIDDEN:
+            todo = "make the folder writable or choose another one, then run the same command again"
+        elif error.errno in (errno.EEXIST, errno.ENOTDIR):
+            todo = "a file is in the way of a folder; remove it or choose another folder"
+        elif error.errno == errno.ENOENT:
+            todo = "another run may be working in the same folder; let it end, then run the same command again"
+        else:
+            todo = "fix that and run the same command again; everything written before is kept"
+        raise InvalidInput(f"cannot {doing} {path}: {reason}; {todo}") from error
+
+
+def replace_atomically(path: Path, chunks: Iterable[Buffer]) -> None:
+    """Write ``chunks`` one after the other as the file ``path``, replacing an older one in a single step.
+
+    The bytes are on the disk (fsync of file and folder) before the call returns. A process killed meanwhile leaves
+    at most a hidden temporary file.
+
+    Raises:
+        InvalidInput: see ``disk_errors``.
+    """
+    with disk_errors(path), _whole_file(path, chunks) as temporary:
+        temporary.replace(path)
+        _sync_folder(path.parent)
+
+
+def create_atomically(path: Path, chunks: Iterable[Buffer]) -> bool:
+    """Like ``replace_atomically``, but the first of several writers wins; False if ``path`` was there already.
+
+    On a file system without hard links the last writer wins instead, which is harmless where all write the same.
+
+    Raises:
+        InvalidInput: see ``disk_errors``.
+    """
+    with disk_errors(path), _whole_file(path, chunks) as temporary:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_HARD_LINKS:
+                raise
+            if path.exists():
+                return False
+            temporary.replace(path)
+        _sync_folder(path.parent)
+        return True
+
+
+@contextlib.contextmanager
+def _whole_file(path: Path, chunks: Iterable[Buffer]) -> Iterator[Path]:
+    temporary = temporary_path(path)
+    try:
+        with temporary.open("wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        yield temporary
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    # Without it a power cut can lose the new name although the file's bytes are safe. Windows cannot open a folder.
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
