@@ -1,0 +1,30 @@
+"""Length of the answer alone: what a score has explained if it selects the same rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from tamis.collect import Task
+from tamis.errors import InvalidSettings
+from tamis.score.matrix import scores_without_target
+from tamis.types import TargetScores
+
+__all__ = ["Length"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Length:
+    """Supervised tokens of the row, after truncation; negated with ``order="shortest"``."""
+
+    name: ClassVar[str] = "length"
+    order: Literal["longest", "shortest"] = "longest"
+
+    def __post_init__(self) -> None:
+        if self.order not in ("longest", "shortest"):
+            raise InvalidSettings(f"order must be 'longest' or 'shortest', got {self.order!r}")
+
+    def score(self, task: Task) -> TargetScores:
+        """The same number of each row for every target."""
+        supervised = task.pool.supervised[task.rows]
+        return scores_without_target(task, supervised if self.order == "longest" else -supervised)

@@ -1,0 +1,1 @@
+"""Plain fine-tuning and its checkpoints."""

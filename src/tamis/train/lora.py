@@ -1,0 +1,63 @@
+"""A fresh LoRA adapter on every linear layer of a model, with a start that depends on the seed alone."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from tamis.errors import InvalidSettings
+from tamis.seeds import child_seed, random_uniform
+
+__all__ = ["add_lora", "train_adapter"]
+
+
+def add_lora(
+    model: nn.Module, *, rank: int, alpha: float, seed: int, base: str | None = None, revision: str | None = None
+) -> PeftModel:
+    """Wrap ``model`` (changed in place) with LoRA of ``rank`` on all its linear layers but the head; only that trains.
+
+    ``A`` is uniform in ±1/√I, PEFT's own default, drawn from ``seed`` and the factor's name in place of PyTorch's
+    generator, whose stream may change between versions and devices; ``B`` is zero. No dropout, scale ``alpha/rank``.
+    ``base`` and ``revision`` are what the saved adapter names as its base model.
+
+    Raises:
+        InvalidSettings: the rank is below 1, or the model carries an adapter already.
+    """
+    if rank < 1:
+        raise InvalidSettings(f"lora_rank must be at least 1, got {rank}")
+    if isinstance(model, PeftModel):
+        raise InvalidSettings("the model carries an adapter already; train that one, or load its base model")
+    if base is not None and Path(base).exists():
+        base = str(Path(base).resolve())
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        bias="none",
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+        revision=revision,
+    )
+    adapted = get_peft_model(model, config)
+    config.base_model_name_or_path = base or config.base_model_name_or_path
+    with torch.no_grad():
+        for name, param in adapted.named_parameters():
+            if ".lora_A." in name:
+                uniform = random_uniform(child_seed(seed, "lora start", name), param.numel()) * 2 - 1
+                bound = 1 / math.sqrt(param.shape[1])
+                param.copy_(torch.from_numpy(uniform).float().mul_(bound).reshape(param.shape))
+            elif ".lora_B." in name:
+                param.zero_()
+    return adapted
+
+
+def train_adapter(model: nn.Module) -> None:
+    """Make the adapter that ``model`` came with trainable, in float32, and nothing else."""
+    for name, param in model.named_parameters():
+        param.requires_grad_("lora_" in name or "modules_to_save" in name)
+        if param.requires_grad:
+            param.data = param.data.float()
