@@ -1,5 +1,53 @@
-"""Choose and weight fine-tuning data by gradients. The public face is what ``__all__`` lists."""
+"""Choose and weight fine-tuning data by gradients. The public face is what ``__all__`` lists.
+
+Names are imported when first used, so that ``import tamis`` and ``tamis --help`` do not wait for PyTorch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__"]
+__all__ = [
+    "DoctorSettings",
+    "PlanSettings",
+    "SelectSettings",
+    "Selection",
+    "TamisError",
+    "__version__",
+    "doctor",
+    "methods",
+    "plan",
+    "select",
+]
+
+if TYPE_CHECKING:
+    from tamis import methods
+    from tamis.api import Selection, doctor, plan, select
+    from tamis.errors import TamisError
+    from tamis.settings import DoctorSettings, PlanSettings, SelectSettings
+
+_HOMES = {
+    "DoctorSettings": "tamis.settings",
+    "PlanSettings": "tamis.settings",
+    "SelectSettings": "tamis.settings",
+    "Selection": "tamis.api",
+    "TamisError": "tamis.errors",
+    "doctor": "tamis.api",
+    "plan": "tamis.api",
+    "select": "tamis.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "methods":
+        return importlib.import_module("tamis.methods")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'tamis' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

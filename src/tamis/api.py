@@ -1,0 +1,99 @@
+"""The verbs of the library, as the README shows them. They join the rooms below and compute nothing themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tamis.errors import InvalidSettings
+from tamis.evaluate.cost import PlanResult, estimate_plan
+from tamis.evaluate.doctor import DoctorResult, examine
+from tamis.pipeline import Selection, select_from_settings
+from tamis.protocols import Method, Progress
+from tamis.settings import DoctorSettings, PlanSettings, SelectSettings, from_dict
+
+__all__ = ["Selection", "doctor", "plan", "select", "select_from_settings"]
+
+
+def select(
+    *,
+    model: str | Path,
+    pool: str | Path | Sequence[str | Path],
+    target: str | Path | Sequence[str | Path] | Mapping[str, str | Path],
+    method: str | Method = "tracin",
+    budget: str | int | float = "5%",
+    out: str | Path = "tamis-out",
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Selection:
+    """Choose the rows of ``pool`` that are worth training ``model`` on for the task that ``target`` shows.
+
+    Args:
+        model: hub id, local folder, PEFT adapter folder or GGUF file.
+        pool: files, globs or hub ids of the rows to choose from.
+        target: files (or ``{name: file}``) with a few dozen rows of the task; several make several targets.
+        method: a name from ``tamis.methods.METHODS``, or a method object such as ``tamis.methods.Less(lora_rank=16)``.
+        budget: rows (500), a share of the pool ("5%" or 0.05) or tokens ("200k-tokens").
+        out: folder for the result; an interrupted run with the same arguments resumes there.
+        progress: where to say how far it is; by default nowhere.
+        settings: any other field of ``tamis.settings.SelectSettings``.
+
+    Returns:
+        The selection. Scores are positive where training on the row lowers the target loss.
+
+    Raises:
+        InvalidInput: the data cannot be used (which file, row and field, and what to do).
+        InvalidSettings: settings contradict each other, the data, or the folder's earlier run.
+        Unsupported: the model has no layers that tamis can take gradients of.
+    """
+    if isinstance(target, Mapping):
+        targets = [f"{name}={path}" for name, path in target.items()]
+    else:
+        targets = _paths(target)
+    name = method if isinstance(method, str) else method.name
+    chosen: dict[str, Any] = {} if isinstance(method, str) else _plain_settings(method)
+    if chosen and "set" in settings:
+        raise InvalidSettings("pass method settings either in the method object or as set=..., not both")
+    values = {
+        "model": str(model),
+        "pool": _paths(pool),
+        "target": targets,
+        "method": name,
+        "budget": budget,
+        "out": str(out),
+        **({"set": chosen} if chosen else {}),
+        **settings,
+    }
+    return select_from_settings(
+        from_dict(SelectSettings, values, origin="tamis.select"),
+        method=None if isinstance(method, str) else method,
+        progress=progress,
+    )
+
+
+def doctor(settings: DoctorSettings, *, progress: Progress | None = None) -> DoctorResult:
+    """What will be trained on and scored, and whether the numbers can be trusted, before anyone spends money."""
+    return examine(settings, progress=progress)
+
+
+def plan(settings: PlanSettings, *, progress: Progress | None = None) -> PlanResult:
+    """What each method would cost on this pool."""
+    return estimate_plan(settings, progress=progress)
+
+
+def _paths(paths: str | Path | Sequence[str | Path]) -> list[str]:
+    return [str(paths)] if isinstance(paths, (str, Path)) else [str(path) for path in paths]
+
+
+def _plain_settings(method: Method) -> dict[str, Any]:
+    """The settings of a method object that are not its defaults, as ``--set`` would state them."""
+    if not dataclasses.is_dataclass(method):
+        raise InvalidSettings(f"method: expected a name or an object from tamis.methods, got {type(method).__name__}")
+    found = {}
+    for field in dataclasses.fields(method):
+        value = getattr(method, field.name)
+        if value != field.default:
+            found[field.name] = list(value) if isinstance(value, tuple) else value
+    return found

@@ -1,0 +1,168 @@
+"""From the user's files to a pool and a target that a method can work with: read, rendered, checked, compared."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from tamis.collect import Corpus, tokenize
+from tamis.data.duplicates import exact_duplicates, find_leaks, near_duplicates
+from tamis.data.examples import Examples, read_examples
+from tamis.data.render import Renderer
+from tamis.errors import BadRow, InvalidInput
+from tamis.model.load import ModelSettings, load_tokenizer
+from tamis.protocols import Progress
+from tamis.settings import DoctorSettings, PlanSettings, SelectSettings, target_parts
+from tamis.types import IntArray
+
+__all__ = ["Corpora", "SkippedRow", "Sources", "model_settings", "read_corpora", "read_sources", "write_skipped"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkippedRow:
+    """A row that was left out, and why."""
+
+    corpus: str
+    file: str
+    row: int  # 0-based
+    field: str | None
+    problem: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """The rows as read."""
+
+    pool: Examples
+    target: Examples
+    target_names: tuple[str, ...]
+    target_group: IntArray  # for each target row, the target it belongs to
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpora:
+    """The pool and the target rows, and how they relate."""
+
+    pool: Corpus
+    target: Corpus
+    target_names: tuple[str, ...]
+    target_rows: IntArray  # usable target rows
+    target_group: IntArray  # for each of them, which target it stands for
+    skipped: tuple[SkippedRow, ...]
+    first_copy: IntArray  # (N,) the first exact copy of each pool row, itself included
+    first_near_copy: IntArray  # (N,) likewise for near copies; equal to first_copy unless they were asked for
+    leaked: npt.NDArray[np.bool_]  # (N,) the row, or its prompt, is also a target row
+
+
+def model_settings(settings: SelectSettings | DoctorSettings | PlanSettings) -> ModelSettings:
+    """The part of a run's settings that says how to load the model."""
+    return ModelSettings(
+        name=settings.model,
+        revision=settings.revision,
+        dtype=settings.dtype,
+        device=settings.device,
+        attention=settings.attention,
+        trust_remote_code=settings.trust_remote_code,
+        chat_template=settings.chat_template,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        device_map=settings.device_map,
+    )
+
+
+def read_sources(settings: SelectSettings) -> Sources:
+    """Read and check every row the user named. Nothing is written and no tokenizer is needed.
+
+    Raises:
+        InvalidInput: a file cannot be used.
+        BadRow: a row cannot be used and ``on_bad_row`` is "fail".
+    """
+    targets = [target_parts(text) for text in settings.target]
+    pool = read_examples(settings.pool, row_format=settings.row_format, on_bad_row=settings.on_bad_row, kind="pool")
+    target = read_examples(
+        [path for _, path in targets], row_format=settings.row_format, on_bad_row=settings.on_bad_row, kind="target"
+    )
+    group = np.array(target.named_by, dtype=np.int64)[target.file_index]
+    return Sources(pool=pool, target=target, target_names=tuple(name for name, _ in targets), target_group=group)
+
+
+def read_corpora(sources: Sources, settings: SelectSettings, *, store: Path, progress: Progress) -> Corpora:
+    """Render the rows to tokens and labels, leave out what cannot be used, and find copies and leaks.
+
+    Raises:
+        InvalidInput: nothing usable is left in the pool or in a target.
+        BadRow: a row cannot be rendered or has no supervised token, and ``on_bad_row`` is "fail".
+    """
+    tokenizer = load_tokenizer(model_settings(settings))
+    renderer = Renderer(tokenizer, max_length=settings.max_length, chat_template=settings.chat_template)
+    how = {"root": store, "on_bad_row": settings.on_bad_row, "progress": progress}
+    pool = tokenize("pool", sources.pool, renderer, **how)
+    target = tokenize("target", sources.target, renderer, **how)
+    skipped = [*_skipped(pool, settings.on_bad_row), *_skipped(target, settings.on_bad_row)]
+
+    if not pool.usable.any():
+        raise InvalidInput(f"no row of the pool ({', '.join(settings.pool)}) carries a supervised token; nothing to select")
+    target_rows = np.flatnonzero(target.usable).astype(np.int64)
+    target_group = sources.target_group[target_rows]
+    for index, name in enumerate(sources.target_names):
+        if not (target_group == index).any():
+            raise InvalidInput(f"target '{name}' has no row with a supervised token; give it usable rows")
+
+    first_copy = exact_duplicates(sources.pool)
+    first_near_copy = first_copy
+    if settings.duplicates == "near":
+        first_near_copy = near_duplicates(sources.pool, threshold=settings.near_threshold)
+    leaks = find_leaks(sources.pool, sources.target)
+    leaked = np.zeros(len(pool), dtype=np.bool_)
+    leaked[leaks.exact] = True
+    leaked[leaks.same_prompt] = True
+    return Corpora(
+        pool=pool,
+        target=target,
+        target_names=sources.target_names,
+        target_rows=target_rows,
+        target_group=target_group,
+        skipped=tuple(skipped),
+        first_copy=first_copy,
+        first_near_copy=first_near_copy,
+        leaked=leaked,
+    )
+
+
+def _skipped(corpus: Corpus, on_bad_row: str) -> list[SkippedRow]:
+    """Rows left out: bad ones, those that could not be rendered, and those whose loss mask is empty.
+
+    Raises:
+        BadRow: a row has no supervised token and bad rows are not to be skipped.
+    """
+    examples = corpus.examples
+    found = [SkippedRow(corpus=corpus.name, file=b.file, row=b.row, field=b.field, problem=b.problem) for b in examples.skipped]
+    unrendered = dict(corpus.problems())
+    for row in np.flatnonzero(~corpus.usable):
+        example = examples[int(row)]
+        problem = unrendered.get(int(row))
+        if problem is None:
+            cut = int(corpus.truncated[row])
+            problem = (
+                f"no supervised token is left after {cut} of its tokens were cut at --max-length; raise it"
+                if cut
+                else "has no supervised token: nothing in it is an assistant's answer"
+            )
+            problem += ", remove the row, or use --on-bad-row skip"
+            if on_bad_row == "fail":
+                raise BadRow(problem, file=example.file, row=example.row)
+        found.append(SkippedRow(corpus=corpus.name, file=example.file, row=example.row, field=None, problem=problem))
+    return found
+
+
+def write_skipped(path: Path, skipped: Sequence[SkippedRow]) -> None:
+    """One JSON line per row that was left out."""
+    lines = [json.dumps(asdict(row), ensure_ascii=False) for row in skipped]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")

@@ -1,0 +1,184 @@
+"""What a selection leaves on disk: ``selected.jsonl``, ``scores.parquet``, ``manifest.json`` and the run's identity.
+
+Nothing in the first two depends on time, machine or interruption: the same run writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tamis.corpora import Corpora
+from tamis.errors import InvalidSettings
+from tamis.select.choose import Choice
+from tamis.store.atomic import disk_errors, replace_atomically
+from tamis.types import FloatArray, IntArray
+
+__all__ = ["claim_folder", "file_digest", "score_table", "write_json", "write_scores", "write_selected"]
+
+IDENTITY = "identity.json"
+
+
+def claim_folder(out: Path, identity: Mapping[str, Any]) -> None:
+    """Make ``out`` the folder of the run that ``identity`` describes, or refuse it.
+
+    Raises:
+        InvalidSettings: the folder belongs to another run (the first field that differs is named), or holds files that
+            no run wrote.
+        InvalidInput: the folder cannot be written.
+    """
+    with disk_errors(out, doing="create folder"):
+        out.mkdir(parents=True, exist_ok=True)
+    path = out / IDENTITY
+    wanted = json.loads(json.dumps(identity, default=str))
+    if path.exists():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InvalidSettings(f"--out {out}: {path} cannot be read ({error}); choose another folder") from error
+        for field, was, now in differences(found, wanted):
+            raise InvalidSettings(
+                f"--out {out} holds another run: {field} was {_short(was)} there and is {_short(now)} now; "
+                "choose another --out, or delete the folder"
+            )
+        return
+    strangers = sorted(entry.name for entry in out.iterdir() if entry.name != "store")
+    if strangers:
+        raise InvalidSettings(
+            f"--out {out} is not empty and was not written by tamis (it holds {', '.join(strangers[:3])}); "
+            "choose a new or an empty folder"
+        )
+    write_json(path, wanted)
+
+
+def differences(found: Any, wanted: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Every leaf that differs, as (dotted path, what was found, what is wanted)."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in [*wanted, *(k for k in found if k not in wanted)]:
+            yield from differences(found.get(key), wanted.get(key), f"{path}.{key}" if path else str(key))
+    elif found != wanted:
+        yield path, found, wanted
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` so that the file is either the old one or the whole new one.
+
+    Raises:
+        InvalidInput: the disk is full or the folder read-only.
+    """
+    replace_atomically(path, ((json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode(),))
+
+
+def score_table(
+    corpora: Corpora,
+    choice: Choice,
+    *,
+    losses: FloatArray | None,
+    flagged: np.ndarray[Any, np.dtype[np.bool_]],
+) -> pa.Table:
+    """One row per pool row, in pool order. Rows that were not scored have null scores and ranks."""
+    pool, examples = corpora.pool, corpora.pool.examples
+    n = len(pool)
+    scored = np.zeros(n, dtype=np.bool_)
+    scored[choice.rows] = True
+
+    def scatter(values: Any, kind: pa.DataType) -> pa.Array:
+        full = np.zeros(n, dtype=np.asarray(values).dtype)
+        full[choice.rows] = values
+        return pa.array(full, type=kind, mask=~scored)
+
+    selected = np.zeros(n, dtype=np.bool_)
+    selected[choice.order] = True
+    weight = np.zeros(n, dtype=np.float32)
+    weight[choice.rows] = choice.example_weights
+    picked_for = np.full(n, -1, dtype=np.int64)
+    picked_for[choice.order] = choice.picked_for
+    columns: dict[str, pa.Array] = {
+        "id": pa.array(examples.ids, type=pa.string()),
+        "file": _strings(examples.file_index, examples.files),
+        "row": pa.array(np.asarray(examples.row), type=pa.int64()),
+        "source": _strings(examples.source_index, examples.source_names),
+        "tokens": pa.array(pool.lengths, type=pa.int32()),
+        "supervised_tokens": pa.array(pool.supervised, type=pa.int32()),
+        "truncated": pa.array(pool.truncated, type=pa.int32()),
+        "score": scatter(choice.score, pa.float32()),
+    }
+    if len(choice.target_names) > 1:
+        for index, name in enumerate(choice.target_names):
+            columns[f"score:{name}"] = scatter(choice.target_scores[:, index], pa.float32())
+    columns |= {
+        "rank": scatter(choice.rank, pa.int64()),
+        "selected": pa.array(selected),
+        "weight": pa.array(weight, type=pa.float32()),
+        "loss": pa.array(
+            np.zeros(n, np.float32) if losses is None else np.nan_to_num(losses),
+            type=pa.float32(),
+            mask=np.ones(n, np.bool_) if losses is None else np.isnan(losses),
+        ),
+        "duplicate_of": pa.array(_copy_of(corpora.first_copy), type=pa.int64()),
+        "near_duplicate_of": pa.array(_copy_of(corpora.first_near_copy), type=pa.int64()),
+        "flagged": pa.array(flagged),
+        "leaked": pa.array(corpora.leaked),
+        "picked_for": pa.array([choice.target_names[i] if i >= 0 else None for i in picked_for], type=pa.string()),
+    }
+    return pa.table(columns)
+
+
+def write_scores(path: Path, table: pa.Table) -> None:
+    """The table as Parquet, zstd-compressed."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    replace_atomically(path, (sink.getvalue().to_pybytes(),))
+
+
+def write_selected(path: Path, corpora: Corpora, choice: Choice) -> None:
+    """The user's selected rows, best first, untouched but for the added key ``_tamis``."""
+    position = {int(row): i for i, row in enumerate(choice.rows)}
+    examples = corpora.pool.examples
+
+    def line(rank: int, row: int) -> str:
+        at = position[row]
+        mark = {
+            "id": examples.ids[row],
+            "rank": rank,
+            "score": float(choice.score[at]),
+            "weight": float(choice.example_weights[at]),
+        }
+        text = examples.raw_json(row).rstrip()
+        if '"_tamis"' in text:  # chosen before: the new mark replaces the old one
+            return json.dumps({**json.loads(text), "_tamis": mark}, ensure_ascii=False) + "\n"
+        # Spliced into the row's own text, so that not a digit or an escape of it changes.
+        return f'{text[:-1].rstrip()}, "_tamis": {json.dumps(mark, ensure_ascii=False)}}}\n'
+
+    rows = enumerate(choice.order.tolist(), start=1)
+    replace_atomically(path, (line(rank, row).encode("utf-8") for rank, row in rows))
+
+
+def _copy_of(first: IntArray) -> IntArray:
+    """-1 for rows that are the first of their kind."""
+    return np.where(first == np.arange(len(first)), -1, first).astype(np.int64)
+
+
+def _strings(index: Any, names: list[str]) -> pa.Array:
+    return pa.DictionaryArray.from_arrays(pa.array(np.asarray(index), type=pa.int32()), pa.array(names)).cast(pa.string())
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
