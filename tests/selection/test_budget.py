@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tamis.errors import InvalidSettings
-from tamis.select.budget import describe_budget, parse_budget, rows_for, times, tokens_for
+from tamis.selection.budget import describe_budget, parse_budget, rows_for, times, tokens_for
 from tamis.types import Budget
 
 

@@ -15,9 +15,9 @@ import numpy.typing as npt
 from jaxtyping import Float, Int
 
 from tamis.errors import InvalidSettings, NonFinite
-from tamis.select.budget import describe_budget, rows_for, tokens_for
-from tamis.select.round_robin import Copies, Picks, take_turns
-from tamis.select.top import BLOCK_VALUES, block_length
+from tamis.selection.budget import describe_budget, rows_for, tokens_for
+from tamis.selection.round_robin import Copies, Picks, take_turns
+from tamis.selection.top import BLOCK_VALUES, block_length
 from tamis.types import Budget, FloatArray, IntArray, TargetScores
 
 __all__ = ["Aggregate", "Choice", "choose", "target_means", "target_shares"]

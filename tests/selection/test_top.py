@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tamis.select.top import best_rows
+from tamis.selection.top import best_rows
 
 few_values = st.sampled_from([-2.0, -1.0, -0.0, 0.0, 0.5, 3.0])  # so that ties are common
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tamis.errors import InvalidSettings, NonFinite
-from tamis.select.flags import HighLoss, flag_high_losses
+from tamis.selection.flags import HighLoss, flag_high_losses
 
 
 def slow_flags(losses, sources, supervised, threshold, min_group):

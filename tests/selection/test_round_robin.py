@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from slow_selection import slow_take_turns, slow_turn
-from tamis.select.round_robin import Copies, take_turns, turns
+from tamis.selection.round_robin import Copies, take_turns, turns
 
 
 @st.composite

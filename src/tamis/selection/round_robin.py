@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Bool, Float, Int
 
-from tamis.select.top import BLOCK_VALUES, best_rows
+from tamis.selection.top import BLOCK_VALUES, best_rows
 from tamis.types import IntArray
 
 __all__ = ["Copies", "Picks", "take_turns", "turns"]

@@ -9,8 +9,8 @@ from hypothesis.extra import numpy as hnp
 
 from slow_selection import slow_take_turns
 from tamis.errors import InvalidSettings, NonFinite
-from tamis.select.budget import parse_budget
-from tamis.select.choose import choose, target_means, target_shares
+from tamis.selection.budget import parse_budget
+from tamis.selection.choose import choose, target_means, target_shares
 from tamis.types import TargetScores
 
 TARGETS = ("maths", "code")

@@ -1,0 +1,331 @@
+"""The report of a selection as plain dataclasses, computed from its results. No HTML and no figure here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from tamis.report import agreement, examples, measures, warnings
+from tamis.report.columns import Columns, read_columns
+from tamis.report.wording import count, joined, number, one_line, percent, seconds
+from tamis.types import Example, FloatArray, IntArray
+
+__all__ = ["Cost", "Headline", "KeyNumber", "ReportContent", "ReportInputs", "SkippedRow", "build_content"]
+
+# The page stays readable and small: further targets keep their line in every table.
+MAX_TARGETS_DRAWN = 6
+MAX_SKIPPED_SHOWN = 20
+MAX_PROVENANCE_ROWS = 160
+
+METHOD_WORDS: Mapping[str, str] = {
+    "uniform": "a blind random draw (uniform)",
+    "length": "the length of the answer (length)",
+    "bm25": "the words it shares with the target (BM25)",
+    "loss-drop": "how much its loss drops after a little training on the target (loss-drop)",
+    "mid-ppl": "being neither too easy nor too hard for the model (mid-ppl)",
+    "rds+": "likeness to the target in the model's own representation (RDS+)",
+    "tracin": "whether a training step on it also lowers the target's loss (TracIn)",
+    "less": "whether an Adam step on it also lowers the target's loss (LESS)",
+    "influence-distillation": "its estimated influence on the target's loss (influence distillation)",
+    "influence-function": "its estimated influence on the target's loss (influence function)",
+}
+
+
+class SkippedRow(Protocol):
+    """A row that could not be used and was skipped on request."""
+
+    @property
+    def file(self) -> str:
+        """As the user named it."""
+        ...
+
+    @property
+    def row(self) -> int:
+        """0-based within the file."""
+        ...
+
+    @property
+    def field(self) -> str | None:
+        """The field that is wrong, if it is one."""
+        ...
+
+    @property
+    def problem(self) -> str:
+        """What is wrong."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportInputs:
+    """Everything a report is computed from.
+
+    ``table`` has one row per pool row with the columns of ``columns.read_columns``. Of ``manifest`` these keys are
+    read, each of them optional: ``settings`` (``method``: a name, or a mapping with ``name``; ``budget``, ``model``,
+    ``pool``, ``target``, ``shortlist``, ``aggregate``, ``seed``), ``command``, ``cost`` (``stages`` with ``name``,
+    ``seconds``, ``tokens``, ``tflops``; ``total_seconds``). All else in it is listed as it is.
+    """
+
+    table: pa.Table
+    baselines: Mapping[str, IntArray]
+    baseline_scores: Mapping[str, FloatArray]
+    manifest: Mapping[str, Any]
+    read_example: Callable[[int], Example]
+    read_target: Callable[[int], Example]
+    target_names: Sequence[str]
+    target_group: IntArray
+    target_supervised_tokens: IntArray
+    notes: Sequence[str] = ()
+    skipped: Sequence[SkippedRow] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyNumber:
+    """One number of the headline with what it counts."""
+
+    value: str
+    label: str
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Headline:
+    """What was selected, by which method, from what, for what."""
+
+    title: str
+    sentence: str
+    verdict: str  # what the checks add up to
+    numbers: tuple[KeyNumber, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What the run spent."""
+
+    stages: tuple[measures.CostStage, ...]
+    total_seconds: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportContent:
+    """All that the page shows, in the order in which it shows it."""
+
+    headline: Headline
+    findings: tuple[warnings.Finding, ...]
+    notes: tuple[str, ...]
+    scores: tuple[measures.ScoreDistribution, ...]
+    sources: tuple[measures.SourceShare, ...]
+    length_edges: tuple[float, ...]
+    lengths: tuple[measures.LengthGroup, ...]
+    agreements: tuple[agreement.Agreement, ...]
+    tokens: tuple[measures.TokenUse, ...]
+    targets: tuple[examples.TargetExamples, ...]
+    targets_not_shown: int
+    flagged: tuple[examples.ExampleCard, ...]
+    leaked: tuple[examples.ExampleCard, ...]
+    pairs: tuple[examples.Pair, ...]
+    counts: tuple[measures.RowCount, ...]
+    skipped: tuple[str, ...]
+    num_skipped: int
+    cost: Cost
+    command: str
+    provenance: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]  # (group, ((key, value), ...))
+    max_drawn: int = field(default=MAX_TARGETS_DRAWN)
+
+
+def build_content(inputs: ReportInputs) -> ReportContent:
+    """Compute the report.
+
+    Raises:
+        InvalidInput: the table lacks a column or points outside the pool.
+    """
+    columns = read_columns(inputs.table, inputs.target_names)
+    settings = _mapping(inputs.manifest, "settings")
+    method, shortlist = _method(settings), _plain(settings.get("shortlist"))
+    sources = measures.source_shares(columns)
+    edges, lengths = measures.length_groups(columns, inputs.target_group, inputs.target_supervised_tokens)
+    agreed = agreement.agreements(columns, inputs.baselines, inputs.baseline_scores)
+    tokens = measures.token_use(columns, agreed)
+    counts = measures.row_counts(columns)
+    scores = _scores(columns)
+    findings = warnings.find(
+        warnings.Evidence(
+            columns=columns,
+            method=method,
+            shortlist=shortlist,
+            sources=sources,
+            scores=scores,
+            agreements=agreed,
+            tokens=tokens,
+            counts=counts,
+            num_skipped=len(inputs.skipped),
+            target_group=inputs.target_group,
+            target_supervised_tokens=inputs.target_supervised_tokens,
+        )
+    )
+    stages = _mapping(inputs.manifest, "cost")
+    cost = Cost(stages=measures.cost_stages(stages), total_seconds=_total_seconds(stages))
+    return ReportContent(
+        headline=_headline(columns, inputs, settings, method, shortlist, findings, cost),
+        findings=findings,
+        notes=tuple(one_line(note, 600) for note in inputs.notes),
+        scores=scores,
+        sources=sources,
+        length_edges=edges,
+        lengths=lengths,
+        agreements=agreed,
+        tokens=tokens,
+        targets=examples.target_examples(
+            columns, inputs.read_example, inputs.read_target, inputs.target_group, max_targets=MAX_TARGETS_DRAWN
+        ),
+        targets_not_shown=max(0, len(columns.target_names) - MAX_TARGETS_DRAWN),
+        flagged=examples.flagged_rows(columns, inputs.read_example),
+        leaked=examples.leaked_rows(columns, inputs.read_example),
+        pairs=(
+            *examples.copies(columns, inputs.read_example, kind="near", limit=4),
+            *examples.copies(columns, inputs.read_example, kind="exact", limit=2),
+        ),
+        counts=counts,
+        skipped=tuple(_skipped_line(row) for row in inputs.skipped[:MAX_SKIPPED_SHOWN]),
+        num_skipped=len(inputs.skipped),
+        cost=cost,
+        command=one_line(_plain(inputs.manifest.get("command")), 2000),
+        provenance=_provenance(inputs.manifest),
+    )
+
+
+def _scores(columns: Columns) -> tuple[measures.ScoreDistribution, ...]:
+    """One distribution per target with a score of its own; else a single one."""
+    if not columns.target_scores:
+        name = columns.target_names[0] if len(columns.target_names) == 1 else "all targets"
+        return (measures.score_distribution(name, columns.score, columns.selected),)
+    picked = (columns.picked_for[columns.selected] >= 0).any()
+    return tuple(
+        measures.score_distribution(
+            name, score, columns.selected & (columns.picked_for == index) if picked else columns.selected
+        )
+        for index, (name, score) in enumerate(
+            (name, columns.target_scores[name]) for name in columns.target_names if name in columns.target_scores
+        )
+    )
+
+
+def _headline(
+    columns: Columns,
+    inputs: ReportInputs,
+    settings: Mapping[str, Any],
+    method: str,
+    shortlist: str,
+    findings: Sequence[warnings.Finding],
+    cost: Cost,
+) -> Headline:
+    selected, rows = int(columns.selected.sum()), columns.num_rows
+    tokens, all_tokens = int(columns.tokens[columns.selected].sum()), int(columns.tokens.sum())
+    supervised = int(columns.supervised[columns.selected].sum())
+    targets = joined([one_line(name, 40) for name in columns.target_names])
+    how = METHOD_WORDS.get(method, f"the score of {one_line(method, 60)}" if method else "its score")
+    model = one_line(_plain(settings.get("model")), 80)
+    sentence = f"Every row was judged by {how}."
+    if shortlist:
+        sentence = f"A shortlist ({one_line(shortlist, 40)}) came first; each row on it was judged by {how}."
+    if model and method not in ("uniform", "length", "bm25"):
+        sentence += f" The model: {model}."
+    raised = sum(finding.severity == "warning" for finding in findings)
+    warned = {0: "No check raises a warning", 1: "One check raises a warning"}.get(
+        raised, f"{raised} checks raise a warning"
+    )
+    numbers = [
+        KeyNumber(
+            value=count(selected), label="rows selected", detail=f"{percent(selected / max(rows, 1))} of {count(rows)}"
+        ),
+        KeyNumber(
+            value=count(tokens),
+            label="tokens selected",
+            detail=f"{percent(tokens / max(all_tokens, 1))} of the pool; {count(supervised)} carry loss",
+        ),
+        KeyNumber(
+            value=count(len(inputs.target_group)),
+            label="target rows" if len(inputs.target_group) != 1 else "target row",
+            detail=f"for {targets}",
+        ),
+        KeyNumber(
+            value=seconds(cost.total_seconds),
+            label="time spent",
+            detail=f"budget {one_line(_plain(settings.get('budget')) or 'not recorded', 30)}",
+        ),
+    ]
+    return Headline(
+        title=f"{count(selected)} of {count(rows)} rows selected for {targets}",
+        sentence=sentence,
+        verdict=f"{warned}. What only training can tell is marked as not measured.",
+        numbers=tuple(numbers),
+    )
+
+
+def _method(settings: Mapping[str, Any]) -> str:
+    method = settings.get("method", "")
+    return str(method.get("name", "")) if isinstance(method, Mapping) else str(method)
+
+
+def _total_seconds(cost: Mapping[str, Any]) -> float | None:
+    if cost.get("total_seconds") is not None:
+        return float(cost["total_seconds"])
+    stages = cost.get("stages") or ()
+    return float(sum(stage.get("seconds") or 0.0 for stage in stages)) if stages else None
+
+
+def _skipped_line(row: SkippedRow) -> str:
+    place = f"{one_line(row.file, 120)}, row {row.row}" + (f", field {one_line(row.field, 40)}" if row.field else "")
+    return f"{place}: {one_line(row.problem, 240)}"
+
+
+def _provenance(manifest: Mapping[str, Any]) -> tuple[tuple[str, tuple[tuple[str, str], ...]], ...]:
+    """The manifest as (group, rows of key and value); costs and the command have places of their own."""
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for key, value in manifest.items():
+        if key in ("cost", "command"):
+            continue
+        nested = isinstance(value, Mapping | list | tuple)
+        groups.setdefault(key if nested else "run", []).extend(_flat("" if nested else key, value))
+    left, result = MAX_PROVENANCE_ROWS, []
+    for name, rows in groups.items():
+        kept = rows[:left]
+        if len(kept) < len(rows):
+            kept.append(("…", f"{len(rows) - len(kept)} more in manifest.json"))
+        left = max(0, left - len(rows))
+        result.append((one_line(name, 60), tuple(kept)))
+    return tuple(result)
+
+
+def _flat(prefix: str, value: Any) -> list[tuple[str, str]]:
+    if isinstance(value, Mapping) and value:
+        return [row for key, part in value.items() for row in _flat(f"{prefix}.{key}" if prefix else str(key), part)]
+    if isinstance(value, list | tuple) and any(isinstance(part, Mapping) for part in value):
+        return [row for index, part in enumerate(value) for row in _flat(f"{prefix}[{index}]", part)]
+    return [(one_line(prefix, 100), one_line(_plain(value), 300))]
+
+
+def _plain(value: Any) -> str:
+    """A setting as a person would type it; empty for None."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(_plain(part) for part in value)
+    if isinstance(value, float | np.floating):
+        return number(float(value), 6)
+    if isinstance(value, Mapping):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return str(value)
+
+
+def _mapping(manifest: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = manifest.get(key)
+    return value if isinstance(value, Mapping) else {}

@@ -1,0 +1,97 @@
+"""One self-contained page from the report's content: style, script, figures and Plotly inside, nothing fetched, ever.
+
+Dataset text is hostile. Three fences, each enough alone: the template escapes everything, figure JSON is written with
+``<``, ``>`` and ``&`` as escapes, and the page's own policy lets no script run but the two whose hashes it states and
+no request leave.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from tamis.report import figures, wording
+from tamis.report.content import ReportContent
+
+__all__ = ["render_page", "write_page"]
+
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+def write_page(content: ReportContent, path: str | Path) -> None:
+    """Write the page to ``path`` (UTF-8), replacing what is there only when the whole page has been made."""
+    page = render_page(content)
+    path = Path(path)
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_bytes(page.encode("utf-8"))
+    unfinished.replace(path)
+
+
+def render_page(content: ReportContent) -> str:
+    """The page as text."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        finalize=_finalize,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        count=wording.count,
+        percent=wording.percent,
+        number=wording.number,
+        seconds=wording.seconds,
+        short=lambda text: wording.one_line(text, 80),
+    )
+    drawn = figures.draw(content)
+    scripts = (_script(get_plotlyjs()), _script((_TEMPLATES / "page.js").read_text(encoding="utf-8")))
+    return environment.get_template("report.html.j2").render(
+        content=content,
+        figures=drawn,
+        figure_json=_json({figure.key: {**figure.spec, "height": figure.height} for figure in drawn}),
+        palette=figures.PALETTE,
+        style=Markup((_TEMPLATES / "page.css").read_text(encoding="utf-8")),
+        plotly_script=Markup(scripts[0]),
+        page_script=Markup(scripts[1]),
+        script_hashes=Markup(" ".join(f"'sha256-{_hash(script)}'" for script in scripts)),
+    )
+
+
+def _finalize(value: Any) -> Any:
+    """Last stop of every value on its way into the page: no control or direction character gets past."""
+    return wording.visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _script(source: str) -> str:
+    """Program text that can stand between script tags byte for byte as it will be hashed."""
+    return source.replace("\r\n", "\n").replace("\0", "\\0").replace("</script", "<\\/script").replace("<!--", "<\\!--")
+
+
+def _hash(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
+
+
+def _json(value: Mapping[str, Any]) -> Markup:
+    """JSON that no HTML parser can be led out of, whatever strings are in it. NaN is an error: no figure draws it."""
+    text = json.dumps(_listed(value), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def _listed(value: Any) -> Any:
+    """Tuples and arrays (Plotly keeps either) as lists; floats at the six digits a screen can show."""
+    if isinstance(value, Mapping):
+        return {key: _listed(part) for key, part in value.items()}
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_listed(part) for part in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
