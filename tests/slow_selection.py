@@ -1,4 +1,4 @@
-"""Selection by the plainest loops: the oracle for `tamis.select`. Every rule is written out; nothing is fast."""
+"""Selection by the plainest loops: the oracle for `tamis.selection`. Every rule is written out; nothing is fast."""
 
 from __future__ import annotations
 

@@ -10,49 +10,38 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tamis.corpus import Corpus
 from tamis.data.batches import collate, plan_batches
-from tamis.data.examples import Examples
-from tamis.data.render import Renderer
-from tamis.errors import BadRow, InvalidInput, Unsupported
+from tamis.errors import InvalidSettings, NonFinite, Unsupported
 from tamis.model.load import LoadedModel, ModelSettings, load_model, model_fingerprint
-from tamis.model.processes import barrier, is_main, rank, world_size
+from tamis.model.processes import is_main
 from tamis.model.targets import gradient_layers
+from tamis.progress import NoProgress
 from tamis.protocols import Progress
+from tamis.stages import StageCost, Work, finish, own_shards, read_cost, record_cost
 from tamis.store.atomic import replace_atomically
 from tamis.store.manifest import fingerprint
 from tamis.store.reader import StageReader
 from tamis.store.writer import StageWriter
-from tamis.types import Batch, IntArray, LayerSpec, TokenizedExample
+from tamis.types import Batch, IntArray, LayerSpec
 
-__all__ = ["BatchFunction", "Collecting", "Corpus", "NoProgress", "StageCost", "Task", "Work", "tokenize"]
+__all__ = ["BatchFunction", "Collecting", "Task"]
 
 logger = logging.getLogger(__name__)
 
 BatchFunction = Callable[[Batch], Mapping[str, Tensor]]
-Work = Literal["none", "forward", "gradient"]
 
-# Rows whose tokens are rendered together: only text work, so large shards cost nothing when a run is killed.
-_TOKEN_SHARD_ROWS = 2048
-
-
-class NoProgress:
-    """Says nothing. What the library uses unless the caller passes something that does."""
-
-    @contextmanager
-    def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-        """Open a silent stage."""
-        yield lambda done: None
+# Padded positions are masked and carry no label, so any id of the vocabulary will do.
+_PAD_ID = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,121 +54,9 @@ class Collecting:
 
     def __post_init__(self) -> None:
         if self.batch_tokens is not None and self.batch_tokens < 1:
-            raise InvalidInput(f"batch_tokens must be at least 1, got {self.batch_tokens}")
+            raise InvalidSettings(f"batch_tokens must be at least 1, got {self.batch_tokens}")
         if self.shard_rows < 1:
-            raise InvalidInput(f"shard_rows must be at least 1, got {self.shard_rows}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageCost:
-    """What one stage spent, summed over shards and ranks, including the runs before a resume."""
-
-    name: str
-    work: Work
-    rows: int
-    tokens: int
-    supervised_tokens: int
-    squared_tokens: int  # sum over rows of length squared: what attention pays
-    elapsed_s: float
-
-
-class Corpus(Sequence[TokenizedExample]):
-    """Rows of the pool or of the targets together with their tokens; ``corpus[i]`` is the tokenized row ``i``."""
-
-    def __init__(self, name: str, examples: Examples, reader: StageReader) -> None:
-        self.name = name
-        self.examples = examples
-        self._reader = reader
-        self.lengths: IntArray = reader.read("length").astype(np.int64)
-        self.supervised: IntArray = reader.read("supervised_tokens").astype(np.int64)
-        self.truncated: IntArray = reader.read("truncated").astype(np.int64)
-        self.usable: npt.NDArray[np.bool_] = self.supervised > 0
-        self.identity: str = reader.fingerprint
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    @overload
-    def __getitem__(self, index: int) -> TokenizedExample: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[TokenizedExample]: ...
-    def __getitem__(self, index: int | slice) -> TokenizedExample | Sequence[TokenizedExample]:
-        """Tokens of one row (or of a slice of rows)."""
-        if isinstance(index, slice):
-            return self.take(np.arange(len(self))[index])
-        return self.take(np.array([index]))[0]
-
-    def take(self, rows: IntArray) -> list[TokenizedExample]:
-        """Tokens of ``rows``, in that order."""
-        ids = self._reader.take_ragged("input_ids", rows)
-        masks = self._reader.take_ragged("supervised", rows)
-        return [
-            TokenizedExample(input_ids=i.astype(np.int32), supervised=m.astype(np.bool_), truncated=int(self.truncated[r]))
-            for i, m, r in zip(ids, masks, rows, strict=True)
-        ]
-
-    def problems(self) -> list[tuple[int, str]]:
-        """Rows that could not be rendered, with the reason (only with ``on_bad_row="skip"``)."""
-        if "error" not in self._reader.names:
-            return []
-        found = []
-        flagged = np.flatnonzero(self._reader.read("failed"))
-        for row, text in zip(flagged, self._reader.take_ragged("error", flagged), strict=True):
-            found.append((int(row), bytes(text.astype(np.uint8)).decode("utf-8")))
-        return found
-
-
-def tokenize(
-    name: str, examples: Examples, renderer: Renderer, *, root: Path, on_bad_row: Literal["fail", "skip"], progress: Progress
-) -> Corpus:
-    """Render every row to token ids and a label mask, once, into the store, each rank its share.
-
-    Raises:
-        BadRow: a row cannot be rendered and ``on_bad_row`` is "fail".
-    """
-    spec = {"renderer": renderer.identity, "data": examples.content_hash, "on_bad_row": on_bad_row}
-    writer = StageWriter(
-        root, f"tokens-{name}", spec, num_rows=len(examples), shard_rows=_TOKEN_SHARD_ROWS, rows_digest=examples.content_hash
-    )
-    with progress.stage(f"tokenize {name}", len(examples), "rows") as advance:
-        for shard in _my_shards(writer, advance):
-            started = time.perf_counter()
-            first, stop = writer.shard_range(shard)
-            rendered = [_render(examples, row, renderer, on_bad_row, advance) for row in range(first, stop)]
-            tokens = [t for t, _ in rendered]
-            errors = [np.frombuffer(e.encode(), dtype=np.uint8).copy() for _, e in rendered]
-            writer.write_shard(
-                shard,
-                {
-                    "input_ids": [t.input_ids for t in tokens],
-                    "supervised": [t.supervised.astype(np.uint8) for t in tokens],
-                    "error": errors,
-                    "failed": torch.tensor([len(e) > 0 for e in errors]),
-                    "length": torch.tensor([len(t.input_ids) for t in tokens], dtype=torch.int32),
-                    "supervised_tokens": torch.tensor([t.num_supervised for t in tokens], dtype=torch.int32),
-                    "truncated": torch.tensor([t.truncated for t in tokens], dtype=torch.int32),
-                },
-            )
-            _record_cost(writer.path, shard, time.perf_counter() - started)
-    _finish(writer)
-    return Corpus(name, examples, StageReader(writer.path))
-
-
-def _render(
-    examples: Examples, row: int, renderer: Renderer, on_bad_row: str, advance: Callable[[int], None]
-) -> tuple[TokenizedExample, str]:
-    try:
-        rendered, error = renderer.render(examples[row]), ""
-        if not len(rendered.input_ids):
-            example = examples[row]
-            raise BadRow("renders to no token at all; fill the row or remove it", file=example.file, row=example.row)
-    except BadRow as problem:
-        if on_bad_row == "fail":
-            raise
-        empty = np.zeros(0, dtype=np.int32)
-        rendered, error = TokenizedExample(input_ids=empty, supervised=empty.astype(np.bool_), truncated=0), str(problem)
-    advance(1)
-    return rendered, error
+            raise InvalidSettings(f"shard_rows must be at least 1, got {self.shard_rows}")
 
 
 @dataclass(kw_only=True)
@@ -201,8 +78,6 @@ class Task:
     store: Path
     seed: int = 0
     aggregate: Literal["round-robin", "mean"] = "round-robin"
-    projection: str | None = None  # the user's choice; None: the method's own default
-    projection_dim: int | None = None
     progress: Progress = field(default_factory=NoProgress)
     notes: list[str] = field(default_factory=list)
     stages: list[Path] = field(default_factory=list)  # every stage this run used, for the cost table
@@ -252,18 +127,11 @@ class Task:
         settings = self.model_settings
         return {"fingerprint": self.fingerprint, "dtype": settings.dtype, "attention": settings.attention}
 
-    def at_model(self, settings: ModelSettings) -> Task:
-        """The same question put to another model, a checkpoint for example; loaded when first asked for, freed with it.
-
-        Notes and stages are shared with this task.
-        """
-        return replace(self, model_settings=settings, _loaded=None, _fingerprint=None)
-
     def record_cost(self, folder: Path, part: int, elapsed_s: float, **counts: Any) -> None:
-        """Add work done outside ``map_rows`` (training) to the cost table; ``part`` numbers the pieces of ``folder``."""
+        """Add work done outside ``map_rows`` (training) to the cost table; ``part`` numbers parts of ``folder``."""
         if folder not in self.stages:
             self.stages.append(folder)
-        _record_cost(folder, part, elapsed_s, **counts)
+        record_cost(folder, part, elapsed_s, **counts)
 
     def workdir(self, name: str, spec: Mapping[str, Any], *, uses_target: bool = True) -> Path:
         """A folder of the method's own under the store, one per ``spec`` (warm-up checkpoints, for example)."""
@@ -319,7 +187,7 @@ class Task:
         self.stages.append(writer.path)
         compute: BatchFunction | None = None
         with self.progress.stage(f"{name} ({corpus.name})", len(rows), "rows") as advance:
-            for shard in _my_shards(writer, advance):
+            for shard in own_shards(writer, advance):
                 if compute is None:
                     compute = start()
                     device = device or self.loaded.device
@@ -328,7 +196,7 @@ class Task:
                 part = rows[first:stop]
                 columns = self._run(corpus, part, compute, device or torch.device("cpu"), writer.fixed, advance)
                 writer.write_shard(shard, columns)
-                _record_cost(
+                record_cost(
                     writer.path,
                     shard,
                     time.perf_counter() - started,
@@ -338,7 +206,7 @@ class Task:
                     supervised_tokens=int(corpus.supervised[part].sum()),
                     squared_tokens=int((corpus.lengths[part] ** 2).sum()),
                 )
-        _finish(writer)
+        finish(writer)
         return StageReader(writer.path)
 
     def _run(
@@ -359,9 +227,11 @@ class Task:
         pending = list(reversed(groups))
         while pending:
             group = pending.pop()
-            batch = collate(rows[group], [tokenized[i] for i in group], self._pad_id()).to(device)
+            batch = collate(rows[group], [tokenized[i] for i in group], _PAD_ID).to(device)
             try:
                 result = {key: value.detach().cpu() for key, value in compute(batch).items()}
+            except NonFinite as error:
+                raise _with_places(error, corpus) from error
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -379,62 +249,9 @@ class Task:
         names = list(done[0][1])
         return {key: torch.cat([result[key] for _, result in done])[torch.from_numpy(order)] for key in names}
 
-    def _pad_id(self) -> int:
-        # Padded positions are masked and carry no label, so any id of the vocabulary will do.
-        return 0
-
     def costs(self) -> list[StageCost]:
         """What every stage of this task spent, in the order in which they were first used."""
         return [cost for path in dict.fromkeys(self.stages) if (cost := read_cost(path)) is not None]
-
-
-def read_cost(stage: Path) -> StageCost | None:
-    """Sum of the cost records of a stage, None if it wrote none."""
-    shards: dict[int, dict[str, Any]] = {}
-    for file in sorted(stage.glob("cost-*.jsonl")):
-        for line in file.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the last line of a killed run; its shard is computed again
-            shards[record["shard"]] = record
-    if not shards:
-        return None
-    records = list(shards.values())
-    return StageCost(
-        name=stage.name.rsplit("-", 1)[0],
-        work=records[0].get("work", "none"),
-        rows=sum(r.get("rows", 0) for r in records),
-        tokens=sum(r.get("tokens", 0) for r in records),
-        supervised_tokens=sum(r.get("supervised_tokens", 0) for r in records),
-        squared_tokens=sum(r.get("squared_tokens", 0) for r in records),
-        elapsed_s=sum(r["elapsed_s"] for r in records),
-    )
-
-
-def _record_cost(stage: Path, shard: int, elapsed_s: float, **more: Any) -> None:
-    with (stage / f"cost-{rank()}.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"shard": shard, "elapsed_s": round(elapsed_s, 4), **more}) + "\n")
-
-
-def _my_shards(writer: StageWriter, advance: Callable[[int], None]) -> Iterator[int]:
-    """This rank's missing shards. Those already on disk are reported as progress at once."""
-    missing = set(writer.missing_shards())
-    for shard in range(writer.num_shards):
-        if shard % world_size() != rank():
-            continue
-        if shard in missing:
-            yield shard
-        else:
-            first, stop = writer.shard_range(shard)
-            advance(stop - first)
-
-
-def _finish(writer: StageWriter) -> None:
-    barrier()  # every rank has written its shards
-    if is_main():
-        writer.finish()
-    barrier()  # the manifest is there for everyone
 
 
 def _digest_rows(rows: IntArray) -> str:
@@ -448,11 +265,16 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text
 
 
+def _with_places(error: NonFinite, corpus: Corpus) -> NonFinite:
+    """The same error, with the file and row of every position that it names."""
+    places = [corpus.examples[row] for row in error.rows]
+    named = "; ".join(f"{example.file}, row {example.row} (0-based)" for example in places[:3])
+    return NonFinite(f"{error} [{named}]" if named else str(error), rows=error.rows)
+
+
 def _one_row_too_large(corpus: Corpus, row: int) -> str:
     example = corpus.examples[row]
     return (
-        f"{example.file}, row {example.row} (0-based): its {int(corpus.lengths[row])} tokens alone do not fit in memory; "
-        "lower --max-length, use --dtype bfloat16, or turn on --gradient-checkpointing"
+        f"{example.file}, row {example.row} (0-based): its {int(corpus.lengths[row])} tokens alone do not fit in "
+        "memory; lower --max-length, use --dtype bfloat16, or turn on --gradient-checkpointing"
     )
-
-

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from tamis.collect import Corpus, tokenize
+from tamis.corpus import Corpus, tokenize
 from tamis.data.duplicates import exact_duplicates, find_leaks, near_duplicates
 from tamis.data.examples import Examples, read_examples
 from tamis.data.render import Renderer
@@ -102,13 +102,16 @@ def read_corpora(sources: Sources, settings: SelectSettings, *, store: Path, pro
     """
     tokenizer = load_tokenizer(model_settings(settings))
     renderer = Renderer(tokenizer, max_length=settings.max_length, chat_template=settings.chat_template)
-    how = {"root": store, "on_bad_row": settings.on_bad_row, "progress": progress}
-    pool = tokenize("pool", sources.pool, renderer, **how)
-    target = tokenize("target", sources.target, renderer, **how)
+    pool, target = (
+        tokenize(name, examples, renderer, root=store, on_bad_row=settings.on_bad_row, progress=progress)
+        for name, examples in (("pool", sources.pool), ("target", sources.target))
+    )
     skipped = [*_skipped(pool, settings.on_bad_row), *_skipped(target, settings.on_bad_row)]
 
     if not pool.usable.any():
-        raise InvalidInput(f"no row of the pool ({', '.join(settings.pool)}) carries a supervised token; nothing to select")
+        raise InvalidInput(
+            f"no row of the pool ({', '.join(settings.pool)}) carries a supervised token; nothing to select"
+        )
     target_rows = np.flatnonzero(target.usable).astype(np.int64)
     target_group = sources.target_group[target_rows]
     for index, name in enumerate(sources.target_names):
@@ -143,7 +146,10 @@ def _skipped(corpus: Corpus, on_bad_row: str) -> list[SkippedRow]:
         BadRow: a row has no supervised token and bad rows are not to be skipped.
     """
     examples = corpus.examples
-    found = [SkippedRow(corpus=corpus.name, file=b.file, row=b.row, field=b.field, problem=b.problem) for b in examples.skipped]
+    found = [
+        SkippedRow(corpus=corpus.name, file=b.file, row=b.row, field=b.field, problem=b.problem)
+        for b in examples.skipped
+    ]
     unrendered = dict(corpus.problems())
     for row in np.flatnonzero(~corpus.usable):
         example = examples[int(row)]

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from tamis.corpora import Corpora
 from tamis.errors import InvalidSettings
-from tamis.select.choose import Choice
+from tamis.selection.choose import Choice
 from tamis.store.atomic import disk_errors, replace_atomically
 from tamis.types import FloatArray, IntArray
 
@@ -167,7 +167,9 @@ def _copy_of(first: IntArray) -> IntArray:
 
 
 def _strings(index: Any, names: list[str]) -> pa.Array:
-    return pa.DictionaryArray.from_arrays(pa.array(np.asarray(index), type=pa.int32()), pa.array(names)).cast(pa.string())
+    return pa.DictionaryArray.from_arrays(pa.array(np.asarray(index), type=pa.int32()), pa.array(names)).cast(
+        pa.string()
+    )
 
 
 def _short(value: Any) -> str:

@@ -18,24 +18,25 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from tamis.collect import Collecting, NoProgress, Task
+from tamis.collect import Collecting, Task
+from tamis.config import write_config
 from tamis.corpora import Corpora, model_settings, read_corpora, read_sources, write_skipped
 from tamis.errors import InvalidSettings
-from tamis.cli.config import write_config
 from tamis.evaluate.flops import ModelShape, stage_tflops
 from tamis.evaluate.inputs import skeleton
 from tamis.model.load import model_fingerprint
 from tamis.model.processes import barrier, is_main
 from tamis.outputs import claim_folder, file_digest, score_table, write_json, write_scores, write_selected
+from tamis.progress import NoProgress
 from tamis.protocols import Method, Progress
 from tamis.report.content import ReportInputs, build_content
 from tamis.report.page import write_page
 from tamis.score import METHODS
 from tamis.score.losses import row_losses
 from tamis.seeds import child_seed
-from tamis.select.budget import parse_budget, times
-from tamis.select.choose import Choice, choose
-from tamis.select.flags import flag_high_losses
+from tamis.selection.budget import parse_budget, times
+from tamis.selection.choose import Choice, choose
+from tamis.selection.flags import flag_high_losses
 from tamis.settings import SelectSettings, from_dict, shortlist_parts, to_dict
 from tamis.types import Budget, FloatArray, IntArray, TargetScores
 
@@ -64,17 +65,18 @@ class Selection:
 
     def summary(self) -> dict[str, Any]:
         """The result in a few plain values, as ``tamis select --json`` prints it."""
+        manifest, pool = self.manifest, self.manifest["data_files"]["pool"]
         return {
-            "out": str(self.out),
+            "method": manifest["method"]["name"],
+            "pool": {key: pool[key] for key in ("rows", "usable", "scored", "exact_copies", "leaked")},
+            "selected_rows": len(self.order),
+            "selected_tokens": manifest["selected"]["tokens"],
+            "seconds": manifest["cost"]["elapsed_s"],
+            "tflops": manifest["cost"]["total_tflops"],
+            "warnings": list(self.warnings),
             "selected": str(self.out / "selected.jsonl"),
             "scores": str(self.out / "scores.parquet"),
-            "report": str(self.out / "report.html") if self.manifest["settings"]["report"] else None,
-            "method": self.manifest["method"],
-            "rows": {key: self.manifest["data"]["pool"][key] for key in ("rows", "usable", "scored")},
-            "selected_rows": len(self.order),
-            "selected_tokens": self.manifest["selected"]["tokens"],
-            "warnings": list(self.warnings),
-            "cost": self.manifest["cost"],
+            "report": str(self.out / "report.html") if manifest["settings"]["report"] else None,
         }
 
 
@@ -167,9 +169,7 @@ def select_from_settings(
         manifest["files"] = {name: file_digest(out / name) for name in ("selected.jsonl", "scores.parquet")}
         write_json(out / "manifest.json", manifest)  # last: its presence says that the run is complete
     barrier()
-    return Selection(
-        out=out, table=table, order=choice.order, warnings=tuple(manifest["warnings"]), manifest=manifest
-    )
+    return Selection(out=out, table=table, order=choice.order, warnings=tuple(manifest["warnings"]), manifest=manifest)
 
 
 def make_method(settings: SelectSettings) -> Method:
@@ -185,7 +185,9 @@ def make_method(settings: SelectSettings) -> Method:
         if value is None:
             continue
         if name not in known:
-            raise InvalidSettings(f"{name}: method {settings.method!r} takes no gradients, so there is nothing to project")
+            raise InvalidSettings(
+                f"{name}: method {settings.method!r} takes no gradients, so there is nothing to project"
+            )
         values[name] = value
     return from_dict(kind, values, origin=f"settings of method {settings.method!r}")
 
@@ -297,8 +299,9 @@ def _describe_data(corpora: Corpora, *, scored: int) -> dict[str, Any]:
 
 def _costs(task: Task, *, elapsed_s: float) -> dict[str, Any]:
     """What was spent, stage by stage. Stages reused from an earlier run count with what they cost then."""
-    shape = None
-    stages = []
+    shape: ModelShape | None = None
+    stages: list[dict[str, Any]] = []
+    total_seconds = total_tflops = 0.0
     for cost in task.costs():
         if cost.work != "none" and shape is None:
             shape = ModelShape.from_model(skeleton(task.model_settings))
@@ -306,11 +309,13 @@ def _costs(task: Task, *, elapsed_s: float) -> dict[str, Any]:
         counts = {"rows": cost.rows, "tokens": cost.tokens, "supervised_tokens": cost.supervised_tokens}
         seconds = round(cost.elapsed_s, 3)
         stages.append({"name": cost.name, "work": cost.work, **counts, "seconds": seconds, "tflops": tflops})
+        total_seconds += seconds
+        total_tflops += tflops
     return {
         "elapsed_s": round(elapsed_s, 3),
         "stages": stages,
-        "total_seconds": round(sum(stage["seconds"] for stage in stages), 3),
-        "total_tflops": sum(stage["tflops"] for stage in stages),
+        "total_seconds": round(total_seconds, 3),
+        "total_tflops": total_tflops,
     }
 
 

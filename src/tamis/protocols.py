@@ -39,6 +39,7 @@ class LayerConsumer(Protocol):
         ...
 
 
+@runtime_checkable
 class Projector(Protocol):
     """Turns per-sample gradients into features of fewer numbers, with inner products preserved in expectation."""
 

@@ -11,7 +11,7 @@ import hashlib
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["child_seed", "raw_words", "random_signs", "random_permutation", "random_subset", "random_uniform"]
+__all__ = ["child_seed", "random_permutation", "random_signs", "random_subset", "random_uniform", "raw_words"]
 
 
 def child_seed(root: int, *names: str | int) -> int:
@@ -29,13 +29,16 @@ def raw_words(seed: int, count: int) -> npt.NDArray[np.uint64]:
 def random_signs(seed: int, count: int) -> npt.NDArray[np.int8]:
     """``count`` independent signs, -1 or +1, one bit of the stream each, lowest bit of a word first."""
     words = raw_words(seed, -(-count // 64)).astype("<u8")
-    bits = np.unpackbits(words.view(np.uint8), bitorder="little")[:count]
-    return (bits.astype(np.int8) * 2 - 1).astype(np.int8)
+    signs = np.unpackbits(words.view(np.uint8), count=count, bitorder="little").view(np.int8)
+    signs *= 2  # in place: these arrays can have as many entries as a model has weights
+    signs -= 1
+    return signs
 
 
 def random_uniform(seed: int, count: int) -> npt.NDArray[np.float64]:
     """``count`` uniform numbers in [0, 1), the top 53 bits of each word."""
-    return (raw_words(seed, count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    numbers: npt.NDArray[np.float64] = (raw_words(seed, count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return numbers
 
 
 def random_permutation(seed: int, count: int) -> npt.NDArray[np.int64]:
@@ -44,7 +47,29 @@ def random_permutation(seed: int, count: int) -> npt.NDArray[np.int64]:
 
 
 def random_subset(seed: int, population: int, count: int) -> npt.NDArray[np.int64]:
-    """``count`` distinct indices out of ``range(population)``, ascending."""
-    if count > population:
+    """``count`` distinct indices out of ``range(population)``, ascending.
+
+    They are the first ``count`` different values of the stream of words modulo ``population`` (a bias below
+    ``population / 2**64``), or what those leave over if more than half is wanted: work and memory follow ``count``,
+    so that a few thousand coordinates out of billions cost nothing.
+    """
+    if not 0 <= count <= population:
         raise ValueError(f"cannot take {count} distinct indices out of {population}")
-    return np.sort(random_permutation(seed, population)[:count])
+    if count > population // 2:
+        kept = np.ones(population, dtype=np.bool_)
+        kept[_first_distinct(seed, population, population - count)] = False
+        return np.flatnonzero(kept).astype(np.int64)
+    return np.sort(_first_distinct(seed, population, count))
+
+
+def _first_distinct(seed: int, population: int, count: int) -> npt.NDArray[np.int64]:
+    """The first ``count`` (at most half of ``population``) different values of the stream, in its order."""
+    drawn = count
+    while True:
+        drawn += drawn // 2 + 16
+        # A longer draw starts with the shorter one, so how often we try does not change the answer.
+        values = (raw_words(seed, drawn) % np.uint64(max(population, 1))).astype(np.int64)
+        _, firsts = np.unique(values, return_index=True)
+        if len(firsts) >= count:
+            distinct: npt.NDArray[np.int64] = values[np.sort(firsts)[:count]]
+            return distinct

@@ -17,7 +17,7 @@ from pathlib import PurePosixPath
 from typing import Any, Literal, TypeVar
 
 from tamis.errors import InvalidSettings
-from tamis.select.budget import describe_budget, parse_budget
+from tamis.selection.budget import describe_budget, parse_budget
 
 __all__ = [
     "GRADIENT_METHODS",
@@ -137,7 +137,6 @@ class DoctorSettings:
     sample: int = 1000  # rows of each corpus that are tokenized for the counts, evenly spaced; 0: all
     check_rows: int = 4  # rows used by the numeric checks
     numeric: bool = True  # whether weights are loaded and the numeric checks run
-    seed: int = 0
     max_length: int = 2048
     dtype: Dtype = "auto"
     device: str = "auto"
@@ -158,7 +157,6 @@ class DoctorSettings:
         _at_least("preview", self.preview, 0)
         _at_least("sample", self.sample, 0)
         _at_least("check_rows", self.check_rows, 2)
-        _at_least("seed", self.seed, 0)
         _at_least("max_length", self.max_length, 2)
         _check_not_empty(self, "model", "out", "device", "attention", "revision", "chat_template", "device_map")
 
@@ -184,7 +182,6 @@ class PlanSettings:
     measure: bool = False  # calibrate on a few batches on this machine instead of assuming a device
     compare: str | None = None  # folder (or manifest.json) of a finished run to check the plan against
     sample: int = 1000  # rows of each corpus that are tokenized, evenly spaced; 0: all
-    seed: int = 0
     max_length: int = 2048
     dtype: Dtype = "auto"
     device: str = "auto"
@@ -208,7 +205,6 @@ class PlanSettings:
         _check_plan_settings(self.set)
         _at_least("projection_dim", self.projection_dim, 1)
         _at_least("sample", self.sample, 0)
-        _at_least("seed", self.seed, 0)
         _at_least("max_length", self.max_length, 2)
         _at_least("batch_tokens", self.batch_tokens, 1)
         if self.utilisation is not None and not 0 < self.utilisation <= 1:

@@ -17,7 +17,17 @@ if TYPE_CHECKING:  # only annotations need it, and `tamis --help` must not wait 
     import torch
     from torch import Tensor
 
-__all__ = ["Batch", "Budget", "Example", "IntArray", "FloatArray", "LayerSpec", "RowFormat", "TargetScores", "TokenizedExample"]
+__all__ = [
+    "Batch",
+    "Budget",
+    "Example",
+    "FloatArray",
+    "IntArray",
+    "LayerSpec",
+    "RowFormat",
+    "TargetScores",
+    "TokenizedExample",
+]
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]

@@ -249,6 +249,8 @@ def _matches(text: str, kind: str) -> list[Path | None]:
         raise InvalidInput(f"{kind} {text} is a folder; name its files, for example '{text.rstrip('/')}/*.jsonl'")
     if path.exists():
         return [path]
+    if _names_hub(text):
+        return [None]
     if glob.has_magic(text):
         found: list[Path | None] = [
             Path(match)
@@ -260,12 +262,17 @@ def _matches(text: str, kind: str) -> list[Path | None]:
                 f"{kind} {text} matches no file; check the pattern (quote it, so that the shell leaves it)"
             )
         return found
-    is_hub_id = _HUB_ID.fullmatch(text) and not text.endswith(_DATA_SUFFIXES) and not text.startswith((".", "~"))
-    if is_hub_id and not Path(text.split("/")[0]).is_dir():
-        return [None]
     raise InvalidInput(
         f"{kind} {text} does not exist; check the path (a hub dataset is written org/name[:config][@split])"
     )
+
+
+def _names_hub(text: str) -> bool:
+    """``org/name...`` that is no path: neither ends like a data file nor starts with a folder that is here."""
+    match = _HUB_ID.fullmatch(text)
+    if match is None or match["name"].endswith(_DATA_SUFFIXES) or text.startswith((".", "~")):
+        return False
+    return not Path(text.split("/")[0]).is_dir()
 
 
 def _open_path(path: Path, name: str) -> RowFile:

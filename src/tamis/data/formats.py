@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -137,7 +136,8 @@ def _messages(row: Mapping[str, Any], name: str) -> tuple[Mapping[str, Any], ...
     if isinstance(value, str):
         raise RowError(name, "expected a list of messages, got a string; write the list itself, not its JSON text")
     if not isinstance(value, Sequence):
-        raise RowError(name, f"expected a list of messages, got {_kind(value)}")
+        problem = f"expected a list of messages, got {_kind(value)}" if name in row else "the field is missing; add it"
+        raise RowError(name, problem)
     if not value:
         raise RowError(name, "the list of messages is empty; give at least a user and an assistant message")
     for position, message in enumerate(value):
@@ -326,9 +326,6 @@ def trained_text(content: Content) -> str:
     return "\n".join(_content_text(m) + call for m, call in zip(content.messages, calls, strict=True))
 
 
-_SPACE = re.compile(r"\s+")
-
-
 def prompt_text(content: Content) -> str:
     """What the user asked before the last answer, in lower case with single spaces; empty if the row has no prompt.
 
@@ -341,4 +338,4 @@ def prompt_text(content: Content) -> str:
     else:
         last = max(i for i, message in enumerate(content.messages) if message["role"] == "assistant")
         asked = "\n".join(_content_text(m) for m in content.messages[:last] if m["role"] == "user")
-    return _SPACE.sub(" ", asked).strip().lower()
+    return " ".join(asked.split()).lower()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -26,6 +27,8 @@ from tamis.errors import BadRow, InvalidInput, InvalidSettings, Unsupported
 from tamis.types import Example, TokenizedExample
 
 __all__ = ["ALGORITHM", "Renderer"]
+
+logger = logging.getLogger(__name__)
 
 ALGORITHM = "render-v1"
 
@@ -78,6 +81,7 @@ class Renderer:
             )
         self.max_length = max_length
         self._tokenizer = tokenizer
+        self._told_of_tools = False
         self._finders: dict[str, TurnFinder] = {}
         self._template = _template_text(chat_template)
         notes = []
@@ -106,7 +110,7 @@ class Renderer:
             "special_tokens": {k: str(v) for k, v in sorted(self._tokenizer.special_tokens_map.items())},
             "max_length": self.max_length,
         }
-        if "strftime_now" in self._finder(None).template.variables:
+        if "strftime_now" in self._finder(None).template.names:
             identity["date"] = date.today().isoformat()
         return identity
 
@@ -161,9 +165,9 @@ class Renderer:
 
     def _encode_plain(self, example: Example) -> _Encoded:
         """Plain strings: the end-of-sequence token is appended unless it is there, the prompt carries no label."""
-        prompt, text = example.prompt or "", example.text or example.completion or ""
+        prompt, rest = example.prompt or "", example.text or example.completion or ""
         end = self._tokenizer.eos_token
-        text = prompt + text + (end if end and not text.endswith(end) else "")
+        text = prompt + rest + (end if end and not rest.endswith(end) else "")
         ids, offsets = self._tokenize(text, add_special_tokens=True)
         first = 0
         if example.prompt is not None:
@@ -173,6 +177,9 @@ class Renderer:
 
     def _encode_messages(self, example: Example) -> _Encoded:
         finder = self._finder(example.tools)
+        if example.tools and "tools" not in finder.template.names and not self._told_of_tools:
+            logger.warning("%s, row %d: has tools, but the chat template writes none", example.file, example.row)
+            self._told_of_tools = True  # said once: it holds for every such row
         messages = [_prepared(message, finder.takes_parts) for message in example.messages]
         variables = {"tools": list(example.tools) if example.tools else None, **example.template_kwargs}
         text = finder.apply(messages, **variables)
@@ -180,7 +187,9 @@ class Renderer:
         ids, offsets = self._tokenize(text, add_special_tokens=False)
         if example.prompt_messages:
             prompt = finder.apply(messages[: example.prompt_messages], generation_prompt=True, **variables)
-            _check_completion(messages, example.prompt_messages, marked, text)
+            for k, message in enumerate(messages):
+                if k >= example.prompt_messages and message["role"] == "assistant":
+                    check_answer(k, message, finder.written(k, text, marked) or text)
             first = common_prefix(self._tokenize(prompt, add_special_tokens=False)[0], ids)
             return _Encoded(text, ids, offsets, np.arange(len(ids)) >= first)
         if finder.template.has_generation_marks:
@@ -207,8 +216,8 @@ class Renderer:
             for span in marked.generated:
                 supervised[slice(*_tokens_of(span, offsets))] = True
             for k, message in enumerate(messages):
-                if message["role"] == "assistant" and len(marked.turns.get(k, [])) == 1:
-                    check_answer(k, message, text[slice(*marked.turns[k][0])])
+                if message["role"] == "assistant" and finder.written(k, text, marked):
+                    check_answer(k, message, finder.written(k, text, marked))
         else:
             mask = self._tokenizer.apply_chat_template(
                 list(messages),
@@ -260,7 +269,7 @@ def _template_text(given: str | None) -> str | None:
 
 def _notes(finder: TurnFinder) -> list[str]:
     notes = []
-    if "strftime_now" in finder.template.variables:
+    if "strftime_now" in finder.template.names:
         notes.append(
             "The chat template writes today's date, so ids change from day to day; pass a template with a fixed date "
             "to resume a run on another day."
@@ -286,13 +295,6 @@ def _prepared(message: Mapping[str, Any], takes_parts: bool) -> dict[str, Any]:
     if isinstance(content, Sequence) and not isinstance(content, str) and not takes_parts:
         kept["content"] = "".join(part["text"] for part in content)
     return kept
-
-
-def _check_completion(messages: Sequence[Mapping[str, Any]], first: int, marked: MarkedText | None, text: str) -> None:
-    for k, message in enumerate(messages):
-        if k >= first and message["role"] == "assistant":
-            regions = marked.turns.get(k, []) if marked is not None else []
-            check_answer(k, message, text[slice(*regions[0])] if len(regions) == 1 else text)
 
 
 def _tokens_of(span: Span, offsets: npt.NDArray[np.int64]) -> tuple[int, int]:

@@ -17,7 +17,6 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
-import jinja2.meta
 import jinja2.sandbox
 from jinja2 import nodes
 from jinja2.parser import Parser
@@ -47,7 +46,7 @@ class MarkedTemplate:
         self.source = source
         environment = _environment()
         tree = environment.parse(source)
-        self.variables: frozenset[str] = frozenset(jinja2.meta.find_undeclared_variables(tree))
+        self.names: frozenset[str] = frozenset(name.name for name in tree.find_all(nodes.Name))
         self.has_generation_marks: bool = any(_is_mark(node) for node in tree.find_all(nodes.TemplateData))
         _mark_loops(tree)
         code = environment.compile(tree)

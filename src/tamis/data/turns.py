@@ -36,7 +36,8 @@ _OPENING_IN_TRL = {
 
 # Names under which a message's reasoning comes; Transformers fills in the first from the others.
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
-_CLOSING_TAG = re.compile(r"</[^<>\s]+>")
+_REASONING_TAG = re.compile(r"<[^<>]*think[^<>]*>")
+_TAG = re.compile(r"</?[^<>\s]+>")
 
 # Probes: texts that no template writes by itself, and whose first characters differ from any opening.
 _QUESTION, _ANSWER = "\u00a7q1", "\u00a7a1"
@@ -96,6 +97,11 @@ class TurnFinder:
         except TEMPLATE_ERRORS:
             return None
         return marked if marked.text == text else None
+
+    def written(self, k: int, text: str, marked: MarkedText | None) -> str:
+        """What message ``k`` wrote, without the opening of its turn; empty if that cannot be told."""
+        regions = marked.turns.get(k, []) if marked is not None else []
+        return text[slice(*regions[0])].removeprefix(self.opening or "") if len(regions) == 1 else ""
 
     def answers(
         self, messages: Sequence[Message], text: str, marked: MarkedText | None, **variables: Any
@@ -189,8 +195,8 @@ class TurnFinder:
     def _opening(self, prompt: str | None) -> str | None:
         """What belongs to the prompt of a turn: the start that probe answers share with the generation prompt.
 
-        Shared by a first and by a last answer: thinking models add to the prompt what only a last answer has.
-        None if the probes could not be followed.
+        Shared by a first and by a last answer: thinking models add to the prompt what only a last answer has. A tag
+        that opens the reasoning belongs to the answer even so, as in TRL. None if the probes could not be followed.
         """
         known = _OPENING_IN_TRL.get(hashlib.sha256(self._source.encode()).hexdigest())
         if known is not None:
@@ -204,7 +210,9 @@ class TurnFinder:
             for k, spans in marked.turns.items()
             if k % 2 == 1
         ]
-        return prompt[: min(common_prefix(prompt, answer) for answer in written)] if written else None
+        if not written:
+            return None
+        return _REASONING_TAG.split(prompt[: min(common_prefix(prompt, answer) for answer in written)])[0]
 
     def _takes_parts(self) -> bool:
         """Whether the template takes content as a list of parts, rather than printing the list or failing."""
@@ -226,7 +234,7 @@ class TurnFinder:
 
 
 def check_answer(k: int, message: Message, written: str) -> None:
-    """That the template wrote the answer, or all of it after its last closing tag (earlier reasoning may go).
+    """That the template wrote the answer, or at least its last part between tags: reasoning before it may go.
 
     Raises:
         TurnError: it did not.
@@ -235,8 +243,8 @@ def check_answer(k: int, message: Message, written: str) -> None:
     answer = content if isinstance(content, str) else "".join(part["text"] for part in content)
     answer = answer.strip()
     if answer and answer not in written:
-        rest = _CLOSING_TAG.split(answer)[-1].strip()
-        if not rest or rest == answer or rest not in written:
+        parts = [part.strip() for part in _TAG.split(answer) if part.strip()]
+        if not parts or parts[-1] not in written:
             raise TurnError(
                 k, "the chat template rewrites or drops this answer; use another template or remove the row"
             )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import TypeVar, cast
 
+import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
@@ -14,17 +16,17 @@ Obj = TypeVar("Obj")
 
 def rank() -> int:
     """0 to ``world_size() - 1``."""
-    return int(PartialState().process_index)
+    return int(_state().process_index)
 
 
 def local_rank() -> int:
     """The process's number on its own machine; picks its device."""
-    return int(PartialState().local_process_index)
+    return int(_state().local_process_index)
 
 
 def world_size() -> int:
     """Processes of the run, over all machines."""
-    return int(PartialState().num_processes)
+    return int(_state().num_processes)
 
 
 def is_main() -> bool:
@@ -34,7 +36,7 @@ def is_main() -> bool:
 
 def barrier() -> None:
     """Wait until every process is here."""
-    PartialState().wait_for_everyone()
+    _state().wait_for_everyone()
 
 
 def gather_objects(mine: Obj) -> list[Obj]:
@@ -45,3 +47,16 @@ def gather_objects(mine: Obj) -> list[Obj]:
     gathered: list[Obj | None] = [None] * size
     dist.all_gather_object(gathered, mine)
     return cast("list[Obj]", gathered)
+
+
+def _state() -> PartialState:
+    # Several processes without an accelerator speak gloo, but Accelerate starts it only if it is told so; otherwise
+    # each of them would take itself for the only one and do all the work.
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on")
+    return PartialState(cpu=launched and (asked or not _has_accelerator()))
+
+
+def _has_accelerator() -> bool:
+    # torch.accelerator, which knows every kind, came with PyTorch 2.6.
+    return bool(getattr(torch, "accelerator", torch.cuda).is_available())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from tamis.errors import InvalidSettings
@@ -72,10 +72,5 @@ def make_projector(name: str, *, dim: int | None = None, seed: int = 0) -> AnyPr
         dim = DEFAULT_DIMS[name]
     if dim < 1:
         raise InvalidSettings(f"projection_dim must be at least 1, got {dim}")
-    if name == "factorized":
-        return FactorizedProjector(dim=dim, seed=seed)
-    if name == "rademacher":
-        return RademacherProjector(dim=dim, seed=seed)
-    if name == "hadamard":
-        return HadamardProjector(dim=dim, seed=seed)
-    return MaskProjector(dim=dim, seed=seed)
+    factory: Callable[..., AnyProjector] = PROJECTIONS[name]
+    return factory(dim=dim, seed=seed)

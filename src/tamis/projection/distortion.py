@@ -137,8 +137,9 @@ def factorized_sd(
     for layer in layers:
         a, b = x[layer.name], y[layer.name]
         rows, columns = layer.shape
-        k_out = projector.dim if rows > projector.dim else None
-        k_in = projector.dim if columns > projector.dim else None
+        kept_rows, kept_columns = projector.layer_shape(layer)
+        k_out = None if kept_rows == rows else kept_rows
+        k_in = None if kept_columns == columns else kept_columns
         variance += factorized_variance(a, b, k_out=k_out, k_in=k_in)
         x_squared += float(a.double().square().sum())
         y_squared += float(b.double().square().sum())

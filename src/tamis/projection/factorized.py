@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -14,7 +14,11 @@ from tamis.types import LayerSpec
 
 __all__ = ["FactorizedProjector"]
 
+Side = Literal["out", "in"]
+
 _ALGORITHM = "factorized-v1"
+
+_WHOLE_RANK = 64  # the rank side of an adapter's factors stays whole up to here
 
 
 class FactorizedProjector:
@@ -25,8 +29,9 @@ class FactorizedProjector:
     text; their variance is in ``projection/distortion.py`` and is larger than that of a dense projection of the same
     size.
 
-    A side of at most ``dim`` features is left whole: projecting it would only lose. The factors of a LoRA adapter
-    are whole on their rank side for that reason, and only their long side is projected.
+    A side of at most ``dim`` features is left whole: projecting it would only lose. So is the rank side of a LoRA
+    factor (``lora_A``, ``lora_B``) up to rank 64, whatever ``dim``: a rank-32 adapter cut to 16 would lose half of
+    the little it has. Only its long side is projected.
 
     Args:
         dim: numbers per side, so that a layer has ``dim * dim`` of them at most.
@@ -46,7 +51,10 @@ class FactorizedProjector:
     def layer_shape(self, layer: LayerSpec) -> tuple[int, int]:
         """``(k_out, k_in)``: the shape of one layer's feature."""
         rows, columns = layer.shape
-        return min(rows, self.dim), min(columns, self.dim)
+        return (
+            rows if self._is_whole(layer, "out") else self.dim,
+            columns if self._is_whole(layer, "in") else self.dim,
+        )
 
     def output_dim(self, layers: Sequence[LayerSpec]) -> int:
         """Numbers per sample: ``k_out * k_in`` of every layer, in the order of ``layers``."""
@@ -65,8 +73,8 @@ class FactorizedProjector:
         key = (layer.name, rows, columns, torch.device(device), dtype)
         if key not in self._sides:
             self._sides[key] = (
-                self._side(layer.name, "out", rows, torch.device(device), dtype),
-                self._side(layer.name, "in", columns, torch.device(device), dtype),
+                self._side(layer, "out", torch.device(device), dtype),
+                self._side(layer, "in", torch.device(device), dtype),
             )
         return self._sides[key]
 
@@ -84,10 +92,16 @@ class FactorizedProjector:
             feature = p_out.T @ feature  # (B, k_out, k_in)
         return feature.flatten(1)
 
-    def _side(self, name: str, side: str, size: int, device: torch.device, dtype: torch.dtype) -> Tensor | None:
-        if size <= self.dim:
+    def _is_whole(self, layer: LayerSpec, side: Side) -> bool:
+        size = layer.shape[0 if side == "out" else 1]
+        rank_side: Side | None = "out" if "lora_A" in layer.name else "in" if "lora_B" in layer.name else None
+        return size <= (max(self.dim, _WHOLE_RANK) if side == rank_side else self.dim)
+
+    def _side(self, layer: LayerSpec, side: Side, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+        if self._is_whole(layer, side):
             return None
-        seed = child_seed(self.seed, _ALGORITHM, name, side)
+        size = layer.shape[0 if side == "out" else 1]
+        seed = child_seed(self.seed, _ALGORITHM, layer.name, side)
         signs = torch.from_numpy(random_signs(seed, size * self.dim)).view(size, self.dim)
         matrix: Tensor = signs.to(torch.float64) / self.dim**0.5
         return matrix.to(device=device, dtype=dtype)

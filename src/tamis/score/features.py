@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tamis.collect import Corpus, Task
+from tamis.collect import Task
+from tamis.corpus import Corpus
 from tamis.errors import InvalidInput, NonFinite
 from tamis.maths.similarity import cosines, inner_products, unit_rows
-from tamis.projection import AnyProjector, make_projector
 from tamis.store.manifest import fingerprint
 from tamis.store.reader import StageReader
 from tamis.types import Batch, FloatArray, IntArray
@@ -27,7 +27,6 @@ __all__ = [
     "FeatureFunction",
     "FeatureSpec",
     "RowScores",
-    "choose_projector",
     "parts_of",
     "rows_with_gradient",
     "scores_of_features",
@@ -57,16 +56,6 @@ class RowScores:
     grad_norm: FloatArray  # (n,) of the gradient, or of its projection, an estimate of it
     is_zero: npt.NDArray[np.bool_]  # (n,) pool rows without any gradient: their scores are 0
     is_zero_target: npt.NDArray[np.bool_]  # (M,) target rows without any gradient: so are theirs
-
-
-def choose_projector(task: Task, *, projection: str, projection_dim: int | None) -> AnyProjector:
-    """The projection of a method, unless the user chose one for the run; the run's seed.
-
-    Raises:
-        InvalidSettings: there is no such projection, or the dimension does not suit it.
-    """
-    dim = projection_dim if task.projection_dim is None else task.projection_dim
-    return make_projector(task.projection or projection, dim=dim, seed=task.seed)
 
 
 def parts_of(batch: Batch, rows: int) -> list[Batch]:

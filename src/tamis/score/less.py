@@ -27,12 +27,11 @@ from tamis.gradients.per_sample import MaterialisedGradients, run_batch
 from tamis.maths.adam import ADAM_FORMS, AdamForm, adam_direction
 from tamis.model.source import resolve_source
 from tamis.model.targets import has_adapter
-from tamis.projection import AnyProjector, NoProjector, project_gradients
+from tamis.projection import AnyProjector, NoProjector, make_projector, project_gradients
 from tamis.score.features import (
     FeatureFunction,
     FeatureSpec,
     RowScores,
-    choose_projector,
     parts_of,
     rows_with_gradient,
     scores_of_features,
@@ -74,8 +73,7 @@ class Less:
         lora_alpha: its scale is ``lora_alpha / lora_rank``; None: twice the rank.
         moments: a Trainer checkpoint folder whose ``optimizer.pt`` belongs to the model given, which must be the
             adapter (or model) it was saved with. Then there is no warm-up, and that is the only checkpoint.
-        projection: "hadamard", "rademacher", "mask", "factorized", or "none" for exact numbers (streamed). The run's
-            own choice, if there is one, comes first.
+        projection: "hadamard", "rademacher", "mask", "factorized", or "none" for exact numbers (streamed).
         projection_dim: numbers of a feature (8192); per side of a layer for "factorized" (16).
         keep_features: store the pool's features, so that other targets reuse them. False: only scores are stored.
         feature_dtype: "float16", in units of each row's largest entry, or "float32".
@@ -223,7 +221,7 @@ class Less:
 
     def _at(self, task: Task, folder: Path) -> RowScores:
         """Scores at one checkpoint, whose model is the task's and whose moments lie in ``folder``."""
-        projector = choose_projector(task, projection=self.projection, projection_dim=self.projection_dim)
+        projector = make_projector(self.projection, dim=self.projection_dim, seed=task.seed)
         identity: dict[str, Any] = {"projection": projector.identity}
         adam = {"form": self.form, "moments": _digest(folder)}
 

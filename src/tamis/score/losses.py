@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tamis.collect import Corpus, Task
+from tamis.collect import Task
+from tamis.corpus import Corpus
 from tamis.model.loss import per_sample_losses, require_finite
 from tamis.types import Batch, FloatArray, IntArray
 

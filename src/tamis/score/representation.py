@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tamis.collect import Corpus, Task
+from tamis.collect import Task
+from tamis.corpus import Corpus
 from tamis.errors import InvalidSettings, NonFinite, Unsupported
 from tamis.maths.similarity import cosines
 from tamis.model.loss import evaluation_mode

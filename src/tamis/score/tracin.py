@@ -19,13 +19,12 @@ from tamis.collect import Task
 from tamis.errors import InvalidSettings
 from tamis.gradients.per_sample import per_sample_features
 from tamis.maths.similarity import row_norms
-from tamis.projection import NoProjector
+from tamis.projection import NoProjector, make_projector
 from tamis.score.exact import exact_scores
 from tamis.score.features import (
     FeatureFunction,
     FeatureSpec,
     RowScores,
-    choose_projector,
     rows_with_gradient,
     scores_of_features,
 )
@@ -50,8 +49,7 @@ class TracIn:
             that scores stay between -1 and 1; inner products are summed with them.
         checkpoints: model or adapter folders, or hub ids; empty: the model itself.
         learning_rates: one per checkpoint. Empty: read from the folders where training wrote them down, else all 1.
-        projection: "factorized", "rademacher", "hadamard", "mask", or "none" for exact numbers. The run's own choice,
-            if there is one, comes first.
+        projection: "factorized", "rademacher", "hadamard", "mask", or "none" for exact numbers.
         projection_dim: per side of a layer for "factorized" (16), numbers of the whole feature for the others (8192).
         include_head: count the LM head too.
         length_power: with "dot" only, scores are multiplied by (supervised tokens of the pool row) ** length_power;
@@ -141,7 +139,7 @@ class TracIn:
 
     def _is_mean(self, task: Task) -> bool:
         """Exact gradients against each target's mean: the one form that knows no single target rows."""
-        return (task.projection or self.projection) == "none" and task.aggregate == "mean"
+        return self.projection == "none" and task.aggregate == "mean"
 
     def _checkpoints(self, task: Task) -> tuple[list[Task], np.ndarray[tuple[int], np.dtype[np.float64]]]:
         """The task at every checkpoint, and their learning rates."""
@@ -161,7 +159,7 @@ class TracIn:
         return points, np.ones(len(points))
 
     def _at(self, task: Task) -> RowScores:
-        projector = choose_projector(task, projection=self.projection, projection_dim=self.projection_dim)
+        projector = make_projector(self.projection, dim=self.projection_dim, seed=task.seed)
         if isinstance(projector, NoProjector):
             return exact_scores(
                 task,

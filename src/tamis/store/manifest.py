@@ -28,8 +28,11 @@ __all__ = [
     "first_difference",
     "read_manifest",
     "read_plan",
+    "refuse_other_format",
     "refuse_other_spec",
     "stage_path",
+    "write_manifest",
+    "write_plan",
 ]
 
 FORMAT = 1  # raised whenever an older reader would misread what is written

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,9 @@ __all__ = [
     "NUMPY_DTYPES",
     "Column",
     "ShardHeader",
+    "StoredTensor",
     "bfloat16_to_float32",
+    "corrupted",
     "encode_shard",
     "offsets_name",
     "read_header",
@@ -161,16 +164,16 @@ def read_header(path: Path) -> ShardHeader:
             header_bytes = file.read(length)
         header = json.loads(header_bytes)
         about = json.loads(header.pop("__metadata__")[_OWN_KEY])
-        tensors = {
-            name: StoredTensor(
-                dtype=t["dtype"], shape=tuple(t["shape"]), begin=t["data_offsets"][0], end=t["data_offsets"][1]
-            )
-            for name, t in header.items()
-        }
-        # Comparing bytes leaves no spelling of the same content through, not even another kind of white space.
+        tensors: dict[str, StoredTensor] = {}
+        at = 0
+        for name, t in header.items():
+            begin, at = at, at + NUMPY_DTYPES[t["dtype"]].itemsize * math.prod(t["shape"])
+            tensors[name] = StoredTensor(dtype=t["dtype"], shape=tuple(t["shape"]), begin=begin, end=at)
+        # Comparing bytes leaves no spelling of the same content through, not even another kind of white space, and
+        # with the offsets computed again none but the right ones.
         if _header_bytes(about, tensors) != length_bytes + header_bytes:
             raise ValueError("header is spelled differently")
-        if size != 8 + length + max((t.end for t in tensors.values()), default=0):
+        if size != 8 + length + at:
             raise ValueError("file has another length")
         found = ShardHeader(
             fingerprint=about["fingerprint"],

@@ -249,7 +249,8 @@ def _check_start(
 
 
 def _check_losses(losses: Tensor, rows: IntArray, step: int, name_of: Callable[[int], str]) -> None:
-    bad = ~torch.isfinite(losses.detach())
+    losses = losses.detach()
+    bad = ~torch.isfinite(losses)
     if bool(bad.any()):
         named = ", ".join(f"{name_of(int(rows[i]))} ({float(losses[i])})" for i in bad.nonzero().flatten().tolist())
         raise NonFinite(

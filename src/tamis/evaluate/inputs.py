@@ -1,0 +1,161 @@
+"""What ``doctor`` and ``plan`` see before any weight is loaded: sampled, tokenized rows and a model's bare shapes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tamis.data.examples import Examples, read_examples
+from tamis.data.render import Renderer
+from tamis.errors import BadRow, InvalidInput
+from tamis.model.load import ModelSettings
+from tamis.model.source import resolve_source
+from tamis.protocols import Progress
+from tamis.types import Example, IntArray, RowFormat, TokenizedExample
+
+__all__ = ["CorpusSize", "SampledCorpus", "read_sample", "skeleton"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusSize:
+    """Rows and tokens, whole or estimated from a sample; ``squared_tokens`` is the sum of squared lengths."""
+
+    rows: int
+    tokens: float
+    supervised_tokens: float
+    squared_tokens: float
+
+    def times(self, factor: float) -> CorpusSize:
+        """The size of a part (or a multiple) of these rows with the same mix of lengths."""
+        return CorpusSize(
+            rows=round(self.rows * factor),
+            tokens=self.tokens * factor,
+            supervised_tokens=self.supervised_tokens * factor,
+            squared_tokens=self.squared_tokens * factor,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledCorpus:
+    """A pool or target whose every row was read and checked, and some of whose rows were tokenized."""
+
+    kind: Literal["pool", "target"]
+    examples: Examples
+    rows: IntArray  # (n,) rows that were tokenized, evenly spaced
+    tokenized: tuple[TokenizedExample | None, ...]  # (n,) None: could not be rendered
+    problems: tuple[str, ...]  # one line for each row that could not be read or rendered
+    seconds_per_row: float  # of rendering and tokenizing
+
+    @property
+    def usable(self) -> list[int]:
+        """Positions in ``rows`` of those with a supervised token."""
+        return [i for i, t in enumerate(self.tokenized) if t is not None and t.num_supervised > 0]
+
+    def example(self, position: int) -> Example:
+        """The row at a position of ``rows``, as read."""
+        return self.examples[int(self.rows[position])]
+
+    def size(self) -> CorpusSize:
+        """Usable rows and their tokens, scaled from the sample to the whole.
+
+        Raises:
+            InvalidInput: no sampled row is usable.
+        """
+        lengths = np.array([len(self._at(i).input_ids) for i in self.usable], dtype=np.float64)
+        supervised = sum(self._at(i).num_supervised for i in self.usable)
+        if not len(lengths):
+            first = f"; the first problem: {self.problems[0]}" if self.problems else ""
+            raise InvalidInput(f"no row of the {self.kind} carries a supervised token{first}")
+        sampled = CorpusSize(
+            rows=len(lengths),
+            tokens=float(lengths.sum()),
+            supervised_tokens=float(supervised),
+            squared_tokens=float((lengths**2).sum()),
+        )
+        return sampled.times(len(self.examples) / len(self.rows))
+
+    def _at(self, position: int) -> TokenizedExample:
+        found = self.tokenized[position]
+        assert found is not None
+        return found
+
+
+def read_sample(
+    paths: Sequence[str],
+    renderer: Renderer,
+    *,
+    kind: Literal["pool", "target"],
+    row_format: RowFormat | None,
+    on_bad_row: Literal["fail", "skip"],
+    sample: int,
+    progress: Progress,
+) -> SampledCorpus:
+    """Read and check all rows of ``paths``; tokenize ``sample`` of them, evenly spaced (0: all).
+
+    Raises:
+        BadRow: a row cannot be used and ``on_bad_row`` is "fail".
+        InvalidInput: a file cannot be used.
+    """
+    examples = read_examples(paths, row_format=row_format, on_bad_row=on_bad_row, kind=kind)
+    count = min(sample, len(examples)) if sample else len(examples)
+    rows = np.linspace(0, len(examples) - 1, count).round().astype(np.int64)
+    tokenized: list[TokenizedExample | None] = []
+    problems = [f"{bad.file}, row {bad.row} (0-based): {bad.problem}" for bad in examples.skipped]
+    started = time.perf_counter()
+    with progress.stage(f"tokenize {kind}", count, "rows") as advance:
+        for row in rows.tolist():
+            try:
+                tokenized.append(renderer.render(examples[row]))
+            except BadRow as problem:
+                if on_bad_row == "fail":
+                    raise
+                problems.append(str(problem))
+                tokenized.append(None)
+            advance(1)
+    return SampledCorpus(
+        kind=kind,
+        examples=examples,
+        rows=rows,
+        tokenized=tuple(tokenized),
+        problems=tuple(problems),
+        seconds_per_row=(time.perf_counter() - started) / count,
+    )
+
+
+def skeleton(settings: ModelSettings, *, lora_rank: int | None = None) -> nn.Module:
+    """The model with its adapter on PyTorch's ``meta`` device: every name and shape, no number, no download of weights.
+
+    ``lora_rank`` puts a fresh adapter on all its linear layers, unless the model is an adapter already.
+
+    Raises:
+        InvalidInput: the model's config cannot be read, or describes no causal language model.
+    """
+    source = resolve_source(settings.name, settings.revision)
+    base = source.base or source
+    try:
+        config = AutoConfig.from_pretrained(
+            base.name,
+            revision=base.revision,
+            trust_remote_code=settings.trust_remote_code,
+            **({"gguf_file": base.gguf_file} if base.gguf_file else {}),
+        )
+        adapter = None
+        if source.base is not None:
+            adapter = PeftConfig.from_pretrained(source.name, revision=source.revision)
+            adapter.inference_mode = False
+        elif lora_rank is not None:
+            adapter = LoraConfig(r=lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
+            return model if adapter is None else get_peft_model(model, adapter)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise InvalidInput(f"model '{settings.name}': its config cannot be used ({reason[:200]})") from error

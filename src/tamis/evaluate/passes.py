@@ -1,0 +1,227 @@
+"""What each method does to a pool, as passes over rows, and what these cost in operations, time, memory and disk.
+
+Pure arithmetic: no model, no disk. Memory is an estimate within a factor of two; the rest is counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from tamis.evaluate.devices import Rate
+from tamis.evaluate.flops import (
+    FACTORIZED_SIDE,
+    ModelShape,
+    feature_dim,
+    feature_flops,
+    forward_flops,
+    stage_flops,
+    weight_gradient_flops,
+)
+from tamis.evaluate.inputs import CorpusSize
+
+__all__ = ["MethodPlan", "MethodQuestion", "PassPlan", "landmark_tflops", "method_plan"]
+
+_DEFAULT_TOTAL_DIM = 8192  # numbers a row keeps under the projections that are not factorized
+_BYTES_BESIDE = 16  # scale, loss and norm of a row, stored with its feature
+_BYTES = {"float16": 2, "float32": 4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassPlan:
+    """One pass over rows, as a stage of a run will report it."""
+
+    name: str
+    work: Literal["forward", "gradient"]
+    size: CorpusSize
+    tflops: float  # of the model's passes, as a manifest counts them
+    feature_tflops: float = 0.0  # of turning them into features
+    disk_bytes: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodPlan:
+    """What one method costs at this pool."""
+
+    method: str
+    shortlist: str | None  # the cascade in front of it
+    scored_rows: int
+    passes: tuple[PassPlan, ...]
+    tflops: float  # all of it, features included
+    forward_passes: float  # the same in units of one forward pass over the whole pool
+    seconds: float  # of model work at the plan's rate; reading and tokenizing come on top
+    memory_bytes: float
+    disk_bytes: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodQuestion:
+    """What the estimate of one method depends on."""
+
+    shape: ModelShape
+    scored: CorpusSize  # the pool rows to score
+    pool: CorpusSize
+    target: CorpusSize
+    targets: int
+    values: Mapping[str, Any]  # the method's settings, defaults filled in
+    with_lora: Callable[[int], ModelShape]  # the shape of the model with a LoRA adapter of a rank on all its layers
+    projection: str | None = None
+    projection_dim: int | None = None
+
+    def model_pass(
+        self, name: str, work: Literal["forward", "gradient"], size: CorpusSize, *, shape: ModelShape | None = None
+    ) -> PassPlan:
+        """A pass whose outputs are a few numbers a row."""
+        flops = stage_flops(shape or self.shape, work, size.tokens, size.supervised_tokens, size.squared_tokens)
+        return PassPlan(name=name, work=work, size=size, tflops=flops / 1e12)
+
+    def feature_pass(self, name: str, size: CorpusSize, *, shape: ModelShape | None = None, kept: bool) -> PassPlan:
+        """A gradient pass that keeps one projected gradient a row."""
+        shape = shape or self.shape
+        projection = self.projection or str(self.values["projection"])
+        dim = self.projection_dim or self.values["projection_dim"]
+        if dim is None:
+            dim = FACTORIZED_SIDE if projection == "factorized" else _DEFAULT_TOTAL_DIM
+        numbers = feature_dim(shape, projection, int(dim))
+        stored = kept and projection != "none"  # exact gradients are compared as they pass
+        row_bytes = numbers * _BYTES[self.values["feature_dtype"]] if stored else 4 * max(1, self.target.rows)
+        return replace(
+            self.model_pass(name, "gradient", size, shape=shape),
+            feature_tflops=feature_flops(shape, projection, int(dim), rows=size.rows, tokens=size.tokens) / 1e12,
+            disk_bytes=float(size.rows) * (row_bytes + _BYTES_BESIDE),
+        )
+
+
+def _without_model(question: MethodQuestion) -> list[PassPlan]:
+    return []
+
+
+def _mid_ppl(question: MethodQuestion) -> list[PassPlan]:
+    return [question.model_pass("losses (pool)", "forward", question.scored)]
+
+
+def _rds(question: MethodQuestion) -> list[PassPlan]:
+    passes = []
+    for name, size in (("pool", question.scored), ("target", question.target)):
+        one_position = replace(size, supervised_tokens=float(size.rows))  # all that the LM head gets to see
+        made = question.model_pass(f"hidden states ({name})", "forward", one_position)
+        passes.append(replace(made, disk_bytes=4.0 * question.shape.hidden * size.rows))
+    return passes
+
+
+def _loss_drop(question: MethodQuestion) -> list[PassPlan]:
+    values = question.values
+    adapted = question.with_lora(int(values["lora_rank"]))
+    one_target = question.target.times(1 / question.targets)
+    seen = one_target.times(int(values["steps"]) * int(values["batch_rows"]) / max(1, one_target.rows))
+    passes = [question.model_pass("losses (pool)", "forward", question.scored)]
+    for _ in range(question.targets):
+        passes.append(question.model_pass("warm-up on a target", "gradient", seen, shape=adapted))
+        passes.append(question.model_pass("losses after it (pool)", "forward", question.scored, shape=adapted))
+    return passes
+
+
+def _tracin(question: MethodQuestion) -> list[PassPlan]:
+    values = question.values
+    passes = []
+    for _ in range(max(1, len(values["checkpoints"]))):
+        passes.append(question.feature_pass("gradients (target)", question.target, kept=True))
+        passes.append(question.feature_pass("gradients (pool)", question.scored, kept=bool(values["keep_features"])))
+    return passes
+
+
+def _less(question: MethodQuestion) -> list[PassPlan]:
+    values = question.values
+    adapted = question.with_lora(int(values["lora_rank"]))
+    passes = []
+    if values["moments"] is None:
+        # The method warms up on a share of the pool, but on no fewer rows than four updates need.
+        rows = max(math.ceil(values["warmup_share"] * question.pool.rows), 4 * int(values["warmup_batch_rows"]))
+        seen = question.pool.times(min(rows, question.pool.rows) * values["warmup_epochs"] / question.pool.rows)
+        passes.append(question.model_pass("warm-up (LoRA)", "gradient", seen, shape=adapted))
+    for _ in range(int(values["warmup_epochs"]) if values["moments"] is None else 1):
+        passes.append(question.feature_pass("gradients (target)", question.target, shape=adapted, kept=True))
+        kept = bool(values["keep_features"])
+        passes.append(question.feature_pass("Adam directions (pool)", question.scored, shape=adapted, kept=kept))
+    return passes
+
+
+_PASSES: dict[str, Callable[[MethodQuestion], list[PassPlan]]] = {
+    "uniform": _without_model,
+    "length": _without_model,
+    "bm25": _without_model,
+    "mid-ppl": _mid_ppl,
+    "rds+": _rds,
+    "loss-drop": _loss_drop,
+    "tracin": _tracin,
+    "less": _less,
+}
+
+
+def method_plan(
+    method: str,
+    question: MethodQuestion,
+    rate: Rate,
+    *,
+    bytes_per_param: int,
+    batch_tokens: int,
+    shortlist: str | None = None,
+) -> MethodPlan:
+    """Passes, operations, time, memory and disk of one method.
+
+    Args:
+        method: a name of ``tamis.score.METHODS``.
+        question: rows, model and the method's settings.
+        rate: how fast the device is.
+        bytes_per_param: of the weights and activations.
+        batch_tokens: padded tokens per forward pass.
+        shortlist: named in the result if the scored rows come from one.
+    """
+    passes = tuple(_PASSES[method](question))
+    pool = question.pool
+    whole = forward_flops(question.shape, pool.tokens, pool.supervised_tokens, pool.squared_tokens) / 1e12
+    tflops = sum(p.tflops + p.feature_tflops for p in passes)
+    speed = {"forward": rate.forward / 1e12, "gradient": rate.gradient / 1e12}
+    return MethodPlan(
+        method=method,
+        shortlist=shortlist,
+        scored_rows=question.scored.rows,
+        passes=passes,
+        tflops=tflops,
+        forward_passes=tflops / whole,
+        seconds=sum((p.tflops + p.feature_tflops) / speed[p.work] for p in passes),
+        memory_bytes=_memory(question, passes, bytes_per_param=bytes_per_param, batch_tokens=batch_tokens),
+        disk_bytes=sum(p.disk_bytes for p in passes),
+    )
+
+
+def landmark_tflops(shape: ModelShape, pool: CorpusSize, *, landmarks: int = 4096, blocks: int = 4) -> float:
+    """Teraflops of the landmark scheme of influence distillation: cheap embeddings of all rows, gradients of a few.
+
+    After the cost column of *Influence Distillation* (2025): a forward-mode derivative costs twice the forward pass of
+    the blocks that it goes through; landmarks cost a forward and a backward pass, weight gradients included. The
+    paper's own figures (872 against 2800 TFLOP for 200,000 rows of a 7B model) count one token a row; this counts all.
+    """
+    through = forward_flops(shape, pool.tokens, 0, pool.squared_tokens) * min(1.0, blocks / shape.blocks)
+    few = pool.times(min(1.0, landmarks / pool.rows))
+    exact = stage_flops(shape, "gradient", few.tokens, few.supervised_tokens, few.squared_tokens)
+    return (2 * through + exact + weight_gradient_flops(shape, few.tokens)) / 1e12
+
+
+def _memory(question: MethodQuestion, passes: Sequence[PassPlan], *, bytes_per_param: int, batch_tokens: int) -> float:
+    """Weights, one batch's activations, and logits: within a factor of two of what an allocator reports."""
+    if not passes:
+        return 0.0
+    shape = question.shape
+    weights = float(shape.params * bytes_per_param)
+    tokens = max(batch_tokens, question.pool.tokens / question.pool.rows)
+    supervised = tokens * question.pool.supervised_tokens / question.pool.tokens
+    logits = supervised * shape.vocabulary * (bytes_per_param + 4)
+    if any(p.work == "gradient" for p in passes):
+        # Kept until the backward pass: about every matrix product's output and four residual-sized tensors a block.
+        kept = sum(m.out_features * m.count * m.active for m in shape.matrices) + 4 * shape.hidden * shape.blocks
+    else:
+        kept = 8 * shape.hidden
+    return weights + tokens * kept * bytes_per_param + logits

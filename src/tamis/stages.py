@@ -1,0 +1,80 @@
+"""A stage of work shared by the ranks: who computes which shard, what it cost, when it is finished."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tamis.model.processes import barrier, is_main, rank, world_size
+from tamis.store.writer import StageWriter
+
+__all__ = ["StageCost", "Work", "finish", "own_shards", "read_cost", "record_cost"]
+
+Work = Literal["none", "forward", "gradient", "training"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageCost:
+    """What one stage spent, summed over shards and ranks, including the runs before a resume."""
+
+    name: str
+    work: Work
+    rows: int
+    tokens: int
+    supervised_tokens: int
+    squared_tokens: int  # sum over rows of length squared: what attention pays
+    elapsed_s: float
+
+
+def read_cost(stage: Path) -> StageCost | None:
+    """Sum of the cost records of a stage, None if it wrote none."""
+    shards: dict[int, dict[str, Any]] = {}
+    for file in sorted(stage.glob("cost-*.jsonl")):
+        for line in file.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the last line of a killed run; its shard is computed again
+            shards[record["shard"]] = record
+    if not shards:
+        return None
+    records = list(shards.values())
+    return StageCost(
+        name=stage.name.rsplit("-", 1)[0],
+        work=records[0].get("work", "none"),
+        rows=sum(r.get("rows", 0) for r in records),
+        tokens=sum(r.get("tokens", 0) for r in records),
+        supervised_tokens=sum(r.get("supervised_tokens", 0) for r in records),
+        squared_tokens=sum(r.get("squared_tokens", 0) for r in records),
+        elapsed_s=sum(r["elapsed_s"] for r in records),
+    )
+
+
+def record_cost(stage: Path, shard: int, elapsed_s: float, **more: Any) -> None:
+    """Note what a shard cost, beside the shards and not in them: a resumed run must write the same bytes."""
+    with (stage / f"cost-{rank()}.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"shard": shard, "elapsed_s": round(elapsed_s, 4), **more}) + "\n")
+
+
+def own_shards(writer: StageWriter, advance: Callable[[int], None]) -> Iterator[int]:
+    """This rank's missing shards. Those already on disk are reported as progress at once."""
+    missing = set(writer.missing_shards())
+    for shard in range(writer.num_shards):
+        if shard % world_size() != rank():
+            continue
+        if shard in missing:
+            yield shard
+        else:
+            first, stop = writer.shard_range(shard)
+            advance(stop - first)
+
+
+def finish(writer: StageWriter) -> None:
+    """Close the stage when every rank has written its shards."""
+    barrier()  # every rank has written its shards
+    if is_main():
+        writer.finish()
+    barrier()  # the manifest is there for everyone

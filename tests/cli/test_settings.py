@@ -1,0 +1,151 @@
+"""Settings are checked when they are made, with messages that name the setting and suggest the nearest name."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+
+from tamis.errors import InvalidSettings
+from tamis.projection import PROJECTIONS
+from tamis.score import METHODS
+from tamis.settings import (
+    GRADIENT_METHODS,
+    METHOD_SUMMARIES,
+    PROJECTION_NAMES,
+    DoctorSettings,
+    PlanSettings,
+    SelectSettings,
+    from_dict,
+    nearest,
+    shortlist_parts,
+    target_parts,
+    to_dict,
+)
+
+REQUIRED: dict[str, Any] = {"model": "m", "pool": ("p.jsonl",), "target": ("t.jsonl",)}
+
+
+def test_the_listed_methods_and_projections_are_those_that_exist() -> None:
+    assert list(METHOD_SUMMARIES) == list(METHODS)
+    assert set(GRADIENT_METHODS) <= set(METHODS)
+    assert set(PROJECTION_NAMES) == set(PROJECTIONS)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("model", " ", "model=' ': expected a text that is not empty"),
+        ("pool", (), "pool: expected at least one file"),
+        ("target", ("=x",), "target='=x': expected a path or NAME=PATH"),
+        ("target", ("a/t.jsonl", "b/t.jsonl"), "two targets are called 't'"),
+        ("method", "tracn", "unknown method 'tracn', did you mean 'tracin'? (methods: uniform"),
+        ("set", {"two words": 1}, "'two words' is not the name of a method setting"),
+        ("set", {"a": {"b": 1}}, "set.a={'b': 1}: expected a text"),
+        ("set", {"a": float("nan")}, "set.a=nan: expected a finite number"),
+        ("budget", "many", "budget"),
+        ("budget", True, "budget"),
+        ("shortlist", "bm25", "shortlist='bm25': expected METHOD:MULTIPLE"),
+        ("shortlist", "bm52:5x", "unknown method 'bm52', did you mean 'bm25'?"),
+        ("shortlist", "bm25:0.5x", "at least the budget itself"),
+        ("shortlist", "tracin:5x", "uses the chosen method 'tracin' itself"),
+        ("aggregate", "max", "aggregate='max': expected one of round-robin, mean"),
+        ("shares", {"q": 1}, "there is no target called 'q' (targets: t)"),
+        ("shares", {"t": -1}, "not negative"),
+        ("shares", {"t": 0}, "all are zero"),
+        ("projection", "hadamrad", "did you mean 'hadamard'?"),
+        ("projection_dim", 0, "projection_dim=0: expected at least 1"),
+        ("seed", -1, "seed=-1: expected at least 0"),
+        ("seed", True, "seed=True: expected a whole number, got bool"),
+        ("max_length", 1, "max_length=1: expected at least 2"),
+        ("dtype", "bf16", "did you mean 'bfloat16'?"),
+        ("near_threshold", 1.5, "near_threshold=1.5"),
+        ("near_threshold", float("inf"), "expected a finite number"),
+        ("batch_tokens", 0, "batch_tokens=0"),
+        ("shard_rows", 0, "shard_rows=0"),
+        ("report", "yes", "report='yes': expected true or false, got str"),
+        ("out", "", "out='': expected a text that is not empty"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(setting: str, value: Any, message: str) -> None:
+    with pytest.raises(InvalidSettings) as caught:
+        SelectSettings(**{**REQUIRED, setting: value})
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_shares_are_named() -> None:
+    with pytest.raises(InvalidSettings, match="b has no share"):
+        SelectSettings(**{**REQUIRED, "target": ("a=x", "b=y")}, shares={"a": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"), [(500, "500"), (0.05, "5%"), ("5%", "5%"), ("200k-tokens", "200k-tokens"), (1.0, "100%")]
+)
+def test_a_budget_may_be_a_number_or_a_text(given: Any, kept: str) -> None:
+    assert SelectSettings(**REQUIRED, budget=given).budget == kept
+
+
+def test_lists_become_tuples_and_mappings_are_copied() -> None:
+    given = {"a": 1}
+    settings = SelectSettings(model="m", pool=["p"], target="t", set=given)  # type: ignore[arg-type]
+    given["a"] = 2
+    assert settings.pool == ("p",) and settings.target == ("t",) and settings.set == {"a": 1}
+    assert pickle.loads(pickle.dumps(settings)) == settings
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "path"),
+    [
+        ("data/gsm8k.jsonl", "gsm8k", "data/gsm8k.jsonl"),
+        ("maths=data/gsm8k.jsonl", "maths", "data/gsm8k.jsonl"),
+        ("./a=b.jsonl", "a=b", "./a=b.jsonl"),
+        ("targets/*.jsonl", "targets", "targets/*.jsonl"),
+        ("targets/mmlu_*.jsonl", "mmlu", "targets/mmlu_*.jsonl"),
+        ("org/squad@validation", "squad", "org/squad@validation"),
+        ("code=org/mbpp:full@test", "code", "org/mbpp:full@test"),
+    ],
+)
+def test_a_target_is_named_or_names_itself(text: str, name: str, path: str) -> None:
+    assert target_parts(text) == (name, path)
+
+
+def test_a_shortlist_is_a_method_and_a_multiple() -> None:
+    assert shortlist_parts("bm25:5x") == ("bm25", 5.0)
+    assert shortlist_parts("rds+:2.5") == ("rds+", 2.5)
+
+
+@pytest.mark.parametrize("cls", [SelectSettings, DoctorSettings, PlanSettings])
+def test_settings_survive_a_round_trip_through_plain_values(cls: type[Any]) -> None:
+    settings = cls(**REQUIRED)
+    assert from_dict(cls, to_dict(settings)) == settings
+
+
+def test_an_unknown_setting_suggests_the_nearest() -> None:
+    with pytest.raises(InvalidSettings, match=r"run\.yaml: unknown setting 'modle', did you mean 'model'\?"):
+        from_dict(SelectSettings, {**REQUIRED, "modle": "x"}, origin="run.yaml")
+    with pytest.raises(InvalidSettings, match="unknown setting 'drop-leaks', did you mean 'drop_leaks'"):
+        from_dict(SelectSettings, {**REQUIRED, "drop-leaks": True})
+    with pytest.raises(InvalidSettings, match="unknown setting 'zzz'; known are model, pool"):
+        from_dict(SelectSettings, {**REQUIRED, "zzz": True})
+
+
+def test_a_missing_setting_says_how_to_give_it() -> None:
+    with pytest.raises(InvalidSettings, match="pool is missing: pass --pool, or set 'pool' in the --config file"):
+        from_dict(SelectSettings, {"model": "m"})
+
+
+def test_plan_settings_name_the_method_they_are_for() -> None:
+    assert PlanSettings(**REQUIRED, set={"rds+.positions": "all"}).set
+    with pytest.raises(InvalidSettings, match=r"write METHOD\.NAME=VALUE"):
+        PlanSettings(**REQUIRED, set={"lora_rank": 4})
+    with pytest.raises(InvalidSettings, match=r"unknown method 'lss', did you mean 'less'"):
+        PlanSettings(**REQUIRED, set={"lss.lora_rank": 4})
+    with pytest.raises(InvalidSettings, match=r"utilisation=1\.5"):
+        PlanSettings(**REQUIRED, utilisation=1.5)
+
+
+def test_nearest_is_silent_when_nothing_is_near() -> None:
+    assert nearest("qqqq", ["alpha", "beta"]) == ""
+    assert nearest("alhpa", ["alpha", "beta"]) == ", did you mean 'alpha'?"

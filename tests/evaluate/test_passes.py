@@ -1,0 +1,123 @@
+"""What a method passes over the pool, and what that costs beside one forward pass."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tamis.errors import InvalidSettings
+from tamis.evaluate.devices import ASSUMED_UTILISATION, DEVICES, Rate, assumed_rate
+from tamis.evaluate.flops import Matrix, ModelShape
+from tamis.evaluate.inputs import CorpusSize
+from tamis.evaluate.passes import MethodPlan, MethodQuestion, landmark_tflops, method_plan
+from tamis.score import METHODS
+
+# A 7B model in round figures: 32 blocks of one 14000 x 15625 matrix each, no head, no attention.
+MATRICES = (Matrix(out_features=14000, in_features=15625, count=32),)
+SEVEN_B = ModelShape(
+    name="7B",
+    blocks=32,
+    hidden=4096,
+    vocabulary=0,
+    params=7 * 10**9,
+    matrices=MATRICES,
+    gradient_matrices=MATRICES,
+    attention_width=0,
+)
+ONE_TOKEN_EACH = CorpusSize(rows=200_000, tokens=200_000, supervised_tokens=200_000, squared_tokens=200_000)
+POOL = CorpusSize(rows=10_000, tokens=1e6, supervised_tokens=4e5, squared_tokens=2e8)
+TARGET = CorpusSize(rows=40, tokens=4e3, supervised_tokens=1e3, squared_tokens=5e5)
+RATE = Rate(device="x", forward=1e13, gradient=5e12, origin="by hand")
+
+
+def plan(method: str, *, scored: CorpusSize = POOL, targets: int = 1, **settings: Any) -> MethodPlan:
+    kind: Any = METHODS[method]
+    values = {f.name: getattr(kind(**settings), f.name) for f in dataclasses.fields(kind)}
+    question = MethodQuestion(
+        shape=SEVEN_B,
+        scored=scored,
+        pool=POOL,
+        target=TARGET,
+        targets=targets,
+        values=values,
+        with_lora=lambda rank: SEVEN_B,
+    )
+    return method_plan(method, question, RATE, bytes_per_param=2, batch_tokens=4096)
+
+
+def test_the_papers_own_figures_come_out_with_one_token_a_row() -> None:
+    # Influence Distillation (2025), Table 1: 2800 TFLOP for a forward pass over 200k rows of Llama-2-7B, 872 for
+    # landmarks with embeddings from 4 of 32 blocks. That is two operations a parameter and row, whatever its length.
+    question = MethodQuestion(
+        shape=SEVEN_B,
+        scored=ONE_TOKEN_EACH,
+        pool=ONE_TOKEN_EACH,
+        target=TARGET,
+        targets=1,
+        values={},
+        with_lora=lambda rank: SEVEN_B,
+    )
+    full = method_plan("mid-ppl", question, RATE, bytes_per_param=2, batch_tokens=4096)
+    assert full.tflops == pytest.approx(2800)
+    assert landmark_tflops(SEVEN_B, ONE_TOKEN_EACH) == pytest.approx(872, abs=1)
+
+
+def test_scores_without_a_model_cost_no_operation() -> None:
+    for method in ("uniform", "length", "bm25"):
+        found = plan(method)
+        assert (found.tflops, found.seconds, found.memory_bytes, found.disk_bytes) == (0, 0, 0, 0)
+        assert found.scored_rows == POOL.rows
+
+
+def test_passes_are_those_that_the_methods_make() -> None:
+    assert plan("mid-ppl").forward_passes == pytest.approx(1)
+    assert plan("rds+").forward_passes == pytest.approx(1, rel=0.01)
+    # Forward and activation backward: twice a forward pass without attention, the factorized sketch on top.
+    assert plan("tracin").forward_passes == pytest.approx(2, rel=0.02)
+    assert plan("tracin", checkpoints=("a", "b", "c")).forward_passes == pytest.approx(6, rel=0.02)
+    # 5 % of the pool for 4 epochs, then 4 checkpoints, twice a forward pass each, gradients formed and projected.
+    less = plan("less")
+    assert sum(p.tflops for p in less.passes) / plan("mid-ppl").tflops == pytest.approx(4 * 0.05 * 2 + 4 * 2, rel=0.02)
+    assert [p.work for p in less.passes].count("gradient") == 1 + 4 * 2
+    assert len(plan("less", moments="folder").passes) == 2
+
+
+def test_loss_drop_pays_for_every_target() -> None:
+    one, four = plan("loss-drop").forward_passes, plan("loss-drop", targets=4).forward_passes
+    assert one == pytest.approx(2, rel=0.05)
+    assert four == pytest.approx(5, rel=0.05)
+
+
+@given(st.floats(0.01, 1.0))
+def test_a_shortlist_costs_its_share(share: float) -> None:
+    whole, part = plan("tracin"), plan("tracin", scored=POOL.times(share))
+    on_pool = whole.passes[1].tflops
+    assert part.passes[1].tflops == pytest.approx(share * on_pool)
+    assert part.passes[0] == whole.passes[0]  # the target is scored against in full
+    assert part.scored_rows == round(share * POOL.rows)
+
+
+def test_time_is_operations_over_the_rate_of_their_kind() -> None:
+    assert plan("mid-ppl").seconds == pytest.approx(plan("mid-ppl").tflops * 1e12 / RATE.forward)
+    assert plan("tracin").seconds == pytest.approx(plan("tracin").tflops * 1e12 / RATE.gradient)
+
+
+def test_stored_features_are_counted_in_the_dtype_they_are_stored_in() -> None:
+    half = plan("tracin").passes[1].disk_bytes
+    single = plan("tracin", feature_dtype="float32").passes[1].disk_bytes
+    assert half == POOL.rows * (2 * 32 * 16 * 16 + 16)
+    assert single == POOL.rows * (4 * 32 * 16 * 16 + 16)
+    assert plan("tracin", keep_features=False).passes[1].disk_bytes < half / 50
+
+
+def test_devices_are_peaks_times_a_stated_part() -> None:
+    rate = assumed_rate("H100", "bfloat16", utilisation=None)
+    assert rate.forward == pytest.approx(DEVICES["h100"].half_tflops * ASSUMED_UTILISATION * 1e12)
+    assert "35% of a peak of 989 TFLOP/s in bfloat16" in rate.origin
+    assert assumed_rate("a100", "float32", utilisation=0.5).gradient == pytest.approx(19.5e12 / 2)
+    with pytest.raises(InvalidSettings, match=r"unknown device 'h1000', did you mean 'h100'\?"):
+        assumed_rate("h1000", "bfloat16", utilisation=None)
