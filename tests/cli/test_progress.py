@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from tamis.cli.progress import LiveProgress, PlainProgress, Rate, SilentProgress, choose_progress, time_text
+from tamis.cli.progress import LiveProgress, PlainProgress, Rate, choose_progress, time_text
+from tamis.progress import NoProgress
 
 
 class Clock:
@@ -93,11 +94,11 @@ def test_a_live_stage_shows_its_name_and_ends() -> None:
 
 
 def test_quiet_and_other_ranks_are_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert isinstance(choose_progress(console(), quiet=True), SilentProgress)
+    assert isinstance(choose_progress(console(), quiet=True), NoProgress)
     assert isinstance(choose_progress(console(), quiet=False), PlainProgress)
     assert isinstance(choose_progress(console(terminal=True), quiet=False), LiveProgress)
     monkeypatch.setenv("RANK", "3")
-    assert isinstance(choose_progress(console(terminal=True), quiet=False), SilentProgress)
+    assert isinstance(choose_progress(console(terminal=True), quiet=False), NoProgress)
 
 
 @pytest.mark.parametrize(

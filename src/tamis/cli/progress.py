@@ -18,9 +18,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 if TYPE_CHECKING:  # imports PyTorch
-    from tamis.protocols import Progress as ProgressProtocol
+    from tamis.progress import NoProgress
+from tamis.protocols import Progress as ProgressProtocol
 
-__all__ = ["LiveProgress", "PlainProgress", "Rate", "SilentProgress", "choose_progress", "is_main_rank", "time_text"]
+__all__ = ["LiveProgress", "PlainProgress", "Rate", "choose_progress", "is_main_rank", "time_text"]
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -33,7 +34,7 @@ def is_main_rank() -> bool:
 def choose_progress(console: Console, *, quiet: bool) -> ProgressProtocol:
     """The right kind of progress for this console."""
     if quiet or not is_main_rank():
-        return SilentProgress()
+        return NoProgress()
     return LiveProgress(console) if console.is_terminal else PlainProgress(console)
 
 
@@ -64,15 +65,6 @@ class Rate:
             return None
         # Time that has passed since the last report has been worked, too.
         return max(0.0, (total - self._last[1]) / rate - (self.clock() - self._last[0]))
-
-
-class SilentProgress:
-    """Says nothing."""
-
-    @contextmanager
-    def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-        """Open a silent stage."""
-        yield lambda done: None
 
 
 class PlainProgress:

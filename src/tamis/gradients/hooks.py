@@ -54,8 +54,10 @@ def capture(
     embedding = input_embeddings(model)
     handles: list[RemovableHandle] = []
     try:
-        # Registered first, so that the tied head's tap on the embedding sees an output that requires gradient.
-        handles.append(embedding.register_forward_hook(_start_of_gradient))
+        # Checkpointed blocks run again only if their input requires a gradient; without them the graph starts at the
+        # first tap, which spares everything before it (the first block's queries, keys and values, for one).
+        if any(getattr(module, "gradient_checkpointing", False) for module in modules.values()):
+            handles.append(embedding.register_forward_hook(_start_of_gradient))
         for layer in layers:
             handles.append(modules[layer.name].register_forward_hook(state.tap(layer)))
             if layer.kind == "head" and is_tied(model):
@@ -98,8 +100,10 @@ class Capture:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             if self._in_forward:
                 self._uses[layer.name] += 1
-            if not output.requires_grad:  # the first forward of reentrant checkpointing builds no graph
+            if not torch.is_grad_enabled():  # the first forward of reentrant checkpointing builds no graph
                 return None
+            if not output.requires_grad:
+                output = _start_of_gradient(module, args, output)
             tapped: Tensor = _Tap.apply(output, self, layer, args[0].detach())  # type: ignore[no-untyped-call]
             return tapped
 
@@ -115,6 +119,8 @@ class Capture:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             if self._in_forward:
                 self._uses[layer.name] += 1
+            if not output.requires_grad:
+                output = _start_of_gradient(module, args, output)
             ids = args[0]
             scale = _lookup_scale(module, ids, output)
             tapped: Tensor = _EmbeddingTap.apply(output, self, layer, module, ids, scale)  # type: ignore[no-untyped-call]
@@ -200,7 +206,7 @@ class _EmbeddingTap(torch.autograd.Function):
 
 
 def _start_of_gradient(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    """With every weight frozen, the graph starts at the token embedding's output."""
+    """With every weight frozen, the graph starts at an output that needs a gradient."""
     return output.detach().requires_grad_()
 
 
