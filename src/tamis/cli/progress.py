@@ -17,9 +17,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
 from rich.text import Text
 
+from tamis.progress import NoProgress
+
 if TYPE_CHECKING:  # imports PyTorch
-    from tamis.progress import NoProgress
-from tamis.protocols import Progress as ProgressProtocol
+    from tamis.protocols import Progress as ProgressProtocol
 
 __all__ = ["LiveProgress", "PlainProgress", "Rate", "choose_progress", "is_main_rank", "time_text"]
 
