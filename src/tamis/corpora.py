@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +22,8 @@ from tamis.types import IntArray
 
 __all__ = ["Corpora", "SkippedRow", "Sources", "model_settings", "read_corpora", "read_sources", "write_skipped"]
 
-logger = logging.getLogger(__name__)
+# Rows up to which near copies are always looked for, so that the report can show them: about two minutes.
+_NEAR_COPIES_SOUGHT = 200_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +58,9 @@ class Corpora:
     target_group: IntArray  # for each of them, which target it stands for
     skipped: tuple[SkippedRow, ...]
     first_copy: IntArray  # (N,) the first exact copy of each pool row, itself included
-    first_near_copy: IntArray  # (N,) likewise for near copies; equal to first_copy unless they were asked for
+    first_near_copy: IntArray  # (N,) likewise for near copies
     leaked: npt.NDArray[np.bool_]  # (N,) the row, or its prompt, is also a target row
+    notes: tuple[str, ...]  # sentences the report must show
 
 
 def model_settings(settings: SelectSettings | DoctorSettings | PlanSettings) -> ModelSettings:
@@ -120,8 +121,16 @@ def read_corpora(sources: Sources, settings: SelectSettings, *, store: Path, pro
 
     first_copy = exact_duplicates(sources.pool)
     first_near_copy = first_copy
-    if settings.duplicates == "near":
-        first_near_copy = near_duplicates(sources.pool, threshold=settings.near_threshold)
+    notes = [*renderer.notes]
+    if settings.duplicates == "near" or len(pool) <= _NEAR_COPIES_SOUGHT:
+        with progress.stage("near copies (pool)", len(pool), "rows") as advance:
+            first_near_copy = near_duplicates(sources.pool, threshold=settings.near_threshold)
+            advance(len(pool))
+    else:
+        notes.append(
+            f"Near copies were not sought among {len(pool)} rows, which takes minutes; --duplicates near "
+            "seeks them and takes one of each."
+        )
     leaks = find_leaks(sources.pool, sources.target)
     leaked = np.zeros(len(pool), dtype=np.bool_)
     leaked[leaks.exact] = True
@@ -136,6 +145,7 @@ def read_corpora(sources: Sources, settings: SelectSettings, *, store: Path, pro
         first_copy=first_copy,
         first_near_copy=first_near_copy,
         leaked=leaked,
+        notes=tuple(notes),
     )
 
 

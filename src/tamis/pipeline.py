@@ -122,6 +122,7 @@ def select_from_settings(
         seed=settings.seed,
         aggregate=settings.aggregate,
         progress=progress,
+        notes=list(corpora.notes),
     )
     chooser = _Chooser(settings=settings, corpora=corpora, budget=budget)
     if settings.shortlist:
@@ -208,13 +209,14 @@ class _Chooser:
             eligible &= ~self.corpora.leaked
         if self.flagged is not None:
             eligible &= ~self.flagged
+        copies = {"keep": None, "one": self.corpora.first_copy, "near": self.corpora.first_near_copy}
         return choose(
             scores,
             budget=budget or self.budget,
             tokens=pool.lengths,
             aggregate=settings.aggregate,
             shares=settings.shares or None,
-            first_of=None if settings.duplicates == "keep" else self.corpora.first_near_copy,
+            first_of=copies[settings.duplicates],
             eligible=eligible,
         )
 

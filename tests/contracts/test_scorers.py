@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from score_task import make_task, save_tiny
 
+from score_task import make_task, save_tiny
 from tamis.errors import InvalidSettings
 from tamis.score import METHODS
 from tamis.types import TargetScores

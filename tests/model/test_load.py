@@ -158,9 +158,7 @@ def edit_json(path: Path, **changes: Any) -> None:
 
 
 def test_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(
-        InvalidInput, match=r"model '.*nowhere' does not exist; give a folder, a \.gguf file or a hub id"
-    ):
+    with pytest.raises(InvalidInput, match=r"model '.*nowhere' does not exist; give a folder, a \.gguf file"):
         load_model(settings(tmp_path / "nowhere"))
 
 
@@ -197,26 +195,26 @@ def test_missing_and_broken_weights_are_refused(folder: Path) -> None:
     with pytest.raises(InvalidInput, match=r"lacks 1 of its weights \(first: model\.layers\.1\.mlp\.up_proj\.weight\)"):
         load_model(settings(folder))
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(InvalidInput, match="model '.*base' cannot be"):
+    with pytest.raises(InvalidInput, match=r"model '.*base' cannot be"):
         load_model(settings(folder))
     file.unlink()
-    with pytest.raises(InvalidInput, match="model '.*base' cannot be read"):
+    with pytest.raises(InvalidInput, match=r"model '.*base' cannot be read"):
         load_model(settings(folder))
 
 
 def test_unknown_architecture_and_broken_config_are_refused(folder: Path) -> None:
     edit_json(folder / "config.json", model_type="telepathy", architectures=["Telepath"])
-    with pytest.raises(InvalidInput, match="model '.*base' cannot be loaded"):
+    with pytest.raises(InvalidInput, match=r"model '.*base' cannot be loaded"):
         load_model(settings(folder))
     (folder / "config.json").write_text("{")
-    with pytest.raises(InvalidInput, match="model '.*base' cannot be"):
+    with pytest.raises(InvalidInput, match=r"model '.*base' cannot be"):
         load_model(settings(folder))
 
 
 def test_missing_tokenizer_is_refused(folder: Path) -> None:
     for file in folder.glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(InvalidInput, match="tokenizer '.*base' cannot be"):
+    with pytest.raises(InvalidInput, match=r"tokenizer '.*base' cannot be"):
         load_tokenizer(settings(folder))
 
 
@@ -257,7 +255,7 @@ def test_adapter_without_a_base_or_of_another_kind_is_refused(adapter: Path) -> 
 
 
 def test_settings_are_checked() -> None:
-    with pytest.raises(InvalidSettings, match="model is empty"):
+    with pytest.raises(InvalidSettings, match=r"model is empty"):
         ModelSettings(name="")
     with pytest.raises(InvalidSettings, match="dtype 'int4' is unknown; choose auto or one of float32"):
         ModelSettings(name="x", dtype="int4")

@@ -180,7 +180,7 @@ class _Tap(torch.autograd.Function):
     def forward(ctx: Any, output: Tensor, capture: Capture, layer: LayerSpec, act: Tensor) -> Tensor:
         ctx.capture, ctx.layer = capture, layer
         ctx.save_for_backward(*capture.keep(layer, act))
-        return output.view_as(output)
+        return _same_memory(output)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None, None]:
@@ -196,13 +196,22 @@ class _EmbeddingTap(torch.autograd.Function):
         ctx: Any, output: Tensor, capture: Capture, layer: LayerSpec, embedding: nn.Module, ids: Tensor, scale: float
     ) -> Tensor:
         ctx.capture, ctx.layer, ctx.embedding, ctx.ids, ctx.scale = capture, layer, embedding, ids, scale
-        return output.view_as(output)
+        return _same_memory(output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         scaled = grad if ctx.scale == 1.0 else grad * ctx.scale
         ctx.capture.consume_lookup(ctx.layer, ctx.embedding, ctx.ids, scaled)
         return grad, None, None, None, None, None
+
+
+def _same_memory(output: Tensor) -> Tensor:
+    """The output under another tensor object, as an identity's result must be.
+
+    Not as a view: models that add to a layer's output in place (Falcon, Gemma 3n) could not do so to a view that a custom
+    function returned. No layer saves its own output, so nothing that autograd needs is changed by them.
+    """
+    return output.new_empty(0).set_(output)
 
 
 def _start_of_gradient(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:

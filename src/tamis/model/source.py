@@ -76,9 +76,7 @@ def resolve_source(name: str, revision: str | None = None) -> ModelSource:
     if source.kind == "folder" and not (path / "config.json").is_file():
         ggufs = sorted(file.name for file in path.glob("*.gguf"))
         if ggufs:
-            raise InvalidInput(
-                f"model folder '{name}' holds GGUF files and no config.json; give the file: {path / ggufs[0]}"
-            )
+            raise InvalidInput(f"model folder '{name}' holds GGUF files; give the file itself: {path / ggufs[0]}")
         raise InvalidInput(f"model folder '{name}' has no config.json; save the model there with save_pretrained")
     if source.kind == "hub" and _file(source, "config.json") is None:
         at = f" at revision '{revision}'" if revision else ""
@@ -128,9 +126,7 @@ def _base_of_adapter(source: ModelSource, typed: str) -> ModelSource:
         raise Unsupported(f"adapter '{typed}' is of type {config.get('peft_type')!r}; only LORA adapters are supported")
     base = config.get("base_model_name_or_path")
     if not base:
-        raise InvalidInput(
-            f"adapter '{typed}' does not say its base: set base_model_name_or_path in adapter_config.json"
-        )
+        raise InvalidInput(f"adapter '{typed}' names no base: set base_model_name_or_path in adapter_config.json")
     beside = Path(source.name) / base
     if source.kind == "folder" and not Path(base).expanduser().exists() and beside.exists():
         base = str(beside)  # a relative path, meant from the adapter's own folder
