@@ -38,6 +38,7 @@ class Corpus(Sequence[TokenizedExample]):
         self.truncated: IntArray = reader.read("truncated").astype(np.int64)
         self.usable: npt.NDArray[np.bool_] = self.supervised > 0
         self.identity: str = reader.fingerprint
+        self.stage: Path = reader.path  # where the tokens lie
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -116,7 +117,15 @@ def tokenize(
                     "truncated": torch.tensor([t.truncated for t in tokens], dtype=torch.int32),
                 },
             )
-            record_cost(writer.path, shard, time.perf_counter() - started)
+            record_cost(
+                writer.path,
+                shard,
+                time.perf_counter() - started,
+                work="none",
+                rows=stop - first,
+                tokens=sum(len(t.input_ids) for t in tokens),
+                supervised_tokens=sum(t.num_supervised for t in tokens),
+            )
     finish(writer)
     return Corpus(name, examples, StageReader(writer.path))
 

@@ -123,11 +123,14 @@ def select_from_settings(
         aggregate=settings.aggregate,
         progress=progress,
         notes=list(corpora.notes),
+        stages=[corpora.pool.stage, corpora.target.stage],
     )
     chooser = _Chooser(settings=settings, corpora=corpora, budget=budget)
     if settings.shortlist:
         task.rows = _shortlist(task, settings.shortlist, chooser)
+    scoring_started = time.perf_counter()
     scores = method.score(task)
+    scoring_s = time.perf_counter() - scoring_started
     losses, flagged = _losses_and_flags(task, scores, corpora, needed=settings.drop_flagged)
     chooser = replace(chooser, flagged=flagged if settings.drop_flagged else None)
     choice = chooser(scores)
@@ -144,7 +147,7 @@ def select_from_settings(
         "data_files": _describe_data(corpora, scored=len(scores.rows)),
         "selected": {"rows": len(choice.order), "tokens": choice.tokens},
         "notes": [*task.notes, *scores.notes, *choice.notes],
-        "cost": _costs(task, elapsed_s=time.perf_counter() - started),
+        "cost": _costs(task, method.name, scoring_s=scoring_s, elapsed_s=time.perf_counter() - started),
     }
     content = build_content(
         ReportInputs(
@@ -299,8 +302,11 @@ def _describe_data(corpora: Corpora, *, scored: int) -> dict[str, Any]:
     return described
 
 
-def _costs(task: Task, *, elapsed_s: float) -> dict[str, Any]:
-    """What was spent, stage by stage. Stages reused from an earlier run count with what they cost then."""
+def _costs(task: Task, method: str, *, scoring_s: float, elapsed_s: float) -> dict[str, Any]:
+    """What was spent, stage by stage. Stages reused from an earlier run count with what they cost then.
+
+    A method that keeps nothing in the store (BM25, say) is one line with the time it took now.
+    """
     shape: ModelShape | None = None
     stages: list[dict[str, Any]] = []
     total_seconds = total_tflops = 0.0
@@ -313,6 +319,10 @@ def _costs(task: Task, *, elapsed_s: float) -> dict[str, Any]:
         stages.append({"name": cost.name, "work": cost.work, **counts, "seconds": seconds, "tflops": tflops})
         total_seconds += seconds
         total_tflops += tflops
+    if all(stage["work"] == "none" for stage in stages):
+        rows = {"rows": len(task.rows), "tokens": 0, "supervised_tokens": 0}
+        stages.append({"name": method, "work": "none", **rows, "seconds": round(scoring_s, 3), "tflops": 0.0})
+        total_seconds += scoring_s
     return {
         "elapsed_s": round(elapsed_s, 3),
         "stages": stages,

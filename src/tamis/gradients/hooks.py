@@ -208,10 +208,11 @@ class _EmbeddingTap(torch.autograd.Function):
 def _same_memory(output: Tensor) -> Tensor:
     """The output under another tensor object, as an identity's result must be.
 
-    Not as a view: models that add to a layer's output in place (Falcon, Gemma 3n) could not do so to a view that a custom
-    function returned. No layer saves its own output, so nothing that autograd needs is changed by them.
+    Not as a view: models that add to a layer's output in place (Falcon, Gemma 3n) could not do so to a view that a
+    custom function returned. No layer saves its own output, so nothing that autograd needs is changed by them.
     """
-    return output.new_empty(0).set_(output)
+    same: Tensor = output.new_empty(0)
+    return same.set_(output.untyped_storage(), output.storage_offset(), output.shape, output.stride())
 
 
 def _start_of_gradient(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
