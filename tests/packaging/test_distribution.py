@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from built_distribution import ROOT, build, canonical, closure, environment_with, wheel_metadata
+from tiny_run import make_run
 
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 UNWANTED = {"torchvision", "torchaudio", "bitsandbytes", "trl", "llm", "llama-cpp-python", "tensorflow", "jax"}
@@ -162,7 +163,17 @@ def test_command_answers_from_the_installed_wheel(python: Path, wheel: Path) -> 
     for verb in ("select", "doctor", "plan"):
         assert verb in run(command, "--help")
         assert "--pool" in run(command, verb, "--help")
+    assert run(command, "--version") == run(python, "-m", "tamis", "--version") != ""
     assert wheel_metadata(wheel)["Version"] in run(command, "--version")
+
+
+def test_selection_runs_where_only_declared_dependencies_exist(python: Path, tmp_path: Path) -> None:
+    tiny = make_run(tmp_path / "data", rows=24)
+    out = tmp_path / "out"
+    files = ("--model", tiny.model, "--pool", tiny.pool, "--target", tiny.target, "--out", out)
+    summary = json.loads(run(python, "-m", "tamis", "select", *files, "--budget", "5", "--json").splitlines()[-1])
+    assert summary["selected_rows"] == 5
+    assert (out / "report.html").is_file() and (out / "manifest.json").is_file()
 
 
 def test_importing_the_package_does_not_import_what_only_some_verbs_need(python: Path) -> None:
