@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,6 +72,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")  # reading the GGUF file draws a bar of its own
+    warnings.filterwarnings("ignore", module=r"(peft|transformers)\.")  # remarks for their developers
 
     console.print("Loading PyTorch and Transformers ...")
     import tamis
@@ -96,7 +98,7 @@ def main() -> None:
         "less": tamis.methods.Less(warmup_share=0.2, warmup_epochs=2, warmup_batch_rows=8, warmup_learning_rate=1e-3),
     }
     table = Table(title=f"The {budget} rows that each method takes")
-    for column in ("method", "precision", "wrong answers", "look-alikes", "copies", "above the rest", "seconds"):
+    for column in ("method", "precision", "wrong", "look-alikes", "copies", "above", "seconds"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for name, method in methods.items():
         console.rule(name, align="left")
@@ -124,12 +126,12 @@ def main() -> None:
     console.print()
     console.print(table)
     console.print(
-        "precision: planted relevant rows among those taken\n"
-        "wrong answers: rows of the same skill whose answer belongs to another row\n"
+        "precision: planted relevant rows among those taken, a row and its copy counting once\n"
+        "wrong: rows of the same skill whose answer belongs to another row\n"
         "look-alikes: the same stories and numbers, another task\n"
         "copies: rows taken beside a copy of themselves\n"
-        "above the rest: how often a relevant row scores higher than a row that is not (0.50 is chance)\n"
-        "seconds: passing the pool and the target through the model, warm-up included"
+        "above: how often a relevant row scores higher than one that is not (chance: 0.50)\n"
+        "seconds: passing pool and target through the model, warm-up included"
     )
     for name in ("tracin", "less"):
         console.print(f"Report of {name}: {(arguments.out / name / 'report.html').resolve()}", soft_wrap=True)

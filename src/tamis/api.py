@@ -54,8 +54,9 @@ def select(
         targets = _paths(target)
     name = method if isinstance(method, str) else method.name
     chosen: dict[str, Any] = {} if isinstance(method, str) else _plain_settings(method)
-    if chosen and "set" in settings:
-        raise InvalidSettings("pass method settings either in the method object or as set=..., not both")
+    for name_of_setting in ("set", "projection", "projection_dim"):
+        if not isinstance(method, str) and settings.get(name_of_setting) is not None:
+            raise InvalidSettings(f"{name_of_setting}: the method object has settings of its own; give it there")
     values = {
         "model": str(model),
         "pool": _paths(pool),

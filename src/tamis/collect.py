@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from tamis.corpus import Corpus
 from tamis.data.batches import collate, plan_batches
 from tamis.errors import InvalidSettings, NonFinite, Unsupported
-from tamis.model.load import LoadedModel, ModelSettings, load_model, model_fingerprint
+from tamis.model.load import LoadedModel, ModelSettings, load_model, model_fingerprint, resolved_dtype
 from tamis.model.processes import is_main
 from tamis.model.targets import gradient_layers
 from tamis.progress import NoProgress
@@ -60,6 +61,13 @@ class Collecting:
 
 
 @dataclass(kw_only=True)
+class _BatchLimit:
+    """Padded tokens of a batch; falls when memory runs out, so that a size that failed is not tried again."""
+
+    tokens: int
+
+
+@dataclass(kw_only=True)
 class Task:
     """One question to a method: which of ``rows`` of the pool help the target rows, according to this model?
 
@@ -81,6 +89,7 @@ class Task:
     progress: Progress = field(default_factory=NoProgress)
     notes: list[str] = field(default_factory=list)
     stages: list[Path] = field(default_factory=list)  # every stage this run used, for the cost table
+    models: list[Path] = field(default_factory=list)  # where the models this run used are described
     _loaded: LoadedModel | None = None
     _fingerprint: str | None = None
 
@@ -89,6 +98,9 @@ class Task:
         """The model, loaded when first asked for: a run that finds all its work done never loads it."""
         if self._loaded is None:
             self._loaded = load_model(self.model_settings)
+            if is_main():
+                described = json.dumps(self._loaded.description, indent=2).encode()
+                replace_atomically(self._description_file(), (described,))
         return self._loaded
 
     @property
@@ -100,18 +112,17 @@ class Task:
 
     def at_model(self, settings: ModelSettings) -> Task:
         """The same question to another model (a checkpoint, say); notes and costs are shared."""
-        return replace(self, model_settings=settings, _loaded=None, _fingerprint=None)
+        other = replace(self, model_settings=settings, _loaded=None, _fingerprint=None)
+        self.models.append(other._description_file())
+        return other
 
-    def model_description(self) -> dict[str, Any]:
-        """What the model is, as it was when it was loaded, by this run or by the one that this run resumes."""
-        path = self.store / f"model-{fingerprint(self.model_identity())[:12]}.json"
-        if self._loaded is not None:
-            if is_main():
-                replace_atomically(path, (json.dumps(self._loaded.description, indent=2).encode(),))
-            return dict(self._loaded.description)
-        if path.exists():
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-        return {"name": self.model_settings.name, "fingerprint": self.fingerprint, "loaded": False}
+    def model_descriptions(self) -> list[dict[str, Any]]:
+        """Every model that the scores come from, as it was when loaded, by this run or by the one it resumes."""
+        files = dict.fromkeys([self._description_file(), *self.models])
+        return [json.loads(path.read_text(encoding="utf-8")) for path in files if path.exists()]
+
+    def _description_file(self) -> Path:
+        return self.store / f"model-{fingerprint(self.model_identity())[:12]}.json"
 
     def layers(self, *, include_head: bool = False) -> tuple[LayerSpec, ...]:
         """The layers whose per-sample gradients count, in the model's order."""
@@ -125,7 +136,13 @@ class Task:
     def model_identity(self) -> dict[str, Any]:
         """Everything about the model that a stored number depends on."""
         settings = self.model_settings
-        return {"fingerprint": self.fingerprint, "dtype": settings.dtype, "attention": settings.attention}
+        return {
+            "fingerprint": self.fingerprint,
+            "dtype": resolved_dtype(settings),
+            "attention": settings.attention,
+            # Another release may compute the same layer in another way.
+            "libraries": {name: metadata.version(name) for name in ("torch", "transformers", "peft")},
+        }
 
     def record_cost(self, folder: Path, part: int, elapsed_s: float, **counts: Any) -> None:
         """Add work done outside ``map_rows`` (training) to the cost table; ``part`` numbers parts of ``folder``."""
@@ -151,7 +168,6 @@ class Task:
         spec: Mapping[str, Any],
         start: Callable[[], BatchFunction],
         work: Work = "gradient",
-        uses_model: bool = True,
     ) -> StageReader:
         """Compute something for every row, once, and return it readable in the order of ``rows``.
 
@@ -162,39 +178,42 @@ class Task:
             spec: everything that determines the numbers besides data and model, which are added here.
             start: called only if a shard is missing; returns the function from a batch to tensors of shape (B, ...).
             work: what a batch costs, for the cost table.
-            uses_model: whether the model's identity belongs to the spec.
 
         Raises:
             StoreMismatch: the folder holds a stage made from something else.
             Unsupported: a single row does not fit in memory.
         """
         rows = np.asarray(rows, dtype=np.int64)
-        full_spec: dict[str, Any] = {"stage": name, "tokens": corpus.identity, "rows": _digest_rows(rows), "work": work}
-        if uses_model:
-            full_spec["model"] = self.model_identity()
-        full_spec["settings"] = json.loads(json.dumps(dict(spec), default=str))
-        device = torch.device("cpu") if not uses_model else None
-        fixed = {"batch_tokens": self.collecting.batch_tokens, "batch_invariant": self.collecting.batch_invariant}
+        full_spec: dict[str, Any] = {
+            "stage": name,
+            "tokens": corpus.identity,
+            "rows": _digest_rows(rows),
+            "work": work,
+            "model": self.model_identity(),
+            "batch_invariant": self.collecting.batch_invariant,
+            "settings": json.loads(json.dumps(dict(spec), default=str)),
+        }
         writer = StageWriter(
             self.store,
             f"{name}-{corpus.name}",
             full_spec,
             num_rows=len(rows),
             shard_rows=self.collecting.shard_rows,
-            fixed=fixed,
+            fixed={"batch_tokens": self.collecting.batch_tokens},
             rows_digest=full_spec["rows"],
         )
         self.stages.append(writer.path)
         compute: BatchFunction | None = None
+        limit = _BatchLimit(tokens=writer.fixed["batch_tokens"] or 0)
         with self.progress.stage(f"{name} ({corpus.name})", len(rows), "rows") as advance:
             for shard in own_shards(writer, advance):
                 if compute is None:
                     compute = start()
-                    device = device or self.loaded.device
+                    limit.tokens = limit.tokens or (2048 if self.loaded.device.type == "cpu" else 16384)
                 started = time.perf_counter()
                 first, stop = writer.shard_range(shard)
                 part = rows[first:stop]
-                columns = self._run(corpus, part, compute, device or torch.device("cpu"), writer.fixed, advance)
+                columns = self._run(corpus, part, compute, limit, advance)
                 writer.write_shard(shard, columns)
                 record_cost(
                     writer.path,
@@ -214,19 +233,25 @@ class Task:
         corpus: Corpus,
         rows: IntArray,
         compute: BatchFunction,
-        device: torch.device,
-        fixed: Mapping[str, Any],
+        limit: _BatchLimit,
         advance: Callable[[int], None],
     ) -> dict[str, Tensor]:
-        """One shard: batches of similar length, then back into the order of ``rows``."""
-        batch_tokens = fixed["batch_tokens"] or (2048 if device.type == "cpu" else 16384)
-        max_rows = 1 if fixed["batch_invariant"] else None
-        groups = plan_batches(corpus.lengths[rows], batch_tokens=batch_tokens, max_rows=max_rows)
+        """One shard: batches of similar length, then back into the order of ``rows``.
+
+        A batch that does not fit in memory is halved, and so are all that are as large, from then on.
+        """
+        device = self.loaded.device
+        max_rows = 1 if self.collecting.batch_invariant else None
+        groups = plan_batches(corpus.lengths[rows], batch_tokens=limit.tokens, max_rows=max_rows)
         tokenized = corpus.take(rows)
         done: list[tuple[IntArray, Mapping[str, Tensor]]] = []
         pending = list(reversed(groups))
         while pending:
             group = pending.pop()
+            padded_tokens = len(group) * int(corpus.lengths[rows[group]].max())
+            if padded_tokens > limit.tokens and len(group) > 1:
+                pending += [group[len(group) // 2 :], group[: len(group) // 2]]
+                continue
             batch = collate(rows[group], [tokenized[i] for i in group], _PAD_ID).to(device)
             try:
                 result = {key: value.detach().cpu() for key, value in compute(batch).items()}
@@ -239,9 +264,9 @@ class Task:
                     raise Unsupported(_one_row_too_large(corpus, int(rows[group[0]]))) from error
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
-                middle = len(group) // 2
-                logger.warning("out of memory with %d rows of %d tokens; halving", len(group), batch.input_ids.shape[1])
-                pending += [group[middle:], group[:middle]]
+                limit.tokens = padded_tokens // 2
+                logger.warning("out of memory with %d padded tokens; going on with %d", padded_tokens, limit.tokens)
+                pending.append(group)
                 continue
             done.append((group, result))
             advance(len(group))

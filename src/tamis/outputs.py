@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from tamis.corpora import Corpora
 from tamis.errors import InvalidSettings
 from tamis.selection.choose import Choice
-from tamis.store.atomic import disk_errors, replace_atomically
+from tamis.store.atomic import TEMPORARY_SUFFIX, disk_errors, replace_atomically
 from tamis.types import FloatArray, IntArray
 
 __all__ = ["claim_folder", "file_digest", "score_table", "write_json", "write_scores", "write_selected"]
@@ -49,6 +49,8 @@ def claim_folder(out: Path, identity: Mapping[str, Any]) -> None:
                 "choose another --out, or delete the folder"
             )
         return
+    for leftover in out.glob(f".*{TEMPORARY_SUFFIX}"):  # of a run that was killed while it wrote here
+        leftover.unlink(missing_ok=True)
     strangers = sorted(entry.name for entry in out.iterdir() if entry.name != "store")
     if strangers:
         raise InvalidSettings(
@@ -151,11 +153,13 @@ def write_selected(path: Path, corpora: Corpora, choice: Choice) -> None:
             "score": float(choice.score[at]),
             "weight": float(choice.example_weights[at]),
         }
-        text = examples.raw_json(row).rstrip()
-        if '"_tamis"' in text:  # chosen before: the new mark replaces the old one
-            return json.dumps({**json.loads(text), "_tamis": mark}, ensure_ascii=False) + "\n"
+        text, own = examples.raw_json(row).rstrip(), json.dumps(mark)
+        if '"_tamis"' in text:
+            raw = json.loads(text)
+            if "_tamis" in raw:  # chosen before: the new mark replaces the old one
+                return json.dumps({**raw, "_tamis": mark}) + "\n"
         # Spliced into the row's own text, so that not a digit or an escape of it changes.
-        return f'{text[:-1].rstrip()}, "_tamis": {json.dumps(mark, ensure_ascii=False)}}}\n'
+        return f'{text[:-1].rstrip()}, "_tamis": {own}}}\n'
 
     rows = enumerate(choice.order.tolist(), start=1)
     replace_atomically(path, (line(rank, row).encode("utf-8") for rank, row in rows))

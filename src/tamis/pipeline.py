@@ -34,7 +34,7 @@ from tamis.report.page import write_page
 from tamis.score import METHODS
 from tamis.score.losses import row_losses
 from tamis.seeds import child_seed
-from tamis.selection.budget import parse_budget, times
+from tamis.selection.budget import parse_budget, rows_for, times, tokens_for
 from tamis.selection.choose import Choice, choose
 from tamis.selection.flags import flag_high_losses
 from tamis.settings import SelectSettings, from_dict, shortlist_parts, to_dict
@@ -45,7 +45,7 @@ __all__ = ["Selection", "make_method", "select_from_settings"]
 # Draws of the uniform baseline: their spread is what a difference to it has to exceed.
 _UNIFORM_DRAWS = 4
 # Settings that cannot change a selection; all others make a folder the folder of one run.
-_FREE_SETTINGS = ("out", "store", "report", "shard_rows")
+_FREE_SETTINGS = ("out", "store", "report", "shard_rows", "on_bad_row", "batch_tokens")
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -96,6 +96,7 @@ def select_from_settings(
         "tamis": metadata.version("tamis"),
         "model": fingerprint,
         "data": {"pool": sources.pool.content_hash, "target": sources.target.content_hash},
+        "libraries": {name: metadata.version(name) for name in ("torch", "transformers", "peft", "tokenizers")},
         "settings": {k: v for k, v in to_dict(settings).items() if k not in _FREE_SETTINGS},
     }
     if is_main():
@@ -106,6 +107,7 @@ def select_from_settings(
     corpora = read_corpora(sources, settings, store=store, progress=progress)
     if is_main():
         write_skipped(out / "skipped.jsonl", corpora.skipped)
+    _check_budget(budget, corpora)
     every_row = np.flatnonzero(corpora.pool.usable).astype(np.int64)
     task = Task(
         pool=corpora.pool,
@@ -132,7 +134,8 @@ def select_from_settings(
     scores = method.score(task)
     scoring_s = time.perf_counter() - scoring_started
     losses, flagged = _losses_and_flags(task, scores, corpora, needed=settings.drop_flagged)
-    chooser = replace(chooser, flagged=flagged if settings.drop_flagged else None)
+    excluded = scores.rows[scores.extra["zero_gradient"]] if "zero_gradient" in scores.extra else scores.rows[:0]
+    chooser = replace(chooser, flagged=flagged if settings.drop_flagged else None, excluded=excluded)
     choice = chooser(scores)
     baselines, baseline_scores = _baselines(replace(task, rows=every_row, notes=[]), settings, chooser)
 
@@ -143,7 +146,7 @@ def select_from_settings(
         "versions": _versions(),
         "method": {"name": method.name, **dataclasses.asdict(method)},  # type: ignore[call-overload]  # a dataclass
         "settings": to_dict(settings),
-        "model_description": task.model_description(),
+        "models": task.model_descriptions(),
         "data_files": _describe_data(corpora, scored=len(scores.rows)),
         "selected": {"rows": len(choice.order), "tokens": choice.tokens},
         "notes": [*task.notes, *scores.notes, *choice.notes],
@@ -196,6 +199,14 @@ def make_method(settings: SelectSettings) -> Method:
     return from_dict(kind, values, origin=f"settings of method {settings.method!r}")
 
 
+def _check_budget(budget: Budget, corpora: Corpora) -> None:
+    """Refuse a budget above the pool before anything is computed, not after."""
+    if budget.kind == "tokens":
+        tokens_for(budget, int(corpora.pool.lengths.sum()))
+    else:
+        rows_for(budget, len(corpora.pool))
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Chooser:
     """The same choice for the method and for every baseline, so that only the scores differ."""
@@ -204,6 +215,7 @@ class _Chooser:
     corpora: Corpora
     budget: Budget
     flagged: BoolArray | None = None  # rows to leave out for their loss
+    excluded: IntArray | None = None  # rows that a method can say nothing of
 
     def __call__(self, scores: TargetScores, *, budget: Budget | None = None) -> Choice:
         pool, settings = self.corpora.pool, self.settings
@@ -212,6 +224,8 @@ class _Chooser:
             eligible &= ~self.corpora.leaked
         if self.flagged is not None:
             eligible &= ~self.flagged
+        if self.excluded is not None:
+            eligible[self.excluded] = False
         copies = {"keep": None, "one": self.corpora.first_copy, "near": self.corpora.first_near_copy}
         return choose(
             scores,

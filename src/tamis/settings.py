@@ -409,13 +409,11 @@ def _check_shares(shares: Mapping[str, float], names: list[str]) -> None:
             raise InvalidSettings(
                 f"shares: there is no target called {name!r}{nearest(name, names)} (targets: {', '.join(names)})"
             )
-        if share < 0:
-            raise InvalidSettings(f"shares: {name}={share}: expected a number that is not negative")
+        if share <= 0:
+            raise InvalidSettings(f"shares: {name}={share}: expected a number above zero; leave the target out instead")
     missing = [name for name in names if name not in shares]
     if missing:
         raise InvalidSettings(f"shares: {', '.join(missing)} has no share; give every target one, or none at all")
-    if sum(shares.values()) <= 0:
-        raise InvalidSettings("shares: all are zero; at least one target needs a positive share")
 
 
 def _check_projection(name: str | None) -> None:

@@ -56,20 +56,19 @@ def read_cost(stage: Path) -> StageCost | None:
 def record_cost(stage: Path, shard: int, elapsed_s: float, **more: Any) -> None:
     """Note what a shard cost, beside the shards and not in them: a resumed run must write the same bytes."""
     with (stage / f"cost-{rank()}.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"shard": shard, "elapsed_s": round(elapsed_s, 4), **more}) + "\n")
+        # The newline in front ends a line that a killed run left unfinished.
+        file.write("\n" + json.dumps({"shard": shard, "elapsed_s": round(elapsed_s, 4), **more}) + "\n")
 
 
 def own_shards(writer: StageWriter, advance: Callable[[int], None]) -> Iterator[int]:
-    """This rank's missing shards. Those already on disk are reported as progress at once."""
-    missing = set(writer.missing_shards())
-    for shard in range(writer.num_shards):
-        if shard % world_size() != rank():
-            continue
-        if shard in missing:
-            yield shard
-        else:
-            first, stop = writer.shard_range(shard)
-            advance(stop - first)
+    """This rank's part of what is missing; its part of what is on disk already is reported as progress at once."""
+    missing = writer.missing_shards()
+    barrier()  # nobody writes before everybody has looked, or the ranks would share out different lists
+    present = sorted({*range(writer.num_shards)} - {*missing})
+    for shard in present[rank() :: world_size()]:
+        first, stop = writer.shard_range(shard)
+        advance(stop - first)
+    yield from missing[rank() :: world_size()]
 
 
 def finish(writer: StageWriter) -> None:

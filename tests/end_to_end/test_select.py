@@ -9,11 +9,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from datasets import load_dataset
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import tamis
 from tamis.errors import BadRow, InvalidInput, InvalidSettings, NonFinite
+from tamis.score import tracin
+from tamis.types import Batch
 from tiny_run import TinyRun, chat, make_run, write_rows
 
 METHODS = ["uniform", "length", "bm25", "mid-ppl", "rds+", "tracin", "less", "loss-drop"]
@@ -206,3 +210,66 @@ def test_a_loss_that_is_not_finite_names_the_row(run: TinyRun, tmp_path: Path) -
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(NonFinite, match=r"NaN or infinite.*\.jsonl, row \d+ \(0-based\)"):
         select(run, tmp_path / "out", model=broken)
+
+
+def test_memory_that_runs_out_halves_the_batches_and_changes_no_score(
+    run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = select(run, tmp_path / "whole").table["score"].to_pylist()
+    sizes: list[int] = []
+    real = tracin.per_sample_features
+
+    def small_memory(model: nn.Module, batch: Batch, *rest: object) -> object:
+        sizes.append(batch.input_ids.numel())
+        if sizes[-1] > 500:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(model, batch, *rest)
+
+    monkeypatch.setattr(tracin, "per_sample_features", small_memory)
+    halved = select(run, tmp_path / "halved").table["score"].to_pylist()
+    assert halved == pytest.approx(whole, abs=2e-4)
+    failed = [size for size in sizes if size > 500]
+    assert 0 < len(failed) <= 6, "a size that failed was tried again"
+
+
+def test_a_budget_above_the_pool_is_refused_before_the_model_is_loaded(
+    run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tamis.collect.load_model", lambda settings: pytest.fail("the model was loaded"))
+    with pytest.raises(InvalidSettings, match="budget of 61 rows, but the pool has 60"):
+        select(run, tmp_path / "out", budget=61)
+
+
+def test_a_folder_with_the_leftovers_of_a_kill_is_taken_up(run: TinyRun, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".identity.json.0-123.tmp").write_text("{")
+    assert len(select(run, tmp_path / "out", method="length")) == 10
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_a_row_that_failed_can_be_skipped_in_the_same_folder(run: TinyRun, tmp_path: Path) -> None:
+    pool = tmp_path / "pool.jsonl"
+    pool.write_text(run.pool.read_text() + json.dumps(chat("x" * 400, "late")) + "\n")
+    with pytest.raises(BadRow, match="on-bad-row skip"):
+        select(run, tmp_path / "out", pool=pool, max_length=128, method="length")
+    assert len(select(run, tmp_path / "out", pool=pool, max_length=128, method="length", on_bad_row="skip")) == 10
+
+
+def test_rows_chosen_before_get_one_new_mark(run: TinyRun, tmp_path: Path) -> None:
+    select(run, tmp_path / "first", budget=20, method="length")
+    select(run, tmp_path / "second", pool=tmp_path / "first" / "selected.jsonl", budget=3, method="length")
+    for rank, line in enumerate((tmp_path / "second" / "selected.jsonl").read_text().splitlines(), start=1):
+        assert line.count('"_tamis"') == 1
+        assert json.loads(line)["_tamis"]["rank"] == rank
+
+
+def test_the_manifest_says_which_models_ran(run: TinyRun, tmp_path: Path) -> None:
+    for method in ("tracin", "less"):
+        selection = select(run, tmp_path / method, method=method, set=QUICK.get(method, {}))
+        assert all(model["dtype"] == "float32" for model in selection.manifest["models"])
+        assert selection.manifest["models"], method
+
+
+def test_method_objects_and_flags_for_the_same_setting_exclude_each_other(run: TinyRun, tmp_path: Path) -> None:
+    with pytest.raises(InvalidSettings, match="projection: the method object has settings of its own"):
+        select(run, tmp_path / "out", method=tamis.methods.TracIn(), projection="mask")

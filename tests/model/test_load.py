@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from tamis.errors import InvalidInput, InvalidSettings, Unsupported
 from tamis.model.load import ModelSettings, load_model, load_tokenizer, model_fingerprint, pad_token_id
 from tamis.model.loss import per_sample_losses
+from tamis.model.source import _hub_file
 from tamis.model.targets import gradient_layers
 from tiny_models import one_row, random_batch, tiny_model
 
@@ -160,6 +162,42 @@ def edit_json(path: Path, **changes: Any) -> None:
 def test_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=r"model '.*nowhere' does not exist; give a folder, a \.gguf file"):
         load_model(settings(tmp_path / "nowhere"))
+
+
+def test_hub_id_that_cannot_be_reached_is_refused_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def unreachable(name: str, file: str, **_: object) -> str:
+        calls.append(file)
+        raise OSError("We couldn't connect to the hub.\nSee the documentation.")
+
+    monkeypatch.setattr("tamis.model.source.cached_file", unreachable)
+    with pytest.raises(
+        InvalidInput, match=r"model 'nobody/none' is neither .* \(We couldn't connect to the hub\.\); check"
+    ):
+        load_tokenizer(ModelSettings(name="nobody/none"))
+    assert calls == ["config.json"]  # each attempt may wait half a minute for a network
+
+
+def test_hub_model_is_fingerprinted_by_its_commit(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def snapshot(commit: str) -> str:
+        place = tmp_path / "hub" / "models--a--b" / "snapshots" / commit
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(folder, place)
+
+        def cached(name: str, file: str, **_: object) -> str | None:
+            return str(place / file) if (place / file).exists() else None
+
+        monkeypatch.setattr("tamis.model.source.cached_file", cached)
+        _hub_file.cache_clear()
+        return model_fingerprint(ModelSettings(name="a/b"))
+
+    first = snapshot("1" * 40)
+    assert first == model_fingerprint(ModelSettings(name="a/b"))
+    assert first != snapshot("2" * 40)
+    _hub_file.cache_clear()
 
 
 def test_other_files_and_empty_folders_are_refused(tmp_path: Path) -> None:

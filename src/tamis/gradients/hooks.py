@@ -138,7 +138,8 @@ class Capture:
 
     def consume_lookup(self, layer: LayerSpec, embedding: nn.Module, ids: Tensor, grad: Tensor) -> None:
         """The token embedding's part of a tied matrix."""
-        onehot = nn.functional.one_hot(ids, layer.out_features).to(grad.dtype)
+        # Not nn.functional.one_hot: its (B, T, V) of int64 is four times the memory of a half-precision gradient.
+        onehot = grad.new_zeros(*ids.shape, layer.out_features).scatter_(-1, ids[..., None], 1)
         padding_idx = getattr(embedding, "padding_idx", None)
         if padding_idx is not None:  # PyTorch never gives this row a gradient
             onehot[..., padding_idx] = 0

@@ -69,7 +69,9 @@ def _matmul(left: Tensor, right: Tensor) -> Tensor:
     dtype = assembly_dtype(left.dtype)
     if left.dtype == dtype:
         return torch.bmm(left, right)
-    if left.is_cuda and _HAS_OUT_DTYPE:  # half-precision tensor cores with float32 accumulation and result
+    if (
+        left.is_cuda and _HAS_OUT_DTYPE and torch.version.cuda is not None
+    ):  # half-precision tensor cores with float32 accumulation and result
         return torch.bmm(left, right, out_dtype=dtype)
     return torch.bmm(left.to(dtype), right.to(dtype))
 

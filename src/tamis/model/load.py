@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +14,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, modeling_gguf_pytorch_utils
 from transformers.utils import logging as transformers_logging
 
 from tamis.errors import InvalidInput, InvalidSettings, TamisError, Unsupported
@@ -21,7 +22,15 @@ from tamis.model.processes import local_rank
 from tamis.model.source import ModelSource, fingerprint_of, resolve_source
 from tamis.model.targets import embedding_matrix
 
-__all__ = ["LoadedModel", "ModelSettings", "load_model", "load_tokenizer", "model_fingerprint", "pad_token_id"]
+__all__ = [
+    "LoadedModel",
+    "ModelSettings",
+    "load_model",
+    "load_tokenizer",
+    "model_fingerprint",
+    "pad_token_id",
+    "resolved_dtype",
+]
 
 _DTYPES = {
     "float32": torch.float32,
@@ -142,6 +151,15 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
 def model_fingerprint(settings: ModelSettings) -> str:
     """What :func:`load_model` would give as fingerprint, without loading the weights to memory."""
     return fingerprint_of(resolve_source(settings.name, settings.revision))
+
+
+def resolved_dtype(settings: ModelSettings) -> str:
+    """The element type that ``auto`` means on this machine, or the one given; loads no weights.
+
+    Raises:
+        InvalidSettings: the device is not available.
+    """
+    return str(_dtype(settings, _device(settings))).removeprefix("torch.")
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -276,12 +294,17 @@ def _as_tamis_errors(name: str, what: str) -> Iterator[None]:
 
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """Progress bars belong to the command line."""
+    """Progress bars belong to the command line. The GGUF reader's own ignores Transformers' switch (seen in 5.23)."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
+    bar = getattr(modeling_gguf_pytorch_utils, "tqdm", None)
+    if bar is not None:
+        modeling_gguf_pytorch_utils.tqdm = partial(bar, disable=True)
     try:
         yield
     finally:
+        if bar is not None:
+            modeling_gguf_pytorch_utils.tqdm = bar
         if shown:
             transformers_logging.enable_progress_bar()
 

@@ -6,6 +6,7 @@ Also the fingerprint: equal fingerprints mean equal weights, configuration and t
 from __future__ import annotations
 
 import fnmatch
+import functools
 import hashlib
 import json
 import re
@@ -71,19 +72,16 @@ def resolve_source(name: str, revision: str | None = None) -> ModelSource:
         raise InvalidInput(f"model '{name}' does not exist; give a folder, a .gguf file or a hub id such as org/name")
     else:
         source = ModelSource(kind="hub", name=name, revision=revision)
+    has_config = _file(source, "config.json") is not None
     if _file(source, "adapter_config.json") is not None:
         return replace(source, base=_base_of_adapter(source, name))
-    if source.kind == "folder" and not (path / "config.json").is_file():
+    if source.kind == "folder" and not has_config:
         ggufs = sorted(file.name for file in path.glob("*.gguf"))
         if ggufs:
             raise InvalidInput(f"model folder '{name}' holds GGUF files; give the file itself: {path / ggufs[0]}")
         raise InvalidInput(f"model folder '{name}' has no config.json; save the model there with save_pretrained")
-    if source.kind == "hub" and _file(source, "config.json") is None:
-        at = f" at revision '{revision}'" if revision else ""
-        raise InvalidInput(
-            f"model '{name}' is neither a local folder nor a model on the hub{at} that can be reached; check the name, "
-            "the network and your access token"
-        )
+    if not has_config:
+        raise InvalidInput(f"'{name}' on the hub has no config.json, so it is no Transformers model; give another id")
     return source
 
 
@@ -153,14 +151,19 @@ def _file(source: ModelSource, file: str) -> Path | None:
     if source.kind != "hub":
         path = Path(source.name) / file
         return path if path.is_file() else None
-    found = cached_file(
-        source.name,
-        file,
-        revision=source.revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-    )
+    return _hub_file(source.name, source.revision, file)
+
+
+@functools.lru_cache(maxsize=256)  # one answer per process: a push to the hub in mid-run must not mix two commits
+def _hub_file(name: str, revision: str | None, file: str) -> Path | None:
+    try:
+        found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+    except OSError as error:
+        at = f" at revision '{revision}'" if revision else ""
+        raise InvalidInput(
+            f"model '{name}' is neither a local folder nor a model{at} that the hub or its local cache can give "
+            f"({str(error).splitlines()[0]}); check the name, the network and your access token"
+        ) from error
     return None if found is None else Path(found)
 
 

@@ -18,6 +18,7 @@ from tamis.collect import Task
 from tamis.data.batches import collate, plan_batches
 from tamis.gradients.per_sample import Alignments, MaterialisedGradients, mean_gradient, run_batch
 from tamis.score.features import RowScores
+from tamis.score.matrix import empty_scores, fill_columns
 from tamis.store.reader import StageReader
 from tamis.types import Batch, FloatArray, IntArray, LayerSpec
 
@@ -43,12 +44,12 @@ def exact_scores(task: Task, *, cosine: bool, include_head: bool, mean: bool, me
     if len(groups) > 1:
         numel = sum(layer.numel for layer in task.layers(include_head=include_head))
         per_pass = max(1, memory_bytes // (4 * numel))
-    values = np.zeros((len(task.rows), len(groups)), dtype=np.float32)
+    values = empty_scores(task, len(groups))
     norm = loss = np.zeros(0, dtype=np.float32)
     for first in range(0, len(groups), per_pass):
         part = groups[first : first + per_pass]
         reader = _alignments(task, part, cosine=cosine, include_head=include_head)
-        values[:, first : first + len(part)] = reader.read("score")
+        fill_columns(values[:, first : first + len(part)], reader, "score")
         norm, loss = reader.read("grad_norm"), reader.read("loss")
     return RowScores(values=values, loss=loss, grad_norm=norm, is_zero=norm == 0, is_zero_target=target_norm == 0)
 
@@ -64,7 +65,7 @@ def _target_norms(task: Task, *, include_head: bool) -> FloatArray:
 
         return norms
 
-    spec = {"include_head": include_head}
+    spec = {"algorithm": "gradient-norms-v1", "include_head": include_head}
     reader = task.map_rows(task.target, task.target_rows, name="gradient-norms", spec=spec, start=start)
     found: FloatArray = reader.read("grad_norm")
     return found
@@ -87,6 +88,7 @@ def _alignments(task: Task, groups: list[IntArray], *, cosine: bool, include_hea
 
     digest = hashlib.sha256(b"|".join(np.asarray(rows, dtype="<i8").tobytes() for rows in groups)).hexdigest()
     spec: dict[str, Any] = {
+        "algorithm": "exact-alignments-v1",
         "include_head": include_head,
         "cosine": cosine,
         "target": task.target.identity,

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +19,7 @@ from tamis.collect import Task
 from tamis.corpus import Corpus
 from tamis.errors import InvalidInput, NonFinite
 from tamis.maths.similarity import cosines, inner_products, unit_rows
+from tamis.score.matrix import empty_scores, fill_columns
 from tamis.store.manifest import fingerprint
 from tamis.store.reader import StageReader
 from tamis.types import Batch, FloatArray, IntArray
@@ -27,6 +28,7 @@ __all__ = [
     "FeatureFunction",
     "FeatureSpec",
     "RowScores",
+    "add_scores",
     "parts_of",
     "rows_with_gradient",
     "scores_of_features",
@@ -56,6 +58,22 @@ class RowScores:
     grad_norm: FloatArray  # (n,) of the gradient, or of its projection, an estimate of it
     is_zero: npt.NDArray[np.bool_]  # (n,) pool rows without any gradient: their scores are 0
     is_zero_target: npt.NDArray[np.bool_]  # (M,) target rows without any gradient: so are theirs
+
+
+def add_scores(total: RowScores | None, scores: RowScores, *, weight: float) -> RowScores:
+    """``total + weight * scores``, made in the memory of both: neither is to be used afterwards. None counts as 0.
+
+    Loss and gradient norm are those of the first scores added; a row lacks a gradient if it lacks it in all of them.
+    """
+    np.multiply(scores.values, np.float32(weight), out=scores.values)
+    if total is None:
+        return scores
+    np.add(total.values, scores.values, out=total.values)
+    return replace(
+        total,
+        is_zero=total.is_zero & scores.is_zero,
+        is_zero_target=total.is_zero_target & scores.is_zero_target,
+    )
 
 
 def parts_of(batch: Batch, rows: int) -> list[Batch]:
@@ -98,7 +116,7 @@ def scores_of_features(
     target_reader = _collect(task, task.target, task.target_rows, *target)
     width = target_reader.row_shape("feature")[0]
     columns = max(1, memory_bytes // (4 * width))
-    values = np.zeros((len(task.rows), len(task.target_rows)), dtype=np.float32)
+    values = empty_scores(task, len(task.target_rows))
     loss = grad_norm = largest = np.zeros(0, dtype=np.float32)
     for start in range(0, len(task.target_rows), columns):
         stop = min(start + columns, len(task.target_rows))
@@ -109,7 +127,7 @@ def scores_of_features(
             _score_stored(reader, part, values[:, start:stop], cosine=cosine)
         else:
             reader = _stream_scores(task, *pool, target_reader, part, (start, stop), cosine=cosine)
-            values[:, start:stop] = reader.read("score")
+            fill_columns(values[:, start:stop], reader, "score")
         loss, grad_norm, largest = reader.read("loss"), reader.read("grad_norm"), reader.read("scale")
     return RowScores(
         values=values,
@@ -214,7 +232,8 @@ def _stream_scores(
         return batch_columns
 
     identity = {
-        **spec.identity,
+        "algorithm": "feature-scores-v1",
+        "features": dict(spec.identity),
         "target_features": fingerprint({"stage": target_reader.spec}),
         "columns": list(columns),
         "cosine": cosine,

@@ -13,9 +13,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -25,22 +25,21 @@ from tamis.collect import Task
 from tamis.errors import InvalidInput, InvalidSettings
 from tamis.gradients.per_sample import MaterialisedGradients, run_batch
 from tamis.maths.adam import ADAM_FORMS, AdamForm, adam_direction
-from tamis.model.source import resolve_source
-from tamis.model.targets import has_adapter
 from tamis.projection import AnyProjector, NoProjector, make_projector, project_gradients
 from tamis.score.features import (
     FeatureFunction,
     FeatureSpec,
     RowScores,
+    add_scores,
     parts_of,
     rows_with_gradient,
     scores_of_features,
 )
+from tamis.score.matrix import with_columns
+from tamis.score.warm_up import warm_up_points
 from tamis.seeds import child_seed, random_subset
 from tamis.train.checkpoints import Moments, read_moments
-from tamis.train.loop import Spent, TrainSettings, num_steps
-from tamis.train.lora import add_lora, train_adapter
-from tamis.train.warm_up import warm_up
+from tamis.train.loop import TrainSettings
 from tamis.types import Batch, IntArray, LayerSpec, TargetScores
 
 __all__ = ["Less", "moment_vectors"]
@@ -138,92 +137,53 @@ class Less:
     def score(self, task: Task) -> TargetScores:
         """Scores of ``task.rows``, one column per target row that has a gradient.
 
+        ``extra`` has each row's ``loss`` and ``grad_norm`` at the first checkpoint, which has seen a row of the warm-up
+        once at most: a wrong answer looks harmless to a model that was trained on it often. ``zero_gradient`` marks
+        rows without gradient at any checkpoint; their score of 0 says nothing.
+
         Raises:
             InvalidInput: no row of a target has a gradient, or ``moments`` do not fit the model.
             NonFinite: a loss or gradient is NaN or infinite, in the warm-up or after it.
         """
         task.note(f"less ran with Adam form '{self.form}': {ADAM_FORMS[self.form]}")
         if self.moments is not None:
-            points = [(task, Path(self.moments), 1.0)]
+            found = self._at(task, Path(self.moments))
         else:
-            points = self._warm_up(task)
-        total = sum(rate for _, _, rate in points)
-        found: RowScores | None = None
-        for point, folder, rate in points:
-            scores = self._at(point, folder)
-            weighted = scores.values * np.float32(rate / total)
-            found = replace(
-                scores,
-                values=weighted if found is None else found.values + weighted,
-                is_zero=scores.is_zero if found is None else scores.is_zero & found.is_zero,
-                is_zero_target=(
-                    scores.is_zero_target if found is None else scores.is_zero_target & found.is_zero_target
-                ),
-            )
-        assert found is not None
+            found = self._over_the_warm_up(task)
         kept = rows_with_gradient(task, found.is_zero, found.is_zero_target)
         return TargetScores(
             rows=task.rows,
-            values=found.values[:, kept],
+            values=with_columns(task, found.values, kept),
             group=task.target_group[kept],
             target_names=task.target_names,
-            extra={"loss": found.loss, "grad_norm": found.grad_norm},
+            extra={"loss": found.loss, "grad_norm": found.grad_norm, "zero_gradient": found.is_zero},
         )
 
-    def _warm_up(self, task: Task) -> list[tuple[Task, Path, float]]:
-        """Train, or find trained, and return the task at every checkpoint, with its folder and mean learning rate."""
-        settings, rows = self.warm_up_settings(), self.warm_up_rows(task)
-        alpha = 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
-        base = task.model_settings
-        seed = child_seed(task.seed, "less warm-up")
-        if resolve_source(base.name, base.revision).is_adapter:
-            task.note("less warmed up the adapter given, from where it stands; lora_rank and lora_alpha were not used")
-
-        def open_model() -> nn.Module:
-            model = task.at_model(base).loaded.model  # not the task's own: training would change it
-            if has_adapter(model):
-                train_adapter(model)
-            else:
-                model = add_lora(
-                    model, rank=self.lora_rank, alpha=alpha, seed=seed, base=base.name, revision=base.revision
-                )
-            return model
-
-        spec = {
-            "training": asdict(settings),
-            "lora_rank": self.lora_rank,
-            "lora_alpha": alpha,
-            "rows": hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest(),
-            "seed": task.seed,
-        }
-        folder = task.workdir("less-warm-up", spec, uses_target=False)
-
-        def record(spent: Spent) -> None:
-            counts = {k: v for k, v in asdict(spent).items() if k not in ("checkpoint", "elapsed_s")}
-            task.record_cost(folder, spent.checkpoint, spent.elapsed_s, work="gradient", **counts)
-
-        with task.progress.stage("less warm-up", num_steps(settings, len(rows)), "updates") as advance:
-            checkpoints = warm_up(
-                open_model,
-                task.pool,
-                rows,
-                settings,
-                seed=seed,
-                folder=folder,
-                name_of=lambda row: task.pool.examples.ids[row],
-                advance=advance,
-                on_checkpoint=record,
-            )
-        return [
-            (task.at_model(replace(base, name=str(point.folder), revision=None)), point.folder, point.learning_rate)
-            for point in checkpoints
-        ]
+    def _over_the_warm_up(self, task: Task) -> RowScores:
+        """The mean of the scores at the warm-up's checkpoints, weighted by their learning rates."""
+        points = warm_up_points(
+            task,
+            task.pool,
+            self.warm_up_rows(task),
+            self.warm_up_settings(),
+            method=self.name,
+            lora_rank=self.lora_rank,
+            lora_alpha=2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha,
+        )
+        total = sum(point.learning_rate for point in points)
+        found: RowScores | None = None
+        for point in points:
+            at = task.at_model(point.model_settings)
+            found = add_scores(found, self._at(at, point.folder), weight=point.learning_rate / total)
+            del at  # its model, before the next one is loaded
+        assert found is not None
+        return found
 
     def _at(self, task: Task, folder: Path) -> RowScores:
         """Scores at one checkpoint, whose model is the task's and whose moments lie in ``folder``."""
         projector = make_projector(self.projection, dim=self.projection_dim, seed=task.seed)
-        identity: dict[str, Any] = {"projection": projector.identity}
-        adam = {"form": self.form, "moments": _digest(folder)}
+        gradient = {"algorithm": "gradients-v1", "projection": projector.identity}
+        direction = {**gradient, "algorithm": "adam-directions-v1", "form": self.form, "moments": _digest(folder)}
 
         def gradients() -> FeatureFunction:
             layers = task.layers()
@@ -235,7 +195,7 @@ class Less:
             m, v = moment_vectors(layers, moments)
             m, v = m.to(task.loaded.device), v.to(task.loaded.device)
 
-            def direction(grads: Tensor) -> Tensor:
+            def advance(grads: Tensor) -> Tensor:
                 return adam_direction(
                     grads,
                     m,
@@ -247,15 +207,15 @@ class Less:
                     form=self.form,
                 )
 
-            return _features(model, layers, projector, direction)
+            return _features(model, layers, projector, advance)
 
         return scores_of_features(
             task,
             pool=(
-                FeatureSpec(name="adam-directions", identity={**identity, **adam}, dtype=self.feature_dtype),
+                FeatureSpec(name="adam-directions", identity=direction, dtype=self.feature_dtype),
                 directions,
             ),
-            target=(FeatureSpec(name="gradients", identity=identity, dtype=self.feature_dtype), gradients),
+            target=(FeatureSpec(name="gradients", identity=gradient, dtype=self.feature_dtype), gradients),
             cosine=True,
             keep_features=self.keep_features and not isinstance(projector, NoProjector),
             memory_bytes=int(self.memory_gb * 2**30),

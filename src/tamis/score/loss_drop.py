@@ -7,23 +7,18 @@ model is trained briefly on the target's rows, and a pool row scores by its rela
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Float
-from torch import nn
 
 from tamis.collect import Task
 from tamis.errors import InvalidSettings
-from tamis.model.source import resolve_source
-from tamis.model.targets import has_adapter
 from tamis.score.losses import row_losses
 from tamis.score.matrix import scores_of_targets
-from tamis.seeds import child_seed
-from tamis.train.loop import Spent, TrainSettings
-from tamis.train.lora import add_lora, train_adapter
-from tamis.train.warm_up import warm_up
+from tamis.score.warm_up import warm_up_points
+from tamis.train.loop import TrainSettings
 from tamis.types import FloatArray, IntArray, TargetScores
 
 __all__ = ["LossDrop", "relative_drops"]
@@ -85,6 +80,7 @@ class LossDrop:
         for group, name in enumerate(task.target_names):
             warmed = self._warm_up(task, task.target_rows[task.target_group == group], name)
             columns.append(relative_drops(before, row_losses(warmed, task.pool, task.rows)) * weight)
+            del warmed  # its model, before the next one is loaded
         note = "loss-drop tends to prefer short answers"
         if self.length_power:
             note += f", against which its scores were multiplied by supervised tokens ** {self.length_power:g}"
@@ -93,46 +89,18 @@ class LossDrop:
         return scores_of_targets(task, np.stack(columns, axis=1), extra={"loss": before}, notes=(f"{note}.",))
 
     def _warm_up(self, task: Task, rows: IntArray, target_name: str) -> Task:
-        """The task at the model as it is after training on ``rows`` of the target; trained now unless found trained."""
-        settings, base = self.warm_up_settings(), task.model_settings
-        seed = child_seed(task.seed, "loss-drop warm-up")
-        if resolve_source(base.name, base.revision).is_adapter:
-            task.note("loss-drop warmed up the adapter given, from where it stands; lora_rank was not used")
-
-        def open_model() -> nn.Module:
-            model = task.at_model(base).loaded.model  # not the task's own: training would change it
-            if has_adapter(model):
-                train_adapter(model)
-            else:
-                rank, alpha = self.lora_rank, 2.0 * self.lora_rank
-                model = add_lora(model, rank=rank, alpha=alpha, seed=seed, base=base.name, revision=base.revision)
-            return model
-
-        spec = {
-            "training": asdict(settings),
-            "lora_rank": self.lora_rank,
-            "rows": rows.tolist(),
-            "seed": task.seed,
-        }
-        folder = task.workdir("loss-drop-warm-up", spec)
-
-        def record(spent: Spent) -> None:
-            counts = {k: v for k, v in asdict(spent).items() if k not in ("checkpoint", "elapsed_s")}
-            task.record_cost(folder, spent.checkpoint, spent.elapsed_s, work="gradient", **counts)
-
-        with task.progress.stage(f"loss-drop warm-up ({target_name})", self.steps, "updates") as advance:
-            checkpoints = warm_up(
-                open_model,
-                task.target,
-                rows,
-                settings,
-                seed=seed,
-                folder=folder,
-                name_of=lambda row: task.target.examples.ids[row],
-                advance=advance,
-                on_checkpoint=record,
-            )
-        return task.at_model(replace(base, name=str(checkpoints[-1].folder), revision=None))
+        """The task at the model as it is after training on ``rows`` of the target."""
+        *_, last = warm_up_points(
+            task,
+            task.target,
+            rows,
+            self.warm_up_settings(),
+            method=self.name,
+            lora_rank=self.lora_rank,
+            lora_alpha=2.0 * self.lora_rank,
+            target_name=target_name,
+        )
+        return task.at_model(last.model_settings)
 
 
 def relative_drops(before: Float[np.ndarray, " n"], after: Float[np.ndarray, " n"]) -> FloatArray:

@@ -23,7 +23,12 @@ def row_losses(task: Task, corpus: Corpus, rows: IntArray) -> FloatArray:
         NonFinite: a loss is NaN or infinite (names the rows).
     """
     reader = task.map_rows(
-        corpus, rows, name="losses", spec={}, start=lambda: loss_of_batches(task.loaded.model), work="forward"
+        corpus,
+        rows,
+        name="losses",
+        spec={"algorithm": "losses-v1"},
+        start=lambda: loss_of_batches(task.loaded.model),
+        work="forward",
     )
     return np.asarray(reader.read("loss"), np.float32)
 

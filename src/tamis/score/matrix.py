@@ -9,10 +9,12 @@ import numpy.typing as npt
 from jaxtyping import Float
 
 from tamis.collect import Task
-from tamis.types import FloatArray, TargetScores
+from tamis.store.reader import StageReader
+from tamis.types import FloatArray, IntArray, TargetScores
 
-__all__ = ["empty_scores", "scores_of_targets", "scores_without_target"]
+__all__ = ["empty_scores", "fill_columns", "scores_of_targets", "scores_without_target", "with_columns"]
 
+_BLOCK_NUMBERS = 1 << 22  # scores moved at once
 _IN_MEMORY = 1 << 30  # bytes; a larger matrix lives in an unnamed file and is paged in as it is read
 
 
@@ -27,6 +29,23 @@ def empty_scores(task: Task, num_columns: int) -> FloatArray:
     task.store.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=task.store) as file:
         return np.memmap(file, np.float32, "w+", shape=shape)
+
+
+def fill_columns(values: FloatArray, reader: StageReader, name: str) -> None:
+    """Copy a stored column ``(n, m)`` into ``values`` (a part of a score matrix), some rows at a time."""
+    for start, block in reader.blocks(name, max(1, _BLOCK_NUMBERS // max(1, values.shape[1]))):
+        values[start : start + len(block)] = block
+
+
+def with_columns(task: Task, values: FloatArray, kept: IntArray) -> FloatArray:
+    """``values[:, kept]`` for ascending ``kept``: the matrix itself if no column goes."""
+    if len(kept) == values.shape[1]:
+        return values
+    smaller = empty_scores(task, len(kept))
+    rows = max(1, _BLOCK_NUMBERS // max(1, values.shape[1]))
+    for start in range(0, len(values), rows):
+        smaller[start : start + rows] = values[start : start + rows, kept]
+    return smaller
 
 
 def scores_of_targets(

@@ -54,7 +54,7 @@ class RdsPlus:
         def start() -> Callable[[Batch], Mapping[str, Tensor]]:
             return lambda batch: {"embedding": weighted_mean_states(task.loaded.model, batch, self.positions)}
 
-        spec = {"embedding": "rds+", "positions": self.positions}
+        spec = {"algorithm": "hidden-states-v1", "embedding": "rds+", "positions": self.positions}
         return task.map_rows(corpus, rows, name="hidden-states", spec=spec, start=start, work="forward")
 
 

@@ -8,6 +8,7 @@ After *Estimating Training Data Influence by Tracing Gradient Descent* (Pruthi e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -19,15 +20,18 @@ from tamis.collect import Task
 from tamis.errors import InvalidSettings
 from tamis.gradients.per_sample import per_sample_features
 from tamis.maths.similarity import row_norms
+from tamis.model.load import ModelSettings
 from tamis.projection import NoProjector, make_projector
 from tamis.score.exact import exact_scores
 from tamis.score.features import (
     FeatureFunction,
     FeatureSpec,
     RowScores,
+    add_scores,
     rows_with_gradient,
     scores_of_features,
 )
+from tamis.score.matrix import with_columns
 from tamis.train.checkpoints import learning_rates_of
 from tamis.types import Batch, TargetScores
 
@@ -96,6 +100,10 @@ class TracIn:
     def score(self, task: Task) -> TargetScores:
         """Scores of ``task.rows``: one column per target row, or per target with exact gradients and the mean target.
 
+        ``extra`` has each row's ``loss`` and ``grad_norm`` at the first checkpoint: later ones may have been trained on
+        the row, and then a wrong answer looks harmless. ``zero_gradient`` marks rows without gradient at any
+        checkpoint; their score of 0 says nothing.
+
         Raises:
             InvalidInput: no row of a target has a gradient.
             NonFinite: a loss or gradient is NaN or infinite.
@@ -110,42 +118,37 @@ class TracIn:
         total = rates.sum() if self.normalize == "cosine" else 1.0
         found: RowScores | None = None
         for point, rate in zip(points, rates, strict=True):
-            scores = self._at(point)
-            weighted = scores.values * np.float32(rate / total)
-            found = replace(
-                scores,
-                values=weighted if found is None else found.values + weighted,
-                is_zero=scores.is_zero if found is None else scores.is_zero & found.is_zero,
-                is_zero_target=(
-                    scores.is_zero_target if found is None else scores.is_zero_target & found.is_zero_target
-                ),
-            )
+            at = task if point is None else task.at_model(point)
+            found = add_scores(found, self._at(at), weight=rate / total)
+            del at  # its model, before the next one is loaded
         assert found is not None
         values = found.values
         if self.length_power:
-            values = values * (task.pool.supervised[task.rows].astype(np.float32) ** self.length_power)[:, None]
+            values *= (task.pool.supervised[task.rows].astype(np.float32) ** self.length_power)[:, None]
         kept = rows_with_gradient(task, found.is_zero, found.is_zero_target)
         if self._is_mean(task):
             group = np.arange(len(task.target_names), dtype=np.int64)
         else:
-            values, group = values[:, kept], task.target_group[kept]
+            values, group = with_columns(task, values, kept), task.target_group[kept]
         return TargetScores(
             rows=task.rows,
             values=values,
             group=group,
             target_names=task.target_names,
-            extra={"loss": found.loss, "grad_norm": found.grad_norm},
+            extra={"loss": found.loss, "grad_norm": found.grad_norm, "zero_gradient": found.is_zero},
         )
 
     def _is_mean(self, task: Task) -> bool:
         """Exact gradients against each target's mean: the one form that knows no single target rows."""
         return self.projection == "none" and task.aggregate == "mean"
 
-    def _checkpoints(self, task: Task) -> tuple[list[Task], np.ndarray[tuple[int], np.dtype[np.float64]]]:
-        """The task at every checkpoint, and their learning rates."""
+    def _checkpoints(
+        self, task: Task
+    ) -> tuple[Sequence[ModelSettings | None], np.ndarray[tuple[int], np.dtype[np.float64]]]:
+        """The model at every checkpoint (None: the task's own), and their learning rates."""
         if not self.checkpoints:
-            return [task], np.ones(1)
-        points = [task.at_model(replace(task.model_settings, name=name, revision=None)) for name in self.checkpoints]
+            return [None], np.ones(1)
+        points = [replace(task.model_settings, name=name, revision=None) for name in self.checkpoints]
         if self.learning_rates:
             return points, np.array(self.learning_rates)
         rates = learning_rates_of([Path(name) for name in self.checkpoints])
@@ -170,7 +173,7 @@ class TracIn:
             )
         spec = FeatureSpec(
             name="gradients",
-            identity={"projection": projector.identity, "include_head": self.include_head},
+            identity={"algorithm": "gradients-v1", "projection": projector.identity, "include_head": self.include_head},
             dtype=self.feature_dtype,
         )
 
