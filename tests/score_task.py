@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
@@ -18,7 +20,7 @@ from tamis.corpus import Corpus, tokenize
 from tamis.data.batches import collate
 from tamis.data.examples import read_examples
 from tamis.data.render import Renderer
-from tamis.model.load import ModelSettings
+from tamis.model.load import LoadedModel, ModelSettings, load_model
 from tamis.progress import NoProgress
 from tamis.types import Batch, LayerSpec
 from tiny_run import byte_tokenizer
@@ -137,6 +139,21 @@ def loop_gradients_of(task: Task, model: nn.Module, layers: Sequence[LayerSpec])
 
 def unit(x: Tensor) -> Tensor:
     return x / x.norm(dim=1, keepdim=True)
+
+
+def models_alive(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """From now on, how many of the models loaded by tasks are still in memory when the next one is loaded."""
+    loaded: list[weakref.ref[nn.Module]] = []
+    alive: list[int] = []
+
+    def counting(settings: ModelSettings) -> LoadedModel:
+        alive.append(sum(model() is not None for model in loaded))
+        found = load_model(settings)
+        loaded.append(weakref.ref(found.model))
+        return found
+
+    monkeypatch.setattr("tamis.collect.load_model", counting)
+    return alive
 
 
 def file_bytes(folder: Path, *, ending: str = "") -> Mapping[str, bytes]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from score_task import POOL, TARGET, file_bytes, loop_gradients_of, make_task, save_tiny, unit
+from score_task import POOL, TARGET, file_bytes, loop_gradients_of, make_task, models_alive, save_tiny, unit
 from tamis.errors import InvalidInput, InvalidSettings
 from tamis.model.load import load_model
 from tamis.projection import make_projector, project_gradients
@@ -154,6 +156,30 @@ def test_the_warm_up_appears_in_the_cost_table(tmp_path: Path, llama: Path) -> N
     (cost,) = [cost for cost in task.costs() if cost.name == "less-warm-up"]
     assert cost.rows == 2 * len(settings.warm_up_rows(task))
     assert cost.tokens == 2 * int(task.pool.lengths[settings.warm_up_rows(task)].sum())
+    resumed = make_task(tmp_path, llama)
+    settings.score(resumed)
+    assert [c for c in resumed.costs() if c.name == "less-warm-up"] == [cost]
+
+
+def test_one_checkpoint_s_model_exists_at_a_time(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = make_task(tmp_path, llama)
+    alive = models_alive(monkeypatch)
+    Less(**SHORT).score(task)
+    assert alive == [0, 0, 0]  # when the warm-up's model is loaded, and those of the two checkpoints
+
+
+def test_losses_and_norms_are_those_of_the_first_checkpoint(tmp_path: Path, llama: Path) -> None:
+    task = make_task(tmp_path, llama)
+    scores = Less(**SHORT).score(task)
+    losses, norms = [], []
+    for folder in sorted(warm_up_folder(task).glob("step-*")):
+        at = task.at_model(replace(task.model_settings, name=str(folder)))
+        loss, pool, _ = loop_gradients_of(at, at.loaded.model, at.layers())
+        losses.append(loss.numpy())
+        norms.append(pool.norm(dim=1).numpy())
+    np.testing.assert_allclose(scores.extra["loss"], losses[0], rtol=1e-4)
+    np.testing.assert_allclose(scores.extra["grad_norm"], norms[0], rtol=1e-3)
+    assert (np.abs(losses[0] - losses[1]) > 1e-3 * losses[0]).all()  # so that the two can be told apart
 
 
 def test_a_copy_of_the_target_row_ranks_first(tmp_path: Path, llama: Path) -> None:
@@ -176,8 +202,22 @@ def test_a_given_adapter_is_warmed_up_from_where_it_stands(tmp_path: Path, llama
     values = settings.score(task).values
     np.testing.assert_allclose(values, slow_less(task, settings), **CLOSE)
     assert any("adapter given" in note for note in task.notes)
+    assert any("LoRA settings were not used" in note for note in task.notes)
     first = load_file(next(warm_up_folder(task).glob("step-*/adapter_model.safetensors")))
     assert {tensor.shape[0] for name, tensor in first.items() if "lora_A" in name} == {3}
+
+
+def test_an_adapter_that_names_its_base_by_a_relative_path_can_be_warmed_up(tmp_path: Path, llama: Path) -> None:
+    base = tmp_path / "models" / "base"
+    shutil.copytree(llama, base)
+    adapted = add_lora(load_model(make_task(tmp_path, base).model_settings).model, rank=2, alpha=4, seed=9)
+    adapted.save_pretrained(tmp_path / "models" / "adapter")
+    config = tmp_path / "models" / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "../base"}))
+    task = make_task(tmp_path / "run", tmp_path / "models" / "adapter")
+    assert np.isfinite(Less(**SHORT).score(task).values).all()
+    saved = json.loads(next(warm_up_folder(task).glob("step-*/adapter_config.json")).read_text())
+    assert saved["base_model_name_or_path"] == str(base.resolve())
 
 
 def test_given_moments_replace_the_warm_up(tmp_path: Path, llama: Path) -> None:
@@ -236,6 +276,8 @@ def test_a_row_without_gradient_does_not_inherit_the_momentum_s_direction(
     assert (scores.values[[0, 1, 3]] != 0).all()
     assert scores.values.shape == (len(POOL), len(TARGET) - 1)
     assert sum("exactly zero" in note for note in task.notes) == 2
+    assert scores.extra["zero_gradient"].dtype == np.bool_
+    assert np.flatnonzero(scores.extra["zero_gradient"]).tolist() == [2]
 
 
 @pytest.mark.parametrize(

@@ -105,8 +105,11 @@ def test_length_power_multiplies_by_a_power_of_the_supervised_tokens(scored):
 def test_second_run_neither_trains_nor_loads_a_model(scored, monkeypatch):
     _, task, scores = scored
     monkeypatch.setattr("tamis.collect.load_model", lambda settings: pytest.fail("a model was loaded"))
-    again = SETTINGS.score(replace(task, _loaded=None))
+    resumed = replace(task, _loaded=None, stages=[])
+    again = SETTINGS.score(resumed)
     np.testing.assert_array_equal(again.values, scores.values)
+    assert {cost.name: cost for cost in resumed.costs()} == {cost.name: cost for cost in task.costs()}
+    assert sum(folder.name.startswith("loss-drop-warm-up") for folder in resumed.stages) == 2
 
 
 def test_the_tasks_own_model_is_not_trained(tmp_path):
@@ -124,7 +127,7 @@ def test_model_that_is_an_adapter_is_trained_on_from_where_it_stands(scored, tmp
     scores = LossDrop(steps=2, learning_rate=1e-3).score(task)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(run.model), adapter).eval()
     np.testing.assert_allclose(scores.extra["loss"], slow_losses(model, task.pool, task.rows), rtol=1e-5)
-    assert "loss-drop warmed up the adapter given, from where it stands; lora_rank was not used" in task.notes
+    assert "loss-drop warmed up the adapter given, from where it stands; its LoRA settings were not used" in task.notes
 
 
 losses = hnp.arrays(np.float32, 6, elements=st.floats(2**-10, 100, width=32))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from score_task import POOL, TARGET, loop_gradients_of, make_task, save_tiny, unit
+from score_task import POOL, TARGET, loop_gradients_of, make_task, models_alive, save_tiny, unit
 from tamis.collect import Collecting
 from tamis.errors import InvalidInput, InvalidSettings, NonFinite
 from tamis.gradients.per_sample import run_batch
@@ -174,6 +174,39 @@ def test_checkpoints_are_summed_with_their_learning_rates(tmp_path: Path, llama:
     np.testing.assert_allclose(both, wanted.numpy(), rtol=5e-4, atol=2e-6 if normalize == "cosine" else 1e-9)
 
 
+def test_one_checkpoint_s_model_exists_at_a_time(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [str(llama), *(str(save_tiny(tmp_path / f"other-{seed}", seed=seed)) for seed in (3, 4))]
+    task = make_task(tmp_path, llama)
+    alive = models_alive(monkeypatch)
+    TracIn(checkpoints=tuple(folders)).score(task)
+    assert alive == [0, 0, 0]
+
+
+def test_losses_and_norms_are_those_of_the_first_checkpoint(tmp_path: Path, llama: Path) -> None:
+    other = save_tiny(tmp_path / "other", seed=3)
+    task = make_task(tmp_path, llama)
+    both = TracIn(checkpoints=(str(other), str(llama)), projection="none").score(task).extra
+    first = TracIn(checkpoints=(str(other),), projection="none").score(task).extra
+    last = TracIn(checkpoints=(str(llama),), projection="none").score(task).extra
+    for column in ("loss", "grad_norm"):
+        np.testing.assert_array_equal(both[column], first[column])
+        assert not np.array_equal(both[column], last[column])
+
+
+@pytest.mark.parametrize("settings", [{}, {"keep_features": False}, {"projection": "none"}])
+def test_a_matrix_on_disk_holds_the_same_scores(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, settings: dict
+) -> None:
+    task = make_task(tmp_path, llama)
+    settings = {"checkpoints": (str(llama), str(save_tiny(tmp_path / "other", seed=3))), **settings}
+    in_memory = TracIn(**settings).score(task).values
+    monkeypatch.setattr("tamis.score.matrix._IN_MEMORY", 0)
+    on_disk = TracIn(**settings).score(task).values
+    assert isinstance(on_disk, np.memmap)
+    assert not isinstance(in_memory, np.memmap)
+    np.testing.assert_array_equal(on_disk, in_memory)
+
+
 def test_checkpoints_without_learning_rates_weigh_the_same_and_it_is_said(tmp_path: Path, llama: Path) -> None:
     other = save_tiny(tmp_path / "other", seed=3)
     task = make_task(tmp_path, llama)
@@ -237,8 +270,10 @@ def test_a_pool_row_without_gradient_scores_zero_and_is_named(
 ) -> None:
     task = make_task(tmp_path, llama)
     _without_gradient(monkeypatch, "pool", {2}, task)
-    values = TracIn(keep_features=keep_features).score(task).values
+    scores = TracIn(keep_features=keep_features).score(task)
+    values = scores.values
     assert (values[2] == 0).all()
+    assert scores.extra["zero_gradient"].tolist() == [row == 2 for row in range(len(POOL))]
     assert np.isfinite(values).all()
     assert any("1 pool rows" in note and "pool-2" in note for note in task.notes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -21,11 +22,13 @@ from torch import nn
 
 from fake_task import random_tokens
 from score_task import file_bytes
-from tamis.errors import InvalidInput, InvalidSettings, NonFinite, StoreCorrupted, StoreMismatch
-from tamis.train.checkpoints import complete_checkpoints
+from tamis.errors import InvalidInput, InvalidSettings, NonFinite, StoreCorrupted, StoreMismatch, Unsupported
+from tamis.model.loss import per_sample_losses
+from tamis.train import loop
+from tamis.train.checkpoints import complete_checkpoints, read_moments
 from tamis.train.loop import Spent, TrainSettings, fine_tune, learning_rate_at, num_steps, rows_of_step, run_identity
 from tamis.train.lora import add_lora
-from tamis.types import IntArray, TokenizedExample
+from tamis.types import Batch, IntArray, TokenizedExample
 from tiny_models import tiny_model
 
 TOKENS = random_tokens([9, 5, 12, 7, 4, 10, 6], seed=1)
@@ -105,6 +108,68 @@ def test_micro_batches_only_bound_memory() -> None:
     fine_tune(small, TOKENS, ROWS, replace(SETTINGS, batch_tokens=1), seed=0)
     for name, param in trainable(whole).items():
         torch.testing.assert_close(param, trainable(small)[name], **CLOSE)
+
+
+def _out_of_memory_above(monkeypatch: pytest.MonkeyPatch, tokens: int, *, error: Exception) -> list[int]:
+    """Padded tokens of every forward pass; those above ``tokens`` fail in the backward pass, gradients half made."""
+    sizes: list[int] = []
+    original = torch.autograd.backward
+
+    def backward(loss: torch.Tensor) -> None:
+        original(loss)
+        if sizes[-1] > tokens:
+            raise error
+
+    def losses(model: nn.Module, batch: Batch) -> torch.Tensor:
+        sizes.append(batch.input_ids.numel())
+        return per_sample_losses(model, batch)
+
+    monkeypatch.setattr(loop.torch.autograd, "backward", backward)
+    monkeypatch.setattr(loop, "per_sample_losses", losses)
+    return sizes
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_a_pass_that_does_not_fit_in_memory_is_halved_and_the_update_made_anew(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain, starved = lora_model(), lora_model()
+    fine_tune(plain, TOKENS, ROWS, SETTINGS, seed=0)
+    sizes = _out_of_memory_above(monkeypatch, 20, error=error)
+    fine_tune(starved, TOKENS, ROWS, SETTINGS, seed=0)
+    for name, param in trainable(plain).items():
+        torch.testing.assert_close(param, trainable(starved)[name], **CLOSE)
+    failed = [size for size in sizes if size > 20]
+    assert failed
+    assert sizes.index(failed[-1]) < len(sizes) // 2  # the lower limit is kept: later updates do not fail again
+    assert all(later < earlier for earlier, later in itertools.pairwise(failed))
+    assert len([record for record in caplog.records if "out of memory" in record.message]) == len(failed)
+
+
+def test_a_single_row_that_does_not_fit_in_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    _out_of_memory_above(monkeypatch, 3, error=torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(Unsupported, match=r"row \d: its \d+ tokens alone do not fit in memory for training"):
+        fine_tune(lora_model(), TOKENS, ROWS, SETTINGS, seed=0)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    _out_of_memory_above(monkeypatch, 0, error=RuntimeError("shapes do not match"))
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        fine_tune(lora_model(), TOKENS, ROWS, SETTINGS, seed=0)
+
+
+def test_double_precision_trains(tmp_path: Path) -> None:
+    single, double = full_model(), tiny_model("llama", dtype=torch.float64)
+    fine_tune(single, TOKENS, ROWS, SETTINGS, seed=0)
+    (*_, last) = fine_tune(double, TOKENS, ROWS, SETTINGS, seed=0, folder=tmp_path)
+    for name, param in trainable(double).items():
+        torch.testing.assert_close(trainable(single)[name].double(), param, **CLOSE)
+    assert all(moment.dtype == torch.float32 for moment in read_moments(last.folder, double).exp_avg.values())
+    again = tiny_model("llama", dtype=torch.float64, seed=1)
+    fine_tune(again, TOKENS, ROWS, SETTINGS, seed=0, folder=tmp_path)
+    assert all(torch.equal(param, trainable(double)[name]) for name, param in trainable(again).items())
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:

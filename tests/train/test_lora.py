@@ -5,10 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from score_task import save_tiny
-from tamis.errors import InvalidSettings
+from tamis.errors import InvalidSettings, Unsupported
 from tamis.model.load import ModelSettings, load_model
+from tamis.model.source import ModelSource
 from tamis.seeds import child_seed, random_uniform
 from tamis.train.lora import add_lora, train_adapter
 from tiny_models import FAMILIES, random_batch, tiny_model
@@ -57,7 +59,37 @@ def test_an_adapter_that_came_with_the_model_becomes_trainable_alone() -> None:
     train_adapter(model)
     trained = [name for name, param in model.named_parameters() if param.requires_grad]
     assert trained
-    assert all("lora_" in name and model.get_parameter(name).dtype == torch.float32 for name in trained)
+    assert all("lora_" in name for name in trained)
+
+
+def test_an_adapter_keeps_float64_and_is_lifted_from_half_precision() -> None:
+    for dtype, wanted in ((torch.float64, torch.float64), (torch.bfloat16, torch.float32)):
+        model = tiny_model("llama", lora=True).to(dtype)
+        train_adapter(model)
+        assert {param.dtype for param in model.parameters() if param.requires_grad} == {wanted}
+
+
+def test_a_trained_adapter_names_the_base_that_was_found(tmp_path: Path) -> None:
+    model = tiny_model("llama", lora=True)
+    train_adapter(model, base=ModelSource(kind="folder", name=str(tmp_path / "adapter" / ".." / "base")))
+    assert model.peft_config["default"].base_model_name_or_path == str(tmp_path / "base")
+    train_adapter(model, base=ModelSource(kind="gguf", name=str(tmp_path), gguf_file="base.gguf"))
+    assert model.peft_config["default"].base_model_name_or_path == str(tmp_path / "base.gguf")
+    train_adapter(model, base=ModelSource(kind="hub", name="org/base", revision="abc"))
+    assert model.peft_config["default"].base_model_name_or_path == "org/base"
+    assert model.peft_config["default"].revision == "abc"
+
+
+def test_whole_modules_beside_the_factors_are_trained_in_float32_only() -> None:
+    def adapted(dtype: torch.dtype) -> PeftModel:
+        config = LoraConfig(r=2, target_modules="all-linear", modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+        return get_peft_model(tiny_model("llama", dtype=dtype), config)
+
+    model = adapted(torch.float32)
+    train_adapter(model)
+    assert any("modules_to_save" in name for name, param in model.named_parameters() if param.requires_grad)
+    with pytest.raises(Unsupported, match=r"modules_to_save, first: '.*lm_head.*'.*cannot be trained on a 16-bit base"):
+        train_adapter(adapted(torch.bfloat16))
 
 
 def test_a_second_adapter_or_no_rank_is_refused() -> None:

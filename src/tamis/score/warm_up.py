@@ -66,9 +66,10 @@ def warm_up_points(
 
     def open_model() -> nn.Module:
         model = task.at_model(base).loaded.model  # not the task's own: training would change it
-        if not has_adapter(model):
-            return add_lora(model, rank=lora_rank, alpha=lora_alpha, seed=seed, base=base.name, revision=base.revision)
-        train_adapter(model, base=source.base)
+        if has_adapter(model):
+            train_adapter(model, base=source.base)
+        else:
+            model = add_lora(model, rank=lora_rank, alpha=lora_alpha, seed=seed, base=base.name, revision=base.revision)
         return model
 
     spec = {

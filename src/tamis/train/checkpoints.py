@@ -197,8 +197,10 @@ def read_moments(folder: Path, model: nn.Module) -> Moments:
         manifest = _read_manifest(folder)
         tensors = load_file(folder / _OPTIMIZER)
         return Moments(
-            exp_avg={k.removeprefix("exp_avg/"): t for k, t in tensors.items() if k.startswith("exp_avg/")},
-            exp_avg_sq={k.removeprefix("exp_avg_sq/"): t for k, t in tensors.items() if k.startswith("exp_avg_sq/")},
+            exp_avg={k.removeprefix("exp_avg/"): t.float() for k, t in tensors.items() if k.startswith("exp_avg/")},
+            exp_avg_sq={
+                k.removeprefix("exp_avg_sq/"): t.float() for k, t in tensors.items() if k.startswith("exp_avg_sq/")
+            },
             step=manifest["step"],
             **manifest["adam"],
         )

@@ -8,6 +8,7 @@ killed run resumed from its last checkpoint ends with the bytes of an uninterrup
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tamis.data.batches import collate, plan_batches
-from tamis.errors import InvalidInput, InvalidSettings, NonFinite
+from tamis.errors import InvalidInput, InvalidSettings, NonFinite, Unsupported
 from tamis.model.loss import evaluation_mode, per_sample_losses
 from tamis.seeds import child_seed, random_permutation
 from tamis.train.checkpoints import (
@@ -33,6 +34,8 @@ from tamis.train.checkpoints import (
 from tamis.types import IntArray, TokenizedExample
 
 __all__ = ["Spent", "TrainSettings", "fine_tune", "learning_rate_at", "num_steps", "rows_of_step", "run_identity"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +54,7 @@ class TrainSettings:
     beta2: float = 0.999
     eps: float = 1e-8
     clip: float | None = 1.0  # largest norm of an update's gradient
-    batch_tokens: int = 4096  # padded tokens of one forward pass: memory only, up to rounding
+    batch_tokens: int = 4096  # padded tokens of one forward pass, less once memory runs out: no effect but rounding
 
     def __post_init__(self) -> None:
         for name in ("epochs", "steps", "save_steps", "batch_rows", "batch_tokens"):
@@ -121,10 +124,11 @@ def fine_tune(
 ) -> tuple[Checkpoint, ...]:
     """Train the parameters of ``model`` that require gradients, in place, and return the checkpoints of the whole run.
 
-    One process, no ranks, no dropout.
+    One process, no ranks, no dropout. A forward pass that does not fit in memory is halved, and the update's gradient
+    made anew; updates after it keep to what fitted.
 
     Args:
-        model: its trainable parameters must be float32 (LoRA factors on a bfloat16 base are).
+        model: its trainable parameters must be float32 or float64 (LoRA factors on a bfloat16 base are).
         examples: ``examples[r]`` is the tokenized row ``r``.
         rows: (n,) the rows to train on, each once an epoch.
         settings: see ``TrainSettings``.
@@ -137,6 +141,8 @@ def fine_tune(
 
     Raises:
         InvalidInput: no rows, a row without supervised token, or nothing trainable in the model.
+        InvalidSettings: a trainable parameter has 16 bits or fewer.
+        Unsupported: a single row does not fit in memory.
         NonFinite: a loss or the gradient of an update is NaN or infinite; the message names step and rows.
         StoreMismatch: ``folder`` holds checkpoints of another run.
         StoreCorrupted: the last checkpoint's bytes are not what was written.
@@ -146,7 +152,6 @@ def fine_tune(
     _check_start(trainable, examples, rows, name_of)
     total = num_steps(settings, len(rows))
     optimizer = _adamw(trainable, settings)
-    device = next(iter(trainable.values())).device
     identity = run_identity(settings, examples, rows, seed=seed)
 
     start, history = 0, list[StepRecord]()
@@ -156,23 +161,17 @@ def fine_tune(
         start, history = checkpoints[-1].step, list(checkpoints[-1].history)
         advance(start)
 
+    batch_tokens = settings.batch_tokens
     intervals, counted, since = len(checkpoints), _Counter(), time.perf_counter()
     for step in range(start, total):
         chosen = rows_of_step(settings, step, rows, seed=seed)
         tokenized = [examples[int(row)] for row in chosen]
-        lengths = np.array([len(t.input_ids) for t in tokenized], dtype=np.int64)
         rate = learning_rate_at(settings, step, total)
         for group in optimizer.param_groups:
             group["lr"] = rate
 
-        loss = 0.0
         with evaluation_mode(model):  # around the backward pass too: gradient checkpointing runs the layers again in it
-            for part in plan_batches(lengths, batch_tokens=settings.batch_tokens, max_rows=None):
-                batch = collate(chosen[part], [tokenized[i] for i in part], 0).to(device)
-                losses = per_sample_losses(model, batch)  # (B,) mean over each row's supervised tokens
-                _check_losses(losses, chosen[part], step, name_of)
-                torch.autograd.backward(losses.sum() / len(chosen))
-                loss += float(losses.detach().double().sum()) / len(chosen)
+            loss, batch_tokens = _accumulate(model, chosen, tokenized, step, batch_tokens, name_of)
         norm = nn.utils.clip_grad_norm_(trainable.values(), settings.clip or math.inf)
         if not bool(torch.isfinite(norm)):
             raise NonFinite(
@@ -207,7 +206,70 @@ def run_identity(
         data.update(np.int64(len(example.input_ids)).tobytes())
         data.update(np.ascontiguousarray(example.input_ids, dtype="<i4").tobytes())
         data.update(np.ascontiguousarray(example.supervised, dtype=np.uint8).tobytes())
-    return {"settings": asdict(settings), "data": data.hexdigest(), "num_rows": len(rows), "seed": seed}
+    return {
+        "algorithm": "fine-tune-v1",
+        "settings": asdict(settings),
+        "data": data.hexdigest(),
+        "num_rows": len(rows),
+        "seed": seed,
+    }
+
+
+def _accumulate(
+    model: nn.Module,
+    rows: IntArray,
+    tokenized: Sequence[TokenizedExample],
+    step: int,
+    batch_tokens: int,
+    name_of: Callable[[int], str],
+) -> tuple[float, int]:
+    """The loss of an update, its gradient left in the parameters, and the padded tokens of a pass that fitted."""
+    lengths = np.array([len(t.input_ids) for t in tokenized], dtype=np.int64)
+    while True:
+        loss, too_large = 0.0, 0
+        for part in plan_batches(lengths, batch_tokens=batch_tokens, max_rows=None):
+            try:
+                loss += _add_gradient(model, rows, tokenized, part, step, name_of)
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                if len(part) == 1:
+                    raise Unsupported(
+                        f"{name_of(int(rows[part[0]]))}: its {lengths[part[0]]} tokens alone do not fit in memory for "
+                        "training; lower --max-length, use --dtype bfloat16, or turn on --gradient-checkpointing"
+                    ) from error
+                too_large = len(part) * int(lengths[part].max())
+                break
+        if not too_large:
+            return loss, batch_tokens
+        # Out of the except block: while the error lives, so do the tensors of the pass that failed.
+        model.zero_grad(set_to_none=True)  # what this update has so far; those before it ended with none
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        batch_tokens = too_large // 2
+        logger.warning("out of memory with %d padded tokens; going on with %d", too_large, batch_tokens)
+
+
+def _add_gradient(
+    model: nn.Module,
+    rows: IntArray,
+    tokenized: Sequence[TokenizedExample],
+    part: IntArray,
+    step: int,
+    name_of: Callable[[int], str],
+) -> float:
+    """The share of some rows in an update's loss; their share of its gradient is added to the parameters'."""
+    device = next(param for param in model.parameters() if param.requires_grad).device
+    batch = collate(rows[part], [tokenized[i] for i in part], 0).to(device)
+    losses = per_sample_losses(model, batch)  # (B,) mean over each row's supervised tokens
+    _check_losses(losses, rows[part], step, name_of)
+    torch.autograd.backward(losses.sum() / len(rows))
+    return float(losses.detach().double().sum()) / len(rows)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, which PyTorch's CPU allocator reports as a plain error."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def _adamw(trainable: dict[str, nn.Parameter], settings: TrainSettings) -> torch.optim.AdamW:
@@ -238,7 +300,7 @@ def _check_start(
         raise InvalidInput("nothing to train: no parameter of the model requires a gradient; add LoRA or unfreeze some")
     if not len(rows):
         raise InvalidInput("no rows to train on; give a larger pool or share")
-    if low := next((name for name, p in trainable.items() if p.dtype != torch.float32), None):
+    if low := next((name for name, p in trainable.items() if p.dtype.itemsize < 4), None):
         raise InvalidSettings(
             f"parameter '{low}' is {trainable[low].dtype}, in which small updates are lost; "
             "train LoRA factors (they are float32), or load the model with dtype=float32"

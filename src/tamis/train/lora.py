@@ -10,7 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from tamis.errors import InvalidSettings
+from tamis.errors import InvalidSettings, Unsupported
+from tamis.model.source import ModelSource
 from tamis.seeds import child_seed, random_uniform
 
 __all__ = ["add_lora", "train_adapter"]
@@ -57,9 +58,32 @@ def add_lora(
     return adapted
 
 
-def train_adapter(model: nn.Module) -> None:
-    """Make the adapter that ``model`` came with trainable, in float32, and nothing else."""
+def train_adapter(model: nn.Module, *, base: ModelSource | None = None) -> None:
+    """Make the adapter that ``model`` came with trainable, in float32 at least, and nothing else.
+
+    ``base`` is what the adapter names as its base model when it is saved. Without it that is what its own file said,
+    which may have been a path relative to that file's folder.
+
+    Raises:
+        Unsupported: the adapter trains whole modules of a 16-bit model: in float32 they do not fit their neighbours.
+    """
+    copies = [name for name, _ in model.named_parameters() if "modules_to_save" in name]
+    frozen = [param for name, param in model.named_parameters() if not _is_adapter(name)]
+    if copies and any(param.dtype.itemsize < 4 for param in frozen):
+        raise Unsupported(
+            f"the adapter has whole modules beside its LoRA factors (modules_to_save, first: '{copies[0]}'), which "
+            "cannot be trained on a 16-bit base; load the model with dtype=float32, or give an adapter without them"
+        )
+    if base is not None and isinstance(model, PeftModel):
+        config = model.peft_config[model.active_adapter]
+        path = Path(base.name, base.gguf_file or "")
+        config.base_model_name_or_path = base.name if base.kind == "hub" else str(path.resolve())
+        config.revision = base.revision
     for name, param in model.named_parameters():
-        param.requires_grad_("lora_" in name or "modules_to_save" in name)
-        if param.requires_grad:
+        param.requires_grad_(_is_adapter(name))
+        if param.requires_grad and param.dtype.itemsize < 4:
             param.data = param.data.float()
+
+
+def _is_adapter(name: str) -> bool:
+    return "lora_" in name or "modules_to_save" in name
