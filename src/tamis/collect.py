@@ -24,6 +24,7 @@ from tamis.corpus import Corpus
 from tamis.data.batches import collate, plan_batches
 from tamis.errors import InvalidSettings, NonFinite, Unsupported
 from tamis.model.load import LoadedModel, ModelSettings, load_model, model_fingerprint, resolved_dtype
+from tamis.model.memory import is_out_of_memory
 from tamis.model.processes import is_main
 from tamis.model.targets import gradient_layers
 from tamis.progress import NoProgress
@@ -258,7 +259,7 @@ class Task:
             except NonFinite as error:
                 raise _with_places(error, corpus) from error
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 if len(group) == 1:
                     raise Unsupported(_one_row_too_large(corpus, int(rows[group[0]]))) from error
@@ -281,13 +282,6 @@ class Task:
 
 def _digest_rows(rows: IntArray) -> str:
     return hashlib.sha256(np.ascontiguousarray(rows, dtype="<i8").tobytes()).hexdigest()
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error)
-    return "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text
 
 
 def _with_places(error: NonFinite, corpus: Corpus) -> NonFinite:

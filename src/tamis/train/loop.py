@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tamis.data.batches import collate, plan_batches
 from tamis.errors import InvalidInput, InvalidSettings, NonFinite, Unsupported
 from tamis.model.loss import evaluation_mode, per_sample_losses
+from tamis.model.memory import is_out_of_memory
 from tamis.seeds import child_seed, random_permutation
 from tamis.train.checkpoints import (
     Checkpoint,
@@ -231,7 +232,7 @@ def _accumulate(
             try:
                 loss += _add_gradient(model, rows, tokenized, part, step, name_of)
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 if len(part) == 1:
                     raise Unsupported(
@@ -265,11 +266,6 @@ def _add_gradient(
     _check_losses(losses, rows[part], step, name_of)
     torch.autograd.backward(losses.sum() / len(rows))
     return float(losses.detach().double().sum()) / len(rows)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, which PyTorch's CPU allocator reports as a plain error."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def _adamw(trainable: dict[str, nn.Parameter], settings: TrainSettings) -> torch.optim.AdamW:
