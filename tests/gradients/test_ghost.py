@@ -54,7 +54,7 @@ def test_hand_case() -> None:
         assert dots is not None
         assert squares is not None
         assert dots.tolist() == [[8.0]]
-        assert squares.tolist() == [42.0]
+        assert squares.tolist() == pytest.approx([42.0], rel=1e-6)
 
 
 def test_direct_order_splits_large_batches(monkeypatch: pytest.MonkeyPatch) -> None:

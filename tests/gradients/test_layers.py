@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tamis.gradients.layers import per_sample_gradient, project_side, weighted_gradient, with_bias_column
+from tamis.gradients.layers import (
+    inner_products,
+    per_sample_gradient,
+    project_side,
+    squared_norms,
+    weighted_gradient,
+    with_bias_column,
+)
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "bias"])
@@ -50,3 +57,21 @@ def test_absent_side_is_the_identity(case: tuple[torch.Tensor, torch.Tensor, boo
     assert whole.shape == (3, 5, 4 + has_bias)
     assert torch.equal(whole[..., :4], act)
     assert not has_bias or torch.equal(whole[..., 4], torch.ones(3, 5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("length", [1, 8191, 8192, 30_000])
+def test_long_rows_have_the_products_of_plain_sums(length: int) -> None:
+    torch.manual_seed(0)
+    x, directions = torch.randn(3, length, dtype=torch.float64), torch.randn(2, length, dtype=torch.float64)
+    torch.testing.assert_close(squared_norms(x), x.square().sum(dim=1), rtol=1e-12, atol=0)
+    torch.testing.assert_close(inner_products(x, directions), x @ directions.T, rtol=1e-9, atol=1e-9)
+
+
+def test_float32_products_of_millions_of_numbers_keep_their_digits() -> None:
+    """All terms positive, the worst case for a running sum: a plain float32 norm of these rows is off by 1e-4."""
+    torch.manual_seed(0)
+    x = torch.rand(2, 3_000_000)
+    exact = x.double().square().sum(dim=1)
+    torch.testing.assert_close(squared_norms(x).double(), exact, rtol=2e-6, atol=0)
+    exact = x.double() @ x.double().T
+    torch.testing.assert_close(inner_products(x, x).double(), exact, rtol=1e-5, atol=0)

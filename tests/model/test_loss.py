@@ -15,7 +15,7 @@ from tamis.errors import InvalidInput, NonFinite, Unsupported
 from tamis.gradients.reference import reference_loss
 from tamis.model.loss import evaluation_mode, per_sample_losses, require_finite, supervised_positions
 from tamis.types import Batch
-from tiny_models import FAMILIES, padded_by, permuted, random_batch, tiny_model
+from tiny_models import FAMILIES, one_row, padded_by, permuted, random_batch, tiny_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -99,7 +99,7 @@ def test_gradient_of_the_loss_equals_that_of_pytorch(dtype: torch.dtype, monkeyp
 
 
 def test_extreme_logits_give_finite_exact_losses() -> None:
-    """A label 500 nats below the top has probability 0 in float32; its loss is still 500."""
+    """A label 500 nats below the top has probability 0 in float32; its loss is still 500, and its neighbour's exact."""
     model = tiny_model("llama", tied=False, dtype=torch.float32)
     head = nn.Linear(16, 64).float()
     with torch.no_grad():
@@ -109,7 +109,12 @@ def test_extreme_logits_give_finite_exact_losses() -> None:
     model.set_output_embeddings(head)
     with torch.no_grad():
         losses = per_sample_losses(model, random_batch([5]))
+        likely = one_row(random_batch([5]), 0)
+        likely.input_ids[0, 2:] = 0  # the token that the head is sure of
+        likely.supervised[0] = torch.tensor([False, False, True, True, True])
+        certain = per_sample_losses(model, likely)
     torch.testing.assert_close(losses, torch.tensor([500.0]), rtol=1e-6, atol=0)
+    assert certain.tolist() == [0.0]
 
 
 def test_first_token_never_counts() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tamis.gradients.ghost import alignments
-from tamis.gradients.layers import assembly_dtype, per_sample_gradient, project_side, weighted_gradient
+from tamis.gradients.layers import assembly_dtype, per_sample_gradient, project_side, squared_norms, weighted_gradient
 from tamis.protocols import LayerwiseProjector, TwoSidedProjector
 from tamis.types import LayerSpec
 
@@ -99,7 +99,7 @@ class LayerwiseFeatures:
         """Form the layer's gradients, project them, forget them."""
         grads = per_sample_gradient(kept[0], grad_out, has_bias=layer.has_bias)
         part = self._projector.project_layer(layer, grads)
-        squares = _squared_norms(grads.flatten(1))
+        squares = squared_norms(grads.flatten(1))
         self._features = part if self._features is None else self._features + part.to(self._features.device)
         self._squares = squares if self._squares is None else self._squares + squares.to(self._squares.device)
 
@@ -188,11 +188,6 @@ class Factors:
     def consume(self, layer: LayerSpec, kept: tuple[Tensor, ...], grad_out: Tensor) -> None:
         """Hold both: memory grows with the layers."""
         self.factors[layer.name] = (kept[0], grad_out)
-
-
-def _squared_norms(flat: Tensor) -> Tensor:
-    squares: Tensor = torch.linalg.vecdot(flat, flat)
-    return squares
 
 
 def _joined(parts: Mapping[str, Tensor], layers: Sequence[LayerSpec]) -> Tensor:

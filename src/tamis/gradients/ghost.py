@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tamis.gradients.layers import assembly_dtype, per_sample_gradient, with_bias_column
+from tamis.gradients.layers import assembly_dtype, inner_products, per_sample_gradient, squared_norms, with_bias_column
 
 __all__ = ["alignments", "direct_alignments", "direct_is_cheaper", "factored_alignments"]
 
-_READ_COST = 8  # one pass over a number in memory costs about as much as this many multiply-adds
+_READ_COST = 4  # one pass over a number in memory costs about as much as this many multiply-adds
 _CHUNK = 1 << 23  # gradient entries formed at once: 32 MB of float32
 
 
@@ -58,14 +58,14 @@ def direct_alignments(
 ) -> tuple[Float[Tensor, "B J"] | None, Float[Tensor, " B"] | None]:
     """The gradients of a few samples at a time, then their products."""
     rows = max(1, _CHUNK // (grad_out.shape[2] * (act.shape[2] + int(has_bias))))
-    flat = None if directions is None else directions.flatten(1)  # (J, O*I2)
+    flat = None if directions is None else directions.flatten(1).to(assembly_dtype(act.dtype))  # (J, O*I2)
     dots, squares = [], []
     for a, g in zip(torch.split(act, rows), torch.split(grad_out, rows), strict=True):
         grads = per_sample_gradient(a, g, has_bias=has_bias).flatten(1)  # (b, O*I2)
         if flat is not None:
-            dots.append(grads @ flat.T.to(grads.dtype))
+            dots.append(inner_products(grads, flat))
         if norms:
-            squares.append(torch.linalg.vecdot(grads, grads))
+            squares.append(squared_norms(grads))
     return torch.cat(dots) if dots else None, torch.cat(squares) if squares else None
 
 

@@ -21,6 +21,7 @@ from tamis.gradients.consumers import (
     WeightedGradient,
 )
 from tamis.gradients.hooks import capture, frozen
+from tamis.gradients.layers import squared_norms
 from tamis.model.loss import evaluation_mode, per_sample_losses, require_finite, supervised_positions
 from tamis.model.targets import embedding_matrix
 from tamis.protocols import LayerConsumer, LayerwiseProjector, Projector, TwoSidedProjector, VectorProjector
@@ -107,7 +108,7 @@ def _vector_features(
         )
         consumer = MaterialisedGradients(layers)
         losses = run_batch(model, few, layers, consumer)
-        found.append((losses, projector.project(consumer.grads), torch.linalg.vector_norm(consumer.grads, dim=1)))
+        found.append((losses, projector.project(consumer.grads), squared_norms(consumer.grads).sqrt()))
     losses, features, norms = (torch.cat(parts) for parts in zip(*found, strict=True))
     return losses, features, norms
 

@@ -155,19 +155,25 @@ class _MeanCrossEntropy(torch.autograd.Function):
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         labels, row, counts = (x.to(device) for x in (positions.labels, positions.row, positions.counts))
         scale = (1 / counts.to(dtype))[row, None]  # (n, 1): d(mean)/d(token loss)
+        smallest = torch.finfo(dtype).tiny / torch.finfo(dtype).eps  # below it a probability has lost digits
         token_loss = torch.empty(len(labels), dtype=dtype, device=device)
         rows = max(1, (_CPU_CHUNK if device.type == "cpu" else _GPU_CHUNK) // logits.shape[1])
         for start in range(0, len(labels), rows):
             part = slice(start, start + rows)
-            block = logits[part].to(dtype)
-            top = block.amax(dim=1, keepdim=True)
-            at_label = block.gather(1, labels[part, None])
+            block, label = logits[part].to(dtype), labels[part, None]
             probs = torch.softmax(block, dim=1)
-            # log sum exp = top - log(the largest probability), which is at least 1/V: nothing can underflow.
-            token_loss[part] = (top - probs.amax(dim=1, keepdim=True).log() - at_label)[:, 0]
+            likelihood = probs.gather(1, label)
+            surprise = -likelihood.log()
+            if bool((likelihood < smallest).any()):  # rare; those tokens alone, so that no token sees its neighbours
+                in_logs = block.logsumexp(dim=1, keepdim=True) - block.gather(1, label)
+                surprise = torch.where(likelihood < smallest, in_logs, surprise)
+            token_loss[part] = surprise[:, 0]
             if ctx.needs_input_grad[0]:
-                probs.mul_(scale[part]).scatter_add_(1, labels[part, None], -scale[part])
-                overwritten[part] = probs
+                target = overwritten[part]
+                gradient = torch.mul(probs, scale[part], out=target if target.dtype == dtype else probs)
+                gradient.scatter_add_(1, label, -scale[part])
+                if gradient is not target:
+                    target.copy_(gradient)
         ctx.save_for_backward(overwritten, row)
         # Summed in float64 over a dense (B, width) table: reproducible on every device, whatever the row's batch mates.
         exact = dtype if device.type == "mps" else torch.float64
