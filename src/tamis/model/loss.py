@@ -20,7 +20,7 @@ from tamis.types import Batch
 
 __all__ = ["SupervisedPositions", "evaluation_mode", "per_sample_losses", "require_finite", "supervised_positions"]
 
-# Logits handled at once: 1 MB of float32 that stays in a core's cache; on a GPU few launches matter more.
+# Logits handled at once: 1 MB of float32 that stays in each core's cache; on a GPU few launches matter more.
 _CPU_CHUNK, _GPU_CHUNK = 1 << 18, 1 << 26
 
 
@@ -157,7 +157,8 @@ class _MeanCrossEntropy(torch.autograd.Function):
         scale = (1 / counts.to(dtype))[row, None]  # (n, 1): d(mean)/d(token loss)
         smallest = torch.finfo(dtype).tiny / torch.finfo(dtype).eps  # below it a probability has lost digits
         token_loss = torch.empty(len(labels), dtype=dtype, device=device)
-        rows = max(1, (_CPU_CHUNK if device.type == "cpu" else _GPU_CHUNK) // logits.shape[1])
+        chunk = _CPU_CHUNK * torch.get_num_threads() if device.type == "cpu" else _GPU_CHUNK
+        rows = max(1, chunk // logits.shape[1])
         for start in range(0, len(labels), rows):
             part = slice(start, start + rows)
             block, label = logits[part].to(dtype), labels[part, None]

@@ -108,7 +108,9 @@ class WordIndex:
         num_documents, num_words = self.counts.shape
         with_word = np.bincount(self.counts.indices, minlength=num_words)
         rarity = np.log1p((num_documents - with_word + 0.5) / (with_word + 0.5))
-        mean_length = max(1.0, float(self.lengths.mean())) if num_documents else 1.0
+        mean_length = (
+            float(self.lengths.mean()) if num_documents else 0.0
+        ) or 1.0  # no words at all: any length will do
         patience = k1 * (1 - b + b * self.lengths / mean_length)  # (documents,)
         times = self.counts.data.astype(np.float64)
         per_entry = np.repeat(patience, np.diff(self.counts.indptr))
