@@ -215,11 +215,13 @@ def test_a_tokenizer_without_template_uses_a_stated_one(tiny: TinyRun, tmp_path:
     assert any("template" in note for note in notes)
 
 
-def test_a_row_with_a_zero_gradient_is_reported_not_scored_nan(tiny: TinyRun, tmp_path: Path) -> None:
+def test_a_target_without_any_gradient_is_refused_not_scored_nan(
+    capfd: pytest.CaptureFixture[str], tiny: TinyRun, tmp_path: Path
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny.model)
     with torch.no_grad():  # the last norm closes: logits, and so every gradient below them, are zero
         model.model.norm.weight.zero_()
     model.save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
-    words = ["--model", str(tmp_path / "model"), "--pool", str(tiny.pool), "--target", str(tiny.target)]
-    assert run_command(["select", "--quiet", *words, "--budget", "4", "--out", str(tmp_path / "out")]) == 2
+    said = refused(capfd, tiny, tmp_path / "out", model=tmp_path / "model")
+    assert "no row of target" in said and "gradient" in said
