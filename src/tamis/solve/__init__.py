@@ -1,0 +1,1 @@
+"""Small dense problems in Gram form, solved in float64: which candidates, and with which weights."""
