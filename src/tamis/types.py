@@ -98,13 +98,15 @@ class LayerSpec:
     """One weight matrix whose per-sample gradient is taken, seen as ``(O, I)`` whatever way the module stores it.
 
     With a trainable bias the matrix is ``(O, I + 1)``: the bias is the column that multiplies a constant input of 1.
+    ``kind`` "embedding" is a lookup table ``(V, H)``; "vector" is all else that a module without children trains (a
+    norm's scale, a lone bias), its parameters one after the other as one column ``(P, 1)``.
     """
 
     name: str  # the module's qualified name
     out_features: int
     in_features: int  # without the bias column
     has_bias: bool
-    kind: Literal["linear", "conv1d", "head", "embedding"]
+    kind: Literal["linear", "conv1d", "head", "embedding", "vector"]
 
     @property
     def shape(self) -> tuple[int, int]:
