@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tamis.errors import Unsupported
 from tamis.gradients.parameters import param_matrices
 from tamis.gradients.reference import reference_loss
-from tamis.gradients.rows import RowGradients, summed_gradient
+from tamis.gradients.rows import RowGradients, hold_gradients, summed_gradient
 from tamis.model.trainable import trainable_layers
 from tamis.types import Batch
 from tiny_models import FAMILIES, one_row, permuted, random_batch, tiny_model
@@ -37,9 +37,9 @@ def close(got: Tensor, expected: Tensor) -> None:
 
 
 def rows_of(model: nn.Module, batch: Batch, *, passes: int = 1, keep_factors: bool = False) -> RowGradients:
-    held = RowGradients(model, param_matrices(model, trainable_layers(model)), keep_factors=keep_factors)
+    held = RowGradients(param_matrices(model, trainable_layers(model)))
     for part in torch.arange(len(batch.rows)).tensor_split(passes):
-        held.add(permuted(batch, part.tolist()))
+        hold_gradients(model, permuted(batch, part.tolist()), held, keep_factors=keep_factors)
     return held
 
 
@@ -123,8 +123,8 @@ def test_a_row_that_is_not_finite_spoils_only_itself() -> None:
     batch = random_batch(LENGTHS, seed=1)
     spoiled = torch.tensor([1.0, float("nan"), 1.0, 1.0])[:, None, None]
     model.model.layers[0].register_forward_hook(lambda module, args, output: output * spoiled)
-    held = RowGradients(model, param_matrices(model, trainable_layers(model)))
-    losses = held.add(batch)
+    held = RowGradients(param_matrices(model, trainable_layers(model)))
+    losses = hold_gradients(model, batch, held)
     assert torch.isfinite(losses).tolist() == [True, False, True, True]
     for grad in held.weighted(torch.tensor([1.0, 0.0, 1.0, 1.0])).values():
         assert torch.isfinite(grad).all()

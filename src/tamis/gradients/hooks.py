@@ -284,6 +284,6 @@ def _lookup_scale(embedding: nn.Module, ids: Tensor, output: Tensor) -> float:
     scales_by_frequency = getattr(embedding, "scale_grad_by_freq", False)
     if scales_by_frequency or not torch.equal(output.detach(), nn.functional.embedding(ids, weight.detach()) * factor):
         raise Unsupported(
-            f"the token embedding {type(embedding).__name__} is no plain lookup; leave the head out, or freeze the table"
+            f"the token embedding {type(embedding).__name__} is no plain lookup; leave the head out, or freeze it"
         )
     return float(factor)

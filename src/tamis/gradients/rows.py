@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -14,7 +14,7 @@ from tamis.gradients.parameters import ParamMatrix
 from tamis.gradients.per_sample import run_batch
 from tamis.types import Batch, LayerSpec
 
-__all__ = ["RowGradients", "summed_gradient"]
+__all__ = ["RowGradients", "hold_gradients", "summed_gradient"]
 
 
 class RowGradients:
@@ -23,19 +23,15 @@ class RowGradients:
     Every answer is a sum over matrices, and over the layers that share a matrix, in float64.
     """
 
-    def __init__(self, model: nn.Module, matrices: Sequence[ParamMatrix], *, keep_factors: bool = False) -> None:
-        self._model, self.matrices, self._keep_factors = model, tuple(matrices), keep_factors
-        self._passes: list[dict[str, Held]] = []
+    def __init__(self, matrices: Sequence[ParamMatrix]) -> None:
+        self.matrices = tuple(matrices)
+        self._passes: list[Mapping[str, Held]] = []
         self._counts: list[int] = []
 
-    def add(self, batch: Batch) -> Float[Tensor, " B"]:
-        """Run one frozen forward and backward pass and keep what it shows; returns the losses, finite or not."""
-        consumer = _Holding(self._model, self.matrices, keep_factors=self._keep_factors)
-        layers = [layer for matrix in self.matrices for layer in matrix.layers]
-        losses = run_batch(self._model, batch, layers, consumer, require_finite_losses=False)
-        self._passes.append(consumer.held)
-        self._counts.append(len(losses))
-        return losses
+    def add(self, held: Mapping[str, Held], count: int) -> None:
+        """The gradients of ``count`` more rows, by layer."""
+        self._passes.append(held)
+        self._counts.append(count)
 
     def __len__(self) -> int:
         return sum(self._counts)
@@ -97,6 +93,20 @@ class RowGradients:
                 for one_pass in self._passes
             ]
         )
+
+
+def hold_gradients(
+    model: nn.Module, batch: Batch, rows: RowGradients, *, keep_factors: bool = False
+) -> Float[Tensor, " B"]:
+    """One frozen forward and backward pass whose per-sample gradients are added to ``rows``; the losses, finite or not.
+
+    A row without finite loss has gradients that are not finite; give it the coefficient 0.
+    """
+    consumer = _Holding(model, rows.matrices, keep_factors=keep_factors)
+    layers = [layer for matrix in rows.matrices for layer in matrix.layers]
+    losses = run_batch(model, batch, layers, consumer, require_finite_losses=False)
+    rows.add(consumer.held, len(losses))
+    return losses
 
 
 def summed_gradient(
