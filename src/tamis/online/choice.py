@@ -51,8 +51,13 @@ class Needs:
 
     @property
     def adam(self) -> bool:
-        """True if the optimizer must be Adam and have taken a step."""
-        return self.alignment in ("adam", "jacobian") or self.interactions in ("metric", "preconditioned")
+        """True if the optimizer must be an Adam that has taken a step."""
+        return self.alignment in ("adam", "jacobian", "projected") or self.interactions in ("metric", "preconditioned")
+
+    @property
+    def reads_adam(self) -> bool:
+        """True if the optimizer's moments take part at all; a candidate's own Adam step needs no step before it."""
+        return self.adam or self.alignment in ("secant", "cosine")
 
 
 @dataclass(frozen=True, kw_only=True)
