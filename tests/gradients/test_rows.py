@@ -57,6 +57,7 @@ def test_weighted_gradient_of_every_parameter_is_autograds(
     weights = torch.tensor([0.5, 0.0, 2.0, -1.0], dtype=torch.float64)
     got = rows_of(model, batch, passes=2, keep_factors=keep_factors).weighted(weights)
     assert got.keys() == expected.keys()  # no parameter is left out
+    assert all(grad.is_contiguous() for grad in got.values())  # fused optimizers take it for granted
     for name, rows in expected.items():
         assert got[name].shape == rows.shape[1:]
         close(got[name], torch.tensordot(weights, rows, dims=1))

@@ -43,16 +43,16 @@ class ParamMatrix:
         return torch.cat([matrix, parts[1][:, None]], dim=1) if len(parts) > 1 else matrix
 
     def split(self, matrix: Tensor) -> dict[str, Tensor]:
-        """The inverse of ``joined``."""
+        """The inverse of ``joined``, in memory of their own: fused optimizers read gradients as if they were dense."""
         if self.kind == "vector":
             sizes = [param.numel() for _, param in self.params]
             parts = torch.split(matrix[:, 0], sizes)
-            return {name: part.view_as(param) for part, (name, param) in zip(parts, self.params, strict=True)}
+            return {name: part.clone().view_as(param) for part, (name, param) in zip(parts, self.params, strict=True)}
         width = self.layers[0].in_features
         weight = matrix[:, :width]
-        found = {self.params[0][0]: weight.T if self.transposed else weight}
+        found = {self.params[0][0]: (weight.T if self.transposed else weight).contiguous()}
         if len(self.params) > 1:
-            found[self.params[1][0]] = matrix[:, width]
+            found[self.params[1][0]] = matrix[:, width].contiguous()
         return found
 
 
