@@ -1,4 +1,4 @@
-"""A training run for two processes, started by test_two_ranks: arguments are the folder and the method's name."""
+"""Training runs of one or two processes, one for each method; started by test_two_ranks with a folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def main(folder: Path, name: str, micro: int) -> None:
     settings = StepSettings(reduction="tokens", interactions="sketch" if name == "sketched" else "exact", sketch_dim=8)
     trainer = OnlineTrainer(
         model=model,
-        args=arguments(folder, max_steps=4, per_device_train_batch_size=micro, gradient_accumulation_steps=2),
+        args=arguments(folder, max_steps=3, per_device_train_batch_size=micro, gradient_accumulation_steps=2),
         train_dataset=rows_of(48, seed=1),
         target_dataset=rows_of(7, seed=2),
         data_collator=collate,
@@ -41,4 +41,5 @@ def main(folder: Path, name: str, micro: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    for method in METHODS:
+        main(Path(sys.argv[1]) / method, method, 4)

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 import tamis
-from online_two_ranks import main
+from online_two_ranks import METHODS, main
 from tamis.online.fate import read_candidates
 
 TESTS = Path(__file__).parents[1]
 
 
-def launch(folder: Path, name: str) -> None:
+def launch(folder: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -29,7 +29,7 @@ def launch(folder: Path, name: str) -> None:
     )
     running = [
         subprocess.Popen(
-            [sys.executable, str(TESTS / "online_two_ranks.py"), str(folder), name, "4"],
+            [sys.executable, str(TESTS / "online_two_ranks.py"), str(folder)],
             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -42,30 +42,28 @@ def launch(folder: Path, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["full", "filter-then-weight", "sketched"])
-def test_two_processes_train_as_one_that_sees_all_candidates(tmp_path: Path, name: str) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    for folder in (one, two):
-        folder.mkdir()
-    main(one, name, 8)
-    launch(two, name)
-    alone = torch.load(one / "rank-0.pt")["params"]
-    first, second = (torch.load(two / f"rank-{rank}.pt") for rank in range(2))
-    for key, param in alone.items():
+def test_two_processes_train_as_one_that_sees_all_candidates(tmp_path: Path) -> None:
+    for name in METHODS:
+        (tmp_path / "two" / name).mkdir(parents=True)
+        (tmp_path / "one" / name).mkdir(parents=True)
+        main(tmp_path / "one" / name, name, 8)
+    launch(tmp_path / "two")
+    for name in METHODS:
+        compare(tmp_path / "one" / name, tmp_path / "two" / name, measured=name != "full")
+
+
+def compare(one: Path, two: Path, *, measured: bool) -> None:
+    alone, first, second = (torch.load(path) for path in (one / "rank-0.pt", two / "rank-0.pt", two / "rank-1.pt"))
+    for key, param in alone["params"].items():
         assert torch.equal(first["params"][key], second["params"][key]), key  # the same bits in every process
         torch.testing.assert_close(first["params"][key], param, rtol=0, atol=1e-8)
-    a, b = (read_candidates(folder / "candidates").to_pylist() for folder in (one, two))
-    # The processes' shares come one after the other, so the order of candidates within a choice differs.
-    assert sorted((r["choice"], r["row"], r["kept"]) for r in a) == sorted(
-        (r["choice"], r["row"], r["kept"]) for r in b
-    )
-    weights = [{(r["choice"], r["row"]): r["weight"] for r in rows} for rows in (a, b)]
+    rows = [read_candidates(folder / "candidates").to_pylist() for folder in (one, two)]
+    kept = [sorted((row["choice"], row["row"], row["kept"]) for row in found) for found in rows]
+    assert kept[0] == kept[1]
+    weights = [{(row["choice"], row["row"]): row["weight"] for row in found} for found in rows]
     for key, weight in weights[0].items():
         assert weights[1][key] == pytest.approx(weight, abs=1e-7)
     for key in ("selection/target_loss", "selection/realised_drop", "selection/predicted_drop"):
-        values = [
-            [entry[key] for entry in torch.load(path)["log"] if key in entry]
-            for path in (one / "rank-0.pt", two / "rank-0.pt")
-        ]
+        values = [[entry[key] for entry in found["log"] if key in entry] for found in (alone, first)]
         assert values[0] == pytest.approx(values[1], abs=1e-8)
-        assert bool(values[0]) == (name != "full")
+        assert bool(values[0]) == measured
