@@ -201,6 +201,7 @@ def test_table_of_methods_is_named_as_the_methods_are() -> None:
         ({"interactions": "x"}, "interactions='x' is unknown"),
         ({"scale": -1.0}, "scale must be 'target' or a positive number, got -1"),
         ({"scale": "auto"}, "got 'auto'"),
+        ({"scale": None}, "got None"),
         ({"filter": "best"}, "filter must be"),
         ({"weights": "best"}, "weights must be"),
         ({"ridge": 0.0}, "ridge must be at least 0.001"),

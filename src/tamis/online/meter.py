@@ -38,6 +38,7 @@ class Meter:
             known = proposal.alignments[np.isfinite(proposal.alignments)]
             sums["aligned_share"].append(float((known > 0).mean()))
             sums["weight_sum"].append(choice.weight_sum)
+            sums["held_gb"].append(proposal.held_bytes / 1e9)
             if choice.scale is not None:
                 sums["scale"].append(choice.scale)
             if 0 < len(choice.rows) < len(known):

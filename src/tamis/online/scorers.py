@@ -73,10 +73,8 @@ class FilterThenWeight:
     def __post_init__(self) -> None:
         check_sizes(self.keep, self.oversample, self.cold_start)
         check_forms(self.alignment, self.interactions, self.cold_start)
-        if isinstance(self.scale, str) and self.scale != "target":
+        if self.scale != "target" and not (isinstance(self.scale, (int, float)) and 0 < self.scale < float("inf")):
             raise InvalidSettings(f"scale must be 'target' or a positive number, got {self.scale!r}")
-        if not isinstance(self.scale, str) and not self.scale > 0:
-            raise InvalidSettings(f"scale must be 'target' or a positive number, got {self.scale}")
         if self.filter not in ("greedy", "top", "none"):
             raise InvalidSettings(f"filter must be 'greedy', 'top' or 'none', got {self.filter!r}")
         if self.weights not in ("anchored", "nnls", "unbounded", "none"):

@@ -75,6 +75,7 @@ class Proposal:
     target_loss: float | None  # mean over the target rows, before the update
     target_gradient: dict[str, Tensor] | None  # mean over the target rows of all processes
     cold: bool  # a uniform choice, because the method has not started yet
+    held_bytes: int = 0  # this process's candidates' gradients while the choice was made, at most
 
 
 class OnlineStep:
@@ -243,6 +244,7 @@ class OnlineStep:
             target_loss=target_losses / count,
             target_gradient=goal,
             cold=False,
+            held_bytes=rows.nbytes,
         )
 
     def _target(self, target: Sequence[Batch]) -> tuple[dict[str, Tensor], float, int]:
