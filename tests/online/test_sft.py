@@ -99,7 +99,8 @@ def test_packing_is_refused(tmp_path: Path) -> None:
 
 
 def test_without_trl_the_error_says_how_to_get_it() -> None:
-    script = "import sys; sys.modules['trl'] = None; import tamis; tamis.OnlineSFTTrainer"
+    script = "import sys; sys.modules['trl'] = None; import tamis; made = tamis.OnlineSFTTrainer"
+    script += "(target_dataset=[1], selection=None)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "OnlineSFTTrainer needs TRL, which is not installed: pip install 'tamis[trl]'" in done.stderr
