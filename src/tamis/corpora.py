@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,7 @@ from tamis.corpus import Corpus, tokenize
 from tamis.data.duplicates import exact_duplicates, find_leaks, near_duplicates
 from tamis.data.examples import Examples, read_examples
 from tamis.data.render import Renderer
+from tamis.data.rows import Rows
 from tamis.errors import BadRow, InvalidInput
 from tamis.model.load import ModelSettings, load_tokenizer
 from tamis.protocols import Progress
@@ -78,18 +80,19 @@ def model_settings(settings: SelectSettings | DoctorSettings | PlanSettings) -> 
     )
 
 
-def read_sources(settings: SelectSettings) -> Sources:
+def read_sources(settings: SelectSettings, held: Mapping[str, Rows] | None = None) -> Sources:
     """Read and check every row the user named. Nothing is written and no tokenizer is needed.
+
+    ``held`` has the rows in memory that ``settings`` name, by their names.
 
     Raises:
         InvalidInput: a file cannot be used.
         BadRow: a row cannot be used and ``on_bad_row`` is "fail".
     """
     targets = [target_parts(text) for text in settings.target]
-    pool = read_examples(settings.pool, row_format=settings.row_format, on_bad_row=settings.on_bad_row, kind="pool")
-    target = read_examples(
-        [path for _, path in targets], row_format=settings.row_format, on_bad_row=settings.on_bad_row, kind="target"
-    )
+    how: dict[str, Any] = {"row_format": settings.row_format, "on_bad_row": settings.on_bad_row, "held": held}
+    pool = read_examples(settings.pool, kind="pool", **how)
+    target = read_examples([path for _, path in targets], kind="target", **how)
     group = np.array(target.named_by, dtype=np.int64)[target.file_index]
     return Sources(pool=pool, target=target, target_names=tuple(name for name, _ in targets), target_group=group)
 
@@ -102,7 +105,7 @@ def read_corpora(sources: Sources, settings: SelectSettings, *, store: Path, pro
         BadRow: a row cannot be rendered or has no supervised token, and ``on_bad_row`` is "fail".
     """
     tokenizer = load_tokenizer(model_settings(settings))
-    renderer = Renderer(tokenizer, max_length=settings.max_length, chat_template=settings.chat_template)
+    renderer = Renderer(tokenizer, max_length=settings.max_length)
     pool, target = (
         tokenize(name, examples, renderer, root=store, on_bad_row=settings.on_bad_row, progress=progress)
         for name, examples in (("pool", sources.pool), ("target", sources.target))
@@ -160,10 +163,10 @@ def _skipped(corpus: Corpus, on_bad_row: str) -> list[SkippedRow]:
         SkippedRow(corpus=corpus.name, file=b.file, row=b.row, field=b.field, problem=b.problem)
         for b in examples.skipped
     ]
-    unrendered = dict(corpus.problems())
+    unrendered = corpus.problems()
     for row in np.flatnonzero(~corpus.usable):
         example = examples[int(row)]
-        problem = unrendered.get(int(row))
+        field, problem = unrendered.get(int(row), (None, None))
         if problem is None:
             cut = int(corpus.truncated[row])
             problem = (
@@ -171,10 +174,10 @@ def _skipped(corpus: Corpus, on_bad_row: str) -> list[SkippedRow]:
                 if cut
                 else "has no supervised token: nothing in it is an assistant's answer"
             )
-            problem += ", remove the row, or use --on-bad-row skip"
             if on_bad_row == "fail":
+                problem += ", remove the row, or use --on-bad-row skip"
                 raise BadRow(problem, file=example.file, row=example.row)
-        found.append(SkippedRow(corpus=corpus.name, file=example.file, row=example.row, field=None, problem=problem))
+        found.append(SkippedRow(corpus=corpus.name, file=example.file, row=example.row, field=field, problem=problem))
     return found
 
 

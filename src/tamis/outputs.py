@@ -5,9 +5,9 @@ Nothing in the first two depends on time, machine or interruption: the same run 
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tamis.corpora import Corpora
+from tamis.disk import TEMPORARY_SUFFIX, disk_errors, replace_atomically
 from tamis.errors import InvalidSettings
+from tamis.identity import first_difference
 from tamis.selection.choose import Choice
-from tamis.store.atomic import TEMPORARY_SUFFIX, disk_errors, replace_atomically
 from tamis.types import FloatArray, IntArray
 
-__all__ = ["claim_folder", "file_digest", "score_table", "write_json", "write_scores", "write_selected"]
+__all__ = ["claim_folder", "score_table", "write_json", "write_scores", "write_selected"]
 
 IDENTITY = "identity.json"
 
@@ -43,7 +44,8 @@ def claim_folder(out: Path, identity: Mapping[str, Any]) -> None:
             found = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InvalidSettings(f"--out {out}: {path} cannot be read ({error}); choose another folder") from error
-        for field, was, now in differences(found, wanted):
+        if difference := first_difference(found, wanted):
+            field, was, now = difference
             raise InvalidSettings(
                 f"--out {out} holds another run: {field} was {_short(was)} there and is {_short(now)} now; "
                 "choose another --out, or delete the folder"
@@ -58,15 +60,6 @@ def claim_folder(out: Path, identity: Mapping[str, Any]) -> None:
             "choose a new or an empty folder"
         )
     write_json(path, wanted)
-
-
-def differences(found: Any, wanted: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Every leaf that differs, as (dotted path, what was found, what is wanted)."""
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        for key in [*wanted, *(k for k in found if k not in wanted)]:
-            yield from differences(found.get(key), wanted.get(key), f"{path}.{key}" if path else str(key))
-    elif found != wanted:
-        yield path, found, wanted
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -177,14 +170,7 @@ def _strings(index: Any, names: list[str]) -> pa.Array:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):
+        return value[:12]  # of a SHA-256, enough to see that it is another
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -18,23 +18,25 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from tamis.budget import parse_budget, rows_for, times, tokens_for
 from tamis.collect import Collecting, Task
 from tamis.config import write_config
 from tamis.corpora import Corpora, model_settings, read_corpora, read_sources, write_skipped
+from tamis.data.rows import Rows
 from tamis.errors import InvalidSettings
 from tamis.evaluate.flops import ModelShape, stage_tflops
 from tamis.evaluate.inputs import skeleton
-from tamis.model.load import model_fingerprint
+from tamis.identity import file_sha256, text_sha256
+from tamis.model.load import model_fingerprint, template_text
 from tamis.model.processes import barrier, is_main
-from tamis.outputs import claim_folder, file_digest, score_table, write_json, write_scores, write_selected
+from tamis.outputs import claim_folder, score_table, write_json, write_scores, write_selected
 from tamis.progress import NoProgress
-from tamis.protocols import Method, Progress
+from tamis.protocols import Method, Progress, ReadsFiles
 from tamis.report.content import ReportInputs, build_content
 from tamis.report.page import write_page
 from tamis.score import METHODS
 from tamis.score.losses import row_losses
 from tamis.seeds import child_seed
-from tamis.selection.budget import parse_budget, rows_for, times, tokens_for
 from tamis.selection.choose import Choice, choose
 from tamis.selection.flags import flag_high_losses
 from tamis.settings import SelectSettings, from_dict, shortlist_parts, to_dict
@@ -46,6 +48,8 @@ __all__ = ["Selection", "make_method", "select_from_settings"]
 _UNIFORM_DRAWS = 4
 # Settings that cannot change a selection; all others make a folder the folder of one run.
 _FREE_SETTINGS = ("out", "store", "report", "shard_rows", "on_bad_row", "batch_tokens")
+# Settings that name a place; what is there is in the identity instead, so that a folder may move but not change.
+_KNOWN_BY_CONTENT = ("model", "revision", "chat_template")
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -68,6 +72,7 @@ class Selection:
         manifest, pool = self.manifest, self.manifest["data_files"]["pool"]
         return {
             "method": manifest["method"]["name"],
+            "model": _what_ran(manifest["models"]),
             "pool": {key: pool[key] for key in ("rows", "usable", "scored", "exact_copies", "leaked")},
             "selected_rows": len(self.order),
             "selected_tokens": manifest["selected"]["tokens"],
@@ -81,9 +86,17 @@ class Selection:
 
 
 def select_from_settings(
-    settings: SelectSettings, *, method: Method | None = None, progress: Progress | None = None
+    settings: SelectSettings,
+    *,
+    method: Method | None = None,
+    progress: Progress | None = None,
+    held: Mapping[str, Rows] | None = None,
 ) -> Selection:
-    """The run that ``settings`` describe; see ``tamis.select``. ``method`` stands in for the one they name."""
+    """The run that ``settings`` describe; see ``tamis.select``.
+
+    ``method`` stands in for the one they name, and ``held`` has the rows in memory that they name.
+    """
+    held = held or {}
     started = time.perf_counter()
     progress = progress or NoProgress()
     method = method or make_method(settings)
@@ -91,17 +104,17 @@ def select_from_settings(
     out = Path(settings.out)
     store = Path(settings.store) if settings.store else out / "store"
     fingerprint = model_fingerprint(model_settings(settings))
-    sources = read_sources(settings)
+    sources = read_sources(settings, held)
     identity = {
         "tamis": metadata.version("tamis"),
         "model": fingerprint,
-        "data": {"pool": sources.pool.content_hash, "target": sources.target.content_hash},
+        "data": {"pool": sources.pool.identity, "target": sources.target.identity},
         "libraries": {name: metadata.version(name) for name in ("torch", "transformers", "peft", "tokenizers")},
-        "settings": {k: v for k, v in to_dict(settings).items() if k not in _FREE_SETTINGS},
+        **_settings_identity(settings, method),
     }
     if is_main():
         claim_folder(out, identity)
-        write_config("select", settings, out / "run.yaml")
+        write_config("select", settings, out / "run.yaml", held=list(held))
     barrier()
 
     corpora = read_corpora(sources, settings, store=store, progress=progress)
@@ -142,7 +155,7 @@ def select_from_settings(
     table = score_table(corpora, choice, losses=losses, flagged=flagged)
     manifest: dict[str, Any] = {
         **identity,
-        "command": f"tamis select --config {out / 'run.yaml'}",
+        "command": _command(out, held),
         "versions": _versions(),
         "method": {"name": method.name, **dataclasses.asdict(method)},  # type: ignore[call-overload]  # a dataclass
         "settings": to_dict(settings),
@@ -173,10 +186,36 @@ def select_from_settings(
         write_scores(out / "scores.parquet", table)
         if settings.report:
             write_page(content, out / "report.html")
-        manifest["files"] = {name: file_digest(out / name) for name in ("selected.jsonl", "scores.parquet")}
+        manifest["files"] = {name: file_sha256(out / name) for name in ("selected.jsonl", "scores.parquet")}
         write_json(out / "manifest.json", manifest)  # last: its presence says that the run is complete
     barrier()
     return Selection(out=out, table=table, order=choice.order, warnings=tuple(manifest["warnings"]), manifest=manifest)
+
+
+def _command(out: Path, held: Mapping[str, Rows]) -> str:
+    """What repeats the run."""
+    if held:
+        return f"tamis.select(...) in Python with the same rows: run.yaml cannot bring back {' and '.join(held)}"
+    return f"tamis select --config {out / 'run.yaml'}"
+
+
+def _settings_identity(settings: SelectSettings, method: Method) -> dict[str, Any]:
+    """``settings`` as far as they can change the result, and ``inputs``: what the files hold that they name."""
+    inputs = method.by_content(model_settings(settings)) if isinstance(method, ReadsFiles) else {}
+    plain = {k: v for k, v in to_dict(settings).items() if k not in (*_FREE_SETTINGS, *_KNOWN_BY_CONTENT)}
+    plain["set"] = {name: value for name, value in settings.set.items() if name not in inputs}
+    if settings.chat_template is not None:
+        inputs["chat_template"] = text_sha256(template_text(settings.chat_template))
+    return {"settings": plain, "inputs": inputs}
+
+
+def _what_ran(models: Sequence[Mapping[str, Any]]) -> str | None:
+    """Which weights were used, in which dtype and where; None where no model ran."""
+    if not models:
+        return None
+    model = models[0]
+    dtype = f"dequantised to {model['dtype']}" if model["kind"] == "gguf" else model["dtype"]
+    return f"{model['name']} ({dtype} on {model['device']}, {model['attention']} attention)"
 
 
 def make_method(settings: SelectSettings) -> Method:

@@ -13,7 +13,7 @@ from tamis.errors import InvalidSettings
 from tamis.score import METHODS
 from tamis.types import TargetScores
 
-QUICK = {"less": {"warmup_epochs": 1, "warmup_share": 0.5}, "loss-drop": {"steps": 2}}
+QUICK = {"less": {"warmup_epochs": 1, "warmup_share": 0.5}, "loss-drop": {"warmup_steps": 2}}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_settings_are_frozen_documented_and_named_by_the_user_s_word(name: str) 
         ("bm25", {"b": 2.0}),
         ("length", {"order": "middle"}),
         ("rds+", {"positions": "first"}),
-        ("loss-drop", {"steps": 0}),
+        ("loss-drop", {"warmup_steps": 0}),
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(name: str, settings: dict[str, object]) -> None:

@@ -111,14 +111,55 @@ def test_duplicate_ids_are_reported_and_rows_stay_apart(tmp_path, caplog):
     assert "1 ids occur more than once; rows stay apart" in caplog.text
 
 
-def test_content_hash_follows_ids_content_and_order(tmp_path):
-    def hash_of(*rows):
-        return read_examples([lines(tmp_path / "rows.jsonl", rows)]).content_hash
+def identity_of(tmp_path, *rows) -> dict[str, str]:
+    return read_examples([lines(tmp_path / "rows.jsonl", rows)]).identity
 
-    base = hash_of(chat("a", "b", id="x"), chat("c", "d", id="y"))
-    assert base == hash_of(chat("a", "b", id="x", note=1), chat("c", "d", id="y"))
-    assert len({base, hash_of(chat("c", "d", id="y"), chat("a", "b", id="x")), hash_of(chat("a", "b", id="x"))}) == 3
-    assert base != hash_of(chat("a", "b", id="xy"), chat("c", "d", id=""))
+
+def changed(one: dict[str, str], other: dict[str, str]) -> set[str]:
+    return {name for name in one if one[name] != other[name]}
+
+
+@pytest.mark.parametrize(
+    ("rows", "differs"),
+    [
+        ((chat("a", "b", id="x", source="s"), chat("c", "d", id="y")), set()),
+        ((chat("a", "B", id="x", source="s"), chat("c", "d", id="y")), {"content", "text"}),
+        ((chat("a", "b", id="z", source="s"), chat("c", "d", id="y")), {"ids", "text"}),
+        ((chat("a", "b", id="x", source="S"), chat("c", "d", id="y")), {"source", "text"}),
+        ((chat("a", "b", id="x", source="s", note=1), chat("c", "d", id="y")), {"text"}),
+        ((chat("a", "b", source="s", id="x"), chat("c", "d", id="y")), {"text"}),  # another order of the fields
+        ((chat("a", "b", id="x", source="s"),), {"content", "files", "ids", "source", "text"}),
+        (
+            (chat("c", "d", id="y"), chat("a", "b", id="x", source="s")),
+            {"content", "ids", "source", "text"},
+        ),
+        ((chat("a", "b", id="xy", source="s"), chat("c", "d", id="")), {"ids", "text"}),
+    ],
+)
+def test_identity_names_what_changed_and_nothing_else(tmp_path, rows, differs):
+    base = identity_of(tmp_path, chat("a", "b", id="x", source="s"), chat("c", "d", id="y"))
+    assert changed(base, identity_of(tmp_path, *rows)) == differs
+
+
+def test_identity_knows_file_names_and_row_numbers(tmp_path):
+    rows = [chat("a", "b", id="x", source="s"), chat("c", "d", id="y", source="s")]
+    base = read_examples([lines(tmp_path / "rows.jsonl", rows)])
+    renamed = read_examples([lines(tmp_path / "others.jsonl", rows)])
+    assert changed(base.identity, renamed.identity) == {"files"}
+    assert base.content_hash != renamed.content_hash
+    (tmp_path / "rows.jsonl").write_text("\n" + (tmp_path / "rows.jsonl").read_text())
+    moved = read_examples([str(tmp_path / "rows.jsonl")])
+    assert changed(base.identity, moved.identity) == {"files"}
+
+
+def test_an_edit_of_a_field_that_is_not_trained_on_is_noticed_when_the_row_is_written(tmp_path):
+    path = lines(tmp_path / "rows.jsonl", [chat("a", "b", note="old")])
+    examples = read_examples([path])
+    assert '"old"' in examples.raw_json(0)
+    lines(tmp_path / "rows.jsonl", [chat("a", "b", note="new")])
+    assert examples[0].raw["note"] == "new"  # what is trained on is what it was
+    with pytest.raises(InvalidInput, match=r"rows.jsonl changed while it was in use \(row 0 is not what it was\)"):
+        examples.raw_json(0)
 
 
 GOOD = json.dumps(chat("q", "a")).encode()

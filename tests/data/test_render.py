@@ -312,20 +312,9 @@ def test_the_default_template_writes_tool_calls():
     assert pieces[-1] == (f"\n<tool_call>\n{json.dumps(CALL)}\n</tool_call><|im_end|>\n", True)
 
 
-def test_a_template_is_taken_from_text_or_file(tmp_path):
-    path = tmp_path / "template.jinja"
-    path.write_text(TEMPLATES["header"], encoding="utf-8")
-    row = chat(("user", "q"), ("assistant", "a"))
-    for given_template in (TEMPLATES["header"], str(path)):
-        renderer = Renderer(tiny_tokenizer("chatml"), max_length=LONG, chat_template=given_template)
-        assert renderer.preview(row)[-1] == ("a<|eot_id|>", True)
-
-
-def test_unusable_templates_and_tokenizers_are_refused(tmp_path):
-    with pytest.raises(InvalidInput, match=r"chat_template chat.jinja: neither a template .* nor a readable file"):
-        Renderer(tiny_tokenizer(), max_length=LONG, chat_template="chat.jinja")
+def test_unusable_templates_and_tokenizers_are_refused():
     with pytest.raises(InvalidInput, match="the chat template does not compile"):
-        Renderer(tiny_tokenizer(), max_length=LONG, chat_template="{% for %}")
+        Renderer(tiny_tokenizer("{% for %}"), max_length=LONG)
     with pytest.raises(InvalidSettings, match="max_length=1: expected 2 or more"):
         Renderer(tiny_tokenizer(), max_length=1)
     slow = type("SlowTokenizer", (), {"is_fast": False})()

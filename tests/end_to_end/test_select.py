@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from tiny_run import TinyRun, chat, make_run, write_rows
 METHODS = ["uniform", "length", "bm25", "mid-ppl", "rds+", "tracin", "less", "loss-drop"]
 QUICK = {
     "less": {"warmup_epochs": 1, "warmup_share": 0.3},
-    "loss-drop": {"steps": 2},
+    "loss-drop": {"warmup_steps": 2},
 }
 
 
@@ -268,6 +269,14 @@ def test_the_manifest_says_which_models_ran(run: TinyRun, tmp_path: Path) -> Non
         selection = select(run, tmp_path / method, method=method, set=QUICK.get(method, {}))
         assert all(model["dtype"] == "float32" for model in selection.manifest["models"])
         assert selection.manifest["models"], method
+
+
+def test_the_summary_says_which_weights_ran_in_which_dtype(run: TinyRun, tmp_path: Path) -> None:
+    selection = select(run, tmp_path / "tracin")
+    assert selection.summary()["model"] == f"{run.model} (float32 on cpu, sdpa attention)"
+    quantised = {**selection.manifest, "models": [{**selection.manifest["models"][0], "kind": "gguf"}]}
+    assert "dequantised to float32 on cpu" in replace(selection, manifest=quantised).summary()["model"]
+    assert select(run, tmp_path / "length", method="length").summary()["model"] is None
 
 
 def test_method_objects_and_flags_for_the_same_setting_exclude_each_other(run: TinyRun, tmp_path: Path) -> None:

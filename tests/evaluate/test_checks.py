@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from tamis.evaluate.checks import check_batch_composition, check_sign
+from tamis.data.batches import collate
+from tamis.evaluate.checks import check_batch_composition, check_distortion, check_sign
+from tamis.gradients.reference import reference_gradients
 from tamis.model.targets import gradient_layers
+from tamis.projection import make_projector, project_gradients
 from tamis.types import TokenizedExample
 from tiny_models import FAMILIES, VOCAB, tiny_model
 
@@ -21,6 +26,11 @@ def rows(count: int, *, seed: int = 0) -> list[TokenizedExample]:
         supervised = np.arange(length) >= length // 2
         found.append(TokenizedExample(input_ids=ids, supervised=supervised, truncated=0))
     return found
+
+
+def cosines_of_pairs(x: torch.Tensor) -> torch.Tensor:
+    pairs = itertools.combinations(range(len(x)), 2)
+    return torch.stack([x[i] @ x[j] / (x[i].norm() * x[j].norm()) for i, j in pairs])
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -111,4 +121,28 @@ def test_rows_without_any_gradient_leave_nothing_to_check() -> None:
     with torch.no_grad():
         for param in model.parameters():
             param.zero_()
-    assert check_sign(model, gradient_layers(model), dict(enumerate(rows(2))), rows(2), dtype="float32") is None
+    layers = gradient_layers(model)
+    assert check_sign(model, layers, dict(enumerate(rows(2))), rows(2), dtype="float32") is None
+    assert check_distortion(model, layers, [rows(3)], make_projector("factorized", dim=2)) == []
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize(("name", "dim"), [("factorized", 2), ("hadamard", 64), ("mask", 64), ("none", None)])
+def test_distortion_is_that_of_gradients_taken_one_row_at_a_time(name: str, dim: int | None, lora: bool) -> None:
+    model = tiny_model("qwen2", dtype=torch.float64, lora=lora)
+    layers = gradient_layers(model)
+    groups = [rows(3, seed=1), rows(4, seed=2)]
+    projector = make_projector(name, dim=dim, seed=0)
+    found = check_distortion(model, layers, groups, projector)
+    for at, group in zip(found, groups, strict=True):
+        _, grads = reference_gradients(model, collate(np.arange(len(group)), group, 0), layers)
+        whole = torch.stack([torch.cat([grad[layer.name].flatten() for layer in layers]) for grad in grads])
+        exact, projected = (cosines_of_pairs(x) for x in (whole, project_gradients(projector, whole, layers)))
+        assert at.pairs == len(exact) == len(group) * (len(group) - 1) // 2
+        lengths = [len(row.input_ids) for row in group]
+        assert (at.shortest, at.longest) == (min(lengths), max(lengths))
+        # Transformers' norms compute in float32: 1e-7 of a gradient.
+        assert at.mean_cosine == pytest.approx(float(exact.mean()), abs=1e-6)
+        assert at.spread == pytest.approx(float(exact.std(unbiased=False)), abs=1e-6)
+        assert at.rms_error == pytest.approx(float((projected - exact).square().mean().sqrt()), abs=1e-6)
+        assert (at.rms_error < 1e-6) == (name == "none")

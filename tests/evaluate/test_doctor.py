@@ -45,6 +45,30 @@ def test_a_sound_run_is_previewed_counted_and_checked(tiny: TinyRun) -> None:
     assert {"dtype", "device", "attention"} <= set(result.model)
 
 
+def test_the_projection_is_measured_from_the_shortest_rows_to_the_longest(tiny: TinyRun) -> None:
+    result = examined(tiny)
+    assert result.projection == {"name": "factorized", "algorithm": "factorized-v1", "dim": 16, "seed": 0}
+    assert len(result.distortion) == 4
+    assert [at.shortest for at in result.distortion] == sorted(at.shortest for at in result.distortion)
+    assert all(at.pairs == 6 and 0 < at.rms_error < 0.3 for at in result.distortion)
+    finer, coarse = (examined(tiny, projection="hadamard", projection_dim=dim) for dim in (4096, 4))
+    assert max(at.rms_error for at in finer.distortion) < min(at.rms_error for at in coarse.distortion)
+    assert any("raise --projection-dim" in warning for warning in coarse.warnings)
+    assert not any("raise --projection-dim" in warning for warning in finer.warnings)
+    console = Console(record=True, width=140)
+    print_doctor(console, coarse)
+    assert "projection: hadamard, dim 4" in console.export_text()
+    none = examined(tiny, projection="none")
+    assert none.projection is None and none.distortion == ()
+
+
+def test_copies_are_not_measured_against_each_other(tiny: TinyRun, tmp_path: Path) -> None:
+    pool = write_rows(tmp_path / "p.jsonl", [chat("a", "b", id=f"row-{i}") for i in range(6)])
+    result = examined(tiny, pool=str(pool), target=())
+    assert result.distortion == ()
+    assert any("needs two different rows with a gradient" in warning for warning in result.warnings)
+
+
 def test_no_weights_are_needed_for_the_data_and_the_coverage(tiny: TinyRun) -> None:
     with_weights, without = examined(tiny), examined(tiny, numeric=False)
     assert without.batch_check is None and without.sign_check is None

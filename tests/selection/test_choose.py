@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from slow_selection import slow_take_turns
+from tamis.budget import parse_budget
 from tamis.errors import InvalidSettings, NonFinite
-from tamis.selection.budget import parse_budget
 from tamis.selection.choose import choose, target_means, target_shares
 from tamis.types import TargetScores
 

@@ -14,7 +14,7 @@ from tamis.cli.command import clean_output, print_json, print_warnings, typed_fl
 from tamis.cli.config import merge_settings
 from tamis.cli.progress import choose_progress, is_main_rank
 from tamis.report.wording import visible
-from tamis.settings import DoctorSettings
+from tamis.settings import PROJECTION_NAMES, DoctorSettings
 
 if TYPE_CHECKING:  # imports PyTorch
     from tamis.evaluate.doctor import CorpusReport, DoctorResult, Preview
@@ -53,13 +53,28 @@ def doctor(
         bool,
         typer.Option(
             "--numeric/--no-numeric",
-            help="Load the weights, and check batch composition and sign on a few rows.",
+            help="Load the weights, and check batch composition, sign and projection on a few rows.",
             rich_help_panel=LOOK,
         ),
     ] = DoctorSettings.numeric,
     check_rows: Annotated[
-        int, typer.Option(help="Rows used by the numeric checks.", rich_help_panel=LOOK)
+        int,
+        typer.Option(
+            help="Rows used by each numeric check; for the projection: at each of four lengths.", rich_help_panel=LOOK
+        ),
     ] = DoctorSettings.check_rows,
+    projection: Annotated[
+        str,
+        typer.Option(
+            help=f"Measure what it does to cosines of gradients: {', '.join(PROJECTION_NAMES)}.", rich_help_panel=LOOK
+        ),
+    ] = DoctorSettings.projection,
+    projection_dim: Annotated[
+        int | None,
+        typer.Option(
+            help="Numbers a row keeps; for factorized: the side of each layer's square.", rich_help_panel=LOOK
+        ),
+    ] = None,
     out: Annotated[str | None, typer.Option(help=_OUT_HELP, metavar="DIR", rich_help_panel="Results")] = None,
     revision: opt.Revision = None,
     dtype: opt.Dtype = DoctorSettings.dtype,
@@ -79,7 +94,8 @@ def doctor(
     """Look before anyone spends money: what carries loss, what is covered, whether the numbers can be trusted.
 
     Shows the loss mask of a few rows, counts supervised tokens, lists covered and uncovered parameters, says what the
-    chat template adds or drops, and checks that scores do not depend on batch mates and have the right sign.
+    chat template adds or drops, checks that scores do not depend on batch mates and have the right sign, and measures
+    the noise of the projection, by length.
     """
     settings = merge_settings(DoctorSettings, typed_flags(ctx), config)
     with clean_output(quiet=quiet or as_json) as console:
@@ -105,6 +121,7 @@ def print_doctor(console: Console, result: DoctorResult) -> None:
     _print_model(console, result)
     _print_coverage(console, result)
     _print_checks(console, result)
+    _print_distortion(console, result)
 
 
 def _print_corpus(console: Console, corpus: CorpusReport) -> None:
@@ -194,6 +211,23 @@ def _print_checks(console: Console, result: DoctorResult) -> None:
             f"{sign.measured_change:+.2e}, predicted {sign.predicted_change:+.2e}",
         )
     table.add_row("convention", result.sign_convention)
+    console.print(table)
+
+
+def _print_distortion(console: Console, result: DoctorResult) -> None:
+    if result.projection is None:
+        return
+    _heading(console, f"projection: {result.projection['name']}, dim {result.projection['dim']}")
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for column in ("tokens of a row", "pairs", "cosine of their gradients", "error of the projected cosine"):
+        table.add_column(column, justify="right")
+    for at in result.distortion:
+        table.add_row(
+            f"{at.shortest:,}–{at.longest:,}",
+            str(at.pairs),
+            f"{at.mean_cosine:+.3f} ± {at.spread:.3f}",
+            f"{at.rms_error:.4f}",
+        )
     console.print(table)
 
 

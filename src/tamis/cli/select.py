@@ -130,7 +130,7 @@ def select(
         bool,
         typer.Option(
             "--drop-flagged/--keep-flagged",
-            help="Leave out rows whose own loss is unusually high (often wrong answers).",
+            help="Leave out rows whose own loss is unusually high (wrong answers among them).",
             rich_help_panel=KEEP,
         ),
     ] = SelectSettings.drop_flagged,

@@ -8,14 +8,12 @@ message (``turns.py``), never from looking for the content in the text.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +21,8 @@ import numpy.typing as npt
 
 from tamis.data.template import MarkedText, Span
 from tamis.data.turns import TEMPLATE_ERRORS, TurnError, TurnFinder, check_answer, common_prefix
-from tamis.errors import BadRow, InvalidInput, InvalidSettings, Unsupported
+from tamis.errors import BadRow, InvalidSettings, Unsupported, first_line
+from tamis.identity import text_sha256
 from tamis.types import Example, TokenizedExample
 
 __all__ = ["ALGORITHM", "Renderer"]
@@ -64,11 +63,11 @@ class Renderer:
     ``notes`` are sentences for the user: what had to be assumed of the template.
     """
 
-    def __init__(self, tokenizer: Any, *, max_length: int, chat_template: str | None = None) -> None:
-        """``chat_template`` is a template, or the path of a file that holds one; it replaces the tokenizer's own.
+    def __init__(self, tokenizer: Any, *, max_length: int) -> None:
+        """The chat template is the tokenizer's own; one that has none gets a plain default, and a note says so.
 
         Raises:
-            InvalidInput: ``chat_template`` is neither, or does not compile.
+            InvalidInput: the chat template does not compile.
             InvalidSettings: ``max_length`` is below 2, which leaves nothing to predict.
             Unsupported: the tokenizer cannot say which characters a token stands for.
         """
@@ -83,11 +82,11 @@ class Renderer:
         self._tokenizer = tokenizer
         self._told_of_tools = False
         self._finders: dict[str, TurnFinder] = {}
-        self._template = _template_text(chat_template)
+        self._default: str | None = None
         notes = []
-        if self._template is None and not tokenizer.chat_template:
+        if not tokenizer.chat_template:
             end = "<|im_end|>" if "<|im_end|>" in tokenizer.get_vocab() else (tokenizer.eos_token or "<|im_end|>")
-            self._template = _DEFAULT_TEMPLATE.replace("{END}", end)
+            self._default = _DEFAULT_TEMPLATE.replace("{END}", end)
             notes.append(
                 "The tokenizer has no chat template: chats are written in the ChatML form <|im_start|>role, line "
                 f"break, content, {end}. Pass chat_template to use another."
@@ -98,15 +97,15 @@ class Renderer:
     def identity(self) -> dict[str, Any]:
         """Everything that determines the ids and labels of a row."""
         named = self._tokenizer.chat_template
-        sources = [self._template] if self._template else list(named.values()) if isinstance(named, dict) else [named]
+        sources = [self._default] if self._default else list(named.values()) if isinstance(named, dict) else [named]
         state = json.loads(self._tokenizer.backend_tokenizer.to_str())
         # Left behind by whoever called the tokenizer last, and set anew by each call.
         state.pop("truncation", None)
         state.pop("padding", None)
         identity: dict[str, Any] = {
             "algorithm": ALGORITHM,
-            "chat_template": _sha256(json.dumps(sources)),
-            "tokenizer": _sha256(json.dumps(state, sort_keys=True)),
+            "chat_template": text_sha256(json.dumps(sources)),
+            "tokenizer": text_sha256(json.dumps(state, sort_keys=True)),
             "special_tokens": {k: str(v) for k, v in sorted(self._tokenizer.special_tokens_map.items())},
             "max_length": self.max_length,
         }
@@ -157,7 +156,7 @@ class Renderer:
         try:
             return self._encode_messages(example)
         except TEMPLATE_ERRORS as error:
-            problem = f"the chat template refuses this chat: {' '.join(str(error).split())[:300]}"
+            problem = f"the chat template refuses this chat: {first_line(error)}"
             raise BadRow(problem, file=example.file, row=example.row, field=_field(example, None)) from error
         except TurnError as error:
             field = _field(example, error.message)
@@ -246,25 +245,10 @@ class Renderer:
 
     def _finder(self, tools: Sequence[Any] | None) -> TurnFinder:
         """The template for a chat with or without tools: a tokenizer may hold one of each."""
-        source = self._template or self._tokenizer.get_chat_template(tools=tools or None)
+        source = self._default or self._tokenizer.get_chat_template(tools=tools or None)
         if source not in self._finders:
             self._finders[source] = TurnFinder(self._tokenizer, source)
         return self._finders[source]
-
-
-def _template_text(given: str | None) -> str | None:
-    """The template itself, whether ``given`` is one or names a file of one."""
-    if given is None:
-        return None
-    if "{%" in given or "{{" in given:
-        return given
-    path = Path(given).expanduser()
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput(
-            f"chat_template {given}: neither a template (it has no '{{%' or '{{{{') nor a readable file ({error})"
-        ) from error
 
 
 def _notes(finder: TurnFinder) -> list[str]:
@@ -320,7 +304,3 @@ def _field(example: Example, message: int | None) -> str:
         return f"prompt[{message}]" if message < before else f"completion[{message - before}]"
     name = "messages" if example.raw.get("messages") is not None else "conversations"
     return name if message is None else f"{name}[{message}]"
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from tamis.budget import parse_budget, times
 from tamis.corpora import model_settings
 from tamis.data.render import Renderer
 from tamis.errors import InvalidInput
@@ -25,7 +26,6 @@ from tamis.model.load import load_tokenizer
 from tamis.progress import NoProgress
 from tamis.protocols import Progress
 from tamis.score import METHODS
-from tamis.selection.budget import parse_budget, times
 from tamis.settings import GRADIENT_METHODS, PlanSettings, from_dict, shortlist_parts, target_parts
 
 __all__ = ["Comparison", "ModelShape", "PlanResult", "compare_with_run", "estimate_plan", "stage_tflops"]
@@ -122,7 +122,7 @@ def estimate_plan(settings: PlanSettings, *, progress: Progress | None = None) -
     assumed_dtype = "bfloat16" if settings.dtype == "auto" else settings.dtype
     assumed = assumed_rate(settings.assume_device, assumed_dtype, utilisation=settings.utilisation)
     shape = ModelShape.from_model(skeleton(loading))
-    renderer = Renderer(load_tokenizer(loading), max_length=settings.max_length, chat_template=settings.chat_template)
+    renderer = Renderer(load_tokenizer(loading), max_length=settings.max_length)
     read = functools.partial(
         read_sample,
         renderer=renderer,

@@ -17,11 +17,19 @@ from tamis.corpora import model_settings
 from tamis.data.duplicates import exact_duplicates, find_leaks
 from tamis.data.render import Renderer
 from tamis.errors import NonFinite
-from tamis.evaluate.checks import BatchCheck, SignCheck, check_batch_composition, check_sign
+from tamis.evaluate.checks import (
+    BatchCheck,
+    LengthDistortion,
+    SignCheck,
+    check_batch_composition,
+    check_distortion,
+    check_sign,
+)
 from tamis.evaluate.inputs import SampledCorpus, read_sample, skeleton
 from tamis.model.load import LoadedModel, load_model, load_tokenizer
 from tamis.model.targets import Coverage, coverage, gradient_layers
 from tamis.progress import NoProgress
+from tamis.projection import AnyProjector, make_projector
 from tamis.protocols import Progress
 from tamis.settings import DoctorSettings, target_parts
 from tamis.types import TokenizedExample
@@ -32,6 +40,8 @@ SIGN = "A positive score means: training on the row lowers the target loss."
 _FEW = 5  # problems and ids named one by one
 _NOTICEABLE = 0.01  # relative difference of features that can reorder close scores
 _CHECK_TOKENS = 512  # rows of the numeric checks are no longer than this, if there are enough of them
+_LENGTHS = 4  # groups of rows, from the shortest to the longest, on which a projection is measured
+_GROUP_TOKENS = 8192  # padded tokens of such a group, if two rows fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +113,8 @@ class DoctorResult:
     batch_check: BatchCheck | None
     sign_check: SignCheck | None
     sign_convention: str
+    projection: dict[str, Any] | None  # what the distortion was measured for
+    distortion: tuple[LengthDistortion, ...]  # by length, shortest rows first
     warnings: tuple[str, ...]
 
 
@@ -114,8 +126,9 @@ def examine(settings: DoctorSettings, *, progress: Progress | None = None) -> Do
     """
     progress = progress or NoProgress()
     loading = model_settings(settings)
+    projector = make_projector(settings.projection, dim=settings.projection_dim)
     tokenizer = load_tokenizer(loading)
-    renderer = Renderer(tokenizer, max_length=settings.max_length, chat_template=settings.chat_template)
+    renderer = Renderer(tokenizer, max_length=settings.max_length)
     template = examine_template(tokenizer, given=settings.chat_template is not None, notes=renderer.notes)
     read = functools.partial(
         read_sample,
@@ -130,14 +143,16 @@ def examine(settings: DoctorSettings, *, progress: Progress | None = None) -> Do
     leaks = _leaks(pool, target) if target is not None else None
 
     loaded = batch_check = sign_check = None
+    failure: str | None = None
+    distortion: list[LengthDistortion] = []
     if settings.numeric:
         with progress.stage("load the model", 1, "models") as advance:
             loaded = load_model(loading)
             advance(1)
         with progress.stage("numeric checks", 2, "checks") as advance:
             batch_check, sign_check, failure = _check(loaded, pool, target, settings.check_rows, advance)
-    else:
-        failure = None
+        if failure is None and settings.projection != "none":
+            distortion, failure = _measure(loaded, pool, projector, settings.check_rows, progress)
     model = loaded.model if loaded is not None else skeleton(loading)
     covered = coverage(model, gradient_layers(model))
     described = {"name": settings.model, "attention": settings.attention} if loaded is None else loaded.description
@@ -152,6 +167,8 @@ def examine(settings: DoctorSettings, *, progress: Progress | None = None) -> Do
         batch_check=batch_check,
         sign_check=sign_check,
         sign_convention=SIGN,
+        projection={"name": settings.projection, **projector.identity} if distortion else None,
+        distortion=tuple(distortion),
         warnings=(),
     )
     return replace(result, warnings=tuple(_warnings(result, failure)))
@@ -280,6 +297,38 @@ def _check(
     return batch_check, sign_check, None
 
 
+def _measure(
+    loaded: LoadedModel, pool: SampledCorpus, projector: AnyProjector, count: int, progress: Progress
+) -> tuple[list[LengthDistortion], str | None]:
+    """What the projection adds to cosines at each of a few lengths, or the reason why that is not known."""
+    groups = _rows_by_length(pool, count)
+    found: list[LengthDistortion] = []
+    try:
+        with progress.stage("projection against exact gradients", len(groups), "lengths") as advance:
+            for group in groups:
+                found += check_distortion(loaded.model, gradient_layers(loaded.model), [group], projector)
+                advance(1)
+    except NonFinite as error:
+        return [], f"The distortion of the projection was not measured: {error}"
+    if not found:
+        return [], "The distortion of the projection was not measured: that needs two different rows with a gradient."
+    return found, None
+
+
+def _rows_by_length(corpus: SampledCorpus, count: int) -> list[list[TokenizedExample]]:
+    """Groups of ``count`` neighbours in length, from the shortest rows to the longest; no row twice, and no copies."""
+    first = exact_duplicates(corpus.examples)
+    originals = [i for i in corpus.usable if first[corpus.rows[i]] == corpus.rows[i]]
+    ordered = sorted((t for i in originals if (t := corpus.tokenized[i]) is not None), key=lambda t: len(t.input_ids))
+    number = min(_LENGTHS, len(ordered) // 2)
+    size = min(count, len(ordered) // max(1, number))
+    groups = []
+    for start in np.linspace(0, len(ordered) - size, number).round().astype(int):
+        group = ordered[start : start + size]
+        groups.append(group[-max(2, _GROUP_TOKENS // len(group[-1].input_ids)) :])
+    return groups
+
+
 def _rows_to_check(corpus: SampledCorpus, count: int) -> dict[int, TokenizedExample]:
     """Usable rows of different lengths, so that a batch of them is padded: row number -> tokens."""
     usable = [(corpus.tokenized[i], int(corpus.rows[i])) for i in corpus.usable]
@@ -343,6 +392,16 @@ def _warnings(result: DoctorResult, failure: str | None) -> list[str]:
             f"measured {result.sign_check.measured_change:+.3g}); "
             "do not trust gradient scores of this model in this dtype."
         )
+    if result.distortion:
+        error, spread = (
+            float(np.sqrt(np.mean([getattr(at, name) ** 2 for at in result.distortion])))
+            for name in ("rms_error", "spread")
+        )
+        if error > spread:
+            found.append(
+                f"The projection changes cosines of gradients by {error:.3f}, which is more than those of rows of one "
+                f"length differ among themselves ({spread:.3f}); raise --projection-dim."
+            )
     return [*found, failure] if failure else found
 
 

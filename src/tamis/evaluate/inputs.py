@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tamis.data.examples import Examples, read_examples
 from tamis.data.render import Renderer
-from tamis.errors import BadRow, InvalidInput
+from tamis.errors import BadRow, InvalidInput, first_line
 from tamis.model.load import ModelSettings
 from tamis.model.source import resolve_source
 from tamis.protocols import Progress
@@ -157,5 +157,4 @@ def skeleton(settings: ModelSettings, *, lora_rank: int | None = None) -> nn.Mod
             model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
             return model if adapter is None else get_peft_model(model, adapter)
     except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise InvalidInput(f"model '{settings.name}': its config cannot be used ({reason[:200]})") from error
+        raise InvalidInput(f"model '{settings.name}': its config cannot be used ({first_line(error)})") from error

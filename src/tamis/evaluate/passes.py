@@ -115,7 +115,7 @@ def _loss_drop(question: MethodQuestion) -> list[PassPlan]:
     values = question.values
     adapted = question.with_lora(int(values["lora_rank"]))
     one_target = question.target.times(1 / question.targets)
-    seen = one_target.times(int(values["steps"]) * int(values["batch_rows"]) / max(1, one_target.rows))
+    seen = one_target.times(int(values["warmup_steps"]) * int(values["warmup_batch_rows"]) / max(1, one_target.rows))
     passes = [question.model_pass("losses (pool)", "forward", question.scored)]
     for _ in range(question.targets):
         passes.append(question.model_pass("warm-up on a target", "gradient", seen, shape=adapted))

@@ -21,7 +21,7 @@ from tamis.gradients.consumers import (
     WeightedGradient,
 )
 from tamis.gradients.hooks import capture, frozen
-from tamis.gradients.layers import squared_norms
+from tamis.maths.similarity import squared_norms
 from tamis.model.loss import evaluation_mode, per_sample_losses, require_finite, supervised_positions
 from tamis.model.targets import embedding_matrix
 from tamis.protocols import LayerConsumer, LayerwiseProjector, Projector, TwoSidedProjector, VectorProjector

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import TypeVar, cast
 
 import torch
-import torch.distributed as dist
 from accelerate import PartialState
 
-__all__ = ["barrier", "gather_objects", "is_main", "local_rank", "rank", "world_size"]
-
-Obj = TypeVar("Obj")
+__all__ = ["barrier", "is_main", "local_rank", "rank", "world_size"]
 
 
 def rank() -> int:
@@ -37,16 +33,6 @@ def is_main() -> bool:
 def barrier() -> None:
     """Wait until every process is here."""
     _state().wait_for_everyone()
-
-
-def gather_objects(mine: Obj) -> list[Obj]:
-    """Every process's object, in rank order, in every process. Each process must call it."""
-    size = world_size()
-    if size == 1:
-        return [mine]
-    gathered: list[Obj | None] = [None] * size
-    dist.all_gather_object(gathered, mine)
-    return cast("list[Obj]", gathered)
 
 
 def _state() -> PartialState:

@@ -28,7 +28,8 @@ FORMAT_FLOOR_TOKENS = 4  # (d) median supervised tokens of the target: a letter 
 MISLEADING_SPEARMAN, MISLEADING_OVERLAP = 0.5, 0.5  # (f) high correlation beside low overlap of the top
 TOKEN_DIFFERENCE = 0.10  # (g) tokens of the selection against tokens of the baselines
 SAME_CHOICE = 0.70  # overlap above which a baseline would have chosen almost the same
-BAD_SHARE = 0.05  # flagged or truncated rows in the selection
+BAD_SHARE = 0.05  # truncated rows in the selection
+FLAGGED_SHARE = 0.1  # flagged rows: about 5 % of clean data are
 
 # Methods whose score estimates a change of the target loss, so that its sign means something.
 _SIGNED_METHODS = frozenset({"tracin", "less", "loss-drop", "influence-function", "influence-distillation"})
@@ -138,7 +139,7 @@ def check_copies(evidence: Evidence) -> Iterator[Finding]:
             "warning",
             "The selection holds exact copies",
             f"{counted(exact.selected, 'selected row')} with a copy of itself in the selection.",
-            "Equal rows get equal scores, so they come in together: select one copy of each.",
+            "Equal rows get equal scores, so they come in together; --duplicates one takes one copy of each.",
         )
     elif evidence.columns.selected.any():
         pool = f" In the pool: {counted(exact.pool, 'row')} with the text of an earlier one." if exact.pool else ""
@@ -146,7 +147,8 @@ def check_copies(evidence: Evidence) -> Iterator[Finding]:
         yield Finding("exact-copies", "passed", "No exact copies inside", sentence)
     if near.selected:
         sentence = f"{counted(near.selected, 'selected row')} with a near copy in the selection (pairs below)."
-        yield Finding("near-copies", "note", "Some selected rows are nearly the same", sentence)
+        advice = "Select again with --duplicates near to take one of each."
+        yield Finding("near-copies", "note", "Some selected rows are nearly the same", sentence, advice)
 
 
 def check_format_floor(evidence: Evidence) -> Iterator[Finding]:
@@ -295,11 +297,12 @@ def check_rows(evidence: Evidence) -> Iterator[Finding]:
     if flagged.selected:
         yield Finding(
             "flagged",
-            "warning" if flagged.selected > BAD_SHARE * selected else "note",
+            "warning" if flagged.selected > FLAGGED_SHARE * selected else "note",
             "Some selected answers look wrong",
             f"The model finds {count(flagged.selected)} of {counted(selected, 'selected answer')} unusually hard among "
-            f"their like ({count(flagged.pool)} in the pool). Such rows are often wrong answers.",
-            "Read the ones shown below before training.",
+            f"their like ({count(flagged.pool)} in the pool). Some of them may be wrong answers; a few per cent "
+            "are found hard even where none is wrong.",
+            "Read the ones shown below before training; --drop-flagged leaves them out.",
         )
     if leaked.pool:
         told = f"Pool rows that equal a target row: {count(leaked.pool)}, selected: {count(leaked.selected)}."
@@ -308,7 +311,7 @@ def check_rows(evidence: Evidence) -> Iterator[Finding]:
             "warning" if leaked.selected else "note",
             "Target rows are in the pool",
             f"{told} A loss measured on the target rows would be flattered." if leaked.selected else told,
-            "Drop them from the pool, and measure on held-out rows only." if leaked.selected else "",
+            "Select again with --drop-leaks, and measure on held-out rows only." if leaked.selected else "",
         )
     if truncated.pool:
         yield Finding(
@@ -317,7 +320,7 @@ def check_rows(evidence: Evidence) -> Iterator[Finding]:
             "Some rows were cut at the length limit",
             f"Longer than the limit: {counted(truncated.pool, 'pool row')}, selected: {count(truncated.selected)}. "
             "What was cut off was not scored and would not be learnt.",
-            "Raise the length limit if the ends matter." if truncated.selected else "",
+            "Raise --max-length if the ends matter." if truncated.selected else "",
         )
     if evidence.num_skipped:
         sentence = f"{counted(evidence.num_skipped, 'row')} could not be used; no other count includes them."

@@ -18,9 +18,9 @@ from torch import Tensor
 from tamis.collect import Task
 from tamis.corpus import Corpus
 from tamis.errors import InvalidInput, NonFinite
+from tamis.identity import fingerprint
 from tamis.maths.similarity import cosines, inner_products, unit_rows
 from tamis.score.matrix import empty_scores, fill_columns
-from tamis.store.manifest import fingerprint
 from tamis.store.reader import StageReader
 from tamis.types import Batch, FloatArray, IntArray
 
@@ -142,8 +142,13 @@ def rows_with_gradient(task: Task, is_zero: npt.NDArray[np.bool_], is_zero_targe
     """Positions in ``task.target_rows`` of the rows that have a gradient; the notes say which rows have none.
 
     Raises:
-        InvalidInput: no row of a target has a gradient.
+        InvalidInput: no pool row has a gradient, or no row of a target.
     """
+    if is_zero.all():
+        raise InvalidInput(
+            f"none of the {len(is_zero)} scored pool rows has a gradient: the model predicts their answers with a loss "
+            "of 0; give other pool rows, or another model"
+        )
     if is_zero.any():
         task.note(
             f"{int(is_zero.sum())} pool rows have a gradient of exactly zero (their loss is already 0) and score 0: "
@@ -232,7 +237,7 @@ def _stream_scores(
         return batch_columns
 
     identity = {
-        "algorithm": "feature-scores-v1",
+        "algorithm": "feature-scores-v2",
         "features": dict(spec.identity),
         "target_features": fingerprint({"stage": target_reader.spec}),
         "columns": list(columns),

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Float, Int
 
+from tamis.budget import describe_budget, rows_for, tokens_for
 from tamis.errors import InvalidSettings, NonFinite
-from tamis.selection.budget import describe_budget, rows_for, tokens_for
 from tamis.selection.round_robin import Copies, Picks, take_turns
 from tamis.selection.top import BLOCK_VALUES, block_length
 from tamis.types import Budget, FloatArray, IntArray, TargetScores

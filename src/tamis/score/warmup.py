@@ -5,25 +5,27 @@ from __future__ import annotations
 import hashlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from tamis.collect import Task
 from tamis.corpus import Corpus
+from tamis.errors import InvalidSettings
 from tamis.model.load import ModelSettings
 from tamis.model.source import resolve_source
 from tamis.model.targets import has_adapter
 from tamis.seeds import child_seed
 from tamis.train.loop import Spent, TrainSettings, num_steps
 from tamis.train.lora import add_lora, train_adapter
-from tamis.train.warm_up import warm_up
+from tamis.train.warmup import warmup
 from tamis.types import IntArray
 
-__all__ = ["WarmUpPoint", "warm_up_points"]
+__all__ = ["WarmupPoint", "warmup_points", "warmup_training"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class WarmUpPoint:
+class WarmupPoint:
     """A checkpoint of the run. No model: who scores at it loads it with `Task.at_model`, one at a time."""
 
     model_settings: ModelSettings
@@ -31,7 +33,19 @@ class WarmUpPoint:
     learning_rate: float  # mean over the updates since the checkpoint before it
 
 
-def warm_up_points(
+def warmup_training(**settings: Any) -> TrainSettings:
+    """The settings of the run; a method calls each of them ``warmup_<name>``, and so does the error.
+
+    Raises:
+        InvalidSettings: a value is out of range.
+    """
+    try:
+        return TrainSettings(**settings)
+    except InvalidSettings as error:
+        raise InvalidSettings(f"warmup_{error}") from None  # the message begins with the setting's name
+
+
+def warmup_points(
     task: Task,
     corpus: Corpus,
     rows: IntArray,
@@ -41,7 +55,7 @@ def warm_up_points(
     lora_rank: int,
     lora_alpha: float,
     target_name: str | None = None,
-) -> list[WarmUpPoint]:
+) -> list[WarmupPoint]:
     """The run's checkpoints in order, trained now as far as they are not found trained.
 
     Args:
@@ -90,7 +104,7 @@ def warm_up_points(
 
     title = f"{method} warm-up" if target_name is None else f"{method} warm-up ({target_name})"
     with task.progress.stage(title, num_steps(settings, len(rows)), "updates") as advance:
-        checkpoints = warm_up(
+        checkpoints = warmup(
             open_model,
             corpus,
             rows,
@@ -102,7 +116,7 @@ def warm_up_points(
             on_checkpoint=record,
         )
     return [
-        WarmUpPoint(
+        WarmupPoint(
             model_settings=replace(base, name=str(point.folder), revision=None),
             folder=point.folder,
             learning_rate=point.learning_rate,

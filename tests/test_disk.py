@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from tamis.disk import create_atomically, disk_errors, replace_atomically
 from tamis.errors import InvalidInput
-from tamis.store.atomic import create_atomically, disk_errors, replace_atomically
 
 
 def test_a_replaced_file_is_whole_and_leaves_no_temporary_file(tmp_path: Path) -> None:
