@@ -24,6 +24,7 @@ __all__ = [
     "embedding_matrix",
     "gradient_layers",
     "has_adapter",
+    "has_routed_experts",
     "input_embeddings",
     "is_tied",
     "output_embeddings",
@@ -91,6 +92,11 @@ def is_tied(model: nn.Module) -> bool:
 def has_adapter(model: nn.Module) -> bool:
     """True if LoRA layers have been put into the model."""
     return any(hasattr(module, "lora_A") for module in model.modules())
+
+
+def has_routed_experts(model: nn.Module) -> bool:
+    """True if the model sends each token to a few of many experts."""
+    return any(_ROUTED.search(name) for name, _ in model.named_parameters())
 
 
 def gradient_layers(model: nn.Module, *, include_head: bool = False) -> tuple[LayerSpec, ...]:
