@@ -42,13 +42,13 @@ from tamis.progress import NoProgress
 from tamis.protocols import Method, Progress, ReadsFiles
 from tamis.report.content import ReportInputs, build_content
 from tamis.report.page import write_page
+from tamis.row_shapes import count_shapes, training_warnings
 from tamis.score import METHODS
 from tamis.score.losses import row_losses
 from tamis.seeds import child_seed
 from tamis.selection.choose import Choice, choose
 from tamis.selection.flags import flag_high_losses
 from tamis.settings import SelectSettings, from_dict, shortlist_parts, to_dict
-from tamis.trainable import count_shapes, training_warnings
 from tamis.types import Budget, FloatArray, IntArray, TargetScores
 
 __all__ = ["Selection", "make_method", "select_from_settings"]
