@@ -60,6 +60,11 @@ def select(
     else:
         texts = _paths(target, "target", held)
         targets = [f"target={text}" if text in held else text for text in texts]
+    named: Any = method  # of whatever type a caller passes
+    if not isinstance(named, str) and (isinstance(named, type) or not dataclasses.is_dataclass(named)):
+        raise InvalidSettings(
+            f"method: expected a name or a method object such as tamis.methods.Less(), got {type(method).__name__}"
+        )
     name = method if isinstance(method, str) else method.name
     chosen: dict[str, Any] = {} if isinstance(method, str) else _plain_settings(method)
     for name_of_setting in ("set", "projection", "projection_dim"):
@@ -73,7 +78,7 @@ def select(
         "budget": budget,
         "out": str(out),
         **({"set": chosen} if chosen else {}),
-        **settings,
+        **{key: str(value) if isinstance(value, Path) else value for key, value in settings.items()},
     }
     return select_from_settings(
         from_dict(SelectSettings, values, origin="tamis.select"),

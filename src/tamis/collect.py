@@ -79,6 +79,7 @@ class Task:
     aggregate: Literal["round-robin", "mean"] = "round-robin"
     progress: Progress = field(default_factory=NoProgress)
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     stages: list[Path] = field(default_factory=list)  # every stage this run used, for the cost table
     models: list[Path] = field(default_factory=list)  # where the models this run used are described
     _loaded: LoadedModel | None = None
@@ -102,7 +103,7 @@ class Task:
         return self._fingerprint
 
     def at_model(self, settings: ModelSettings) -> Task:
-        """The same question to another model (a checkpoint, say); notes and costs are shared."""
+        """The same question to another model (a checkpoint, say); notes, warnings and costs are shared."""
         other = replace(self, model_settings=settings, _loaded=None, _fingerprint=None)
         self.models.append(other._description_file())
         return other
@@ -123,6 +124,11 @@ class Task:
         """Something the report has to say about this run."""
         if sentence not in self.notes:
             self.notes.append(sentence)
+
+    def warn(self, sentence: str) -> None:
+        """Something the user must see before training on the selection, on the console too."""
+        if sentence not in self.warnings:
+            self.warnings.append(sentence)
 
     def model_identity(self) -> dict[str, Any]:
         """Everything about the model that a stored number depends on."""

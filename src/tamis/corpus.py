@@ -37,6 +37,7 @@ class Corpus(Sequence[TokenizedExample]):
         self.lengths: IntArray = reader.read("length").astype(np.int64)
         self.supervised: IntArray = reader.read("supervised_tokens").astype(np.int64)
         self.truncated: IntArray = reader.read("truncated").astype(np.int64)
+        self.dropped: npt.NDArray[np.bool_] = reader.read("dropped").astype(np.bool_)
         self.usable: npt.NDArray[np.bool_] = self.supervised > 0
         self.identity: str = reader.fingerprint
         self.stage: Path = reader.path  # where the tokens lie
@@ -60,7 +61,10 @@ class Corpus(Sequence[TokenizedExample]):
         masks = self._reader.take_ragged("supervised", rows)
         return [
             TokenizedExample(
-                input_ids=i.astype(np.int32), supervised=m.astype(np.bool_), truncated=int(self.truncated[r])
+                input_ids=i.astype(np.int32),
+                supervised=m.astype(np.bool_),
+                truncated=int(self.truncated[r]),
+                dropped=bool(self.dropped[r]),
             )
             for i, m, r in zip(ids, masks, rows, strict=True)
         ]
@@ -114,6 +118,7 @@ def tokenize(
                     "failed": torch.tensor([len(e) > 0 for e in errors]),
                     "length": torch.tensor([len(t.input_ids) for t in tokens], dtype=torch.int32),
                     "supervised_tokens": torch.tensor([t.num_supervised for t in tokens], dtype=torch.int32),
+                    "dropped": torch.tensor([t.dropped for t in tokens]),
                     "truncated": torch.tensor([t.truncated for t in tokens], dtype=torch.int32),
                 },
             )

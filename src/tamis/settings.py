@@ -82,6 +82,7 @@ class SelectSettings:
     store: str | None = None  # features shared between runs; None: <out>/store
     shard_rows: int = 256
     report: bool = True
+    write_messages: bool = False  # the selected rows also as chats, in selected-messages.jsonl
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", _budget_text(self.budget))

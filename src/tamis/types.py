@@ -67,6 +67,7 @@ class TokenizedExample:
     input_ids: npt.NDArray[np.int32]  # (T,)
     supervised: npt.NDArray[np.bool_]  # (T,) True: this token is a label, predicted from the ones before it
     truncated: int  # tokens cut from the end by max_length
+    dropped: bool = False  # the chat template left a part of an assistant turn out, such as its reasoning
 
     @property
     def num_supervised(self) -> int:

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tamis.data.examples import BadRowRecord, read_examples
+from tamis.data.examples import BadRowRecord, read_examples, warn_of
 from tamis.errors import BadRow, InvalidInput
 
 
@@ -106,6 +106,8 @@ def test_duplicate_ids_are_reported_and_rows_stay_apart(tmp_path, caplog):
     rows = [chat("a", "b", id="x"), chat("c", "d", id="y"), chat("a", "b", id="x")]
     with caplog.at_level(logging.WARNING):
         examples = read_examples([lines(tmp_path / "rows.jsonl", rows)])
+        assert not caplog.text  # whoever reports them in its own words would say it twice
+        warn_of(examples, "pool")
     assert len(examples) == 3
     assert examples.duplicate_ids == {"x": [0, 2]}
     assert "1 ids occur more than once; rows stay apart" in caplog.text
@@ -184,11 +186,12 @@ GOOD = json.dumps(chat("q", "a")).encode()
         (
             b'{"text": "hello"}',
             None,
-            "this row is in the text format but the file is read as messages; keep one format",
+            "this row is in the text format but the file is read as messages, as its first row is; keep one format",
         ),
         (GOOD[:-1] + b', "id": [1]}', "id", "expected a string or a whole number, got list"),
         (GOOD[:-1] + b', "id": "\\ud800"}', "id", "half of a surrogate pair"),
-        (GOOD[:-1] + b', "source": 3}', "source", "expected a string, got int"),
+        (GOOD[:-1] + b', "source": [3]}', "source", "expected a string, got list"),
+        (GOOD[:-1] + b', "source": {"name": 3}}', "source", "expected a string, got dict"),
         (GOOD.replace(b'"a"', b'"\\udfff"'), None, "half of a surrogate pair"),
     ],
 )
@@ -213,6 +216,29 @@ def test_row_format_overrides_detection(tmp_path):
     path = lines(tmp_path / "rows.jsonl", [{**ROWS[0], "text": "all of it"}])
     assert read_examples([path])[0].format == "messages"
     assert read_examples([path], row_format="text")[0].text == "all of it"
+
+
+def test_a_row_in_another_format_than_the_named_one_is_told_to_leave_the_name_out(tmp_path):
+    path = lines(tmp_path / "rows.jsonl", [{"text": "t"}, chat("q", "a")])
+    with pytest.raises(
+        BadRow, match=r"row 1 .*in the messages format but row_format says text; .*leave row_format out"
+    ):
+        read_examples([path], row_format="text")
+
+
+@pytest.mark.parametrize("on_bad_row", ["fail", "skip"])
+def test_a_null_field_of_the_first_row_is_called_null(tmp_path, on_bad_row):
+    path = lines(tmp_path / "rows.jsonl", [{"instruction": None, "output": "x"}])
+    with pytest.raises(InvalidInput, match=r"row 0.*, field 'instruction': the field is null; fill it") as caught:
+        read_examples([path], on_bad_row=on_bad_row)
+    assert "expected" not in str(caught.value)
+
+
+def test_numbers_and_truth_values_name_a_source(tmp_path):
+    rows = [chat("q", "a", source=value) for value in (7, 0, 1.5, True, None, "s")]
+    examples = read_examples([lines(tmp_path / "rows.jsonl", rows)])
+    assert [e.source for e in examples] == ["7", "0", "1.5", "True", "rows", "s"]
+    assert examples[0].raw["source"] == 7  # the row itself is handed back as it was
 
 
 def test_files_of_different_formats_go_together(tmp_path):

@@ -91,7 +91,7 @@ def test_a_target_row_without_gradient_is_left_out_and_changes_no_score(
         shutil.copy(file, tmp_path / "target")
     with_it = select(run, tmp_path / "a", target=f"sums={tmp_path / 'target' / '*.jsonl'}")
     without = select(run, tmp_path / "b", target=f"sums={run.target}")
-    assert any("2 target rows" in note and "certain-1" in note for note in with_it.manifest["notes"])
+    assert any("2 target rows" in warning and "certain-1" in warning for warning in with_it.warnings)
     scores = [np.array(selection.table["score"].to_pylist(), dtype=float) for selection in (with_it, without)]
     assert np.isfinite(scores[0]).all()
     np.testing.assert_allclose(scores[0], scores[1], atol=2e-4)  # features are stored in float16

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from tamis.data.batches import collate
 from tamis.evaluate.checks import check_batch_composition, check_distortion, check_sign
@@ -114,6 +116,33 @@ def test_a_model_with_a_wrong_backward_fails_the_sign_check() -> None:
     finally:
         handle.remove()
     assert found is not None and not found.passed
+
+
+def test_a_step_that_disagrees_is_followed_by_smaller_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", dtype=torch.float32)
+    args = (model, gradient_layers(model), dict(enumerate(rows(4))), rows(3, seed=1))
+    short = check_sign(*args, dtype="float32")
+    assert short is not None and short.passed and short.steps == 1
+    # A step that should move the loss by thirty times itself leaves where the loss is straight.
+    monkeypatch.setattr("tamis.evaluate.checks._STEPS", {False: (30.0, 1e-3)})
+    found = check_sign(*args, dtype="float32")
+    assert found == replace(short, steps=2)
+    monkeypatch.setattr("tamis.evaluate.checks._STEPS", {False: (30.0,)})
+    once = check_sign(*args, dtype="float32")
+    assert once is not None and not once.passed
+
+
+def test_a_model_of_experts_is_known_as_one() -> None:
+    dense = tiny_model("llama", dtype=torch.float32)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    experts = MixtralForCausalLM(
+        MixtralConfig(vocab_size=VOCAB, num_key_value_heads=1, num_local_experts=4, **sizes)
+    ).eval()
+    for model, is_routed in ((dense, False), (experts, True)):
+        layers = gradient_layers(model)
+        found = check_sign(model, layers, dict(enumerate(rows(4))), rows(3, seed=1), dtype="float32")
+        assert found is not None and found.passed and found.is_routed is is_routed
 
 
 def test_rows_without_any_gradient_leave_nothing_to_check() -> None:

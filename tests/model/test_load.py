@@ -192,7 +192,9 @@ def test_without_a_network_the_hub_is_asked_once_and_not_waited_for(monkeypatch:
 
     monkeypatch.setattr("tamis.model.source.HfApi.model_info", offline)
     monkeypatch.setattr("tamis.model.source.cached_file", cached_only)
-    with pytest.raises(InvalidInput, match=r"model 'no-one/none' is neither .* and the hub cannot be reached; check"):
+    with pytest.raises(
+        InvalidInput, match=r"model 'no-one/none' is no local folder.* and the hub cannot be reached; check"
+    ):
         load_tokenizer(ModelSettings(name="no-one/none"))
     assert asked == [("no-one/none", 10.0)]
 
@@ -288,10 +290,12 @@ def test_missing_tokenizer_is_refused(folder: Path) -> None:
         load_tokenizer(settings(folder))
 
 
-def test_tokenizer_larger_than_the_embedding_is_refused(folder: Path) -> None:
-    tiny_tokenizer(size=70).save_pretrained(folder)
-    with pytest.raises(InvalidInput, match="has 70 tokens but the model's embedding has 64 rows"):
-        load_model(settings(folder))
+def test_padding_has_an_embedding_even_if_the_tokenizer_knows_more_ids_than_the_model(folder: Path) -> None:
+    tokenizer = tiny_tokenizer(size=70)
+    tokenizer.pad_token = "w66"  # id 69, and the embedding has 64 rows
+    tokenizer.save_pretrained(folder)
+    loaded = load_model(settings(folder))
+    assert pad_token_id(loaded.tokenizer) == 69 and loaded.pad_id == 0
 
 
 def test_adapter_of_another_shape_is_refused(folder: Path, adapter: Path) -> None:

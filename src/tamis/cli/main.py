@@ -1,6 +1,7 @@
 """The command ``tamis``: its verbs, its version, and errors as one line with the right exit code.
 
-0: done. 2: input or settings are wrong. 130: interrupted. Anything else is a fault of ours and shows its traceback.
+0: done. 1: a check of ``doctor`` failed. 2: input or settings are wrong. 130: interrupted. Anything else is a fault of
+ours and shows its traceback.
 """
 
 from __future__ import annotations

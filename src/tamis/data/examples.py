@@ -25,7 +25,7 @@ from tamis.errors import BadRow, InvalidInput
 from tamis.identity import fingerprint
 from tamis.types import Example, IntArray, RowFormat
 
-__all__ = ["BadRowRecord", "Examples", "read_examples"]
+__all__ = ["BadRowRecord", "Examples", "read_examples", "warn_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -228,25 +228,37 @@ def read_examples(
         file_format = row_format
         for scanned in file.scan():
             try:
-                file_format = _take(scan, scanned, file_index, file, labels[file_index], file_format)
+                file_format = _take(
+                    scan, scanned, file_index, file, labels[file_index], file_format, is_named=row_format is not None
+                )
             except RowError as problem:
                 if on_bad_row == "fail":
                     raise BadRow(problem.problem, file=file.name, row=scanned.row, field=problem.field) from None
                 scan.skipped.append(BadRowRecord(file.name, scanned.row, problem.field, problem.problem))
         if len(scan.ids) == before:
             raise InvalidInput(_nothing_in(file.name, scan.skipped[bad_before:]))
-    examples = Examples(files, named_by, scan)
+    return Examples(files, named_by, scan)
+
+
+def warn_of(examples: Examples, kind: str) -> None:
+    """Log what a user should know of rows that were read, where nothing else reports it."""
     if examples.skipped:
         logger.warning("%s: %d bad rows left out", kind, len(examples.skipped))
     if examples.duplicate_ids:
         logger.warning("%s: %d ids occur more than once; rows stay apart", kind, len(examples.duplicate_ids))
-    return examples
 
 
 def _take(
-    scan: _Scan, scanned: ScannedRow, file_index: int, file: RowFile, label: str, file_format: RowFormat | None
+    scan: _Scan,
+    scanned: ScannedRow,
+    file_index: int,
+    file: RowFile,
+    label: str,
+    file_format: RowFormat | None,
+    *,
+    is_named: bool,
 ) -> RowFormat:
-    """Check one row and add it; returns the file's format, which its first good row decides."""
+    """Check one row and add it; returns the file's format: the named one, or what its first good row decides."""
     if scanned.problem is not None:
         raise RowError(None, scanned.problem)
     row = scanned.value
@@ -256,7 +268,7 @@ def _take(
     try:
         content = parse_row(row, found)
     except RowError:
-        _refuse_mixture(row, found)
+        _refuse_mixture(row, found, is_named=is_named)
         raise
     scan.add(
         scanned,
@@ -269,18 +281,25 @@ def _take(
     return found
 
 
-def _refuse_mixture(row: Mapping[str, Any], expected: RowFormat) -> None:
+def _refuse_mixture(row: Mapping[str, Any], expected: RowFormat, *, is_named: bool) -> None:
     """A better message for a row that is fine in itself, but of another format than the rows before it."""
     try:
         own = row_format_of(row)
     except RowError:
         return
-    if own != expected:
+    if own == expected:
+        return
+    if is_named:
         raise RowError(
             None,
-            f"this row is in the {own} format but the file is read as {expected}; keep one format per file, "
-            "or name the format of all rows (row_format)",
+            f"this row is in the {own} format but row_format says {expected}; remove the row, or leave row_format out "
+            "if whole files are in other formats",
         )
+    raise RowError(
+        None,
+        f"this row is in the {own} format but the file is read as {expected}, as its first row is; keep one format per "
+        "file, or name by row_format one whose fields every row has",
+    )
 
 
 def _id(row: Mapping[str, Any], label: str, number: int) -> str:
@@ -296,9 +315,9 @@ def _source(row: Mapping[str, Any], file: RowFile) -> str:
     value = row.get("source")
     if value is None or value == "":
         return file.stem
-    if not isinstance(value, str):
+    if not isinstance(value, str | int | float):  # numbers and truth values are names as good as any
         raise RowError("source", f"expected a string, got {type(value).__name__}; name where the row comes from")
-    return _encodable(value, "source")
+    return _encodable(str(value), "source")
 
 
 def _encodable(text: str, name: str) -> str:

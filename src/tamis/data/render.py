@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tamis.data.template import MarkedText, Span
-from tamis.data.turns import TEMPLATE_ERRORS, TurnError, TurnFinder, check_answer, common_prefix
+from tamis.data.turns import TEMPLATE_ERRORS, TurnError, TurnFinder, check_answer, common_prefix, drops_text
 from tamis.errors import BadRow, InvalidSettings, Unsupported, first_line
 from tamis.identity import text_sha256
 from tamis.types import Example, TokenizedExample
@@ -29,7 +29,7 @@ __all__ = ["ALGORITHM", "Renderer"]
 
 logger = logging.getLogger(__name__)
 
-ALGORITHM = "render-v1"
+ALGORITHM = "render-v2"
 
 # For a tokenizer without a template. {END} is <|im_end|> where the vocabulary has it, else the end-of-sequence token,
 # so that the end of a turn is one token, which the model can learn to emit.
@@ -55,6 +55,7 @@ class _Encoded:
     ids: list[int]  # (T,)
     offsets: npt.NDArray[np.int64]  # (T, 2) characters of ``text``
     supervised: npt.NDArray[np.bool_]  # (T,)
+    dropped: bool = False  # a part of an assistant turn is not in ``text``
 
 
 class Renderer:
@@ -126,6 +127,7 @@ class Renderer:
             input_ids=np.array(encoded.ids[: self.max_length], dtype=np.int32),
             supervised=encoded.supervised[: self.max_length],
             truncated=max(0, len(encoded.ids) - self.max_length),
+            dropped=encoded.dropped,
         )
 
     def preview(self, example: Example) -> list[tuple[str, bool]]:
@@ -156,11 +158,27 @@ class Renderer:
         try:
             return self._encode_messages(example)
         except TEMPLATE_ERRORS as error:
-            problem = f"the chat template refuses this chat: {first_line(error)}"
-            raise BadRow(problem, file=example.file, row=example.row, field=_field(example, None)) from error
+            problem = f"the chat template refuses this chat: {first_line(error)}; change it or use another template"
+            field = self._refused_field(example)
+            raise BadRow(problem, file=example.file, row=example.row, field=field) from error
         except TurnError as error:
             field = _field(example, error.message)
             raise BadRow(error.problem, file=example.file, row=example.row, field=field) from error
+
+    def _refused_field(self, example: Example) -> str | None:
+        """The field to blame for a chat that the template refuses: the system turn if it takes the chat without it."""
+        if example.messages[0]["role"] in ("system", "developer"):
+            finder = self._finder(example.tools)
+            rest = [_prepared(message, finder.takes_parts) for message in example.messages[1:]]
+            tools = list(example.tools) if example.tools else None
+            try:
+                finder.apply(rest, tools=tools, **example.template_kwargs)
+            except TEMPLATE_ERRORS:
+                pass
+            else:
+                return _field(example, 0)
+        # An instruction row is one question and one answer; a template that refuses those blames neither.
+        return None if example.format == "instruction" else _field(example, None)
 
     def _encode_plain(self, example: Example) -> _Encoded:
         """Plain strings: the end-of-sequence token is appended unless it is there, the prompt carries no label."""
@@ -184,20 +202,24 @@ class Renderer:
         text = finder.apply(messages, **variables)
         marked = finder.mark(messages, text, **variables)
         ids, offsets = self._tokenize(text, add_special_tokens=False)
+        dropped = any(
+            message["role"] == "assistant" and drops_text(message, finder.written(k, text, marked) or text)
+            for k, message in enumerate(messages)
+        )
         if example.prompt_messages:
             prompt = finder.apply(messages[: example.prompt_messages], generation_prompt=True, **variables)
             for k, message in enumerate(messages):
                 if k >= example.prompt_messages and message["role"] == "assistant":
                     check_answer(k, message, finder.written(k, text, marked) or text)
             first = common_prefix(self._tokenize(prompt, add_special_tokens=False)[0], ids)
-            return _Encoded(text, ids, offsets, np.arange(len(ids)) >= first)
+            return _Encoded(text, ids, offsets, np.arange(len(ids)) >= first, dropped)
         if finder.template.has_generation_marks:
             supervised = self._generated(messages, text, marked, ids, offsets, finder, variables)
         else:
             supervised = np.zeros(len(ids), dtype=np.bool_)
             for span in finder.answers(messages, text, marked, **variables):
                 supervised[slice(*_tokens_of(span, offsets))] = True
-        return _Encoded(text, ids, offsets, supervised)
+        return _Encoded(text, ids, offsets, supervised, dropped)
 
     def _generated(
         self,
@@ -296,7 +318,8 @@ def _tokens_of(span: Span, offsets: npt.NDArray[np.int64]) -> tuple[int, int]:
 def _field(example: Example, message: int | None) -> str:
     """The field of the user's row that holds ``message``."""
     if example.format == "instruction":
-        return "output"
+        names = ("instruction", "output") if len(example.messages) == 2 else ("system", "instruction", "output")
+        return names[-1 if message is None else message]
     if example.format == "prompt-completion":
         before = example.prompt_messages
         if message is None:

@@ -20,6 +20,7 @@ from tamis.evaluate.flops import FACTORIZED_SIDE
 from tamis.gradients.layers import inner_products, per_sample_gradient
 from tamis.gradients.per_sample import Alignments, mean_gradient, per_sample_features, run_batch
 from tamis.model.loss import per_sample_losses
+from tamis.model.targets import has_routed_experts
 from tamis.projection import AnyProjector, make_projector
 from tamis.projection.distortion import measure_distortion
 from tamis.types import Batch, LayerSpec, TokenizedExample
@@ -29,6 +30,10 @@ __all__ = ["BatchCheck", "LengthDistortion", "SignCheck", "check_batch_compositi
 # Largest relative difference that rounding alone explains, by the dtype that the model computes in. Measured: 2e-6 in
 # float32, 1e-1 in bfloat16 (30 blocks, 135M parameters; it rounds at 2**-8, float16 at 2**-11).
 _TOLERANCES = {"float64": 1e-5, "float32": 1e-4, "float16": 5e-2, "bfloat16": 2e-1}
+# Steps of the sign check, as parts of the target loss that they should move, by whether the dtype is a half one. A
+# thousandth is far above float32 rounding and still straight; half precision rounds coarser. Smaller steps come after
+# a disagreement: where tokens are routed to experts, the loss jumps when a step changes a route.
+_STEPS = {False: (1e-3, 1e-4, 1e-5), True: (3e-2, 1e-2)}
 _LARGEST_STEP_NUMEL = 1 << 25  # gradient entries held for the sign check: 128 MB of float32
 
 
@@ -59,6 +64,8 @@ class SignCheck:
     measured_change: float  # half the difference between a step forwards and a step backwards
     layers: int  # number of layers that took the step
     slack: float  # factor by which the two changes may differ
+    steps: int = 1  # step sizes that were tried; the figures are of the last, the smallest
+    is_routed: bool = False  # the model routes tokens to experts, so that its loss is not differentiable everywhere
 
     @property
     def passed(self) -> bool:
@@ -112,6 +119,8 @@ def check_sign(
     The step is taken in the last layers that fit a bound on memory. A layer ``a W^T`` with ``W - step * G`` is the same
     layer with ``-step * a G^T`` added to its output, so a hook does it and no weight is touched, in any dtype.
 
+    A step that disagrees with its prediction is followed by smaller ones, up to the first that agrees.
+
     Returns:
         None if every gradient is zero, so that there is nothing to check.
     """
@@ -132,23 +141,28 @@ def check_sign(
     cosine, score, row = best
     gradient = mean_gradient(model, [_batch([pool[row]])], few, unit=False)
     loss = _mean_loss(model, target_batch)
-    # A thousandth of the loss is far above float32 rounding and still straight; half precision rounds coarser.
-    wanted, slack = (1e-3, 1.5) if dtype in ("float32", "float64") else (3e-2, 4.0)
-    step = wanted * loss / abs(score)
-    with _stepped(model, few, gradient, step):
-        forwards = _mean_loss(model, target_batch)
-    with _stepped(model, few, gradient, -step):
-        backwards = _mean_loss(model, target_batch)
-    return SignCheck(
-        row=row,
-        score=score,
-        cosine=cosine if score > 0 else -cosine,
-        target_loss=loss,
-        predicted_change=-step * score,
-        measured_change=(forwards - backwards) / 2,
-        layers=len(few),
-        slack=slack,
-    )
+    is_half = dtype not in ("float32", "float64")
+    for tried, share in enumerate(_STEPS[is_half], 1):
+        step = share * loss / abs(score)
+        with _stepped(model, few, gradient, step):
+            forwards = _mean_loss(model, target_batch)
+        with _stepped(model, few, gradient, -step):
+            backwards = _mean_loss(model, target_batch)
+        check = SignCheck(
+            row=row,
+            score=score,
+            cosine=cosine if score > 0 else -cosine,
+            target_loss=loss,
+            predicted_change=-step * score,
+            measured_change=(forwards - backwards) / 2,
+            layers=len(few),
+            slack=4.0 if is_half else 1.5,
+            steps=tried,
+            is_routed=has_routed_experts(model),
+        )
+        if check.passed:
+            break
+    return check
 
 
 def check_distortion(

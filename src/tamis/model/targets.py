@@ -25,6 +25,7 @@ __all__ = [
     "embedding_matrix",
     "gradient_layers",
     "has_adapter",
+    "has_routed_experts",
     "input_embeddings",
     "is_routed",
     "is_tied",
@@ -107,6 +108,11 @@ def check_adapter(model: nn.Module) -> None:
 def is_routed(name: str) -> bool:
     """True for modules inside routed experts, which see gathered tokens that no longer know their row."""
     return _ROUTED.search(name) is not None
+
+
+def has_routed_experts(model: nn.Module) -> bool:
+    """True if the model sends each token to a few of many experts."""
+    return any(is_routed(name) for name, _ in model.named_parameters())
 
 
 def gradient_layers(model: nn.Module, *, include_head: bool = False) -> tuple[LayerSpec, ...]:

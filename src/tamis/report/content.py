@@ -90,6 +90,7 @@ class ReportInputs:
     target_group: IntArray
     target_supervised_tokens: IntArray
     notes: Sequence[str] = ()
+    warnings: Sequence[tuple[str, str]] = ()  # (title, sentence), shown among the findings
     skipped: Sequence[SkippedRow] = ()
 
 
@@ -177,6 +178,7 @@ def build_content(inputs: ReportInputs) -> ReportContent:
             num_skipped=len(inputs.skipped),
             target_group=inputs.target_group,
             target_supervised_tokens=inputs.target_supervised_tokens,
+            run_warnings=inputs.warnings,
         )
     )
     stages = _mapping(inputs.manifest, "cost")

@@ -160,13 +160,13 @@ def rows_with_gradient(task: Task, is_zero: npt.NDArray[np.bool_], is_zero_targe
     for group, name in enumerate(task.target_names):
         if not (task.target_group[kept] == group).any():
             raise InvalidInput(
-                f"no row of target '{name}' has a gradient: the model predicts its answers with a loss of 0; "
-                "give other target rows"
+                f"no row of target '{name}' has a gradient: its losses do not depend on the covered weights, or are 0 "
+                "already. Check the weights of the model (tamis doctor), or give other target rows"
             )
     left_out = task.target_rows[is_zero_target]
-    task.note(
+    task.warn(
         f"{len(left_out)} target rows have a gradient of exactly zero and were left out: "
-        f"{_some_ids(task.target, left_out)}"
+        f"{_some_ids(task.target, left_out)}."
     )
     return kept
 

@@ -118,10 +118,10 @@ class TracIn:
             NonFinite: a loss or gradient is NaN or infinite.
         """
         if self.normalize == "dot" and not self.length_power:
-            task.note(
+            task.warn(
                 "tracin ran with the plain inner product: losses are means over tokens, so a row's gradient norm falls "
                 "like one over the root of its answer's length, and short answers are preferred whatever the target; "
-                "the cosine (the default) or length_power=0.5 do not have this bias"
+                "the cosine (the default) or length_power=0.5 do not have this bias."
             )
         points, rates = self._checkpoints(task)
         total = rates.sum() if self.normalize == "cosine" else 1.0
@@ -170,7 +170,10 @@ class TracIn:
         if known:
             missing = next(name for name, rate in zip(self.checkpoints, rates, strict=True) if not rate)
             raise InvalidSettings(f"{missing} does not say its learning rate, others do; give learning_rates for all")
-        task.note(f"tracin weighs its {len(points)} checkpoints equally: none says its learning rate")
+        task.warn(
+            f"tracin weighs its {len(points)} checkpoints equally, since none says its learning rate; "
+            "give learning_rates."
+        )
         return points, np.ones(len(points))
 
     def _at(self, task: Task) -> RowScores:
