@@ -43,6 +43,27 @@ def rows_of(model: nn.Module, batch: Batch, *, passes: int = 1, keep_factors: bo
     return held
 
 
+def test_a_bias_of_a_tied_head_is_a_column_that_looking_up_leaves_alone() -> None:
+    model = tiny_model("gpt2", tied=True)
+    head = nn.Linear(model.lm_head.in_features, model.lm_head.out_features, dtype=torch.float64)
+    head.weight = model.transformer.wte.weight
+    model.lm_head = head
+    batch = random_batch(LENGTHS, seed=3)
+    expected = autograd_rows(model, batch)
+    held = rows_of(model, batch, passes=2)
+    weights = torch.tensor([0.5, 0.0, 2.0, -1.0], dtype=torch.float64)
+    got = held.weighted(weights)
+    assert "lm_head.bias" in got and got.keys() == expected.keys()
+    for name, grad in got.items():
+        close(grad, torch.tensordot(weights, expected[name], dims=1))
+    direction = {name: grads.mean(dim=0) for name, grads in expected.items()}
+    dots = held.dots(lambda matrix: matrix.joined(direction))
+    close(dots, sum((expected[n] * direction[n]).flatten(1).sum(dim=1) for n in expected))  # type: ignore[arg-type]
+    (shared,) = [matrix for matrix in held.matrices if len(matrix.layers) == 2]
+    whole = held.rows_of(shared, 0, shared.shape[0])
+    close(held.sketches(shared, None, None), whole.flatten(1))
+
+
 CASES = [(family, tied, lora) for family in FAMILIES for tied, lora in ((False, False), (True, False), (False, True))]
 
 

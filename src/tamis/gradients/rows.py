@@ -152,7 +152,10 @@ class _Holding:
             leaves = [name.rpartition(".")[2] for name, _ in self._matrix_of[layer.name].params]
             return Materialised(_run_again(self._modules[layer.name], leaves, act, grad_out)[:, :, None])
         if layer.kind == "embedding":
-            return Lookups(act, grad_out, table_rows=layer.out_features)
+            # A head that shares the table may have a bias, a column to which looking up adds nothing.
+            missing = self._matrix_of[layer.name].shape[1] - layer.in_features
+            grads = torch.nn.functional.pad(grad_out, (0, missing)) if missing else grad_out
+            return Lookups(act, grads, table_rows=layer.out_features)
         if not self._keep_factors and materialising_is_smaller(act, grad_out, has_bias=layer.has_bias):
             return Materialised(per_sample_gradient(act, grad_out, has_bias=layer.has_bias))
         return Factored(act, grad_out, has_bias=layer.has_bias)
