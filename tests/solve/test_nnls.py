@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import optimize
 
+from tamis.solve import nnls
 from tamis.solve.nnls import solve_nnls, solve_ridge
 from tamis.solve.solution import Status
 
@@ -108,6 +109,32 @@ def test_exact_copies_without_ridge_are_reported_as_singular_and_with_ridge_shar
 def test_direction_without_curvature_is_reported() -> None:
     solution = solve_nnls(np.zeros((1, 1)), [1.0])
     assert solution.status is Status.SINGULAR
+
+
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 10))
+def test_an_indefinite_matrix_ends_in_a_status_and_never_in_an_error(seed: int, n: int) -> None:
+    rng = np.random.default_rng(seed)
+    gram = rng.normal(size=(n, n))
+    solution = solve_nnls(gram + gram.T, rng.normal(size=n))
+    assert solution.status in Status
+    assert np.isfinite(solution.value).all()
+
+
+def test_a_set_that_becomes_unsolvable_on_the_way_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two columns fit, then the second would leave: the smaller set is refused, as rounding may do."""
+    solve, calls = nnls._solve_on, []
+
+    def refusing(matrix: np.ndarray, b: np.ndarray, inside: np.ndarray) -> np.ndarray | None:
+        calls.append(inside.copy())
+        return None if len(calls) == 3 else solve(matrix, b, inside)
+
+    monkeypatch.setattr(nnls, "_solve_on", refusing)
+    # Alone the first gets 1; with the second, which the target asks for more, it would be (3 - 4) / ... < 0.
+    solution = solve_nnls([[4.0, 2.0], [2.0, 1.5]], [4.0, 3.5])
+    assert [inside.tolist() for inside in calls] == [[True, False], [True, True], [False, True]]
+    assert solution.status is Status.INDEFINITE
+    assert "positive semi-definite" in solution.status.value
+    assert solution.value.tolist() == [1.0, 0.0]
 
 
 def test_an_asymmetric_matrix_is_read_as_its_symmetric_part() -> None:

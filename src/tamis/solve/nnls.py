@@ -47,15 +47,17 @@ def solve_nnls(gram: npt.ArrayLike, target: npt.ArrayLike, *, ridge: float = 0.0
             if found is None:
                 status = Status.SINGULAR
             continue
-        while (found[passive] <= 0).any():
+        last = weights
+        while found is not None and (found[passive] <= 0).any():
             leaving = passive & (found <= 0)
             share = float((weights[leaving] / (weights[leaving] - found[leaving])).min())
             weights = weights + share * (found - weights)
             passive &= weights > 1e-15 * float(weights.max(initial=0.0))
             weights[~passive] = 0.0
             found = _solve_on(matrix, b, passive)
-            if found is None:  # a subset of a set that could be solved on
-                raise ValueError("the Gram matrix is not positive semi-definite; symmetrise it and add a ridge")
+        if found is None:  # on a subset of a set that could be solved on: possible only at the edge of rounding
+            weights, status = last, Status.INDEFINITE
+            break
         weights = found
         if status is Status.SOLVED:
             blocked[:] = False

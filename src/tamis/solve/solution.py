@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
 import numpy as np
@@ -19,6 +18,7 @@ class Status(Enum):
 
     SOLVED = "solved to the stated tolerance"
     SINGULAR = "the Gram matrix is singular on the set solved on; add a ridge"
+    INDEFINITE = "the Gram matrix is not positive semi-definite; symmetrise it and add a ridge"
     MAX_STEPS = "stopped at the step limit before the optimum; raise the limit or add a ridge"
 
 
@@ -30,7 +30,6 @@ class Solution:
     status: Status
     residual: float  # largest violation of the optimality conditions, in units of the linear term
     steps: int
-    stats: Mapping[str, float] = field(default_factory=dict)
 
 
 def as_gram(gram: npt.ArrayLike, target: npt.ArrayLike) -> tuple[Vector, Vector]:
