@@ -214,6 +214,33 @@ def test_what_is_no_adam_is_refused_with_what_to_do() -> None:
         read_adam(torch.optim.Adam([param]), {"v": other})
 
 
+def _with_state(kind: type[torch.optim.Optimizer]) -> tuple[torch.optim.Optimizer, nn.Parameter]:
+    param = nn.Parameter(torch.ones(3))
+    optimizer = kind([param], lr=0.1)
+    param.grad = torch.ones(3)
+    optimizer.step()
+    return optimizer, param
+
+
+class FusedLAMB(torch.optim.Adam):
+    """Known by its name alone: its state and groups are Adam's."""
+
+
+@pytest.mark.parametrize("kind", [torch.optim.NAdam, torch.optim.RAdam, FusedLAMB])
+def test_relatives_that_make_another_step_of_the_same_moments_are_refused(kind: type[torch.optim.Optimizer]) -> None:
+    optimizer, param = _with_state(kind)
+    assert {"exp_avg", "exp_avg_sq"} <= optimizer.state[param].keys()
+    with pytest.raises(Unsupported, match=f"{kind.__name__} is not an Adam.*another step of them.*adamw_torch"):
+        read_adam(optimizer, {"w": param})
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_decay_is_read_with_where_it_enters(kind: type[torch.optim.Optimizer]) -> None:
+    param = nn.Parameter(torch.ones(3))
+    state = read_adam(kind([param], lr=0.1, weight_decay=0.2), {"w": param})["w"]  # type: ignore[call-arg]
+    assert (state.decay, state.decay_is_coupled) == (0.2, kind is torch.optim.Adam)
+
+
 def test_row_and_column_scales_come_back_exactly_and_zeros_stay() -> None:
     generator = torch.Generator().manual_seed(1)
     r, q = (torch.rand(n, dtype=torch.float64, generator=generator) + 0.1 for n in (5, 7))

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from online_case import KEEP, gradients, mean_gradient, moments, rows, target
+from tamis.maths.adam import adam_direction
+from tamis.online import Anchored, FilterThenWeight, Greats
 from tamis.online.choice import AlignmentForm, Evidence, InteractionForm
-from tamis.online.measure import exact_interactions, measure_alignments
-from tamis.online.scorers import Anchored, FilterThenWeight, Greats, Tilt
+from tamis.online.measure import exact_interactions, measure_alignments, measure_lengths
 from tamis.online.weights import positive_scale
-from tamis.solve.greedy import greedy_residual, top
+from tamis.solve.greedy import top
 from tamis.solve.omp import match_orthogonally
 
 PRINTED = {"rtol": 0.0, "atol": 5.1e-9}  # eight decimals
@@ -55,7 +56,7 @@ def evidence(alignment: AlignmentForm, interactions: InteractionForm, *, materia
     return Evidence(alignments=b.numpy(), interactions=gram.numpy(), learning_rate=0.1)
 
 
-def raw_weights(method: FilterThenWeight | Anchored | Tilt, seen: Evidence) -> tuple[list[int], np.ndarray]:
+def raw_weights(method: FilterThenWeight | Anchored, seen: Evidence) -> tuple[list[int], np.ndarray]:
     """The weights before they were normalised."""
     choice = method.choose(seen)
     assert choice.fallback is None
@@ -81,6 +82,11 @@ def test_inputs_of_the_case() -> None:
     np.testing.assert_allclose(
         gradients(range(1))[0].flatten(),
         [1.17795235, 1.09974859, 0.75228803, -1.09898466, -0.80643491, -0.31644178],
+        **PRINTED,
+    )
+    np.testing.assert_allclose(
+        target()["layer.weight"].flatten(),
+        [-0.60907263, -0.43761671, -0.15901696, 0.24254824, -0.38528985, -0.91879556],
         **PRINTED,
     )
     np.testing.assert_allclose(
@@ -136,9 +142,30 @@ def test_normalised_weights_and_the_update_they_make() -> None:
     )
 
 
-def test_greedy_with_the_own_term_and_greats() -> None:
-    seen = evidence("adam", "metric")
-    assert greedy_residual(seen.gram, seen.alignments, count=KEEP, self_penalty=0.5).tolist() == [5, 2, 0]
+def test_leaving_a_candidate_out_of_the_mean() -> None:
+    """What the real step loses along the target when candidate i's part of the mean of six is taken out of it."""
+    state, grads = moments()["layer.weight"], gradients(range(6))
+    mean = grads.mean(dim=0)
+    steps = adam_direction(
+        torch.cat([mean[None], mean - grads / 6]), state.exp_avg, state.exp_avg_sq,
+        step=state.step, beta1=state.beta1, beta2=state.beta2, eps=state.eps,
+    )  # fmt: skip
+    lost = ((steps[0] - steps[1:]) * target()["layer.weight"]).flatten(1).sum(dim=1)
+    expected = [-0.10651413, -0.00122298, -0.02561789, -0.14434407, -0.05291931, 0.05443808]
+    np.testing.assert_allclose(lost, expected, **PRINTED)
+
+
+@pytest.mark.parametrize("form", list(DIAGONAL))
+def test_lengths_are_the_diagonal_and_the_sum_over_the_aligned(form: InteractionForm) -> None:
+    b = measure_alignments("adam", rows(), target(), moments())
+    inside = (b > 0).double()
+    squares, aligned = measure_lengths(form, rows(passes=2), moments(), inside, gather=lambda x: x, add_up=lambda x: x)
+    np.testing.assert_allclose(squares, DIAGONAL[form], **PRINTED)
+    gram = exact_interactions(form, rows(), moments(), gather=lambda x: x)
+    assert aligned == pytest.approx(float(inside @ gram @ inside), rel=1e-12)
+
+
+def test_greats() -> None:
     assert Greats(keep=KEEP).choose(evidence("raw", "raw")).rows.tolist() == [4, 5, 3]
 
 

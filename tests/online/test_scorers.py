@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import optimize
 
 from tamis.errors import InvalidSettings
-from tamis.online.choice import Evidence
-from tamis.online.scorers import (
+from tamis.online import (
     METHODS,
     Anchored,
     FilterThenWeight,
@@ -23,7 +23,12 @@ from tamis.online.scorers import (
     Tilt,
     TracIn,
     Uniform,
+    baselines,
+    weights,
 )
+from tamis.online.choice import Evidence, Lengths, cold_updates
+from tamis.online.step import StepSettings
+from tamis.solve.solution import Solution, Status
 
 SCORING = [
     FilterThenWeight(keep=3),
@@ -49,8 +54,15 @@ def gradients(seed: int, n: int, *, towards: float = 0.5) -> tuple[np.ndarray, n
     return rng.normal(size=(n, 10)) + towards * target, target
 
 
+def seen_as(b: np.ndarray, gram: np.ndarray, rate: float = 1.0) -> Evidence:
+    """Interactions, and the lengths that go with them."""
+    aligned = b > 0
+    lengths = Lengths(squares=np.diag(gram), aligned=float(gram[np.ix_(aligned, aligned)].sum()))
+    return Evidence(alignments=b, interactions=gram, lengths=lengths, learning_rate=rate)
+
+
 def evidence(x: np.ndarray, target: np.ndarray, rate: float = 0.01) -> Evidence:
-    return Evidence(alignments=x @ target, interactions=x @ x.T, learning_rate=rate)
+    return seen_as(x @ target, x @ x.T, rate)
 
 
 @given(seed=st.integers(0, 10**6), n=st.integers(1, 12), which=st.sampled_from(range(len(SCORING))))
@@ -77,7 +89,7 @@ def test_unit_of_the_loss_changes_no_choice_of_the_consistent_forms(seed: int, w
         return  # the learning rate and a fixed scale have a unit of their own: that is what the scale rule is for
     x, target = gradients(seed, 9)
     plain = evidence(x, target)
-    scaled = Evidence(alignments=plain.alignments * unit, interactions=plain.gram * unit)
+    scaled = seen_as(plain.alignments * unit, plain.gram * unit)
     a, b = method.choose(plain), method.choose(scaled)
     assert a.rows.tolist() == b.rows.tolist()
     np.testing.assert_allclose(a.weights, b.weights, rtol=1e-9, atol=1e-12)
@@ -115,14 +127,14 @@ def test_large_ridges_lead_back_to_plain_training_and_small_ones_to_matching() -
 def test_tilt_is_anchored_without_interactions() -> None:
     """With orthogonal gradients of one length: anchored solves (1 + λ) w = c b + λ, the tilt weighs (c b + λ) / λ."""
     b = np.array([1.0, 0.5, -0.2, 0.1])
-    seen = Evidence(alignments=b, interactions=np.eye(4))
+    seen = seen_as(b, np.eye(4))
     np.testing.assert_allclose(Tilt().choose(seen).weights, Anchored().choose(seen).weights, rtol=1e-12)
 
 
 @pytest.mark.parametrize("method", [FilterThenWeight(keep=2), Anchored(keep=2), Tilt(keep=2)])
 def test_without_an_aligned_candidate_weights_are_equal_and_the_reason_is_said(method: Any) -> None:
     x, target = gradients(3, 6)
-    seen = Evidence(alignments=-np.abs(x @ target), interactions=x @ x.T)
+    seen = seen_as(-np.abs(x @ target), x @ x.T)
     choice = method.choose(seen)
     assert choice.weights.tolist() == [1.0] * len(choice.rows)
     assert "not aligned" in (choice.fallback or "") or "no candidate is aligned" in (choice.fallback or "")
@@ -131,7 +143,7 @@ def test_without_an_aligned_candidate_weights_are_equal_and_the_reason_is_said(m
 
 
 def test_zero_gradients_everywhere_are_survived_and_reported() -> None:
-    nothing = Evidence(alignments=np.zeros(5), interactions=np.zeros((5, 5)))
+    nothing = seen_as(np.zeros(5), np.zeros((5, 5)))
     for method in SCORING:
         choice = method.choose(nothing)
         assert np.isfinite(choice.weights).all()
@@ -161,16 +173,117 @@ def test_unbounded_weights_may_be_negative() -> None:
     assert FilterThenWeight(weights="nnls", **settings).choose(seen).weights.tolist() == [2.0, 0.0]
 
 
-def test_paper_preset_is_the_published_setting() -> None:
+# What the docstring says is done where the paper is silent: a word of the point, and the setting that does it.
+SILENT = {
+    "1. The ridge": lambda paper: paper.ridge == 1e-3,
+    "2. Gradients enter": lambda paper: paper.needs.alignment == "projected",
+    "3. The first update": lambda paper: cold_updates(paper) == 1,
+    "4. Numbers that never": lambda paper: paper.alignment != "adam",  # test_shadow
+    "5. The projection": lambda paper: paper.needs.sketch_dim == 256,
+    "6. A sample's loss": lambda paper: StepSettings().reduction == "rows",
+    "7. That sum": lambda paper: not paper.normalise,
+    "8. Ties": lambda paper: paper.choose(seen_as(np.ones(6), np.zeros((6, 6)) + 1e-9 * np.eye(6))).rows[0] == 0,
+    "9. Where the best": lambda paper: paper.choose(seen_as(-np.ones(6), np.eye(6))).fallback is not None,
+    "10. Target rows": lambda paper: paper.keep * paper.oversample // 2 == 16,
+}
+
+
+@pytest.mark.parametrize("point", list(SILENT))
+def test_paper_preset_names_every_point_it_adds_to_the_paper(point: str) -> None:
+    assert point in (FilterThenWeight.paper.__doc__ or "")
+    assert SILENT[point](FilterThenWeight.paper())
+
+
+def test_paper_preset_is_the_published_setting_and_takes_changes() -> None:
     paper = FilterThenWeight.paper(keep=5, oversample=2)
-    assert (paper.keep, paper.oversample, paper.needs.alignment, paper.needs.interactions) == (5, 2, "adam", "raw")
-    assert (paper.scale, paper.filter, paper.weights, paper.ridge, paper.normalise) == (
-        1.0,
-        "greedy",
-        "nnls",
-        1e-3,
-        True,
+    assert (paper.keep, paper.oversample, paper.needs.alignment, paper.needs.interactions) == (5, 2, "projected", "raw")
+    assert (paper.scale, paper.filter, paper.weights) == (1.0, "greedy", "nnls")
+    points = [line for line in (paper.paper.__doc__ or "").splitlines() if line.strip()[:2].strip(".").isdigit()]
+    assert len(points) == len(SILENT)
+    changed = FilterThenWeight.paper(filter="top", weights="none")
+    assert (changed.filter, changed.weights, changed.alignment) == ("top", "none", "projected")
+
+
+def test_paper_preset_sums_weighted_gradients_as_they_come() -> None:
+    x, target = gradients(2, 9)
+    choice = FilterThenWeight.paper(keep=4).choose(evidence(x, target))
+    assert not choice.normalised
+    part = x[choice.rows]
+    ridge = 1e-3 * float((part**2).sum(axis=1).mean())
+    system = np.vstack([part.T, np.sqrt(ridge) * np.eye(4)])
+    expected, _ = optimize.nnls(system, np.concatenate([target, np.zeros(4)]))
+    np.testing.assert_allclose(choice.weights, expected, rtol=1e-7, atol=1e-9)
+    assert choice.weights.sum() == pytest.approx(choice.weight_sum)
+
+
+def test_without_a_filter_the_scale_is_that_of_the_best_and_opposed_candidates_do_not_forbid_matching() -> None:
+    """Five of six candidates point away: the sum of all is opposed, the best one is not."""
+    x = np.diag([2.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    seen = evidence(x, np.array([1.0, -1.0, -1.0, -1.0, -1.0, -1.0]))
+    matched = FilterThenWeight(keep=1, filter="none", weights="nnls").choose(seen)
+    assert matched.fallback is None
+    assert matched.scale == pytest.approx(2.0)  # T = {0}: 4 / 2
+    assert matched.weights.tolist() == [6.0, 0, 0, 0, 0, 0]
+    wide = FilterThenWeight(keep=3, filter="none")  # T's sum is opposed; anchored weights look at P only
+    assert wide.choose(seen).fallback is None
+    np.testing.assert_allclose(wide.choose(seen).weights, Anchored().choose(seen).weights)
+    assert wide.choose(seen).scale == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("scale", ["target", 1.0, 7.0])
+def test_a_filter_with_nothing_to_go_by_takes_the_top(scale: Any) -> None:
+    x, target = gradients(3, 6)
+    b = -np.abs(x @ target)
+    choice = FilterThenWeight(keep=3, scale=scale, weights="nnls").choose(seen_as(b, x @ x.T))
+    assert choice.rows.tolist() == np.argsort(-b, kind="stable")[:3].tolist()
+    assert choice.weights.tolist() == [1.0] * 3
+    assert choice.fallback == "the best candidates are not aligned with the target"
+
+
+def test_greats_at_rate_zero_is_its_limit() -> None:
+    x, target = gradients(5, 7)
+    assert Greats(keep=3).choose(evidence(x, target, rate=0.0)).rows.tolist() == (
+        Greats(keep=3).choose(evidence(x, target, rate=1e-12)).rows.tolist()
     )
+
+
+def test_scale_of_anchored_and_tilted_weights_is_that_of_the_aligned() -> None:
+    seen = seen_as(np.array([1.0, 0.5, -0.2]), np.eye(3))
+    for method in (Anchored(), Tilt(), FilterThenWeight(filter="top", keep=3)):
+        assert method.choose(seen).scale == pytest.approx(2 / 1.5)  # P = {0, 1}
+
+
+def test_tilt_looks_at_no_pair() -> None:
+    assert Tilt().needs.interactions is None
+    x, target = gradients(4, 8)
+    whole = evidence(x, target)
+    lengths_only = Evidence(alignments=whole.alignments, lengths=whole.lengths)
+    scale = weights.positive_scale(whole.alignments, whole.gram)
+    assert scale is not None
+    expected = np.maximum(0, 1 + scale * whole.alignments / (4 * np.diag(whole.gram).mean()))
+    np.testing.assert_allclose(Tilt().choose(lengths_only).weights, expected * 8 / expected.sum(), rtol=1e-12)
+    with pytest.raises(InvalidSettings, match="token-level' is about pairs"):
+        Tilt(interactions="token-level")
+
+
+@pytest.mark.parametrize("status", [Status.MAX_STEPS, Status.INDEFINITE, Status.SINGULAR])
+@pytest.mark.parametrize("method", [FilterThenWeight(keep=2, weights="nnls"), Anchored(), GradMatch(keep=2)])
+def test_a_solver_that_gives_up_leaves_equal_weights_and_its_reason(
+    method: Any, status: Status, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unsolved = Solution(value=np.ones(2), status=status, residual=1.0, steps=1)
+    monkeypatch.setattr(weights, "solve_nnls", lambda *args, **kwargs: unsolved)
+    monkeypatch.setattr(baselines, "match_orthogonally", lambda *args, **kwargs: (np.array([0, 1]), unsolved))
+    choice = method.choose(seen_as(np.ones(2), np.eye(2)))
+    assert choice.fallback == status.value
+    assert choice.weights.tolist() == [1.0, 1.0]
+
+
+def test_cold_start_is_ten_updates_and_one_for_the_jacobian() -> None:
+    assert [cold_updates(m) for m in (FilterThenWeight(), Tilt(), Anchored(), TracIn())] == [10, 10, 10, 0]
+    for kind in (FilterThenWeight, Tilt, Anchored):
+        assert cold_updates(kind(alignment="jacobian")) == 1
+        assert cold_updates(kind(alignment="jacobian", cold_start=4)) == 4
 
 
 def test_needs_name_what_is_measured_and_nothing_more() -> None:
@@ -178,6 +291,7 @@ def test_needs_name_what_is_measured_and_nothing_more() -> None:
     assert TracIn().needs.interactions is None and not TracIn().needs.adam
     assert FilterThenWeight(filter="top", weights="none").needs.interactions is None
     assert FilterThenWeight().needs.adam and Tilt().needs.adam
+    assert FilterThenWeight(filter="none", weights="none").needs.interactions is None
     assert not FilterThenWeight(alignment="raw", interactions="raw", cold_start=0).needs.adam
     assert TargetOnly().needs.target_only
 
@@ -205,6 +319,7 @@ def test_table_of_methods_is_named_as_the_methods_are() -> None:
         ({"filter": "best"}, "filter must be"),
         ({"weights": "best"}, "weights must be"),
         ({"ridge": 0.0}, "ridge must be at least 0.001"),
+        ({"projection_dim": 0}, "projection_dim must be at least 1"),
     ],
 )
 def test_bad_settings_are_refused_with_their_name(settings: dict[str, Any], message: str) -> None:

@@ -15,10 +15,11 @@ from tamis.gradients.parameters import param_matrices
 from tamis.gradients.reference import reference_loss
 from tamis.gradients.rows import RowGradients, hold_gradients
 from tamis.model.trainable import trainable_layers
+from tamis.online import METHODS, Anchored, FilterThenWeight, Full, Less, TargetOnly, Tilt, TracIn, Uniform
+from tamis.online import step as online_step
 from tamis.online.adam_state import read_adam
 from tamis.online.choice import Choice, Evidence, Needs
 from tamis.online.measure import exact_interactions, sketched_interactions
-from tamis.online.scorers import METHODS, Anchored, FilterThenWeight, Full, Less, TargetOnly, Tilt, TracIn, Uniform
 from tamis.online.step import OnlineStep, Proposal, StepSettings
 from tamis.projection.factorized import FactorizedProjector
 from tamis.seeds import random_permutation
@@ -351,7 +352,7 @@ def test_published_second_moments_follow_the_updates_and_can_be_saved() -> None:
     step.observe({name: grad / first.divisor for name, grad in first.gradient.items()}, optimizer)
     proposal = step.propose([CANDIDATES], [TARGET], optimizer)
     again = OnlineStep(model, method, StepSettings(sketch_dim=4))
-    again.load_state_dict(step.state_dict(), optimizer)
+    again.load_state_dict(step.state_dict())
     np.testing.assert_array_equal(again.propose([CANDIDATES], [TARGET], optimizer).alignments, proposal.alignments)
     # At a width that leaves every side whole, the moments of one update are Adam's own after its first step.
     whole = OnlineStep(model, method, StepSettings(sketch_dim=64))
@@ -381,8 +382,144 @@ def test_what_cannot_be_done_is_refused_with_its_reason() -> None:
         OnlineStep(model, TracIn()).propose([], [TARGET], sgd)
     with pytest.raises(Unsupported, match="token-level interactions are an ablation"):
         OnlineStep(model, FilterThenWeight(interactions="token-level"), StepSettings(interactions="sketch"))
+    with pytest.raises(Unsupported, match="projection_dim=None"):
+        OnlineStep(model, FilterThenWeight.paper(interactions="token-level"))
+    with pytest.raises(InvalidSettings, match=r"projection_dim=256.*interactions='exact'"):
+        OnlineStep(model, FilterThenWeight.paper(), StepSettings(interactions="exact"))
     with pytest.raises(InvalidSettings, match="reduction must be 'rows' or 'tokens', got 'mean'"):
         StepSettings(reduction="mean")  # type: ignore[arg-type]
+
+
+# Section 4.4 of the paper, in its order and as docs/online.md has it.
+ABLATIONS = {
+    "hard filter + reweight": FilterThenWeight.paper(keep=2, oversample=3, filter="top"),
+    "optimizer-aware filter only": FilterThenWeight.paper(keep=2, oversample=3, filter="top", weights="none"),
+    "vanilla filter only": FilterThenWeight.paper(keep=2, oversample=3, alignment="raw", filter="top", weights="none"),
+    "vanilla filter + reweight": FilterThenWeight.paper(keep=2, oversample=3, alignment="raw"),
+    "unbounded weights": FilterThenWeight.paper(keep=2, oversample=3, weights="unbounded"),
+    "token-level score": FilterThenWeight.paper(
+        keep=2, oversample=3, alignment="adam", interactions="token-level", projection_dim=None
+    ),
+    "ours": FilterThenWeight.paper(keep=2, oversample=3),
+    "full data": Full(keep=2, oversample=3),
+}
+
+
+@pytest.mark.parametrize("name", list(ABLATIONS))
+def test_ablations_of_the_paper_make_a_step(name: str) -> None:
+    method = ABLATIONS[name]
+    model = tiny_model("gpt2", lora=True)
+    optimizer = optimizer_of(model)
+    step = OnlineStep(model, method)
+    cold = step.propose([CANDIDATES], [], optimizer, cold=True)
+    step.observe({key: grad / cold.divisor for key, grad in cold.gradient.items()}, optimizer)
+    proposal = step.propose([CANDIDATES], [TARGET], optimizer)
+    assert len(proposal.choice.rows) == (6 if name == "full data" else 2)
+    assert proposal.choice.fallback is None
+    assert all(torch.isfinite(grad).all() for grad in proposal.gradient.values())
+    unweighted = "only" in name or name == "full data"
+    assert (set(proposal.choice.weights.tolist()) == {1.0}) == unweighted
+
+
+@pytest.mark.parametrize("reduction", ["rows", "tokens"])
+@pytest.mark.parametrize("keep_all", [False, True])
+def test_weights_are_solved_for_the_combination_that_is_applied(reduction: Any, keep_all: bool) -> None:
+    """The target is made of two candidates of 3 and 12 tokens: matching finds its direction whatever rows count by."""
+    model = tiny_model("gpt2")
+    optimizer = optimizer_of(model)
+    batch = random_batch((4, 13), seed=5)
+    settings = {"interactions": "raw", "alignment": "raw", "ridge": 1e-3, "weights": "nnls", "normalise": False}
+    method = FilterThenWeight(keep=2, oversample=1, filter="none" if keep_all else "top", **settings)
+    proposal = OnlineStep(model, method, StepSettings(reduction=reduction)).propose([batch], [batch], optimizer)
+    assert proposal.tokens[0] < proposal.tokens[1]
+    assert proposal.target_gradient is not None
+    update = torch.cat([proposal.gradient[name].flatten() for name in proposal.gradient])
+    goal = torch.cat([proposal.target_gradient[name].flatten() for name in proposal.gradient])
+    assert float(torch.cosine_similarity(update, goal, dim=0)) > 1 - 1e-5  # but for the ridge of 1e-3
+
+
+def test_token_counts_scale_what_methods_see_and_leave_cosines_alone() -> None:
+    model = tiny_model("gpt2")
+    optimizer = optimizer_of(model)
+    found: dict[str, list[Evidence]] = {"rows": [], "tokens": []}
+    for form in ("raw", "cosine"):
+        needs = Needs(alignment=form, interactions="raw", lengths="raw")  # type: ignore[arg-type]
+        for reduction, seen in found.items():
+            step = OnlineStep(model, _Watched(Fixed(measured=needs), seen), StepSettings(reduction=reduction))  # type: ignore[arg-type]
+            tokens = step.propose([CANDIDATES], [TARGET], optimizer).tokens
+    size = tokens / tokens.mean()
+    (raw, cosine), (scaled, same) = found["rows"], found["tokens"]
+    np.testing.assert_allclose(scaled.alignments, raw.alignments * size, rtol=1e-12)
+    np.testing.assert_allclose(scaled.gram, raw.gram * np.outer(size, size), rtol=1e-12)
+    np.testing.assert_array_equal(same.alignments, cosine.alignments)
+    for evidence in (raw, scaled):
+        assert evidence.lengths is not None
+        np.testing.assert_allclose(evidence.lengths.squares, np.diag(evidence.gram), rtol=1e-9)
+        inside = evidence.alignments > 0
+        assert evidence.lengths.aligned == pytest.approx(evidence.gram[np.ix_(inside, inside)].sum(), rel=1e-9)
+
+
+@pytest.mark.parametrize("settings", [StepSettings(), StepSettings(interactions="sketch", sketch_dim=4)])
+def test_a_tilt_builds_no_interactions(settings: StepSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("gpt2", tied=True)
+    optimizer = optimizer_of(model)
+    needs = Needs(alignment="adam", interactions="metric")
+    watched: list[Evidence] = []
+    OnlineStep(model, _Watched(Fixed(measured=needs), watched), settings).propose([CANDIDATES], [TARGET], optimizer)
+    b, gram = watched[0].alignments, watched[0].gram
+    inside = b > 0
+    scale = gram[np.ix_(inside, inside)].sum() / b[inside].sum()
+    expected = np.maximum(0, 1 + scale * b / (4 * np.diag(gram).mean()))
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("interactions were measured")
+
+    monkeypatch.setattr(online_step, "exact_interactions", refuse)
+    monkeypatch.setattr(online_step, "sketched_interactions", refuse)
+    choice = OnlineStep(model, Tilt(keep=2, oversample=3), settings).propose([CANDIDATES], [TARGET], optimizer).choice
+    np.testing.assert_allclose(choice.weights, 6 * expected / expected.sum(), rtol=1e-6)
+
+
+def test_candidates_without_any_finite_loss_stop_the_run() -> None:
+    model = tiny_model("llama", dtype=torch.float32)
+    optimizer = optimizer_of(model)
+
+    def spoil(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output * float("nan") if len(output) == 6 else output  # not the target's pass
+
+    model.model.layers[0].register_forward_hook(spoil)
+    for method in (TracIn(keep=3), Tilt(keep=3)):
+        with pytest.raises(NonFinite, match="none of the 6 candidates of a step has a finite loss and gradient"):
+            OnlineStep(model, method).propose([CANDIDATES], [TARGET], optimizer)
+
+
+def test_a_candidate_whose_length_alone_is_not_finite_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("gpt2")
+    optimizer = optimizer_of(model)
+    measure, inside = online_step.measure_lengths, []
+
+    def overflowing(form: Any, rows: Any, moments: Any, coefficients: Tensor, **more: Any) -> tuple[Tensor, float]:
+        inside.append(coefficients.clone())
+        squares, aligned = measure(form, rows, moments, coefficients, **more)
+        squares[4] = float("inf")
+        return squares, aligned
+
+    monkeypatch.setattr(online_step, "measure_lengths", overflowing)
+    proposal = OnlineStep(model, Tilt(keep=2, oversample=3)).propose([CANDIDATES], [TARGET], optimizer)
+    assert proposal.dropped.tolist() == [4]
+    assert len(inside) == 2 and inside[1][4] == 0  # the sum is taken again without it
+
+
+def test_weights_whose_sum_times_lengths_is_not_positive_become_equal() -> None:
+    model = tiny_model("gpt2")
+    optimizer = optimizer_of(model)
+    tokens = OnlineStep(model, Full(keep=3)).propose([CANDIDATES], [], optimizer).tokens
+    long, short = int(tokens.argmax()), int(tokens.argmin())
+    fixed = Fixed(rows=(short, long), weights=(1.5, -0.5))
+    proposal = OnlineStep(model, fixed, StepSettings(reduction="tokens")).propose([CANDIDATES], [TARGET], optimizer)
+    assert 1.5 * tokens[short] <= 0.5 * tokens[long]
+    assert proposal.choice.fallback == "the weights have no positive sum"
+    assert proposal.divisor == tokens[short] + tokens[long]
 
 
 class _Watched:

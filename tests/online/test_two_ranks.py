@@ -12,13 +12,19 @@ import pytest
 import torch
 
 import tamis
+from online_case import moments, rows
 from online_two_ranks import METHODS, main
+from tamis.gradients.reference import reference_loss
+from tamis.online import Full
 from tamis.online.fate import read_candidates
+from tamis.online.measure import exact_interactions
+from tamis.online.step import OnlineStep
+from tiny_models import one_row, random_batch, tiny_model
 
 TESTS = Path(__file__).parents[1]
 
 
-def launch(folder: Path) -> None:
+def launch(script: str, folder: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -29,7 +35,7 @@ def launch(folder: Path) -> None:
     )
     running = [
         subprocess.Popen(
-            [sys.executable, str(TESTS / "online_two_ranks.py"), str(folder)],
+            [sys.executable, str(TESTS / script), str(folder)],
             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -47,9 +53,29 @@ def test_two_processes_train_as_one_that_sees_all_candidates(tmp_path: Path) -> 
         (tmp_path / "two" / name).mkdir(parents=True)
         (tmp_path / "one" / name).mkdir(parents=True)
         main(tmp_path / "one" / name, name, 8)
-    launch(tmp_path / "two")
+    launch("online_two_ranks.py", tmp_path / "two")
     for name in METHODS:
         compare(tmp_path / "one" / name, tmp_path / "two" / name, measured=name != "full")
+
+
+def test_processes_with_unequal_shares_measure_what_one_would(tmp_path: Path) -> None:
+    launch("online_uneven_ranks.py", tmp_path)
+    first, second = (torch.load(tmp_path / f"uneven-{rank}.pt") for rank in range(2))
+    expected = exact_interactions("metric", rows(), moments(), gather=lambda x: x)
+    for found in (first, second):
+        torch.testing.assert_close(found["gram"], expected, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(found["squares"], expected.diagonal(), rtol=1e-12, atol=0)
+        assert float(found["total"]) == pytest.approx(float(expected.sum()), rel=1e-6)  # the sum's copy is in float32
+    # One process has no candidate of the choice, and one has no target row.
+    model, batch = tiny_model("gpt2"), random_batch((6, 5), seed=1)
+    for name in ("uniform", "tracin"):
+        assert torch.equal(first[f"{name}-rows"], second[f"{name}-rows"])
+        (chosen,) = first[f"{name}-rows"].tolist()
+        one = one_row(batch, chosen)
+        names = OnlineStep(model, Full()).params
+        grads = torch.autograd.grad(reference_loss(model, one.input_ids[0], one.supervised[0]), list(names.values()))
+        for found in (first, second):
+            torch.testing.assert_close(found[name], torch.cat([g.flatten() for g in grads]), rtol=1e-9, atol=1e-12)
 
 
 def compare(one: Path, two: Path, *, measured: bool) -> None:

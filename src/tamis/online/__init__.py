@@ -2,19 +2,8 @@
 
 from __future__ import annotations
 
-from tamis.online.scorers import (
-    METHODS,
-    Anchored,
-    FilterThenWeight,
-    Full,
-    GradMatch,
-    Greats,
-    Less,
-    TargetOnly,
-    Tilt,
-    TracIn,
-    Uniform,
-)
+from tamis.online.baselines import Full, GradMatch, Greats, Less, TargetOnly, TracIn, Uniform
+from tamis.online.scorers import METHODS, Anchored, FilterThenWeight, Tilt
 from tamis.online.step import StepSettings
 
 __all__ = [

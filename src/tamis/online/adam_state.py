@@ -15,8 +15,13 @@ from torch import Tensor, nn
 from tamis.errors import Unsupported
 from tamis.maths.adam import preconditioner
 
-__all__ = ["AdamMoments", "learning_rate", "read_adam"]
+__all__ = ["AdamMoments", "learning_rate", "read_adam", "unwrapped"]
 
+# Optimizers that keep Adam's two moments and make another step of them, by what their class names contain.
+_NOT_ADAM = (
+    "nadam", "radam", "lamb", "yogi", "adabelief", "adabound", "adamod", "adamp", "adan", "ademamix", "adopt", "laprop",
+    "schedulefree", "soap",
+)  # fmt: skip
 _BLOCK_SIZES = (256, 2048)  # of block-wise 8-bit states, newer and older versions
 
 
@@ -32,6 +37,8 @@ class AdamMoments:
     eps: float
     rate: float  # learning rate of its group over the largest of all groups: 1 unless groups differ
     largest_exp_avg_sq: Tensor | None  # AMSGrad's, which then takes the second moment's place
+    decay: float = 0.0
+    decay_is_coupled: bool = False  # part of the gradient (Adam's), not of the step (AdamW's)
 
     def diagonal(self) -> Tensor:
         """``D``: what the next step multiplies a gradient by, times ``rate``; 0 where nothing was ever seen.
@@ -50,12 +57,14 @@ def read_adam(optimizer: torch.optim.Optimizer, params: Mapping[str, nn.Paramete
 
     Reads ``Adam`` and ``AdamW`` of PyTorch (plain, foreach, fused, capturable, AMSGrad), optimizers that keep the same
     state under the same names, and block-wise 8-bit states, which are brought back to float32. Wrappers that have the
-    optimizer as ``.optimizer`` are looked through.
+    optimizer as ``.optimizer`` are looked through. Relatives that keep the same moments and step otherwise (NAdam,
+    RAdam, LAMB and others) are refused by name.
 
     Raises:
-        Unsupported: the optimizer is not of the Adam family, its state is sharded, or a parameter is not in it.
+        Unsupported: the optimizer is not Adam or AdamW, its state is sharded, or a parameter is not in it.
     """
-    inner = _unwrapped(optimizer)
+    inner = unwrapped(optimizer)
+    _refuse_relatives(inner)
     groups = {id(param): group for group in inner.param_groups for param in group["params"]}
     top_rate = max((float(group["lr"]) for group in inner.param_groups), default=0.0)
     found = {}
@@ -85,20 +94,36 @@ def read_adam(optimizer: torch.optim.Optimizer, params: Mapping[str, nn.Paramete
             eps=float(group["eps"]),
             rate=rate / top_rate if top_rate > 0 else 1.0,
             largest_exp_avg_sq=None if largest is None else _whole(inner, name, param, largest),
+            decay=float(group.get("weight_decay", 0.0)),
+            decay_is_coupled=_couples_decay(inner, group),
         )
     return found
 
 
 def learning_rate(optimizer: torch.optim.Optimizer) -> float:
     """The largest learning rate of its groups: that of the coming step, if read before it."""
-    return max((float(group["lr"]) for group in _unwrapped(optimizer).param_groups), default=0.0)
+    return max((float(group["lr"]) for group in unwrapped(optimizer).param_groups), default=0.0)
 
 
-def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer itself, which wrappers have as ``.optimizer``."""
     while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = optimizer.optimizer
     found: torch.optim.Optimizer = optimizer
     return found
+
+
+def _refuse_relatives(optimizer: torch.optim.Optimizer) -> None:
+    names = [kind.__name__.lower().replace("_", "") for kind in type(optimizer).__mro__]
+    if any(relative in name for name in names for relative in _NOT_ADAM):
+        raise _not_adam(optimizer, "it keeps Adam's moments but makes another step of them")
+
+
+def _couples_decay(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool:
+    """Only PyTorch's own Adam adds the decay to the gradient; newer versions can be told not to."""
+    if isinstance(optimizer, torch.optim.AdamW) or not isinstance(optimizer, torch.optim.Adam):
+        return False
+    return not group.get("decoupled_weight_decay", False)
 
 
 def _steps(state: Mapping[str, Any], group: Mapping[str, Any]) -> int:

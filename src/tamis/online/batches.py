@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from tamis.errors import Unsupported
 from tamis.seeds import child_seed, random_permutation
 from tamis.types import Batch, IntArray
 
-__all__ = ["IGNORED_LABEL", "target_positions", "to_batches"]
+__all__ = ["IGNORED_LABEL", "supervised_tokens", "take_rows", "target_positions", "to_batches"]
 
 IGNORED_LABEL = -100
 
@@ -21,6 +22,7 @@ IGNORED_LABEL = -100
 def to_batches(inputs: Mapping[str, Any], rows: Tensor, *, most_rows: int) -> list[Batch]:
     """The rows with at least one supervised token, at most ``most_rows`` to a batch, padded columns cut on the right.
 
+    No batch at all if no row has any.
     ``rows`` names each row of ``inputs`` (its position in the data set). Labels are the input ids themselves or -100.
 
     Raises:
@@ -47,7 +49,9 @@ def to_batches(inputs: Mapping[str, Any], rows: Tensor, *, most_rows: int) -> li
     if mask.dim() != 2:
         raise Unsupported(f"attention_mask has shape {tuple(mask.shape)}; expected one value per token")
     usable = supervised[:, 1:].any(dim=1).nonzero()[:, 0]
-    batches = []
+    batches: list[Batch] = []
+    if not len(usable):
+        return batches
     for index in usable.split(most_rows):
         width = int((mask[index] != 0).any(dim=0).nonzero().max()) + 1
         batches.append(
@@ -64,16 +68,56 @@ def to_batches(inputs: Mapping[str, Any], rows: Tensor, *, most_rows: int) -> li
 def target_positions(number: int, *, count: int, total: int, seed: int) -> IntArray:
     """Target rows of choice ``number`` (from 0): fresh ones every time, none again before all had their turn.
 
-    A function of its arguments alone, so a resumed run goes on where the other stopped.
+    None stands twice in one choice either, as long as ``count`` is at most ``total``. A function of its arguments
+    alone, so a resumed run goes on where the other stopped.
     """
-    first = number * count
     found = np.empty(count, dtype=np.int64)
     for place in range(count):
-        turn, at = divmod(first + place, total)
-        if place == 0 or at == 0:
-            order = random_permutation(child_seed(seed, "target order", turn), total)
-        found[place] = order[at]
+        turn, at = divmod(number * count + place, total)
+        found[place] = _turn(turn, count, total, seed)[at]
     return found
+
+
+def supervised_tokens(batches: Sequence[Batch]) -> Tensor:
+    """Supervised tokens of every row, (n,)."""
+    parts = [batch.supervised[:, 1:].sum(dim=1).cpu() for batch in batches]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+
+
+def take_rows(batch: Batch, index: IntArray) -> Batch:
+    """Some rows of a batch."""
+    at = torch.from_numpy(index).to(batch.rows.device)
+    return Batch(
+        rows=batch.rows[at],
+        input_ids=batch.input_ids[at],
+        attention_mask=batch.attention_mask[at],
+        supervised=batch.supervised[at],
+    )
+
+
+def _turn(turn: int, count: int, total: int, seed: int) -> IntArray:
+    """The order of one turn of all rows."""
+    # An order depends on the last rows of the one before. Long turns leave those where they were drawn; of short ones
+    # every order is made, in strides that keep the recursion of a resumed run shallow.
+    for earlier in range(0, turn if total < 2 * count else 0, 64):
+        _order(earlier, count, total, seed)
+    return _order(turn, count, total, seed)
+
+
+@lru_cache(maxsize=256)
+def _order(turn: int, count: int, total: int, seed: int) -> IntArray:
+    """A choice that began in the turn before goes on in this one, first with rows that it does not hold yet."""
+    order = random_permutation(child_seed(seed, "target order", turn), total)
+    begun = turn * total % count  # rows that the choice across the boundary took from the turn before
+    if not begun or count > total:
+        return order
+    if total < 2 * count:
+        before = _order(turn - 1, count, total, seed)
+    else:
+        before = random_permutation(child_seed(seed, "target order", turn - 1), total)
+    new = ~np.isin(order, before[total - begun :])
+    new &= np.cumsum(new) <= count - begun
+    return np.concatenate([order[new], order[~new]])
 
 
 def _is_empty_type_ids(key: str, value: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, get_args
 
 import numpy as np
@@ -16,11 +16,16 @@ __all__ = [
     "Choice",
     "Evidence",
     "InteractionForm",
+    "Lengths",
     "Method",
     "Needs",
     "Vector",
     "check_forms",
     "check_sizes",
+    "cold_updates",
+    "everything",
+    "unweighted",
+    "weighted",
 ]
 
 Vector = npt.NDArray[np.float64]
@@ -47,12 +52,15 @@ class Needs:
 
     alignment: AlignmentForm | None = None
     interactions: InteractionForm | None = None
+    lengths: InteractionForm | None = None  # of the gradients and of one sum of them, in that metric; no pairs
+    sketch_dim: int | None = None  # numbers per side of a layer's sketch, if the method itself prescribes sketches
     target_only: bool = False  # train on the target rows themselves; candidates are not looked at
 
     @property
     def adam(self) -> bool:
         """True if the optimizer must be an Adam that has taken a step."""
-        return self.alignment in ("adam", "jacobian", "projected") or self.interactions in ("metric", "preconditioned")
+        forms = (self.interactions, self.lengths)
+        return self.alignment in ("adam", "jacobian", "projected") or "metric" in forms or "preconditioned" in forms
 
     @property
     def reads_adam(self) -> bool:
@@ -61,11 +69,24 @@ class Needs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """What is needed of ``G`` where no pair of candidates is looked at."""
+
+    squares: Vector  # (n,) ||grad l_i||²: the diagonal of G
+    aligned: float  # ||the sum of all grad l_i with b_i > 0||²: the sum of G over them
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """Inner products of the ``n`` candidates of one step, every number finite, positive = lowers the target loss."""
+    """Inner products of the ``n`` candidates of one step, every number finite, positive = lowers the target loss.
+
+    ``grad l_i`` is what weight 1 adds to the update: where every supervised token counts alike, it is the gradient of
+    the row's mean loss times the row's share of tokens (its tokens over the candidates' mean).
+    """
 
     alignments: Vector  # (n,) b
     interactions: Vector | None = None  # (n, n) G
+    lengths: Lengths | None = None
     learning_rate: float = 1.0  # of the coming update
 
     @property
@@ -87,7 +108,7 @@ class Choice:
     weights: Vector  # (k,)
     normalised: bool = True
     weight_sum: float = float("nan")  # before normalising; follows gradient noise
-    scale: float | None = None  # c
+    scale: float | None = None  # c of the filter and of matching weights, c_P of anchored and tilted ones
     fallback: str | None = None  # why the method could not do what it does, and did something simpler
 
     def __post_init__(self) -> None:
@@ -120,8 +141,8 @@ class Method(Protocol):
         ...
 
     @property
-    def cold_start(self) -> int:
-        """Updates before the method starts; until then candidates are drawn uniformly."""
+    def cold_start(self) -> int | None:
+        """Updates before the method starts, drawn uniformly; None for the default of ``cold_updates``."""
         ...
 
     @property
@@ -139,18 +160,45 @@ class Method(Protocol):
         ...
 
 
-def check_sizes(keep: int, oversample: int, cold_start: int) -> None:
+def cold_updates(method: Method) -> int:
+    """Updates before ``method`` starts: what it says, else 1 for the Jacobian, which is right early, and 10."""
+    if method.cold_start is not None:
+        return method.cold_start
+    return 1 if method.needs.alignment == "jacobian" else 10
+
+
+def unweighted(rows: IntArray) -> Choice:
+    """Weight 1 for ``rows``."""
+    return Choice(rows=rows, weights=np.ones(len(rows)), weight_sum=float(len(rows)))
+
+
+def everything(count: int) -> Choice:
+    """Weight 1 for all of ``count`` candidates."""
+    return unweighted(np.arange(count, dtype=np.int64))
+
+
+def weighted(rows: IntArray, weights: Vector, *, scale: float | None, normalise: bool) -> Choice:
+    """Bring the weights to the sum of plain training, ``len(rows)``; equal weights where they have no usable sum."""
+    total = float(weights.sum())
+    if not total > 1e-6 * float(np.abs(weights).sum()):
+        return replace(unweighted(rows), scale=scale, fallback="the weights have no positive sum")
+    if normalise:
+        weights = weights * (len(rows) / total)
+    return Choice(rows=rows, weights=weights, normalised=normalise, weight_sum=total, scale=scale)
+
+
+def check_sizes(keep: int, oversample: int, cold_start: int | None) -> None:
     """Refuse sizes that mean nothing.
 
     Raises:
         InvalidSettings: naming the setting.
     """
     for name, value, least in (("keep", keep, 1), ("oversample", oversample, 1), ("cold_start", cold_start, 0)):
-        if value < least:
+        if value is not None and value < least:
             raise InvalidSettings(f"{name} must be at least {least}, got {value}")
 
 
-def check_forms(alignment: str, interactions: str, cold_start: int) -> None:
+def check_forms(alignment: str, interactions: str, cold_start: int | None) -> None:
     """Refuse unknown forms, and a start without the second moments that a form divides by.
 
     Raises:
@@ -163,7 +211,7 @@ def check_forms(alignment: str, interactions: str, cold_start: int) -> None:
             f"interactions={interactions!r} is unknown; choose one of {', '.join(get_args(InteractionForm))}"
         )
     divides = alignment in ("adam", "jacobian", "projected") or interactions in ("metric", "preconditioned")
-    if divides and cold_start < 1:
+    if divides and cold_start is not None and cold_start < 1:
         raise InvalidSettings(
             f"alignment={alignment!r} with interactions={interactions!r} needs Adam's second moments, which exist "
             "after the first update: set cold_start to 1 or more (10 is the default)"

@@ -7,7 +7,7 @@ and one column scale. Everything is summed over matrices in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from jaxtyping import Float
@@ -22,7 +22,13 @@ from tamis.online.adam_state import AdamMoments
 from tamis.online.choice import AlignmentForm, InteractionForm
 from tamis.projection.factorized import FactorizedProjector
 
-__all__ = ["adam_alignments", "exact_interactions", "measure_alignments", "sketched_interactions"]
+__all__ = [
+    "adam_alignments",
+    "exact_interactions",
+    "measure_alignments",
+    "measure_lengths",
+    "sketched_interactions",
+]
 
 _CHUNK = 1 << 24  # gradient numbers formed at once: 64 MB of float32
 
@@ -76,13 +82,15 @@ def exact_interactions(
     only products of equal positions, the ablation of FTW, section 4.4; other parameters have no positions left and
     enter in full.
     """
+    most = _most_rows(rows, gather)
     total: Tensor | None = None
     for matrix in rows.matrices:
         if form == "token-level" and matrix.kind in ("linear", "conv1d"):
-            part = _same_position_products(matrix, rows, gather)
+            parts = iter([_same_position_products(matrix, rows, gather)])
         else:
-            part = _products(matrix, rows, _scale(form, matrix, moments), gather)
-        total = part if total is None else total + part
+            parts = (_gram(gather(block)) for block in _blocks(form, matrix, rows, moments, most=most))
+        for part in parts:
+            total = part if total is None else total + part
     assert total is not None
     return total
 
@@ -97,54 +105,86 @@ def sketched_interactions(
 ) -> Float[Tensor, "n n"]:
     """``G`` from two-sided sketches of every matrix; unbiased but for ``D ≈ row x column``.
 
-    ``D`` enters as scales of both factors, ``grad_out √r`` and ``act √q``, before they are projected, so that it and
-    the projection do not get in each other's way. Vectors (norms, biases) enter in full.
+    ``D`` enters as scales of both factors, before they are projected, so that it and the projection do not get in each
+    other's way. Vectors (norms, biases) enter in full.
     """
     if form == "token-level":
         raise Unsupported("token-level interactions are an ablation for small models; use exact interactions")
+    most = _most_rows(rows, gather)
     total: Tensor | None = None
     for matrix in rows.matrices:
-        scale = _scale(form, matrix, moments)
-        if matrix.kind == "vector":
-            part = _products(matrix, rows, scale, gather)
-        else:
-            left, right = projector.sides(matrix.layers[0], matrix.params[0][1].device, torch.float32)
-            if scale is not None:
-                r, q = row_column(scale)
-                left = _scaled(r, left)
-                right = _scaled(q, right)
-            part = _gram(gather(rows.sketches(matrix, left, right)))
-        total = part if total is None else total + part
+        for block in _blocks(form, matrix, rows, moments, most=most, projector=projector):
+            part = _gram(gather(block))
+            total = part if total is None else total + part
     assert total is not None
     return total
 
 
-def _products(matrix: ParamMatrix, rows: RowGradients, scale: Tensor | None, gather: Gather) -> Tensor:
+def measure_lengths(
+    form: InteractionForm,
+    rows: RowGradients,
+    moments: Moments | None,
+    coefficients: Float[Tensor, " n"],
+    *,
+    gather: Gather,
+    add_up: Callable[[Tensor], Tensor],
+    projector: FactorizedProjector | None = None,
+) -> tuple[Float[Tensor, " n"], float]:
+    """Of this process's rows ``||grad l_i||²``, and of all processes' ``||sum_i c_i grad l_i||²``, in the metric of
+    ``form``: the diagonal of ``G`` and ``c^T G c``, without a pair being looked at. Exact, or of sketches if there is
+    a ``projector``. Rows with the coefficient 0 take no part in the sum, finite or not.
+    """
+    most = _most_rows(rows, gather)
+    used = coefficients.nonzero()[:, 0]
+    squares, total = torch.zeros(len(rows), dtype=torch.float64), 0.0
+    for matrix in rows.matrices:
+        for block in _blocks(form, matrix, rows, moments, most=most, projector=projector):
+            squares += torch.linalg.vector_norm(block, dim=1, dtype=torch.float64).square().cpu()
+            part = coefficients[used].to(block) @ block[used.to(block.device)]
+            total += float(add_up(part).double().square().sum())
+    return squares, total
+
+
+def _most_rows(rows: RowGradients, gather: Gather) -> int:
+    """Of any process: blocks are exchanged, so all processes must cut them alike."""
+    return int(gather(torch.tensor([len(rows)])).max())
+
+
+def _blocks(
+    form: InteractionForm,
+    matrix: ParamMatrix,
+    rows: RowGradients,
+    moments: Moments | None,
+    *,
+    most: int,
+    projector: FactorizedProjector | None = None,
+) -> Iterator[Float[Tensor, "n F"]]:
+    """The matrix's gradient of every row, scaled so that plain inner products are those of ``form``, part by part."""
+    diagonal = None
+    if form in ("metric", "preconditioned"):
+        assert moments is not None, f"interactions {form!r} need the optimizer's moments"
+        diagonal = _joined(matrix, lambda name: moments[name].diagonal())
+    root = form == "metric"
+    if projector is not None and matrix.kind != "vector":
+        left, right = projector.sides(matrix.layers[0], matrix.params[0][1].device, torch.float32)
+        if diagonal is not None:
+            # D itself is taken apart, over means of second moments, and the root of each side after that.
+            r, q = row_column(diagonal)
+            left = _scaled(r.sqrt() if root else r, left)
+            right = _scaled(q.sqrt() if root else q, right)
+        yield rows.sketches(matrix, left, right)
+        return
+    scale = diagonal.sqrt() if diagonal is not None and root else diagonal
     outs, ins = matrix.shape
-    step = max(1, _CHUNK // max(1, len(rows) * ins))
-    total: Tensor | None = None
+    step = max(1, _CHUNK // max(1, most * ins))
     for first in range(0, outs, step):
         stop = min(outs, first + step)
         part = rows.rows_of(matrix, first, stop)
-        if scale is not None:
-            part = part * scale[first:stop].to(part)
-        found = _gram(gather(part.flatten(1)))
-        total = found if total is None else total + found
-    assert total is not None
-    return total
+        yield (part if scale is None else part * scale[first:stop].to(part)).flatten(1)
 
 
 def _gram(features: Tensor) -> Tensor:
     return inner_products(features, features).double().cpu()
-
-
-def _scale(form: InteractionForm, matrix: ParamMatrix, moments: Moments | None) -> Tensor | None:
-    """What every gradient is multiplied by so that plain inner products are those of ``form``."""
-    if form in ("raw", "token-level"):
-        return None
-    assert moments is not None, f"interactions {form!r} need the optimizer's moments"
-    diagonal = _joined(matrix, lambda name: moments[name].diagonal())
-    return diagonal.sqrt() if form == "metric" else diagonal
 
 
 def _scaled(scale: Tensor, side: Tensor | None) -> Tensor:
@@ -198,6 +238,7 @@ def _common_state(matrix: ParamMatrix, moments: Moments) -> AdamMoments:
     for name, _ in matrix.params:
         other = moments[name]
         _no_amsgrad(name, other)
+        _no_coupled_decay(name, other)
         same = (first.step, first.beta1, first.beta2, first.eps, first.rate)
         if same != (other.step, other.beta1, other.beta2, other.eps, other.rate):
             raise Unsupported(
@@ -209,6 +250,7 @@ def _common_state(matrix: ParamMatrix, moments: Moments) -> AdamMoments:
 
 def _jacobian(moments: AdamMoments, mean: Tensor) -> Tensor:
     _no_amsgrad("a parameter", moments)
+    _no_coupled_decay("a parameter", moments)
     k = adam_jacobian(
         mean, moments.exp_avg, moments.exp_avg_sq,
         step=moments.step, beta1=moments.beta1, beta2=moments.beta2, eps=moments.eps,
@@ -219,6 +261,15 @@ def _jacobian(moments: AdamMoments, mean: Tensor) -> Tensor:
 def _no_amsgrad(name: str, moments: AdamMoments) -> None:
     if moments.largest_exp_avg_sq is not None:
         raise Unsupported(f"{name} is trained with AMSGrad, for which only alignment='adam' and 'raw' are defined")
+
+
+def _no_coupled_decay(name: str, moments: AdamMoments) -> None:
+    """Its decay is part of every gradient, so a candidate's own step is not made of the candidate's gradient alone."""
+    if moments.decay_is_coupled and moments.decay:
+        raise Unsupported(
+            f"{name} is trained by Adam with weight_decay={moments.decay}, which it adds to gradients; use AdamW, or "
+            "alignment='adam' or 'raw'"
+        )
 
 
 def _joined(matrix: ParamMatrix, tensor_of: Callable[[str], Tensor]) -> Tensor:

@@ -12,38 +12,58 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tamis.errors import InvalidInput, Unsupported
 from tamis.gradients.layers import inner_products
 from tamis.gradients.parameters import ParamMatrix
 from tamis.gradients.rows import RowGradients
 from tamis.maths.adam import preconditioner
+from tamis.online.adam_state import AdamMoments
 from tamis.projection.factorized import FactorizedProjector
 
 __all__ = ["ShadowMoments"]
 
 
 class ShadowMoments:
-    """Running second moments of the sketches of every update's gradient, by matrix."""
+    """Running second moments of the sketches of every update's gradient, by matrix.
 
-    def __init__(self, projector: FactorizedProjector, *, beta1: float, beta2: float, eps: float) -> None:
-        self._projector, self._beta1, self._beta2, self._eps = projector, beta1, beta2, eps
+    Decay, ε and learning rates are those that the optimizer has for the matrix's parameters.
+    """
+
+    def __init__(self, projector: FactorizedProjector) -> None:
+        self._projector = projector
         self.step = 0
         self.moments: dict[str, Tensor] = {}
 
-    def update(self, matrices: Sequence[ParamMatrix], gradient: Mapping[str, Tensor]) -> None:
-        """Take in the gradient of the update about to be made."""
+    def update(
+        self, matrices: Sequence[ParamMatrix], gradient: Mapping[str, Tensor], optimizers: Mapping[str, AdamMoments]
+    ) -> None:
+        """Take in the gradient of the update about to be made, as the optimizer will see it: clipped."""
         for matrix in matrices:
+            beta2 = _settings(matrix, optimizers).beta2
             sketch = self._sketch(matrix, matrix.joined(gradient))
-            before = self.moments.get(matrix.name, torch.zeros_like(sketch))
-            self.moments[matrix.name] = before.mul(self._beta2).addcmul(sketch, sketch, value=1 - self._beta2)
+            before = self.moments.get(matrix.name, torch.zeros_like(sketch)).to(sketch)
+            self.moments[matrix.name] = before.mul(beta2).addcmul(sketch, sketch, value=1 - beta2)
         self.step += 1
 
-    def alignments(self, rows: RowGradients, target: Mapping[str, Tensor]) -> Float[Tensor, " n"]:
-        """``<P grad l_i, D_P * P grad t>`` with ``D_P`` made of these moments, summed over matrices."""
+    def alignments(
+        self, rows: RowGradients, target: Mapping[str, Tensor], optimizers: Mapping[str, AdamMoments]
+    ) -> Float[Tensor, " n"]:
+        """``<P grad l_i, D_P * P grad t>`` with ``D_P`` made of these moments, summed over matrices.
+
+        Raises:
+            InvalidInput: no update was seen yet.
+        """
+        if not self.step:
+            raise InvalidInput(
+                "alignment='projected' has seen no update yet: the run goes on from a checkpoint without its second "
+                "moments (tamis_selection.safetensors); resume from one that has them, or use alignment='adam'"
+            )
         total = torch.zeros(len(rows), dtype=torch.float64)
         for matrix in rows.matrices:
+            own = _settings(matrix, optimizers)
             goal = self._sketch(matrix, matrix.joined(target))
-            diagonal = preconditioner(
-                self.moments[matrix.name], step=self.step, beta1=self._beta1, beta2=self._beta2, eps=self._eps
+            diagonal = own.rate * preconditioner(
+                self.moments[matrix.name].to(goal), step=self.step, beta1=own.beta1, beta2=own.beta2, eps=own.eps
             )
             left, right = self._sides(matrix)
             sketches = rows.sketches(matrix, left, right)
@@ -72,3 +92,15 @@ class ShadowMoments:
         found = found if right is None else found @ right.to(found)
         found = found if left is None else left.to(found).T @ found
         return found.flatten()
+
+
+def _settings(matrix: ParamMatrix, optimizers: Mapping[str, AdamMoments]) -> AdamMoments:
+    """The one state whose betas, eps and rate hold for a whole matrix: weight and bias are projected together."""
+    first, *others = (optimizers[name] for name, _ in matrix.params)
+    for other in others:
+        if (first.beta1, first.beta2, first.eps, first.rate) != (other.beta1, other.beta2, other.eps, other.rate):
+            raise Unsupported(
+                f"weight and bias of '{matrix.name}' have other betas, eps or learning rates, and "
+                "alignment='projected' projects them together; put them into groups that agree, or use alignment='adam'"
+            )
+    return first

@@ -22,9 +22,9 @@ from tamis.gradients.rows import RowGradients, hold_gradients, summed_gradient
 from tamis.model.processes import rank
 from tamis.model.trainable import trainable_layers
 from tamis.online.adam_state import AdamMoments, learning_rate, read_adam
-from tamis.online.choice import Choice, Evidence, InteractionForm, Method, Vector
-from tamis.online.measure import exact_interactions, measure_alignments, sketched_interactions
-from tamis.online.scorers import everything, unweighted
+from tamis.online.batches import supervised_tokens, take_rows
+from tamis.online.choice import Choice, Evidence, InteractionForm, Lengths, Method, Vector, everything, unweighted
+from tamis.online.measure import exact_interactions, measure_alignments, measure_lengths, sketched_interactions
 from tamis.online.shadow import ShadowMoments
 from tamis.online.together import add_up, as_first, counts_of_all, gather_rows, offset_of
 from tamis.projection.factorized import FactorizedProjector
@@ -41,7 +41,12 @@ _EXACT_UP_TO = 1 << 23
 
 @dataclass(frozen=True, kw_only=True)
 class StepSettings:
-    """How a step measures and what its gradient is divided by; the same for every method."""
+    """How a step measures and what its gradient is divided by; the same for every method.
+
+    With ``reduction="tokens"`` a row's part of the update is its mean loss's gradient times its supervised tokens, and
+    that is what methods are shown: ``b`` once and ``G`` on both sides times the row's tokens over the candidates' mean.
+    Cosines, which have no length, stay as they are.
+    """
 
     reduction: Literal["rows", "tokens"] = "rows"  # every row counts alike, or every supervised token (as in Trainer)
     interactions: Literal["auto", "exact", "sketch"] = "auto"  # auto: exact up to 8 million trainable numbers
@@ -95,7 +100,8 @@ class OnlineStep:
         self.settings = StepSettings() if settings is None else settings
         self.matrices = param_matrices(model, trainable_layers(model))
         self._params = {name: param for matrix in self.matrices for name, param in matrix.params}
-        self._projector = FactorizedProjector(dim=self.settings.sketch_dim, seed=self.settings.seed)
+        dim = method.needs.sketch_dim or self.settings.sketch_dim
+        self._projector = FactorizedProjector(dim=dim, seed=self.settings.seed)
         self._exact = self._is_exact()
         self.shadow: ShadowMoments | None = None
 
@@ -128,7 +134,7 @@ class OnlineStep:
             Unsupported: the optimizer's state cannot be read.
         """
         counts = counts_of_all(sum(len(batch.rows) for batch in candidates))
-        tokens = gather_rows(_supervised(candidates)).numpy()
+        tokens = gather_rows(supervised_tokens(candidates)).numpy()
         if 0 in counts:
             raise InvalidInput(
                 f"process {counts.index(0)} has no candidate with a supervised token in this step; shuffle the pool or "
@@ -172,7 +178,7 @@ class OnlineStep:
         for batch in candidates:
             index = mine[first : first + len(batch.rows)].nonzero()[0]
             if len(index):
-                parts.append((_take(batch, index), torch.from_numpy(mine[first + index])))
+                parts.append((take_rows(batch, index), torch.from_numpy(mine[first + index])))
                 at.append(offset_of(counts) + first + index)
             first += len(batch.rows)
         losses = np.full(n, np.nan)
@@ -213,17 +219,22 @@ class OnlineStep:
         losses = gather_rows(torch.cat([part.double().cpu() for part in mine]) if mine else torch.zeros(0).double())
 
         b = as_first(gather_rows(self._alignments(rows, goal, moments, losses, counts)))
-        gram = self._interactions(needs.interactions, rows, moments) if needs.interactions else None
+        size = torch.from_numpy(self._sizes(tokens))
+        b = b if needs.alignment == "cosine" else b * size
         good = torch.isfinite(losses) & torch.isfinite(b)
-        if gram is not None:
-            gram = as_first(gram)
+        gram, lengths = None, None
+        if needs.interactions is not None:
+            gram = as_first(self._interactions(needs.interactions, rows, moments)) * size[:, None] * size
             good &= torch.isfinite(gram.diagonal())
+        if needs.lengths is not None:
+            lengths, good = self._lengths(needs.lengths, rows, moments, b, size, good, offset_of(counts))
         used = good.nonzero()[:, 0]
         if not len(used):
             raise NonFinite(f"none of the {len(b)} candidates of a step has a finite loss and gradient; lower the rate")
         evidence = Evidence(
             alignments=b[used].numpy(),
             interactions=None if gram is None else gram[used][:, used].numpy(),
+            lengths=lengths,
             learning_rate=learning_rate(optimizer),
         )
         found = self.method.choose(evidence)
@@ -251,7 +262,10 @@ class OnlineStep:
         """This process's sum of target gradients; all processes' sum of losses and number of rows."""
         count = sum(counts_of_all(sum(len(batch.rows) for batch in target)))
         if not count:
-            raise InvalidInput(f"method '{self.method.name}' needs target rows at every step and was given none")
+            raise InvalidInput(
+                f"method '{self.method.name}' needs target rows at every step and was given none with a "
+                "supervised token"
+            )
         ones = [(batch, torch.ones(len(batch.rows))) for batch in target]
         if ones:
             sums, losses = summed_gradient(self.model, self.matrices, ones)
@@ -270,7 +284,8 @@ class OnlineStep:
         form = self.method.needs.alignment
         assert form is not None
         if form == "projected":
-            return self._shadow_of(moments).alignments(rows, goal)
+            assert moments is not None
+            return self._shadow().alignments(rows, goal, moments)
         mean = None
         if form == "jacobian":
             finite = torch.isfinite(losses)
@@ -284,6 +299,37 @@ class OnlineStep:
         if self._exact:
             return exact_interactions(form, rows, moments, gather=gather_rows)
         return sketched_interactions(form, rows, moments, projector=self._projector, gather=gather_rows)
+
+    def _lengths(
+        self,
+        form: InteractionForm,
+        rows: RowGradients,
+        moments: dict[str, AdamMoments] | None,
+        b: Tensor,
+        size: Tensor,
+        good: Tensor,
+        start: int,
+    ) -> tuple[Lengths, Tensor]:
+        """Of the candidates whose lengths are finite too, and which those are."""
+        projector = None if self._exact else self._projector
+        while True:
+            mine = torch.where(good & (b > 0), size, 0.0)[start : start + len(rows)]
+            squares, aligned = measure_lengths(
+                form, rows, moments, mine, gather=gather_rows, add_up=add_up, projector=projector
+            )
+            squares = as_first(gather_rows(squares)) * size.square()
+            left = good & torch.isfinite(squares)
+            if torch.equal(left, good):
+                total = float(as_first(torch.tensor(aligned, dtype=torch.float64)))
+                return Lengths(squares=squares[good].numpy(), aligned=total), good
+            good = left  # the sum held a row whose length is not finite
+
+    def _sizes(self, tokens: IntArray) -> Vector:
+        """What a row's mean loss is multiplied by in the update, 1 on average."""
+        if self.settings.reduction == "rows":
+            return np.ones(len(tokens))
+        found: Vector = tokens / tokens.mean()
+        return found
 
     def _coefficients(self, choice: Choice, tokens: IntArray) -> tuple[Vector, float]:
         """``c_i`` of every candidate's gradient, and the sum that the update is divided by."""
@@ -299,47 +345,46 @@ class OnlineStep:
             exact = total <= _EXACT_UP_TO
         else:
             exact = self.settings.interactions == "exact"
-        if self.method.needs.interactions is not None and not exact:
-            if self.method.needs.interactions == "token-level":
-                raise Unsupported("token-level interactions are an ablation for small models; use interactions='exact'")
+        needs = self.method.needs
+        if needs.sketch_dim is not None:
+            if self.settings.interactions == "exact":
+                raise InvalidSettings(
+                    f"the method sketches (projection_dim={needs.sketch_dim}) but StepSettings(interactions='exact'); "
+                    "set projection_dim=None or leave interactions='auto'"
+                )
+            exact = False
+        if (needs.interactions or needs.lengths) is not None and not exact:
+            if needs.interactions == "token-level":
+                raise Unsupported(
+                    "token-level interactions are an ablation for small models, without sketches; use "
+                    "StepSettings(interactions='exact') and projection_dim=None"
+                )
             logger.info(
-                "%d trainable numbers: interactions from sketches of %d numbers a side", total, self.settings.sketch_dim
+                "%d trainable numbers: interactions from sketches of %d numbers a side", total, self._projector.dim
             )
         return exact
 
-    def observe(self, gradient: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-        """Take in the gradient of the update about to be made; only the published projected form remembers any."""
-        if self.method.needs.alignment == "projected":
-            self._shadow_of(read_adam(optimizer, self._params)).update(self.matrices, gradient)
+    @property
+    def remembers(self) -> bool:
+        """True if ``observe`` must be called before every update."""
+        return self.method.needs.alignment == "projected"
+
+    def observe(self, gradient: dict[str, Tensor], optimizer: torch.optim.Optimizer, *, clipped: float = 1.0) -> None:
+        """Take in the gradient of the update about to be made, times what clipping will multiply it by."""
+        if self.remembers:
+            seen = {name: grad * clipped for name, grad in gradient.items()}
+            self._shadow().update(self.matrices, seen, read_adam(optimizer, self._params))
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint must keep of the selection: nothing, but for the published projected form."""
         return {} if self.shadow is None else self.shadow.state_dict()
 
-    def load_state_dict(self, state: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """The inverse of ``state_dict``."""
         if state:
-            self._shadow_of(read_adam(optimizer, self._params)).load_state_dict(state)
+            self._shadow().load_state_dict(state)
 
-    def _shadow_of(self, moments: dict[str, AdamMoments] | None) -> ShadowMoments:
+    def _shadow(self) -> ShadowMoments:
         if self.shadow is None:
-            assert moments is not None
-            one = next(iter(moments.values()))
-            self.shadow = ShadowMoments(self._projector, beta1=one.beta1, beta2=one.beta2, eps=one.eps)
+            self.shadow = ShadowMoments(self._projector)
         return self.shadow
-
-
-def _supervised(batches: Sequence[Batch]) -> Tensor:
-    """Supervised tokens of every row, (n,)."""
-    parts = [batch.supervised[:, 1:].sum(dim=1).cpu() for batch in batches]
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
-
-
-def _take(batch: Batch, index: IntArray) -> Batch:
-    at = torch.from_numpy(index).to(batch.rows.device)
-    return Batch(
-        rows=batch.rows[at],
-        input_ids=batch.input_ids[at],
-        attention_mask=batch.attention_mask[at],
-        supervised=batch.supervised[at],
-    )

@@ -22,13 +22,13 @@ from tamis.errors import InvalidInput, InvalidSettings, Unsupported
 from tamis.model.loss import per_sample_losses
 from tamis.model.processes import is_main, rank, world_size
 from tamis.online.adam_state import learning_rate, read_adam
+from tamis.online.baselines import TargetOnly
 from tamis.online.batches import target_positions, to_batches
-from tamis.online.choice import Method
+from tamis.online.choice import Method, cold_updates
 from tamis.online.fate import CandidateLog
 from tamis.online.forecast import predicted_drop
 from tamis.online.meter import Meter
 from tamis.online.numbered import ROWS, NumberedCollator, NumberedRows
-from tamis.online.scorers import TargetOnly
 from tamis.online.step import OnlineStep, Proposal, StepSettings
 from tamis.online.together import add_up, gather_rows
 from tamis.seeds import child_seed
@@ -141,7 +141,7 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         most = self.args.per_device_train_batch_size
         candidates = to_batches(inputs, rows, most_rows=most)
         number = self.state.global_step * self.args.gradient_accumulation_steps + self._micro
-        cold = self.state.global_step < self.selection.cold_start
+        cold = self.state.global_step < cold_updates(self.selection)
         looks = self.selection.needs.target_only or (self.selection.needs.alignment is not None and not cold)
         target = self._target_batches(number) if looks else []
         seed = child_seed(self.args.seed, "uniform choice", number)
@@ -243,7 +243,7 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
     def _online_step(self) -> OnlineStep:
         if self._step is None:
             self._step = OnlineStep(self.accelerator.unwrap_model(self.model), self.selection, self._step_settings)
-            self._step.load_state_dict(self._saved_state, self.optimizer)
+            self._step.load_state_dict(self._saved_state)
         return self._step
 
     def _prepared_target(self, rows: Any) -> Any:

@@ -9,11 +9,22 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from tamis.online.choice import Vector
+from tamis.errors import InvalidSettings
+from tamis.online.choice import Lengths, Vector
 from tamis.solve.nnls import solve_nnls, solve_ridge
 from tamis.solve.solution import Solution
 
-__all__ = ["anchored_weights", "matching_weights", "positive_scale", "target_scale", "tilted_weights"]
+__all__ = [
+    "LEAST_RIDGE",
+    "anchored_weights",
+    "check_ridge",
+    "matching_weights",
+    "positive_scale",
+    "target_scale",
+    "tilted_weights",
+]
+
+LEAST_RIDGE = 1e-3  # below it, rounding and projection decide what the weights are
 
 
 def target_scale(b: Vector, gram: Vector, rows: npt.NDArray[np.int64]) -> float | None:
@@ -23,14 +34,17 @@ def target_scale(b: Vector, gram: Vector, rows: npt.NDArray[np.int64]) -> float 
     the unit of the loss (specification of the method, section 4). None where numerator or denominator is not
     positive: no scale makes that target look like that sum.
     """
-    curvature = float(gram[np.ix_(rows, rows)].sum())
-    gain = float(b[rows].sum())
-    return curvature / gain if curvature > 0 and gain > 0 else None
+    return _ratio(float(gram[np.ix_(rows, rows)].sum()), float(b[rows].sum()))
 
 
-def positive_scale(b: Vector, gram: Vector) -> float | None:
-    """``c_P``: the same over ``P = {b_i > 0}``; None if that set is empty or has no length."""
-    return target_scale(b, gram, np.flatnonzero(b > 0).astype(np.int64))
+def positive_scale(b: Vector, known: Vector | Lengths) -> float | None:
+    """``c_P``: the same over ``P = {b_i > 0}``, from ``G`` or from lengths; None if that set is empty or has no length.
+
+    Of ``G`` only ``1_P^T G 1_P`` takes part, the squared length of the sum of P's gradients.
+    """
+    if isinstance(known, Lengths):
+        return _ratio(known.aligned, float(b[b > 0].sum()))
+    return target_scale(b, known, np.flatnonzero(b > 0).astype(np.int64))
 
 
 def matching_weights(b: Vector, gram: Vector, *, scale: float, ridge: float, bounded: bool) -> Solution:
@@ -38,36 +52,43 @@ def matching_weights(b: Vector, gram: Vector, *, scale: float, ridge: float, bou
 
     Equation 6 of *Filter-then-Weight* in Gram form. The weights as they come, not normalised.
     """
-    unit = _mean_diagonal(gram)
+    unit = _mean(np.diag(gram))
     solve = solve_nnls if bounded else solve_ridge
     return solve(gram / unit, scale * b / unit, ridge=ridge)
 
 
-def anchored_weights(b: Vector, gram: Vector, *, ridge: float) -> Solution | None:
-    """``argmin_{w >= 0} w^T (G + λI) w - 2 (c_P b + λ 1)^T w``, ``λ = ridge · mean diag G``: a ridge towards 1.
+def anchored_weights(b: Vector, gram: Vector, *, scale: float, ridge: float) -> Solution:
+    """``argmin_{w >= 0} w^T (G + λI) w - 2 (c b + λ 1)^T w``, ``λ = ridge · mean diag G``: a ridge towards 1.
 
-    Large ridges leave every candidate near weight 1, small ones approach plain matching. None where ``c_P`` is not
-    defined: then no candidate is aligned, and all weights are 1.
+    ``scale`` is ``c_P``. Large ridges leave every candidate near weight 1, small ones approach plain matching.
     """
-    scale = positive_scale(b, gram)
-    if scale is None:
-        return None
-    unit = _mean_diagonal(gram)
+    unit = _mean(np.diag(gram))
     return solve_nnls(gram / unit, scale * b / unit + ridge, ridge=ridge)
 
 
-def tilted_weights(b: Vector, gram: Vector, *, ridge: float) -> Vector | None:
-    """``w_i = max(0, 1 + c_P b_i / λ)``, ``λ = ridge · mean diag G``: anchored weights without the interactions.
+def tilted_weights(b: Vector, squares: Vector, *, scale: float, ridge: float) -> Vector:
+    """``w_i = max(0, 1 + c b_i / λ)``, ``λ = ridge · mean of squares``: anchored weights without the interactions.
 
-    None where ``c_P`` is not defined: then all weights are 1.
+    ``scale`` is ``c_P``, ``squares`` the diagonal of ``G``.
     """
-    scale = positive_scale(b, gram)
-    if scale is None:
-        return None
-    weights: Vector = np.maximum(0.0, 1 + scale * b / (ridge * _mean_diagonal(gram)))
+    weights: Vector = np.maximum(0.0, 1 + scale * b / (ridge * _mean(squares)))
     return weights
 
 
-def _mean_diagonal(gram: Vector) -> float:
-    mean = float(np.diag(gram).mean()) if len(gram) else 0.0
+def check_ridge(ridge: float | None) -> None:
+    """Refuse ridges that leave weights to rounding.
+
+    Raises:
+        InvalidSettings: with the least that is accepted.
+    """
+    if ridge is not None and not LEAST_RIDGE <= ridge < float("inf"):
+        raise InvalidSettings(f"ridge must be at least {LEAST_RIDGE} (times the mean diagonal), got {ridge}")
+
+
+def _ratio(curvature: float, gain: float) -> float | None:
+    return curvature / gain if curvature > 0 and gain > 0 else None
+
+
+def _mean(squares: Vector) -> float:
+    mean = float(squares.mean()) if len(squares) else 0.0
     return mean if mean > 0 else 1.0  # all gradients zero: nothing to scale

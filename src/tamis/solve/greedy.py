@@ -10,22 +10,18 @@ from tamis.solve.solution import as_gram
 __all__ = ["greedy_residual", "top"]
 
 
-def greedy_residual(
-    gram: npt.ArrayLike, scores: npt.ArrayLike, *, count: int, self_penalty: float = 0.0
-) -> npt.NDArray[np.int64]:
+def greedy_residual(gram: npt.ArrayLike, scores: npt.ArrayLike, *, count: int) -> npt.NDArray[np.int64]:
     """``count`` candidates in the order chosen; the lowest index wins a tie.
 
     Algorithm 1, lines 7-12, of *Filter-then-Weight* in Gram form: ``s = scores``, then repeatedly
     ``i* = argmax_{i not in S} s_i`` and ``s <- s - G[:, i*]``, which is what matching the residual ``r <- r - grad_i*``
-    does to the inner products with ``r``. ``self_penalty`` subtracts that multiple of ``G_ii`` from each candidate's
-    gain: 1/2 is the exact second-order gain of adding it.
+    does to the inner products with ``r``.
 
     Raises:
         ValueError: shapes that do not fit, numbers that are not finite, or more candidates asked for than there are.
     """
-    matrix, left = as_gram(gram, scores)
-    _check_count(count, len(left))
-    gain = left - self_penalty * np.diag(matrix)
+    matrix, gain = as_gram(gram, scores)
+    _check_count(count, len(gain))
     chosen = np.empty(count, dtype=np.int64)
     for place in range(count):
         best = int(np.argmax(gain))

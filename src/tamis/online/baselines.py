@@ -1,0 +1,249 @@
+"""The methods to compare with, as published and at one step: ``uniform`` and ``full`` belong into every comparison.
+
+Pure functions of the evidence, as those of ``scorers``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from tamis.online.choice import Choice, Evidence, Needs, check_sizes, everything, unweighted, weighted
+from tamis.online.weights import check_ridge
+from tamis.solve.greedy import greedy_residual, top
+from tamis.solve.omp import match_orthogonally
+from tamis.solve.solution import Status
+
+__all__ = ["Full", "GradMatch", "Greats", "Less", "TargetOnly", "TracIn", "Uniform"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TracIn:
+    """The candidates with the largest ``<grad t, grad l_i>`` (Pruthi et al., 2020, with one checkpoint: this step)."""
+
+    keep: int = 8
+    oversample: int = 4
+    cold_start: int = 0
+
+    def __post_init__(self) -> None:
+        check_sizes(self.keep, self.oversample, self.cold_start)
+
+    @property
+    def name(self) -> str:
+        """What a user types to get it."""
+        return "tracin"
+
+    @property
+    def keeps_all(self) -> bool:
+        """Never."""
+        return False
+
+    @property
+    def needs(self) -> Needs:
+        """Raw alignments."""
+        return Needs(alignment="raw")
+
+    def choose(self, evidence: Evidence) -> Choice:
+        """Weight 1 for the best."""
+        return unweighted(top(evidence.alignments, count=min(self.keep, len(evidence.alignments))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Less:
+    """The candidates whose own Adam step has the largest cosine with the target gradient (Xia et al., 2024)."""
+
+    keep: int = 8
+    oversample: int = 4
+    cold_start: int = 0
+
+    def __post_init__(self) -> None:
+        check_sizes(self.keep, self.oversample, self.cold_start)
+
+    @property
+    def name(self) -> str:
+        """What a user types to get it."""
+        return "less"
+
+    @property
+    def keeps_all(self) -> bool:
+        """Never."""
+        return False
+
+    @property
+    def needs(self) -> Needs:
+        """Cosines with each candidate's own Adam step."""
+        return Needs(alignment="cosine")
+
+    def choose(self, evidence: Evidence) -> Choice:
+        """Weight 1 for the best."""
+        return unweighted(top(evidence.alignments, count=min(self.keep, len(evidence.alignments))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Greats:
+    """Greedy by ``η <grad t, grad l_i>``, less ``η² <grad l_i, grad l_j>`` for each ``j`` taken (Wang et al., 2024)."""
+
+    keep: int = 8
+    oversample: int = 4
+    cold_start: int = 0
+
+    def __post_init__(self) -> None:
+        check_sizes(self.keep, self.oversample, self.cold_start)
+
+    @property
+    def name(self) -> str:
+        """What a user types to get it."""
+        return "greats"
+
+    @property
+    def keeps_all(self) -> bool:
+        """Never."""
+        return False
+
+    @property
+    def needs(self) -> Needs:
+        """Raw inner products."""
+        return Needs(alignment="raw", interactions="raw")
+
+    def choose(self, evidence: Evidence) -> Choice:
+        """Weight 1 for those chosen; at small learning rates the choice is TracIn's."""
+        b, rate = evidence.alignments, evidence.learning_rate
+        # The whole score over η: the same order, and at rate 0 (the start of a warm-up) the order of its limit.
+        return unweighted(greedy_residual(rate * evidence.gram, b, count=min(self.keep, len(b))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradMatch:
+    """Orthogonal matching pursuit of the raw target (Killamsetty et al., 2021; FTW, algorithm 2).
+
+    Negative weights become 0, and the weights then sum to the number kept.
+    """
+
+    keep: int = 8
+    oversample: int = 4
+    ridge: float = 0.1  # times the mean diagonal of G
+    cold_start: int = 0
+
+    def __post_init__(self) -> None:
+        check_sizes(self.keep, self.oversample, self.cold_start)
+        check_ridge(self.ridge)
+
+    @property
+    def name(self) -> str:
+        """What a user types to get it."""
+        return "grad-match"
+
+    @property
+    def keeps_all(self) -> bool:
+        """Never."""
+        return False
+
+    @property
+    def needs(self) -> Needs:
+        """Raw inner products."""
+        return Needs(alignment="raw", interactions="raw")
+
+    def choose(self, evidence: Evidence) -> Choice:
+        """The pursuit's order and its last weights."""
+        b, gram = evidence.alignments, evidence.gram
+        unit = float(np.diag(gram).mean()) if len(b) else 0.0
+        if not unit > 0:
+            return replace(unweighted(top(b, count=min(self.keep, len(b)))), fallback="all gradients are zero")
+        rows, solution = match_orthogonally(gram / unit, b / unit, count=min(self.keep, len(b)), ridge=self.ridge)
+        if solution.status is not Status.SOLVED:
+            return replace(unweighted(rows), fallback=solution.status.value)
+        return weighted(rows, np.maximum(solution.value, 0.0), scale=1.0, normalise=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uniform:
+    """``keep`` candidates drawn at random, weight 1 each: the baseline that always runs. Only those are computed."""
+
+    keep: int = 8
+    oversample: int = 4
+    cold_start: int = 0
+
+    def __post_init__(self) -> None:
+        check_sizes(self.keep, self.oversample, self.cold_start)
+
+    @property
+    def name(self) -> str:
+        """What a user types to get it."""
+        return "uniform"
+
+    @property
+    def keeps_all(self) -> bool:
+        """Never."""
+        return False
+
+    @property
+    def needs(self) -> Needs:
+        """Nothing."""
+        return Needs()
+
+    def choose(self, evidence: Evidence) -> Choice:
+        """Weight 1 for the candidates given: the draw happened before they were computed."""
+        return everything(len(evidence.alignments))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Full:
+    """Plain training on all ``keep · oversample`` candidates, weight 1 each."""
+
+    keep: int = 8
+    oversample: int = 4
+    cold_start: int = 0
+
+    def __post_init__(self) -> None:
+        check_sizes(self.keep, self.oversample, self.cold_start)
+
+    @property
+    def name(self) -> str:
+        """What a user types to get it."""
+        return "full"
+
+    @property
+    def keeps_all(self) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def needs(self) -> Needs:
+        """Nothing."""
+        return Needs()
+
+    def choose(self, evidence: Evidence) -> Choice:
+        """Weight 1 for all."""
+        return everything(len(evidence.alignments))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetOnly:
+    """Train on the target rows themselves: a warning, not a method. A small target is memorised."""
+
+    keep: int = 8
+    oversample: int = 4
+    cold_start: int = 0
+
+    def __post_init__(self) -> None:
+        check_sizes(self.keep, self.oversample, self.cold_start)
+
+    @property
+    def name(self) -> str:
+        """What a user types to get it."""
+        return "target-only"
+
+    @property
+    def keeps_all(self) -> bool:
+        """Never: no candidate is used."""
+        return False
+
+    @property
+    def needs(self) -> Needs:
+        """The target's gradient and nothing else."""
+        return Needs(target_only=True)
+
+    def choose(self, evidence: Evidence) -> Choice:
+        """No candidate."""
+        return unweighted(np.zeros(0, dtype=np.int64))
