@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import tamis
 from chat_tokenizers import tiny_tokenizer
 from tamis.online import FilterThenWeight, Full, StepSettings
+from tamis.online.checks import refuse_settings
 from tamis.online.fate import read_candidates
 
 trl = pytest.importorskip("trl")
@@ -96,6 +97,14 @@ def test_packing_is_refused(tmp_path: Path) -> None:
             train_dataset=Dataset.from_list(ROWS), target_dataset=Dataset.from_list(TARGET),
             processing_class=tokenizer, selection=Full(),
         )  # fmt: skip
+
+
+def test_offloading_of_what_gradients_are_made_of_is_refused(tmp_path: Path) -> None:
+    args = arguments(tmp_path)
+    args.activation_offloading = True  # TRL itself refuses to set it up without a GPU
+    with pytest.raises(tamis.TamisError, match="activation_offloading does not go with online selection"):
+        refuse_settings(args, has_own_loss=False)
+    refuse_settings(arguments(tmp_path), has_own_loss=False)
 
 
 def test_without_trl_the_error_says_how_to_get_it() -> None:

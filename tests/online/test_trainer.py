@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tamis.online import Anchored, FilterThenWeight, Full, StepSettings, TargetO
 from tamis.online.adam_state import read_adam
 from tamis.online.batches import target_positions, to_batches
 from tamis.online.fate import read_candidates
+from tamis.online.forecast import clip_factor
 from tamis.online.trainer import OnlineTrainer
 from tiny_models import tiny_model
 
@@ -144,6 +146,10 @@ def test_logs_say_how_the_choice_is_doing(tmp_path: Path) -> None:
     shares = [value for key, value in last.items() if key.startswith("selection/share/")]
     assert sum(shares) == pytest.approx(1)
     assert last["selection/target_rows_seen"] == 7
+    # The cold first choice looks at no target row.
+    looked = np.stack([target_positions(k, count=3, total=7, seed=3) for k in range(1, 7)])
+    expected = [len(np.unique(looked[: k + 1])) for k in range(6)]
+    assert [entry.get("selection/target_rows_seen") for entry in entries] == [None, *expected]
     compared = [entry for entry in entries if "selection/realised_drop" in entry]
     assert [entry["step"] for entry in compared] == [3, 5, 7]  # after updates 2, 4 and 6
     for entry in compared:
@@ -151,14 +157,16 @@ def test_logs_say_how_the_choice_is_doing(tmp_path: Path) -> None:
     json.dumps(trainer.state.log_history)
 
 
-@pytest.mark.parametrize("clip", [0.0, 0.01])
-def test_forecast_is_first_order_in_the_step_that_adamw_takes(tmp_path: Path, clip: float) -> None:
+@pytest.mark.parametrize(
+    ("clip", "kind"), [(0.0, torch.optim.AdamW), (0.01, torch.optim.AdamW), (0.01, torch.optim.Adam)]
+)
+def test_forecast_is_first_order_in_the_step_that_adam_takes(tmp_path: Path, clip: float, kind: Any) -> None:
     """Against the parameters before and after the real update."""
     model = tiny_model("gpt2", lora=True)
     trainer = OnlineTrainer(
         model=model, args=arguments(tmp_path, max_grad_norm=clip, weight_decay=0.3, max_steps=3), train_dataset=POOL,
         target_dataset=TARGET, data_collator=collate, selection=Anchored(keep=3, oversample=2, cold_start=1),
-        forecast_every=1,
+        forecast_every=1, optimizer_cls_and_kwargs=(kind, {"lr": 1e-2, "weight_decay": 0.3}),
     )  # fmt: skip
     seen: list[tuple[float, float]] = []
     finish = trainer._finish_update
@@ -242,8 +250,9 @@ def test_bf16_autocast_gives_the_gradient_to_bf16s_digits_and_leaves_parameters_
     for bf16 in (False, True):
         model = tiny_model("llama", lora=True, dtype=torch.float32)
         trainer = OnlineTrainer(
-            model=model, args=arguments(tmp_path, max_steps=2, bf16=bf16, max_grad_norm=0.0), train_dataset=POOL,
-            target_dataset=TARGET, data_collator=collate, selection=Full(keep=4, oversample=2), callbacks=[],
+            model=model, args=arguments(tmp_path / str(bf16), max_steps=2, bf16=bf16, max_grad_norm=0.0),
+            train_dataset=POOL, target_dataset=TARGET, data_collator=collate, callbacks=[],
+            selection=Full(keep=4, oversample=2),
         )  # fmt: skip
         finish, seen = trainer._finish_update, []
 
@@ -257,6 +266,146 @@ def test_bf16_autocast_gives_the_gradient_to_bf16s_digits_and_leaves_parameters_
         assert all(param.dtype == torch.float32 for param in model.parameters())
     error = (gradients[True] - gradients[False]).norm() / gradients[False].norm()
     assert 0 < error < 0.05  # bf16 keeps three digits of every number on the way
+
+
+def test_oversampling_does_not_hang_on_an_attribute_that_the_trainer_sets_anew(tmp_path: Path) -> None:
+    """Some versions set ``_train_batch_size`` to the rows of one forward pass when training starts."""
+
+    class Older(OnlineTrainer):
+        def train(self, *args: Any, **kwargs: Any) -> Any:
+            self._train_batch_size = self.args.train_batch_size
+            return super().train(*args, **kwargs)
+
+        def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+            self._flush = None  # those versions have no such method, so nothing may depend on it
+            return super()._finalize_training(*args, **kwargs)
+
+    trainer = Older(
+        model=tiny_model("llama", lora=True), train_dataset=POOL, target_dataset=TARGET, data_collator=collate,
+        args=arguments(tmp_path, max_steps=4, per_device_train_batch_size=2, logging_strategy="no"),
+        selection=TracIn(keep=4, oversample=5),
+    )  # fmt: skip
+    trainer.train()
+    steps = read_candidates(tmp_path / "candidates")["step"].to_pylist()
+    # 48 rows by 20: the third choice has what is left of the epoch. All is written although nothing was logged.
+    assert [steps.count(step) for step in range(1, 5)] == [20, 20, 8, 20]
+    assert trainer.get_total_train_batch_size(trainer.args) == 20
+
+
+@pytest.mark.parametrize("size", [3, 40])
+def test_another_number_of_candidates_than_asked_for_is_refused(tmp_path: Path, size: int) -> None:
+    trainer = OnlineTrainer(
+        model=tiny_model("llama", lora=True), args=arguments(tmp_path), train_dataset=POOL, target_dataset=TARGET,
+        data_collator=collate, selection=TracIn(keep=4, oversample=5),
+    )  # fmt: skip
+    loader = trainer.get_train_dataloader
+
+    def wrong() -> Any:
+        trainer._share, asked = size, trainer._share
+        found = loader()
+        trainer._share = asked
+        return found
+
+    trainer.get_train_dataloader = wrong
+    with pytest.raises(InvalidInput, match=f"given {size} candidates where keep x oversample = 20"):
+        trainer.train()
+
+
+def test_a_new_run_leaves_the_candidates_of_an_earlier_one_alone(tmp_path: Path) -> None:
+    selection = Uniform(keep=2, oversample=2)
+    run(tmp_path, tiny_model("llama", lora=True), selection, max_steps=2)
+    before = read_candidates(tmp_path / "candidates")
+    with pytest.raises(InvalidInput, match="holds the candidates of an earlier run"):
+        run(tmp_path, tiny_model("llama", lora=True), selection, max_steps=1)
+    assert read_candidates(tmp_path / "candidates").equals(before)
+    run(tmp_path, tiny_model("llama", lora=True), selection, max_steps=1, log_candidates=False)
+
+
+def test_a_row_without_source_has_none_in_the_log(tmp_path: Path) -> None:
+    sources = [None, "a"] * 24
+    pool = POOL.remove_columns("source").add_column("source", sources)
+    trainer = OnlineTrainer(
+        model=tiny_model("llama", lora=True), args=arguments(tmp_path, max_steps=2), train_dataset=pool,
+        target_dataset=TARGET, data_collator=collate, selection=Uniform(keep=2, oversample=4),
+    )  # fmt: skip
+    trainer.train()
+    for row in read_candidates(tmp_path / "candidates").to_pylist():
+        assert row["source"] == sources[row["row"]]
+    assert trainer._in_the_log(np.array([1]))[1] is not trainer._in_the_log(np.array([1]))[1]
+    assert trainer._sources == sources  # read once
+
+
+def test_what_is_done_in_another_way_than_asked_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model("gpt2", dropout=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    trainer = OnlineTrainer(
+        model=model, args=arguments(tmp_path, max_steps=3, warmup_steps=0), train_dataset=POOL,
+        target_dataset=TARGET, data_collator=collate, selection=TracIn(keep=2, oversample=2), forecast_every=1,
+        optimizers=(optimizer, None),
+    )  # fmt: skip
+    trainer.train()
+    assert caplog.text.count("dropout rate of 0.1, but dropout is off") == 1
+    assert caplog.text.count("no forecast of the target loss: SGD is not an Adam") == 1
+    assert not any("selection/predicted_drop" in entry for entry in trainer.state.log_history)
+
+
+def test_fallbacks_are_said_once_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = OnlineTrainer(
+        model=tiny_model("llama", lora=True), args=arguments(tmp_path, max_steps=3), train_dataset=POOL,
+        target_dataset=TARGET, data_collator=collate, selection=_Opposed(),
+    )  # fmt: skip
+    trainer.train()
+    assert caplog.text.count("nothing to match, so weights were equal, first in update 1") == 1
+    assert [e["selection/fallback"] for e in trainer.state.log_history if "loss" in e] == [1.0, 1.0, 1.0]
+
+
+class _Opposed(TracIn):
+    """Never finds anything."""
+
+    def choose(self, evidence: Any) -> Any:
+        return dataclasses.replace(super().choose(evidence), fallback="nothing to match")
+
+
+def test_a_call_of_train_begins_with_no_rest_of_the_last_one(tmp_path: Path) -> None:
+    trainer = run(tmp_path, tiny_model("llama", lora=True), Uniform(keep=2, oversample=2), max_steps=1)
+    trainer._micro, trainer._divisor = 1, 5.0  # as if stopped in the middle of an update
+    trainer._meter.note("loss_of_the_last_call", 1.0)
+    trainer._log_candidates = False
+    trainer.train()
+    assert (trainer._micro, trainer._divisor) == (0, 0.0)
+    assert not any("selection/loss_of_the_last_call" in entry for entry in trainer.state.log_history)
+
+
+@pytest.mark.parametrize("clip", [0.0, 1e-3])
+def test_projected_moments_see_the_gradient_that_adam_sees(tmp_path: Path, clip: float) -> None:
+    selection = FilterThenWeight.paper(keep=2, oversample=2)  # 256 numbers a side: nothing of this model is projected
+    trainer = run(tmp_path, tiny_model("gpt2", lora=True), selection, max_steps=3, max_grad_norm=clip)
+    step = trainer._online_step()
+    moments = read_adam(trainer.optimizer, step.params)
+    for matrix in step.matrices:
+        own = matrix.joined({name: moments[name].exp_avg_sq for name, _ in matrix.params})
+        torch.testing.assert_close(step.shadow.moments[matrix.name].view_as(own), own, rtol=1e-4, atol=1e-30)
+
+
+def test_projected_moments_that_a_checkpoint_lacks_are_missed_by_name(tmp_path: Path) -> None:
+    selection = FilterThenWeight.paper(keep=2, oversample=2)
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
+    run(tmp_path, tiny_model("gpt2", lora=True), selection, **settings)
+    (tmp_path / "checkpoint-2" / "tamis_selection.safetensors").unlink()
+    with pytest.raises(InvalidInput, match="without its second moments"):
+        run(tmp_path, tiny_model("gpt2", lora=True), selection, resume=str(tmp_path / "checkpoint-2"), **settings)
+
+
+def test_clipping_is_pytorchs() -> None:
+    grads = {name: torch.randn(3, generator=torch.Generator().manual_seed(i)) for i, name in enumerate("ab")}
+    params = [nn.Parameter(torch.zeros(3)) for _ in grads]
+    for param, grad in zip(params, grads.values(), strict=True):
+        param.grad = grad.clone()
+    nn.utils.clip_grad_norm_(params, 0.1)
+    factor = clip_factor(grads, 0.1)
+    for param, grad in zip(params, grads.values(), strict=True):
+        torch.testing.assert_close(param.grad, grad * factor)
+    assert clip_factor(grads, None) == clip_factor(grads, 0.0) == clip_factor(grads, 1e9) == 1.0
 
 
 def test_training_on_the_target_itself_is_said_loudly(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -297,8 +446,9 @@ def test_a_target_without_rows_is_refused(tmp_path: Path) -> None:
             model=tiny_model("llama"), args=arguments(tmp_path), train_dataset=POOL, target_dataset=[],
             data_collator=collate, selection=TracIn(),
         )  # fmt: skip
-    with pytest.raises(InvalidSettings, match="target_rows must be at least 1"):
-        run(tmp_path, tiny_model("llama", lora=True), TracIn(), target_rows=-1)
+    for count in (0, -1):
+        with pytest.raises(InvalidSettings, match=f"target_rows must be at least 1, got {count}"):
+            run(tmp_path, tiny_model("llama", lora=True), TracIn(), target_rows=count)
 
 
 def test_target_rows_are_fresh_until_all_had_their_turn() -> None:

@@ -1,7 +1,7 @@
 """The fate of every candidate, as Parquet files that are only ever added: one row per candidate and choice.
 
 Rows are written in parts, each of whole updates, under a temporary name first: a killed run leaves complete parts and
-nothing else. A run that resumes takes back the parts of updates it is going to repeat.
+nothing else. A run that resumes takes back the parts of updates it is going to repeat; a new one takes back nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tamis.errors import InvalidInput
 from tamis.online.step import Proposal
 from tamis.types import IntArray
 
-__all__ = ["CandidateLog", "read_candidates"]
+__all__ = ["CandidateLog", "read_candidates", "refuse_earlier_parts"]
 
 _PART = re.compile(r"part-(\d{8})-(\d{8})\.parquet")
 
@@ -97,6 +97,19 @@ class CandidateLog:
         pq.write_table(pa.concat_tables(self._tables), partial)
         partial.replace(path)
         self._tables, self._first = [], None
+
+
+def refuse_earlier_parts(folder: Path) -> None:
+    """Refuse to start a new run where the log of another one lies.
+
+    Raises:
+        InvalidInput: ``folder`` has parts.
+    """
+    if folder.is_dir() and any(_PART.fullmatch(path.name) for path in folder.iterdir()):
+        raise InvalidInput(
+            f"{folder} holds the candidates of an earlier run, which a new one would overwrite; choose another "
+            "output_dir, move that folder away, resume from a checkpoint, or set log_candidates=False"
+        )
 
 
 def read_candidates(folder: Path) -> pa.Table:

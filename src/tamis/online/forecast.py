@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from tamis.maths.adam import adam_direction
 from tamis.online.adam_state import AdamMoments
 
-__all__ = ["predicted_drop"]
+__all__ = ["clip_factor", "predicted_drop"]
+
+
+def clip_factor(gradient: Mapping[str, Tensor], most: float | None) -> float:
+    """What clipping to the norm ``most`` (None or 0: no clipping) will multiply ``gradient`` by, as PyTorch clips."""
+    if not most:
+        return 1.0
+    norm = float(torch.stack([grad.double().square().sum().cpu() for grad in gradient.values()]).sum().sqrt())
+    return min(1.0, most / (norm + 1e-6))
 
 
 def predicted_drop(
@@ -20,34 +28,29 @@ def predicted_drop(
     moments: Mapping[str, AdamMoments],
     *,
     learning_rate: float,
-    decay: Mapping[str, float],
-    clip: float | None,
+    clipped: float,
 ) -> float:
-    """``<grad t, θ - θ'>``, where ``θ'`` are the parameters after the AdamW step that ``gradient`` will cause.
+    """``<grad t, θ - θ'>``, where ``θ'`` are the parameters after the step of Adam that ``gradient`` will cause.
 
-    Positive: the target loss should fall by that much. Clipping and decoupled weight decay are part of the step, and
-    the second moments move with the gradient; only the curvature of the target loss is left out.
+    Positive: the target loss should fall by that much. Clipping and weight decay, coupled or not, are part of the step,
+    and the second moments move with the gradient; only the curvature of the target loss is left out.
 
     Args:
         target: mean gradient of the target loss, by parameter name.
         gradient: of the update, before clipping.
         params: the parameters as they are.
-        moments: Adam's, as they are.
+        moments: Adam's, as they are, without AMSGrad.
         learning_rate: the largest of the coming step's.
-        decay: weight decay by parameter name.
-        clip: largest norm of the gradient, None for no clipping.
+        clipped: what clipping will multiply the gradient by, of ``clip_factor``.
     """
-    factor = 1.0
-    if clip is not None:
-        norm = float(torch.stack([grad.double().square().sum().cpu() for grad in gradient.values()]).sum().sqrt())
-        factor = min(1.0, clip / (norm + 1e-6))  # as PyTorch clips
     total = 0.0
     for name, goal in target.items():
-        state = moments[name]
+        state, decay = moments[name], moments[name].decay * params[name].detach()
+        taken = gradient[name] * clipped
         direction = adam_direction(
-            (gradient[name] * factor)[None], state.exp_avg, state.exp_avg_sq,
+            (taken + decay if state.decay_is_coupled else taken)[None], state.exp_avg, state.exp_avg_sq,
             step=state.step, beta1=state.beta1, beta2=state.beta2, eps=state.eps,
         )[0]  # fmt: skip
-        direction = direction + decay[name] * params[name].detach()
+        direction = direction if state.decay_is_coupled else direction + decay
         total += state.rate * float((goal * direction).double().sum())
     return learning_rate * total

@@ -7,6 +7,7 @@ callbacks are the Trainer's own, because a step leaves its gradient where a back
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,23 +17,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from tamis.errors import InvalidInput, InvalidSettings, Unsupported
 from tamis.model.loss import per_sample_losses
 from tamis.model.processes import is_main, rank, world_size
-from tamis.online.adam_state import learning_rate, read_adam
+from tamis.online.adam_state import AdamMoments, learning_rate, read_adam
 from tamis.online.baselines import TargetOnly
 from tamis.online.batches import target_positions, to_batches
+from tamis.online.checks import dropout_of, refuse_settings
 from tamis.online.choice import Method, cold_updates
-from tamis.online.fate import CandidateLog
-from tamis.online.forecast import predicted_drop
+from tamis.online.fate import CandidateLog, refuse_earlier_parts
+from tamis.online.forecast import clip_factor, predicted_drop
 from tamis.online.meter import Meter
 from tamis.online.numbered import ROWS, NumberedCollator, NumberedRows
 from tamis.online.step import OnlineStep, Proposal, StepSettings
-from tamis.online.together import add_up, gather_rows
+from tamis.online.together import add_up, counts_of_all, gather_rows
 from tamis.seeds import child_seed
-from tamis.types import Batch
+from tamis.types import Batch, IntArray
 
 __all__ = ["OnlineMixin", "OnlineTrainer"]
 
@@ -45,6 +47,7 @@ else:
     _TrainerLike = object
 
 _STATE = "tamis_selection.safetensors"
+_TARGET_SEEN = "target_seen"  # in that file, beside what the step keeps there
 _CANDIDATES = "candidates"
 
 
@@ -59,12 +62,15 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         target_dataset: rows of the task that training should help, in the same form as ``train_dataset``.
         selection: the method, such as ``tamis.online.FilterThenWeight(keep=8, oversample=4)``.
         step_settings: how to measure, and whether every row or every supervised token counts alike.
-        target_rows: target rows looked at per choice, fresh ones every time; None: half as many as candidates.
+        target_rows: target rows looked at per choice, fresh ones every time; None: half as many as candidates, at most
+            all there are.
         forecast_every: updates between comparisons of predicted and realised drop of the target loss, each of which
             costs a forward pass over the target rows; 0 for never.
-        log_candidates: write the fate of every candidate to ``candidates/`` in the output folder.
+        log_candidates: write the fate of every candidate to ``candidates/`` in the output folder. A new run refuses to
+            start where an earlier one has left its own.
 
     Raises:
+        InvalidInput: no target rows.
         InvalidSettings: sizes that do not fit.
         Unsupported: a setting of the Trainer under which rows cannot be told apart or the gradient would be another.
     """
@@ -85,25 +91,31 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         self.target_dataset = self._prepared_target(target_dataset)
         self._step_settings = StepSettings() if step_settings is None else step_settings
         self._forecast_every, self._log_candidates = forecast_every, log_candidates
-        self._check_trainer()
+        refuse_settings(self.args, has_own_loss=self.compute_loss_func is not None)
         candidates = selection.keep * selection.oversample
         if candidates % world_size():
             raise InvalidSettings(
                 f"{selection.keep} x {selection.oversample} candidates cannot be shared by {world_size()} processes; "
                 "choose keep and oversample so that their product is a multiple"
             )
-        self._train_batch_size = candidates // world_size()  # what the data loader hands to a training step
-        self._target_count = target_rows or max(1, min(len(self.target_dataset), candidates // 2))
-        if self._target_count < 1:
+        if target_rows is not None and target_rows < 1:
             raise InvalidSettings(f"target_rows must be at least 1, got {target_rows}")
+        # Not _train_batch_size, which is the Trainer's own and which some versions set anew when training starts.
+        self._share = candidates // world_size()  # of every process, in one choice
+        self._rows_of_an_epoch = 0
+        self._target_count = target_rows or max(1, min(len(self.target_dataset), candidates // 2))
         if isinstance(selection, TargetOnly):
             logger.warning("target-only trains on the target rows themselves, which memorises small targets")
         self._step: OnlineStep | None = None
         self._saved_state: dict[str, Tensor] = {}
+        self._target_seen = np.zeros(len(self.target_dataset), dtype=np.bool_)
         self._micro, self._divisor = 0, 0.0
         self._meter = Meter()
+        self._said: set[str] = set()  # what is logged once
         self._candidates: CandidateLog | None = None
+        self._sources: list[str | None] | None = None  # of all rows, once they were asked for
         self._forecast: tuple[list[Batch], float, float] | None = None  # target batches, their loss, the predicted drop
+        self.add_callback(_AtTheEnd(self._flush))
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Candidates with their places in the data set."""
@@ -114,11 +126,12 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
             rows = self._remove_unused_columns(rows, description="training")
         else:
             collate = self._get_collator_with_removed_columns(collate, description="training")
-        args = self.args
+        args, sampler = self.args, self._get_train_sampler(rows)
+        self._rows_of_an_epoch = len(rows) if sampler is None else len(sampler)
         loader = DataLoader(
             NumberedRows(rows),
-            batch_size=self._train_batch_size,
-            sampler=self._get_train_sampler(rows),
+            batch_size=self._share,
+            sampler=sampler,
             collate_fn=NumberedCollator(collate),
             drop_last=args.dataloader_drop_last,
             num_workers=args.dataloader_num_workers,
@@ -129,6 +142,19 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         prepared: DataLoader[Any] = self.accelerator.prepare(loader)
         return prepared
 
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; nothing is left over from an earlier call, even one that stopped in the middle."""
+        self._step, self._saved_state, self._candidates, self._forecast = None, {}, None, None
+        self._micro, self._divisor, self._meter = 0, 0.0, Meter()
+        self._target_seen = np.zeros(len(self.target_dataset), dtype=np.bool_)
+        if self._log_candidates and not resume_from_checkpoint:
+            refuse_earlier_parts(self._candidates_folder())
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """Candidates of one update, by which the Trainer counts samples."""
+        return int(self._share * args.gradient_accumulation_steps * world_size())
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One choice; after the last of an update, its gradient stands in the parameters. The choice's mean loss."""
         model.train()
@@ -138,6 +164,7 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         self._compare_forecast()
         inputs = dict(self._prepare_inputs(inputs))
         rows: Tensor = inputs.pop(ROWS)
+        self._check_count(len(rows))
         most = self.args.per_device_train_batch_size
         candidates = to_batches(inputs, rows, most_rows=most)
         number = self.state.global_step * self.args.gradient_accumulation_steps + self._micro
@@ -173,22 +200,47 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
             param.grad.copy_(add_up(param.grad)).div_(self._divisor)
         self._micro, self._divisor = 0, 0.0
         gradient = {name: param.grad for name, param in step.params.items() if param.grad is not None}
-        step.observe(gradient, self.optimizer)
+        if step.remembers:
+            step.observe(gradient, self.optimizer, clipped=clip_factor(gradient, self.args.max_grad_norm))
         due = self._forecast_every and (self.state.global_step + 1) % self._forecast_every == 0
-        if due and proposal.target_gradient is not None and proposal.target_loss is not None and self._is_adamw():
-            decay = {
-                id(p): float(group["weight_decay"]) for group in self.optimizer.param_groups for p in group["params"]
-            }
-            drop = predicted_drop(
-                proposal.target_gradient,
-                gradient,
-                step.params,
-                read_adam(self.optimizer, step.params),
-                learning_rate=learning_rate(self.optimizer),
-                decay={name: decay[id(param)] for name, param in step.params.items()},
-                clip=self.args.max_grad_norm if self.args.max_grad_norm else None,
+        if due and proposal.target_gradient is not None and proposal.target_loss is not None:
+            moments = self._moments_to_forecast_with(step)
+            if moments is not None:
+                drop = predicted_drop(
+                    proposal.target_gradient,
+                    gradient,
+                    step.params,
+                    moments,
+                    learning_rate=learning_rate(self.optimizer),
+                    clipped=clip_factor(gradient, self.args.max_grad_norm),
+                )
+                self._forecast = (target, proposal.target_loss, drop)
+
+    def _moments_to_forecast_with(self, step: OnlineStep) -> dict[str, AdamMoments] | None:
+        """None, and a line in the log, for an optimizer whose next step is not known from Adam's moments."""
+        try:
+            moments = read_adam(self.optimizer, step.params)
+        except Unsupported as error:
+            self._say_once(f"no forecast of the target loss: {error}")
+            return None
+        if any(state.largest_exp_avg_sq is not None for state in moments.values()):
+            self._say_once("no forecast of the target loss: it is not defined for AMSGrad")
+            return None
+        return moments
+
+    def _check_count(self, here: int) -> None:
+        """Candidates are as many as asked for, or what is left of the data at the end of an epoch."""
+        asked, found = self._share * world_size(), sum(counts_of_all(here))
+        if found != asked and found != self._rows_of_an_epoch % asked:
+            raise InvalidInput(
+                f"a choice was given {found} candidates where keep x oversample = {asked}; let the trainer make its "
+                "own data loader, without split_batches"
             )
-            self._forecast = (target, proposal.target_loss, drop)
+
+    def _say_once(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            logger.warning(message)
 
     def _mean_loss(self, proposal: Proposal) -> float:
         """Of the choice, as the update weighs it; of the target rows if those were trained on."""
@@ -208,32 +260,48 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         self._forecast = None
         with torch.no_grad(), self.compute_loss_context_manager():
             losses = [per_sample_losses(self._online_step().model, batch.to(self.args.device)) for batch in batches]
-        sums = add_up(torch.stack([torch.cat(losses).double().sum().cpu(), torch.tensor(_rows(batches)).double()]))
+        here = sum(float(part.double().sum()) for part in losses)  # 0 in a process without target rows
+        sums = add_up(torch.tensor([here, _rows(batches)], dtype=torch.float64))
         self._meter.note("predicted_drop", predicted)
         self._meter.note("realised_drop", before - float(sums[0] / sums[1]))
 
     def _record(self, proposal: Proposal, candidates: list[Batch], number: int) -> None:
         places = gather_rows(torch.cat([batch.rows.cpu() for batch in candidates])).numpy()
-        names = self.train_dataset.column_names if isinstance(self.train_dataset, datasets.Dataset) else []
-        known = self.train_dataset["source"] if "source" in names else None
-        sources = [None if known is None else str(known[int(place)]) for place in places]
+        numbers, sources = self._in_the_log(places)
         self._meter.add(proposal, sources)
-        seen = min((number + 1) * self._target_count, len(self.target_dataset))
         if proposal.target_loss is not None:
-            self._meter.note("target_rows_seen", float(seen))
+            self._target_seen[self._target_places(number)] = True
+            self._meter.note("target_rows_seen", float(self._target_seen.sum()))
         if proposal.choice.fallback is not None:
-            logger.info("update %d: %s; weights are equal", self.state.global_step + 1, proposal.choice.fallback)
+            self._say_once(
+                f"{proposal.choice.fallback}, so weights were equal, first in update {self.state.global_step + 1}; "
+                "'selection/fallback' in the log is the share of such choices"
+            )
         if self._log_candidates and is_main():
             step = self.state.global_step + 1
             if self._candidates is None:
-                self._candidates = CandidateLog(Path(self.args.output_dir, _CANDIDATES), first_step=step)
-            self._candidates.add(proposal, step=step, choice=number, rows=places, sources=sources)
+                self._candidates = CandidateLog(self._candidates_folder(), first_step=step)
+            self._candidates.add(proposal, step=step, choice=number, rows=numbers, sources=sources)
+
+    def _in_the_log(self, places: IntArray) -> tuple[IntArray, list[str | None]]:
+        """Under which numbers rows of the training data are logged, and where they come from, as far as it says so."""
+        if self._sources is None:
+            rows = self.train_dataset
+            has_them = isinstance(rows, datasets.Dataset) and "source" in rows.column_names
+            found = rows["source"] if has_them else [None] * len(rows)
+            self._sources = [None if source is None else str(source) for source in found]
+        return places, [self._sources[int(place)] for place in places]
+
+    def _candidates_folder(self) -> Path:
+        return Path(self.args.output_dir, _CANDIDATES)
+
+    def _target_places(self, number: int) -> IntArray:
+        """All target rows of a choice."""
+        return target_positions(number, count=self._target_count, total=len(self.target_dataset), seed=self.args.seed)
 
     def _target_batches(self, number: int) -> list[Batch]:
         """This process's share of the target rows of a choice."""
-        positions = target_positions(
-            number, count=self._target_count, total=len(self.target_dataset), seed=self.args.seed
-        )[rank() :: world_size()]
+        positions = self._target_places(number)[rank() :: world_size()]
         if not len(positions):
             return []
         collate = self._get_collator_with_removed_columns(self.data_collator, description="target")
@@ -242,8 +310,12 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
 
     def _online_step(self) -> OnlineStep:
         if self._step is None:
-            self._step = OnlineStep(self.accelerator.unwrap_model(self.model), self.selection, self._step_settings)
+            model = self.accelerator.unwrap_model(self.model)
+            self._step = OnlineStep(model, self.selection, self._step_settings)
             self._step.load_state_dict(self._saved_state)
+            dropout = dropout_of(model)
+            if dropout is not None:
+                self._say_once(f"{dropout}, but dropout is off in online steps: rows must be compared by one model")
         return self._step
 
     def _prepared_target(self, rows: Any) -> Any:
@@ -251,61 +323,46 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
             raise InvalidInput("target_dataset must hold at least one row of the task that training should help")
         return rows
 
-    def _is_adamw(self) -> bool:
-        inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        return isinstance(inner, torch.optim.AdamW) and not any(group["amsgrad"] for group in inner.param_groups)
-
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """The Trainer's, and what the selection remembers."""
         self._flush()
         super()._save_checkpoint(*args, **kwargs)
         state = {} if self._step is None else self._step.state_dict()
-        if state and self.args.should_save:
+        state[_TARGET_SEEN] = torch.from_numpy(self._target_seen)
+        if self.args.should_save:
             folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
             save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, folder / _STATE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        self._step, self._saved_state, self._candidates, self._forecast = None, {}, None, None
         if checkpoint is not None and Path(checkpoint, _STATE).is_file():
             self._saved_state = load_file(Path(checkpoint, _STATE))
-
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        self._flush()
-        return super()._finalize_training(*args, **kwargs)
+            seen = self._saved_state.pop(_TARGET_SEEN).numpy()
+            if seen.shape != self._target_seen.shape:
+                raise InvalidInput(
+                    f"{checkpoint} is of a run with {len(seen)} target rows and target_dataset has "
+                    f"{len(self._target_seen)}; resume with the same target_dataset"
+                )
+            self._target_seen = seen
 
     def _flush(self) -> None:
         if self._candidates is not None:
             self._candidates.flush()
 
-    def _check_trainer(self) -> None:
-        """Refuse what would make rows inseparable, or the gradient another than the one chosen."""
-        args = self.args
-        refused = {
-            "fp16": (args.fp16, "loss scaling is not part of a gradient made of factors; use bf16"),
-            "deepspeed": (bool(args.deepspeed), "sharded parameters are not supported yet; use plain DDP"),
-            "fsdp": (bool(args.fsdp), "sharded parameters are not supported yet; use plain DDP"),
-            "auto_find_batch_size": (args.auto_find_batch_size, "set per_device_train_batch_size to what fits"),
-            "label_smoothing_factor": (args.label_smoothing_factor != 0, "the loss is plain cross-entropy"),
-            "neftune_noise_alpha": (args.neftune_noise_alpha is not None, "noise would be part of every gradient"),
-            "use_liger_kernel": (args.use_liger_kernel, "its fused layers hide the factors of gradients"),
-            "torch_compile": (args.torch_compile, "compiled graphs hide the factors of gradients"),
-            "compute_loss_func": (self.compute_loss_func is not None, "the loss is plain cross-entropy"),
-            "packing": (getattr(args, "packing", False), "packed rows cannot be told apart"),
-            "padding_free": (getattr(args, "padding_free", False), "joined rows cannot be told apart"),
-            "loss_type": (getattr(args, "loss_type", "nll") not in ("nll", None), "the loss is plain cross-entropy"),
-        }  # fmt: skip
-        for name, (found, why) in refused.items():
-            if found:
-                raise Unsupported(f"{name} does not go with online selection: {why}")
-        if args.n_gpu > 1:
-            raise Unsupported(
-                "several GPUs in one process do not go with online selection; launch one process for each"
-            )
-
 
 class OnlineTrainer(OnlineMixin, Trainer):  # type: ignore[misc]  # transformers has no types here
     """``transformers.Trainer`` that chooses and weights its training data at every step; see ``OnlineMixin``."""
+
+
+class _AtTheEnd(TrainerCallback):  # type: ignore[misc]  # transformers has no types here
+    """Calls ``finish`` when training ends: a hook that all versions of the Trainer have."""
+
+    def __init__(self, finish: Callable[[], None]) -> None:
+        self._finish = finish
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Training has ended."""
+        self._finish()
 
 
 def _rows(batches: list[Batch]) -> int:
