@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -403,6 +406,14 @@ ABLATIONS = {
     "ours": FilterThenWeight.paper(keep=2, oversample=3),
     "full data": Full(keep=2, oversample=3),
 }
+
+
+def test_the_guides_table_of_ablations_is_what_is_tested() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "online.md").read_text()
+    rows = re.findall(r"^\| (\d)\. [^|]*\| `([^`]*)` \|", guide, flags=re.MULTILINE)
+    assert [int(number) for number, _ in rows] == list(range(1, 9))
+    names = {"p": partial(FilterThenWeight.paper, keep=2, oversample=3), "Full": partial(Full, keep=2, oversample=3)}
+    assert [eval(code, names) for _, code in rows] == list(ABLATIONS.values())
 
 
 @pytest.mark.parametrize("name", list(ABLATIONS))

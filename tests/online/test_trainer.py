@@ -331,8 +331,7 @@ def test_a_row_without_source_has_none_in_the_log(tmp_path: Path) -> None:
     trainer.train()
     for row in read_candidates(tmp_path / "candidates").to_pylist():
         assert row["source"] == sources[row["row"]]
-    assert trainer._in_the_log(np.array([1]))[1] is not trainer._in_the_log(np.array([1]))[1]
-    assert trainer._sources == sources  # read once
+    assert trainer._source_of_row == sources  # read once
 
 
 def test_what_is_done_in_another_way_than_asked_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -113,7 +113,7 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         self._meter = Meter()
         self._said: set[str] = set()  # what is logged once
         self._candidates: CandidateLog | None = None
-        self._sources: list[str | None] | None = None  # of all rows, once they were asked for
+        self._source_of_row: list[str | None] | None = None  # of all rows, once they were asked for
         self._forecast: tuple[list[Batch], float, float] | None = None  # target batches, their loss, the predicted drop
         self.add_callback(_AtTheEnd(self._flush))
 
@@ -148,7 +148,7 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         self._micro, self._divisor, self._meter = 0, 0.0, Meter()
         self._target_seen = np.zeros(len(self.target_dataset), dtype=np.bool_)
         if self._log_candidates and not resume_from_checkpoint:
-            refuse_earlier_parts(self._candidates_folder())
+            self._refuse_earlier_candidates()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_total_train_batch_size(self, args: Any) -> int:
@@ -285,15 +285,18 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
 
     def _in_the_log(self, places: IntArray) -> tuple[IntArray, list[str | None]]:
         """Under which numbers rows of the training data are logged, and where they come from, as far as it says so."""
-        if self._sources is None:
+        if self._source_of_row is None:
             rows = self.train_dataset
             has_them = isinstance(rows, datasets.Dataset) and "source" in rows.column_names
             found = rows["source"] if has_them else [None] * len(rows)
-            self._sources = [None if source is None else str(source) for source in found]
-        return places, [self._sources[int(place)] for place in places]
+            self._source_of_row = [None if source is None else str(source) for source in found]
+        return places, [self._source_of_row[int(place)] for place in places]
 
     def _candidates_folder(self) -> Path:
         return Path(self.args.output_dir, _CANDIDATES)
+
+    def _refuse_earlier_candidates(self) -> None:
+        refuse_earlier_parts(self._candidates_folder())
 
     def _target_places(self, number: int) -> IntArray:
         """All target rows of a choice."""
