@@ -39,8 +39,8 @@ from tamis.score.features import (
 from tamis.score.matrix import with_columns
 from tamis.score.warmup import warmup_points, warmup_training
 from tamis.seeds import child_seed, random_subset
-from tamis.train.checkpoints import Moments, read_moments
-from tamis.train.loop import TrainSettings
+from tamis.training.checkpoints import Moments, read_moments
+from tamis.training.loop import TrainSettings
 from tamis.types import Batch, IntArray, LayerSpec, TargetScores
 
 __all__ = ["Less", "moment_vectors"]

@@ -16,9 +16,9 @@ from tamis.model.load import ModelSettings
 from tamis.model.source import resolve_source
 from tamis.model.targets import has_adapter
 from tamis.seeds import child_seed
-from tamis.train.loop import Spent, TrainSettings, num_steps
-from tamis.train.lora import add_lora, train_adapter
-from tamis.train.warmup import warmup
+from tamis.training.loop import Spent, TrainSettings, num_steps
+from tamis.training.lora import add_lora, train_adapter
+from tamis.training.warmup import warmup
 from tamis.types import IntArray
 
 __all__ = ["WarmupPoint", "warmup_points", "warmup_training"]
