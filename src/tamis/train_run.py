@@ -26,7 +26,7 @@ from tamis.disk import check_writable, disk_errors
 from tamis.errors import InvalidSettings
 from tamis.identity import file_sha256, text_sha256
 from tamis.manifest import versions
-from tamis.model.load import model_fingerprint, template_text
+from tamis.model.load import model_fingerprint, no_progress_bars, template_text
 from tamis.model.memory import is_out_of_memory
 from tamis.model.processes import barrier, is_main, world_size
 from tamis.online.account import forecast_correlation, read_account
@@ -51,7 +51,7 @@ from tamis.train_setup import (
 )
 from tamis.types import IntArray
 
-__all__ = ["TrainResult", "train_from_settings"]
+__all__ = ["TrainResult", "num_updates", "train_from_settings"]
 
 logger = logging.getLogger(__name__)
 
@@ -134,15 +134,21 @@ def train_from_settings(
 
     rendered = render_corpora(sources, settings, store=out / "store", progress=progress)
     rows = _split(sources, rendered, settings)
-    _check_candidates(rows.pool, method, settings)
+    _check_candidates(rows.pool, method)
+    total = num_updates(settings, pool_rows=len(rows.pool), candidates=method.keep * method.oversample)
     warnings = [*rendered.warnings, *rows.warnings]
+    if method.cold_start >= total:
+        warnings.append(
+            f"all {total} updates are uniform draws: {method.name} starts after {method.cold_start}; give more steps, "
+            "or lower its cold_start"
+        )
     for sentence in warnings:
         logger.warning("%s", sentence)
     if method.name == "target-only":  # the trainer says so when it starts
         warnings.append("target-only trains on the target rows themselves, which memorises small targets")
     if is_main():
         write_skipped(out / "skipped.jsonl", rendered.skipped)
-    run = _Run(settings=settings, method=method, dtype=dtype, out=out, rendered=rendered, rows=rows)
+    run = _Run(settings=settings, method=method, dtype=dtype, out=out, rendered=rendered, rows=rows, total=total)
     done = run.train(progress)
     if is_main():
         check_claim(out, identity)
@@ -241,7 +247,7 @@ def _held_out_count(rows: int, name: str, settings: TrainRunSettings) -> int:
     return count
 
 
-def _check_candidates(pool: IntArray, method: Method, settings: TrainRunSettings) -> None:
+def _check_candidates(pool: IntArray, method: Method) -> None:
     wanted = method.keep * method.oversample
     if len(pool) < wanted:
         raise InvalidSettings(
@@ -269,6 +275,7 @@ class _Run:
     out: Path
     rendered: Rendered
     rows: _RunRows
+    total: int  # updates
 
     def train(self, progress: Progress) -> dict[str, Any]:
         """Train to the end from wherever the folder stands, write the model; the manifest's part about it.
@@ -276,10 +283,7 @@ class _Run:
         Raises:
             InvalidSettings: a forward pass does not fit in memory.
         """
-        settings, checkpoints = self.settings, self.out / "checkpoints"
-        total = num_updates(
-            settings, pool_rows=len(self.rows.pool), candidates=self.method.keep * self.method.oversample
-        )
+        settings, total, checkpoints = self.settings, self.total, self.out / "checkpoints"
         found = whole_checkpoints(checkpoints)
         start = found[-1] if found else None
         barrier()  # everybody has looked
@@ -296,7 +300,7 @@ class _Run:
                 patience=settings.patience,
                 advance=advance,
             )
-            trainer = self._trainer(opened.model, opened.pad_id, total, callback)
+            trainer = self._trainer(opened.model, opened.pad_id, callback)
             if start is None:
                 before = trainer.held_out_losses()
                 if is_main():
@@ -305,7 +309,7 @@ class _Run:
                 logger.info("going on from update %d of %d", start.step, total)
                 advance(start.step)
             try:
-                steps, stopped = self._to_the_end(trainer, start, total)
+                steps, stopped = self._to_the_end(trainer, start)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -315,7 +319,8 @@ class _Run:
                 ) from error
         after = trainer.held_out_losses()
         if is_main():
-            append_log(self.out / "log.jsonl", {**{f"final_{k}": v for k, v in after.items()}, "step": steps})
+            if after:
+                append_log(self.out / "log.jsonl", {**{f"final_{k}": v for k, v in after.items()}, "step": steps})
             self._write_model(trainer, opened.tokenizer)
         barrier()
         return {
@@ -324,7 +329,7 @@ class _Run:
             "cost": self._cost(trainer, callback.seconds),
         }
 
-    def _trainer(self, model: Any, pad_id: int, total: int, callback: RunCallback) -> RunTrainer:
+    def _trainer(self, model: Any, pad_id: int, callback: RunCallback) -> RunTrainer:
         settings, rows, rendered = self.settings, self.rows, self.rendered
         examples = rendered.pool.examples
         index = examples.source_index[rows.pool]
@@ -335,7 +340,7 @@ class _Run:
             )
         trainer = RunTrainer(
             model=model,
-            args=training_arguments(settings, total=total, dtype=self.dtype, out=self.out),
+            args=training_arguments(settings, total=self.total, dtype=self.dtype, out=self.out),
             train_dataset=TokenRows(rendered.pool, rows.pool),
             target_dataset=TokenRows(rendered.target, rows.target),
             data_collator=PaddingCollator(pad_id),
@@ -351,8 +356,9 @@ class _Run:
         trainer.remove_callback(PrinterCallback)  # it prints every entry, which the log has
         return trainer
 
-    def _to_the_end(self, trainer: RunTrainer, start: WholeCheckpoint | None, total: int) -> tuple[int, bool]:
+    def _to_the_end(self, trainer: RunTrainer, start: WholeCheckpoint | None) -> tuple[int, bool]:
         """Updates done, and whether the run stopped before all were."""
+        total = self.total
         if start is not None:
             state = json.loads((start.folder / "trainer_state.json").read_text(encoding="utf-8"))
             stopped = is_stopped(state["log_history"], self.settings.patience)
@@ -360,13 +366,14 @@ class _Run:
                 best = state["best_model_checkpoint"] if self.settings.patience is not None else None
                 trainer._load_from_checkpoint(str(start.folder if best is None else best))
                 return start.step, start.step < total
-        trainer.train(resume_from_checkpoint=None if start is None else str(start.folder))
+        with no_progress_bars():
+            trainer.train(resume_from_checkpoint=None if start is None else str(start.folder))
         return trainer.state.global_step, trainer.state.global_step < total
 
     def _write_model(self, trainer: RunTrainer, tokenizer: Any) -> None:
         folder, partial = self.out / "model", self.out / ".model.tmp"
         model = trainer.accelerator.unwrap_model(trainer.model)
-        with disk_errors(folder):
+        with disk_errors(folder), no_progress_bars():
             for old in (folder, partial):
                 shutil.rmtree(old, ignore_errors=True)
             options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}

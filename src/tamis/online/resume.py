@@ -97,10 +97,11 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_log(path: Path, step: int) -> None:
-    """Take back the entries of updates after ``step``, which are done again; ``-1`` takes back everything.
+    """Take back the entries of updates after ``step``, which are done again, and of the end; ``-1``: everything.
 
     Raises:
         InvalidInput: the disk is full or the folder read-only.
     """
-    kept = [entry for entry in read_log(path) if entry["step"] <= step]
+    ends = ("train_runtime", "final_eval_loss")
+    kept = [e for e in read_log(path) if e["step"] <= step and not any(name in e for name in ends)]
     replace_atomically(path, [(json.dumps(entry) + "\n").encode() for entry in kept])
