@@ -405,7 +405,7 @@ class _Run:
     def _cost(self, trainer: RunTrainer, seconds: float) -> dict[str, Any]:
         """Tokens that went forward and backward through the model; measurements and forecasts are not among them."""
         account = read_account(self.out / "candidates")
-        lengths, target = self.rendered.pool.lengths[self.rows.pool], self.rendered.target.lengths[self.rows.target]
+        lengths, target = self.rendered.pool.lengths, self.rendered.target.lengths[self.rows.target]
         needs = self.method.needs
         looked = account.warm_choices if needs.alignment is not None or needs.target_only else ()
         return {

@@ -273,7 +273,7 @@ def test_training_on_the_target_alone_is_warned_of(
 def test_targets_measure_apart_and_leaks_are_dropped(run: TinyRun, tmp_path: Path) -> None:
     pool = [json.loads(line) for line in run.pool.read_text().splitlines()]
     target = [json.loads(line) for line in run.target.read_text().splitlines()]
-    leaky = [*pool, *target[:3]]
+    leaky = [*target[:3], *pool]
     changes = {"pool": leaky, "target": {"a": target[:5], "b": target[5:]}, "method": "uniform", "steps": 1}
     kept = train(run, tmp_path / "kept", **changes)
     assert kept.manifest["rows"] == {"pool": 43, "target": 8, "held_out": 2, "leaked": 3}
@@ -281,6 +281,9 @@ def test_targets_measure_apart_and_leaks_are_dropped(run: TinyRun, tmp_path: Pat
     assert set(kept.manifest["training"]["held_out_loss_by_target"]) == {"a", "b"}
     dropped = train(run, tmp_path / "dropped", drop_leaks=True, **changes)
     assert dropped.manifest["rows"]["pool"] == 40
+    looked_at = read_candidates(tmp_path / "dropped" / "candidates").to_pylist()
+    sources = ["target"] * 3 + [row["source"] for row in pool[:-2]] + ["sums", "talk"]
+    assert all(row["row"] >= 3 and row["source"] == sources[row["row"]] for row in looked_at)
     measured = train(run, tmp_path / "measured", **{**changes, "target": target[:6], "eval_target": target[6:]})
     assert measured.manifest["rows"]["target"] == 6 and measured.manifest["rows"]["held_out"] == 4
     assert "run.yaml cannot bring back" in measured.manifest["command"]
@@ -311,6 +314,26 @@ def test_what_cannot_be_is_refused_in_one_line(
     with pytest.raises(error, match=message) as caught:
         train(run, tmp_path / "out", **changes)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_bfloat16_computes_and_float32_is_kept(run: TinyRun, tmp_path: Path, tune: str) -> None:
+    settings = {"method": "tilt", "set": {"cold_start": 1}, "steps": 3, "gradient_checkpointing": True, "tune": tune}
+    result = train(run, tmp_path / "out", dtype="bfloat16", **settings)
+    assert result.manifest["models"][0]["dtype"] == ("bfloat16" if tune == "lora" else "float32")
+    assert result.manifest["models"][0]["computes_in"] == "bfloat16"
+    exact = train(run, tmp_path / "exact", dtype="float32", **settings)
+    found, expected = weights(tmp_path / "out"), weights(tmp_path / "exact")
+    assert all(tensor.dtype == torch.float32 for tensor in found.values())
+    assert not all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    losses = [one.summary()["held_out_loss"]["after"] for one in (result, exact)]
+    assert losses[0] == pytest.approx(losses[1], abs=0.02)
+
+
+def test_a_method_that_would_never_start_is_warned_of(run: TinyRun, tmp_path: Path) -> None:
+    result = train(run, tmp_path / "out", method="tilt", steps=None, epochs=0.5)
+    assert result.summary()["steps"] == 3  # half of the 5 choices that 40 rows make, 8 at a time
+    assert any("all 3 updates are uniform draws: tilt starts after 10" in sentence for sentence in result.warnings)
 
 
 def test_a_target_too_small_to_hold_rows_out_is_refused(run: TinyRun, tmp_path: Path) -> None:

@@ -37,13 +37,28 @@ class RunTrainer(OnlineTrainer):
     """``OnlineTrainer`` whose evaluation is the mean loss of held-out target rows, every row counting alike.
 
     Unlike the Trainer's, which averages over batches, that number depends neither on batches nor on processes.
+    Candidates are logged under their numbers in the corpus that ``train_dataset`` is taken from.
+
+    Args:
+        train_dataset: the candidates.
+        sources: of each of them.
+        candidates_folder: where their fate is logged.
+        held_out: what to measure, None for nothing.
     """
 
     def __init__(
-        self, *args: Any, candidates_folder: Path, sources: Sequence[str], held_out: HeldOut | None, **kwargs: Any
+        self,
+        *,
+        train_dataset: TokenRows,
+        sources: Sequence[str],
+        candidates_folder: Path,
+        held_out: HeldOut | None,
+        **kwargs: Any,
     ) -> None:
-        self._folder_of_candidates, self._sources, self._held_out = candidates_folder, sources, held_out
-        super().__init__(*args, eval_dataset=None if held_out is None else held_out.rows, **kwargs)
+        self._pool_rows, self._sources = train_dataset, sources
+        self._folder_of_candidates, self._held_out = candidates_folder, held_out
+        measured = None if held_out is None else held_out.rows
+        super().__init__(train_dataset=train_dataset, eval_dataset=measured, **kwargs)
 
     def held_out_losses(self) -> dict[str, float]:
         """``eval_loss``, and ``eval_loss/NAME`` for each of several targets; empty without held-out rows."""
@@ -79,8 +94,8 @@ class RunTrainer(OnlineTrainer):
         """Places in the target of the rows that ``choice`` looks at."""
         return target_positions(choice, count=self._target_count, total=len(self.target_dataset), seed=self.args.seed)
 
-    def _sources_of(self, places: IntArray) -> list[str | None]:
-        return [self._sources[int(place)] for place in places]
+    def _in_the_log(self, places: IntArray) -> tuple[IntArray, list[str | None]]:
+        return self._pool_rows.rows[places], [self._sources[int(place)] for place in places]
 
     def _candidates_folder(self) -> Path:
         return self._folder_of_candidates

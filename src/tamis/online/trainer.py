@@ -214,7 +214,7 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
 
     def _record(self, proposal: Proposal, candidates: list[Batch], number: int) -> None:
         places = gather_rows(torch.cat([batch.rows.cpu() for batch in candidates])).numpy()
-        sources = self._sources_of(places)
+        numbers, sources = self._in_the_log(places)
         self._meter.add(proposal, sources)
         seen = min((number + 1) * self._target_count, len(self.target_dataset))
         if proposal.target_loss is not None:
@@ -225,13 +225,13 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
             step = self.state.global_step + 1
             if self._candidates is None:
                 self._candidates = CandidateLog(self._candidates_folder(), first_step=step)
-            self._candidates.add(proposal, step=step, choice=number, rows=places, sources=sources)
+            self._candidates.add(proposal, step=step, choice=number, rows=numbers, sources=sources)
 
-    def _sources_of(self, places: IntArray) -> list[str | None]:
-        """Where these rows of the training data come from, as far as it says so."""
+    def _in_the_log(self, places: IntArray) -> tuple[IntArray, list[str | None]]:
+        """Under which numbers rows of the training data are logged, and where they come from, as far as it says so."""
         names = self.train_dataset.column_names if isinstance(self.train_dataset, datasets.Dataset) else []
         known = self.train_dataset["source"] if "source" in names else None
-        return [None if known is None else str(known[int(place)]) for place in places]
+        return places, [None if known is None else str(known[int(place)]) for place in places]
 
     def _candidates_folder(self) -> Path:
         return Path(self.args.output_dir, _CANDIDATES)
