@@ -29,7 +29,7 @@ from tamis.manifest import versions
 from tamis.model.load import model_fingerprint, no_progress_bars, template_text
 from tamis.model.memory import is_out_of_memory
 from tamis.model.processes import barrier, is_main, world_size
-from tamis.online.account import forecast_correlation, read_account
+from tamis.online.account import fallback_share, forecast_correlation, read_account
 from tamis.online.by_name import make_method
 from tamis.online.choice import Method
 from tamis.online.resume import WholeCheckpoint, append_log, cut_log, read_log, remove_after, whole_checkpoints
@@ -78,7 +78,7 @@ class TrainResult:
         return {
             "method": self.manifest["method"]["name"],
             "was_finished": self.was_finished,
-            **{key: done[key] for key in ("steps", "stopped_early", "candidates", "distinct_rows")},
+            **{key: done[key] for key in ("steps", "stopped_early", "candidates", "distinct_rows", "fallback_share")},
             "held_out_loss": done["held_out_loss"],
             "predicted_vs_realised_drop": done["predicted_vs_realised_drop"],
             "share_by_source": done["share_by_source"],
@@ -396,6 +396,7 @@ class _Run:
             "distinct_candidates": account.distinct_candidates,
             "kept": account.kept,
             "distinct_rows": account.distinct_rows,
+            "fallback_share": fallback_share(log),
             "share_by_source": account.share_by_source,
             "held_out_loss": measured["all"] if measured else None,
             "held_out_loss_by_target": {name: value for name, value in measured.items() if name != "all"},

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tamis.online.account import forecast_correlation, read_account
+from tamis.online.account import fallback_share, forecast_correlation, read_account
 from tamis.online.choice import Choice
 from tamis.online.fate import CandidateLog
 from tamis.online.step import Proposal
@@ -52,3 +52,10 @@ def test_forecasts_are_correlated_where_there_are_three_pairs_with_a_spread() ->
     assert forecast_correlation([entry(1.0, x) for x in (1.0, 2.0, 3.0)]) == (None, 3)
     bent = forecast_correlation([entry(1, 1), entry(2, 3), entry(3, 2)])
     assert bent == (pytest.approx(0.5), 3)
+
+
+def test_fallbacks_count_by_the_updates_that_an_entry_stands_for() -> None:
+    log = [{"step": 0}, {"step": 4, "selection/fallback": 0.5}, {"step": 4, "eval_loss": 1.0}]
+    assert fallback_share(log) == 0.5
+    assert fallback_share([*log, {"step": 5, "selection/fallback": 0.0}]) == pytest.approx(2 / 5)
+    assert fallback_share([{"step": 0}]) == 0.0

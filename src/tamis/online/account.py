@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from tamis.online.fate import read_candidates
 from tamis.types import IntArray
 
-__all__ = ["Account", "forecast_correlation", "read_account"]
+__all__ = ["Account", "fallback_share", "forecast_correlation", "read_account"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,3 +65,13 @@ def forecast_correlation(log: Sequence[Mapping[str, Any]]) -> tuple[float | None
     if len(pairs) < 3 or not all(np.ptp(column) > 0 for column in np.array(pairs).T):
         return None, len(pairs)
     return float(np.corrcoef(np.array(pairs).T)[0, 1]), len(pairs)
+
+
+def fallback_share(log: Sequence[Mapping[str, Any]]) -> float:
+    """Share of the choices in which the method could not do what it does and did something simpler.
+
+    Log entries average over the choices since the one before, so each counts by the updates that it stands for.
+    """
+    entries = [(entry["step"], entry["selection/fallback"]) for entry in log if "selection/fallback" in entry]
+    spans = np.diff([0, *(step for step, _ in entries)])
+    return float(np.average([share for _, share in entries], weights=spans)) if entries else 0.0

@@ -220,7 +220,7 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         if proposal.target_loss is not None:
             self._meter.note("target_rows_seen", float(seen))
         if proposal.choice.fallback is not None:
-            logger.info("update %d: %s; weights are equal", self.state.global_step + 1, proposal.choice.fallback)
+            logger.debug("update %d: %s; weights are equal", self.state.global_step + 1, proposal.choice.fallback)
         if self._log_candidates and is_main():
             step = self.state.global_step + 1
             if self._candidates is None:
