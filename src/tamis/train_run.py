@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,11 +15,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import PrinterCallback
 
 from tamis.config import write_config
-from tamis.corpora import Rendered, Sources, leaked_rows, model_settings, read_sources, render_corpora, write_skipped
+from tamis.corpora import Rendered, model_settings, read_sources, render_corpora, write_skipped
 from tamis.data.rows import Rows
 from tamis.disk import check_writable, disk_errors
 from tamis.errors import InvalidSettings
@@ -39,8 +37,8 @@ from tamis.online.step import StepSettings
 from tamis.outputs import check_claim, claim_folder, write_json
 from tamis.progress import NoProgress
 from tamis.protocols import Progress
-from tamis.seeds import child_seed, random_permutation
-from tamis.settings import TrainRunSettings, target_parts, to_dict
+from tamis.settings import TrainRunSettings, to_dict
+from tamis.train_rows import RunRows, check_candidates, measuring_targets, num_updates, split_rows
 from tamis.train_setup import (
     check_device,
     check_reports,
@@ -49,16 +47,14 @@ from tamis.train_setup import (
     open_model,
     training_arguments,
 )
-from tamis.types import IntArray
 
-__all__ = ["TrainResult", "num_updates", "train_from_settings"]
+__all__ = ["TrainResult", "train_from_settings"]
 
 logger = logging.getLogger(__name__)
 
 # Settings that cannot change the weights; all others make a folder the folder of one run.
 _FREE_SETTINGS = ("out", "save_steps", "log_steps", "forecast_every", "report_to", "on_bad_row")
 _KNOWN_BY_CONTENT = ("model", "revision", "chat_template")
-_MEASURES = " (measures)"  # ends the names of targets that only measure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +109,7 @@ def train_from_settings(
     check_tuning(settings)
     fingerprint = model_fingerprint(model_settings(settings))
     # Rows that measure are read like target rows, as targets of their own.
-    measuring = [f"{name}{_MEASURES}={path}" for name, path in map(target_parts, settings.eval_target)]
-    sources = read_sources(replace(settings, target=(*settings.target, *measuring)), held)
+    sources = read_sources(replace(settings, target=(*settings.target, *measuring_targets(settings))), held)
     identity = {
         "tamis": metadata.version("tamis"),
         "model": fingerprint,
@@ -133,14 +128,14 @@ def train_from_settings(
         return _result(out, was_finished=True)
 
     rendered = render_corpora(sources, settings, store=out / "store", progress=progress)
-    rows = _split(sources, rendered, settings)
-    _check_candidates(rows.pool, method)
+    rows = split_rows(sources, rendered, settings)
+    check_candidates(rows.pool, method)
     total = num_updates(settings, pool_rows=len(rows.pool), candidates=method.keep * method.oversample)
     warnings = [*rendered.warnings, *rows.warnings]
     if method.cold_start >= total:
         warnings.append(
-            f"all {total} updates are uniform draws: {method.name} starts after {method.cold_start}; give more steps, "
-            "or lower its cold_start"
+            f"{method.name} never starts: it waits for {method.cold_start} updates and the run has {total}; give more "
+            "steps, or lower its cold_start"
         )
     for sentence in warnings:
         logger.warning("%s", sentence)
@@ -173,99 +168,6 @@ def train_from_settings(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _RunRows:
-    """Which rows do what; positions in their corpora."""
-
-    pool: IntArray  # candidates
-    target: IntArray
-    held_out: IntArray  # target rows that only measure
-    held_out_group: IntArray  # for each of them, which of ``names`` it stands for
-    names: tuple[str, ...]
-    leaked: IntArray  # usable pool rows that are target rows, or their prompts are
-    warnings: tuple[str, ...]
-
-
-def _split(sources: Sources, rendered: Rendered, settings: TrainRunSettings) -> _RunRows:
-    """Candidates, target rows, and rows that only measure.
-
-    Raises:
-        InvalidSettings: nothing is left of one of them.
-    """
-    usable = np.flatnonzero(rendered.pool.usable).astype(np.int64)
-    leaked = np.flatnonzero(rendered.pool.usable & leaked_rows(sources)).astype(np.int64)
-    warnings = []
-    pool = usable
-    if settings.drop_leaks:
-        pool = np.setdiff1d(usable, leaked)
-        if not len(pool):
-            raise InvalidSettings(
-                f"--drop-leaks leaves no row to train on: all {len(usable)} usable rows of the pool, or their prompts, "
-                "are target rows too; give target rows that are not in the pool, or train with --keep-leaks"
-            )
-    elif len(leaked):
-        warnings.append(
-            f"{len(leaked)} of {len(usable)} pool rows, or their prompts, are target rows too, which flatters losses "
-            "measured on the target; --drop-leaks leaves them out."
-        )
-    count = len(settings.target)
-    parts: list[tuple[IntArray, IntArray]] = []
-    for group, name in enumerate(sources.target_names):
-        own = rendered.target_rows[rendered.target_group == group]
-        held = len(own) if group >= count else _held_out_count(len(own), name, settings)
-        order = own[random_permutation(child_seed(settings.seed, "held-out target rows", group), len(own))]
-        parts.append((np.sort(order[held:]), np.sort(order[:held])))
-    target, held_out = (np.concatenate([part[side] for part in parts]) for side in (0, 1))
-    # Targets that only measure come after the others; then groups are counted from the first of them.
-    first = count if settings.eval_target else 0
-    group_of = np.repeat(np.arange(len(parts)) - first, [len(part[1]) for part in parts])
-    names = sources.target_names[count:] if settings.eval_target else sources.target_names
-    digests = sources.target.digests
-    shared = len({digests[row] for row in target} & {digests[row] for row in held_out})
-    if shared:
-        warnings.append(
-            f"{shared} rows that measure are target rows too, word for word; measured losses are flattered."
-        )
-    return _RunRows(
-        pool=pool,
-        target=target,
-        held_out=held_out,
-        held_out_group=group_of.astype(np.int64),
-        names=tuple(name.removesuffix(_MEASURES) for name in names),
-        leaked=leaked,
-        warnings=tuple(warnings),
-    )
-
-
-def _held_out_count(rows: int, name: str, settings: TrainRunSettings) -> int:
-    share = settings.held_out_share
-    count = max(1, round(share * rows)) if share else 0
-    if count >= rows:
-        raise InvalidSettings(
-            f"target '{name}' has {rows} usable rows, of which {count} would only measure (held_out={share:g}); give "
-            "more rows, name others by --eval-target, or measure nothing by --held-out 0"
-        )
-    return count
-
-
-def _check_candidates(pool: IntArray, method: Method) -> None:
-    wanted = method.keep * method.oversample
-    if len(pool) < wanted:
-        raise InvalidSettings(
-            f"the pool has {len(pool)} usable rows, fewer than the {method.keep} x {method.oversample} candidates of "
-            "one choice; choose a smaller keep or oversample, or give more rows"
-        )
-
-
-def num_updates(settings: TrainRunSettings, *, pool_rows: int, candidates: int) -> int:
-    """Updates of the run: as given, or as many as the epochs take, the last short batch of each included."""
-    if settings.steps is not None:
-        return settings.steps
-    assert settings.epochs is not None
-    per_epoch = math.ceil(math.ceil(pool_rows / candidates) / settings.accumulation)
-    return math.ceil(settings.epochs * per_epoch)
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Run:
     """The part of a run that needs the model."""
 
@@ -274,7 +176,7 @@ class _Run:
     dtype: str
     out: Path
     rendered: Rendered
-    rows: _RunRows
+    rows: RunRows
     total: int  # updates
 
     def train(self, progress: Progress) -> dict[str, Any]:

@@ -150,6 +150,8 @@ def training_arguments(settings: TrainRunSettings, *, total: int, dtype: str, ou
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(out / "tensorboard"))
         if "logging_dir" in {field.name for field in dataclasses.fields(TrainingArguments)}:
             values["logging_dir"] = os.environ["TENSORBOARD_LOGGING_DIR"]
+    # A launcher's own wish, which the Trainer would follow where the arguments ask for nothing; ours is the setting.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if dtype == "bfloat16" else "no"
     return TrainingArguments(**values)
 
 

@@ -333,7 +333,7 @@ def test_bfloat16_computes_and_float32_is_kept(run: TinyRun, tmp_path: Path, tun
 def test_a_method_that_would_never_start_is_warned_of(run: TinyRun, tmp_path: Path) -> None:
     result = train(run, tmp_path / "out", method="tilt", steps=None, epochs=0.5)
     assert result.summary()["steps"] == 3  # half of the 5 choices that 40 rows make, 8 at a time
-    assert any("all 3 updates are uniform draws: tilt starts after 10" in sentence for sentence in result.warnings)
+    assert any("tilt never starts: it waits for 10 updates" in sentence for sentence in result.warnings)
 
 
 def test_a_target_too_small_to_hold_rows_out_is_refused(run: TinyRun, tmp_path: Path) -> None:
