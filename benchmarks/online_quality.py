@@ -39,7 +39,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import ttest_rel
 from torch import Tensor, nn
-from transformers import TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 import tamis
@@ -192,6 +192,7 @@ def train(
             forecast_every=0,
             log_candidates=False,
         )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
         spent = [0.0]
         trainer.add_callback(_measuring(lambda: held_out_loss(model, held_out), curve, spent, every=max(1, steps // 8)))
         trainer.train()
@@ -206,8 +207,6 @@ def train(
 
 
 def _measuring(measure: Any, curve: list[float], spent: list[float], *, every: int) -> Any:
-    from transformers import TrainerCallback
-
     class Measuring(TrainerCallback):  # type: ignore[misc]  # transformers has no types here
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step % every == 0:
