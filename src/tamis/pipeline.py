@@ -22,8 +22,8 @@ from tamis.collect import Collecting, Task
 from tamis.config import write_config
 from tamis.corpora import Corpora, model_settings, read_corpora, read_sources, write_skipped
 from tamis.errors import InvalidSettings
-from tamis.evaluate.flops import ModelShape, stage_tflops
 from tamis.evaluate.inputs import skeleton
+from tamis.model.flops import ModelShape, stage_tflops
 from tamis.model.load import model_fingerprint
 from tamis.model.processes import barrier, is_main
 from tamis.outputs import claim_folder, file_digest, score_table, write_json, write_scores, write_selected

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from tamis.errors import InvalidSettings
 from tamis.evaluate.devices import ASSUMED_UTILISATION, DEVICES, Rate, assumed_rate
-from tamis.evaluate.flops import Matrix, ModelShape
 from tamis.evaluate.inputs import CorpusSize
 from tamis.evaluate.passes import MethodPlan, MethodQuestion, landmark_tflops, method_plan
+from tamis.model.flops import Matrix, ModelShape
 from tamis.score import METHODS
 
 # A 7B model in round figures: 32 blocks of one 14000 x 15625 matrix each, no head, no attention.

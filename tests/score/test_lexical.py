@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 import tamis.score.lexical as lexical
 from fake_task import FakeCorpus, FakeTask, random_tokens
+from tamis.data.words import words
 from tamis.errors import InvalidSettings
-from tamis.score.lexical import Bm25, WordIndex, words
+from tamis.score.lexical import Bm25, WordIndex
 
 texts = st.lists(st.sampled_from(["the", "cat", "sat", "on", "a", "mat", "dog", "the"]), max_size=9).map(" ".join)
 

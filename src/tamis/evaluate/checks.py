@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from tamis.data.batches import collate
-from tamis.evaluate.flops import FACTORIZED_SIDE
 from tamis.gradients.per_sample import Alignments, mean_gradient, per_sample_features, run_batch
+from tamis.model.flops import FACTORIZED_SIDE
 from tamis.model.loss import per_sample_losses
 from tamis.projection import make_projector
 from tamis.types import Batch, LayerSpec, TokenizedExample

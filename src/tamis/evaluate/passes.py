@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tamis.evaluate.devices import Rate
-from tamis.evaluate.flops import (
+from tamis.evaluate.inputs import CorpusSize
+from tamis.model.flops import (
     FACTORIZED_SIDE,
     ModelShape,
     feature_dim,
@@ -20,7 +21,6 @@ from tamis.evaluate.flops import (
     stage_flops,
     weight_gradient_flops,
 )
-from tamis.evaluate.inputs import CorpusSize
 
 __all__ = ["MethodPlan", "MethodQuestion", "PassPlan", "landmark_tflops", "method_plan"]
 
