@@ -93,7 +93,9 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[5_000, 200_000])
     parser.add_argument("--rank", type=int, default=512)
     parser.add_argument("--ratio", type=float, default=0.3)
-    parser.add_argument("--dtype", choices=("auto", "float32", "float64"), default="auto", help="auto: float64 to 20,000")
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "float64"), default="auto", help="auto: float64 to 20,000"
+    )
     parser.add_argument("--first-order-rows", type=int, default=5_800_000)
     parser.add_argument("--csv", type=Path, default=Path("benchmarks/results/simplex_qp.csv"))
     arguments = parser.parse_args()

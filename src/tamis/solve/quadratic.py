@@ -6,15 +6,24 @@ learning rate η is part of ``Q`` here: the objective is ``-p·w + w·Qw/2 + λ 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tamis.errors import InvalidInput, InvalidSettings
 
-__all__ = ["DenseQuadratic", "Indefinite", "LowRankQuadratic", "clip_negative", "from_landmarks"]
+__all__ = [
+    "DenseQuadratic",
+    "Indefinite",
+    "LandmarkRoot",
+    "LowRankQuadratic",
+    "clip_negative",
+    "landmark_root",
+    "require_convex",
+]
 
 Indefinite = Literal["clip", "refuse"]
 
@@ -130,13 +139,14 @@ class LowRankQuadratic:
         removed = (self._gram_rows & ~free).nonzero()[:, 0]
         # Taking away more than what stays would leave the rounding of the larger matrix in the smaller one.
         if len(added) + len(removed) < len(rows) and 2 * len(removed) <= len(rows):
-            gram = self._gram + self._sum_gram(added) - self._sum_gram(removed)
+            gram = self._gram + self.gram(added) - self.gram(removed)
         else:
-            gram = self._sum_gram(rows)
+            gram = self.gram(rows)
         self._gram, self._gram_rows = gram, free.clone()
         return gram
 
-    def _sum_gram(self, rows: Tensor) -> Tensor:
+    def gram(self, rows: Int[Tensor, " B"]) -> Float[Tensor, "R R"]:
+        """``U_B^T U_B`` in float64 for row numbers B; products within a block are in the dtype of ``U``."""
         gram = torch.zeros(self.u.shape[1], self.u.shape[1], dtype=torch.float64, device=self.device)
         whole = len(rows) == self.size
         for start in range(0, len(rows), _BLOCK_ROWS):
@@ -159,65 +169,76 @@ def clip_negative(q: Float[Tensor, "L L2"]) -> tuple[Float[Tensor, "L L2"], floa
     return clipped.to(q.dtype), _negative_share(values)
 
 
-def from_landmarks(
-    coefficients: Float[Tensor, "N L"],
-    q_landmarks: Float[Tensor, "L L2"],
-    *,
-    eta: float,
-    lam: float = 0.0,
-    indefinite: Indefinite = "clip",
-) -> tuple[LowRankQuadratic, float]:
-    """``η Q̂`` of the whole pool from ``Q_L`` on ℓ landmarks, and the clipped share of ``Q_L``.
+@dataclass(frozen=True, kw_only=True)
+class LandmarkRoot:
+    """``η Q̂ = U S U^T`` with ``U = C @ root``: what landmarks pass on to every row through coefficients C (n, ℓ)."""
 
-    Equation 11 of Influence Distillation: ``Q̂ = (ℓ/n) C Q_L C^T`` with C the (n, ℓ) transfer coefficients and
-    ``Q_L = (1/ℓ) G_L H_T G_L^T``; then ``U = √(ηℓ/n) C V |E|^{1/2}`` with ``Q_L = V E V^T``. Eigenvalues that are zero
-    are left out, so that the rank is at most ℓ. In the dtype of ``coefficients``.
+    root: Float[Tensor, "L R"]
+    signs: Float[Tensor, " R"]  # S, all 1 unless negative eigenvalues were kept
+    clipped_share: float  # Σ|clipped eigenvalues| / Σ|eigenvalues| of Q_L
+
+
+def landmark_root(
+    q_landmarks: Float[Tensor, "L L2"], *, eta: float, pool_size: int, indefinite: Indefinite = "clip"
+) -> LandmarkRoot:
+    """A root of ``η (ℓ/n) Q_L``, so that no more than (n, rank) numbers are ever needed for the pool's Q.
+
+    Equation 11 of Influence Distillation: ``Q̂ = (ℓ/n) C Q_L C^T`` with ``Q_L = (1/ℓ) G_L H_T G_L^T = V E V^T``; then
+    ``root = √(ηℓ/n) V |E|^{1/2}``, eigenvalues that are zero left out. ``U = C root`` is kernel ridge regression with
+    the rows of ``root`` as the landmarks' values: stream it like scores.
 
     Args:
-        coefficients: C.
         q_landmarks: Q_L; only its symmetric part acts.
         eta: the learning rate η, >= 0.
-        lam: λ, read only by ``"refuse"``; with 0 any indefinite ``Q̂`` is refused.
+        pool_size: n.
         indefinite: ``"clip"`` leaves the negative eigenvalues of ``Q_L`` out and reports their share; ``"refuse"``
-            keeps them and raises if the problem is not convex with them.
+            keeps them, for ``require_convex`` to judge together with λ.
 
     Raises:
-        InvalidInput: shapes do not fit, a number is not finite, or ``η λ_min(Q̂) + λ <= 0`` with ``"refuse"``.
+        InvalidInput: the matrix is not square or not finite.
         InvalidSettings: η is negative or ``indefinite`` is unknown.
     """
     if indefinite not in get_args(Indefinite):
         raise InvalidSettings(f"indefinite={indefinite!r} is unknown; choose one of {', '.join(get_args(Indefinite))}")
     if not 0 <= eta < float("inf"):
         raise InvalidSettings(f"the learning rate eta must be 0 or more, got {eta}")
-    n, landmarks = coefficients.shape
-    if q_landmarks.shape != (landmarks, landmarks):
-        raise InvalidInput(f"Q of {landmarks} landmarks must be {landmarks} x {landmarks}, got {q_landmarks.shape}")
-    _check_finite(coefficients, "C")
+    landmarks = q_landmarks.shape[0]
+    if q_landmarks.shape[1] != landmarks:
+        raise InvalidInput(f"Q of {landmarks} landmarks must be square, got {landmarks} x {q_landmarks.shape[1]}")
     _check_finite(q_landmarks, "Q")
     values, vectors = torch.linalg.eigh(((q_landmarks + q_landmarks.T) / 2).double())
-    share = _negative_share(values)
     kept = values.abs() > _RANK_CUTOFF * values.abs().max()
     if indefinite == "clip":
         kept &= values > 0
-    roots = values[kept].abs().sqrt() * (eta * landmarks / n) ** 0.5
-    u = coefficients @ (vectors[:, kept] * roots).to(coefficients.dtype)
-    quadratic = LowRankQuadratic(u, values[kept].sign().to(u.dtype))
+    roots = values[kept].abs().sqrt() * (eta * landmarks / pool_size) ** 0.5
+    dtype = q_landmarks.dtype
+    return LandmarkRoot(
+        root=(vectors[:, kept] * roots).to(dtype),
+        signs=values[kept].sign().to(dtype),
+        clipped_share=_negative_share(values) if indefinite == "clip" else 0.0,
+    )
+
+
+def require_convex(quadratic: LowRankQuadratic, lam: float) -> float:
+    """The smallest eigenvalue of ``Q`` (0 if none is negative), or an error unless Q plus λ is positive definite.
+
+    ``U S U^T`` has the non-zero eigenvalues of the small symmetric matrix ``G^{1/2} S G^{1/2}``, ``G = U^T U``.
+
+    Raises:
+        InvalidInput: ``λ_min(Q) + λ <= 0``.
+    """
+    smallest = 0.0
     if quadratic.signs is not None:
-        _refuse_indefinite(quadratic, lam)
-    return quadratic, 0.0 if indefinite == "refuse" else share
-
-
-def _refuse_indefinite(quadratic: LowRankQuadratic, lam: float) -> None:
-    """U S U^T has the non-zero eigenvalues of the small symmetric matrix ``G^{1/2} S G^{1/2}``, G = U^T U."""
-    gram = quadratic._sum_gram(torch.arange(quadratic.size, device=quadratic.device))
-    values, vectors = torch.linalg.eigh(gram)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    smallest = float(torch.linalg.eigvalsh((root * quadratic._signed(torch.ones_like(root[0]))) @ root).min())
-    if min(smallest, 0.0) + lam <= 0:
+        gram = quadratic.gram(torch.arange(quadratic.size, device=quadratic.device))
+        values, vectors = torch.linalg.eigh(gram)
+        root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+        smallest = min(0.0, float(torch.linalg.eigvalsh((root * quadratic.signs.double()) @ root).min()))
+    if smallest + lam <= 0:
         raise InvalidInput(
             f"the second-order term is indefinite: its smallest eigenvalue {smallest:.3g} plus lambda {lam:.3g} must "
             "be positive; clip the negative eigenvalues, or take a larger lambda or a smaller eta"
         )
+    return smallest
 
 
 def _negative_share(values: Tensor) -> float:

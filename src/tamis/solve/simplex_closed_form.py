@@ -138,7 +138,7 @@ def _sum_above(values: npt.NDArray[np.floating], bound: np.floating) -> float:
     return float((values.astype(np.float64) - float(bound)).sum())
 
 
-def _scaled_margins(p: npt.NDArray[np.floating], bound: np.floating, *, total: float) -> _F64:
+def _scaled_margins(p: npt.NDArray[np.floating], bound: np.floating, *, total: int) -> _F64:
     weights = p.astype(np.float64)
     weights -= float(bound)
     np.maximum(weights, 0, out=weights)
@@ -148,7 +148,7 @@ def _scaled_margins(p: npt.NDArray[np.floating], bound: np.floating, *, total: f
 
 
 def _weights_of_all(
-    p: npt.NDArray[np.floating], *, total: float, status: Status, tied_rows: int
+    p: npt.NDArray[np.floating], *, total: int, status: Status, tied_rows: int
 ) -> Solution[npt.NDArray[np.float64]]:
     """All weights positive: any λ above ``L_n / n``; here the one at which the largest is twice the smallest."""
     smallest, largest = float(p.min()), float(p.max())
@@ -190,7 +190,7 @@ def _stats(
     lam: float,
     interval: tuple[float, float],
     *,
-    total: float,
+    total: int,
     tied_rows: int,
 ) -> dict[str, float | int | str]:
     """The certificate: ``∇f·w - total · min ∇f`` bounds ``f(w) - f*`` for every feasible w."""
