@@ -18,7 +18,7 @@ from tamis.embeddings.kinds import RowFunction, as_result
 from tamis.embeddings.states import require_depth_setting
 from tamis.errors import InvalidSettings
 from tamis.gradients.per_sample import FactorizedFeatures, run_batch
-from tamis.model.blocks import first_blocks, last_block_layers, without_checkpointing
+from tamis.model.blocks import first_blocks, graph_of_last_blocks, last_block_layers
 from tamis.model.flops import ModelShape
 from tamis.model.targets import gradient_layers
 from tamis.projection import FactorizedProjector
@@ -100,16 +100,14 @@ class TailGradient:
 
     def start(self, model: nn.Module) -> RowFunction:
         """Embeddings of ``side * side`` numbers for every layer of those blocks."""
-        # With all weights frozen the graph starts at the first layer that is tapped, so what lies before it runs as
-        # under no_grad; recomputation alone would start it at the embeddings.
         layers = last_block_layers(model, gradient_layers(model), self.blocks)
         embed = _sketches(model, layers, side=self.side, seed=self.seed)
 
-        def embed_without_checkpointing(batch: Batch) -> dict[str, Tensor]:
-            with without_checkpointing(model):
+        def embed_tail(batch: Batch) -> dict[str, Tensor]:
+            with graph_of_last_blocks(model, self.blocks):
                 return embed(batch)
 
-        return embed_without_checkpointing
+        return embed_tail
 
     def operations(
         self, shape: ModelShape, *, rows: float, tokens: float, supervised_tokens: float, sum_sq_len: float

@@ -32,6 +32,7 @@ __all__ = ["TfIdf", "TfIdfEmbedder", "word_buckets"]
 _ALGORITHM = "tfidf-v1"
 _BUCKETS = 1 << 20  # words that share one count as one word: of 100,000 words about every tenth does
 _ENTRIES = 8  # s
+_LARGEST = 1 << 15  # above it fifteen bits would no longer reach every place nearly as often as every other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +49,10 @@ class TfIdf:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.dim < _ENTRIES or self.dim % _ENTRIES:
-            raise InvalidSettings(f"dim must be a positive multiple of {_ENTRIES}, got {self.dim}")
+        if not _ENTRIES <= self.dim <= _LARGEST or self.dim % _ENTRIES:
+            raise InvalidSettings(
+                f"dim must be a multiple of {_ENTRIES}, from {_ENTRIES} to {_LARGEST}, got {self.dim}"
+            )
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -78,12 +81,9 @@ class TfIdfEmbedder:
     def __init__(self, rarity: npt.NDArray[np.float64], *, dim: int, seed: int) -> None:
         self._rarity = rarity
         self._dim = dim
-        drawn = raw_words(child_seed(seed, _ALGORITHM, dim), len(rarity) * _ENTRIES).reshape(len(rarity), _ENTRIES)
-        part = dim // _ENTRIES
-        # The lowest bit is the sign, the others choose a place within the entry's own part.
-        places = (drawn >> np.uint64(1)) % np.uint64(part) + np.arange(_ENTRIES, dtype=np.uint64) * np.uint64(part)
-        self._places = places.astype(np.int32)
-        self._signs = ((drawn & np.uint64(1)).astype(np.int8) * 2 - 1).astype(np.int8)
+        # Sixteen bits for every entry: the lowest is its sign, the others choose a place in its own part of the result.
+        drawn = raw_words(child_seed(seed, _ALGORITHM, dim), len(rarity) * _ENTRIES // 4).astype("<u8")
+        self._drawn = drawn.view("<u2").reshape(len(rarity), _ENTRIES)
 
     def vectors(self, texts: Sequence[str]) -> sparse.csr_matrix:
         """The weights of the words, one text per row, scaled to length 1; before the projection."""
@@ -105,11 +105,16 @@ class TfIdfEmbedder:
     def embed(self, texts: Sequence[str]) -> Float[Tensor, "n d"]:
         """Rows of length 1; a text without a word is a row of zeros."""
         found = self.vectors(texts)
-        rows = np.repeat(np.arange(len(texts)), np.diff(found.indptr) * _ENTRIES)
-        entries = (found.data[:, None] * self._signs[found.indices]).ravel() / _ENTRIES**0.5
+        drawn = self._drawn[found.indices]  # (words of all texts, s)
+        part = self._dim // _ENTRIES
+        places = np.arange(_ENTRIES) * part + (drawn >> 1) % part
+        signs = (drawn & 1).astype(np.float64) * 2 - 1
+        rows = np.repeat(np.arange(len(texts)), np.diff(found.indptr))
         flat = np.bincount(
-            rows * self._dim + self._places[found.indices].ravel(), entries, minlength=len(texts) * self._dim
-        )
+            (rows[:, None] * self._dim + places).ravel(),
+            (found.data[:, None] * signs).ravel() / _ENTRIES**0.5,
+            minlength=len(texts) * self._dim,
+        ).astype(np.float64)  # integers where no text has a word
         return unit_rows(torch.from_numpy(flat.reshape(len(texts), self._dim))).float()
 
 

@@ -13,14 +13,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from peft import PeftModel
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from tamis.errors import InvalidSettings, Unsupported
 from tamis.model.targets import input_embeddings
 from tamis.types import LayerSpec
 
-__all__ = ["Decoder", "causal_model", "first_blocks", "last_block_layers", "require_depth", "without_checkpointing"]
+__all__ = ["Decoder", "causal_model", "first_blocks", "graph_of_last_blocks", "last_block_layers", "require_depth"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,20 +120,37 @@ def last_block_layers(model: nn.Module, layers: Sequence[LayerSpec], count: int)
 
 
 @contextmanager
-def without_checkpointing(model: nn.Module) -> Iterator[None]:
-    """Keep activations instead of computing them again; restored on exit.
+def graph_of_last_blocks(model: nn.Module, count: int) -> Iterator[None]:
+    """Inside, a forward pass builds no graph before the last ``count`` blocks and keeps nothing of what runs there.
 
-    Recomputation starts the graph at the embeddings. For gradients of the last blocks alone that would be a backward
-    pass through all others, while the few activations of the last blocks are all that there is to save.
+    Recomputation of activations is off meanwhile: it needs a graph from the embeddings on, and the few activations of
+    the last blocks are all that there is to save. Everything is restored on exit.
+
+    Raises:
+        InvalidSettings: the model has fewer blocks.
     """
-    switched: list[Any] = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-    for module in switched:
+    require_depth(model, count, at_least=1)
+    blocks = Decoder.of(model).blocks
+    recomputed: list[Any] = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    was_enabled = torch.is_grad_enabled()
+    handles: list[RemovableHandle] = []
+    if count < len(blocks):
+        handles.append(blocks[0].register_forward_pre_hook(lambda module, args: _switch_graph(False)))
+        handles.append(blocks[-count].register_forward_pre_hook(lambda module, args: _switch_graph(True)))
+    for module in recomputed:
         module.gradient_checkpointing = False
     try:
         yield
     finally:
-        for module in switched:
+        for handle in handles:
+            handle.remove()
+        for module in recomputed:
             module.gradient_checkpointing = True
+        _switch_graph(was_enabled)  # an error on the way would leave it off
+
+
+def _switch_graph(on: bool) -> None:
+    torch.set_grad_enabled(on)
 
 
 def _copied(module: nn.Module, count: int) -> nn.Module:

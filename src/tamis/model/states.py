@@ -34,7 +34,7 @@ def states_before_head(
 ) -> Tensor:
     """What ``take`` makes of the head's input, in one forward pass without dropout.
 
-    The states are caught on their way into the head, which then gets a single position: neither the other blocks'
+    The states are caught on their way into the head, which then gets a single state of zeros: neither the other blocks'
     states nor the logits of all positions are kept, and what a model does to its states before the head is included.
 
     Args:
@@ -55,7 +55,7 @@ def states_before_head(
             expected = f"{tuple(batch.input_ids.shape)} tokens x hidden"
             raise Unsupported(f"the LM head of {type(model).__name__} is fed {got}; expected {expected}")
         caught.append(take(hidden))
-        return (hidden[:, -1:], *args[1:])
+        return (hidden.new_zeros(1, 1, hidden.shape[-1]), *args[1:])
 
     call = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
     handle = output_embeddings(model).register_forward_pre_hook(catch)
