@@ -13,9 +13,9 @@ from tamis.solve.solution import Status
 
 COSINES = np.cos(np.arange(8.0))
 
-scores = st.lists(st.integers(-5, 5) | st.floats(-100, 100), min_size=1, max_size=30).map(
-    lambda values: np.array(values, dtype=np.float64)
-)
+# float32 values: shares of them do not underflow in float64.
+numbers = st.integers(-5, 5) | st.floats(-100, 100, width=32)
+scores = st.lists(numbers, min_size=1, max_size=30).map(lambda values: np.array(values, dtype=np.float64))
 
 
 def gap(w: np.ndarray, p: np.ndarray, lam: float) -> float:
@@ -164,6 +164,12 @@ def test_with_ties_broken_every_count_is_reached(p: np.ndarray) -> None:
 def test_float32_scores_with_a_large_common_part_keep_their_digits() -> None:
     p = np.array([1000.25, 1000.0, 1000.5, 999.0], dtype=np.float32)
     np.testing.assert_allclose(weights_for_count(p, 2).value, [4 / 3, 0, 8 / 3, 0], rtol=1e-15)
+
+
+def test_subnormal_differences_neither_overflow_nor_vanish() -> None:
+    p = np.array([5e-324, 0.0, 0.0])
+    assert weights_for_count(p, 1).value.tolist() == [3, 0, 0]
+    np.testing.assert_allclose(weights_for_count(p, 3).value, [1.5, 0.75, 0.75], rtol=1e-15)
 
 
 def test_one_row_gets_the_whole_weight() -> None:

@@ -143,7 +143,7 @@ def damped_cholesky(kernel: Float[Tensor, "L L"], damping: float) -> tuple[Float
 
 
 def fit_kernel_ridge(
-    basis: LandmarkKernel, scores: Float[Tensor, "L M"], *, directions: Float[Tensor, "M E"] | None = None
+    basis: LandmarkKernel, scores: Float[Tensor, "L2 M"], *, directions: Float[Tensor, "M2 E"] | None = None
 ) -> KernelRidge:
     """Fit the landmarks' exact ``scores``, one column per target: ``A = (K + δI)^{-1} P_L``.
 
@@ -181,7 +181,7 @@ def fit_kernel_ridge(
     )
 
 
-def mean_directions(transform: EmbeddingMap, targets: Sequence[Float[Tensor, "T E"]]) -> Float[Tensor, "M E"]:
+def mean_directions(transform: EmbeddingMap, targets: Sequence[Float[Tensor, "_ E"]]) -> Float[Tensor, "M E"]:
     """Mean unit embedding of each target's raw rows, through the pool's map."""
     return torch.stack([transform.apply(rows).mean(0) for rows in targets])
 

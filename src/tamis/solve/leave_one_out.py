@@ -160,9 +160,9 @@ def try_candidates(
     embeddings: Float[Tensor, "L E"],
     *,
     mean: Float[Tensor, " E"] | None = None,
-    gram: Float[Tensor, "L L"] | None = None,
-    scores: Float[Tensor, "L M"] | None = None,
-    targets: Sequence[Float[Tensor, "T E"]] | None = None,
+    gram: Float[Tensor, "L2 L2"] | None = None,
+    scores: Float[Tensor, "L3 M"] | None = None,
+    targets: Sequence[Float[Tensor, "_ E"]] | None = None,
     sample: Float[Tensor, "S E"] | None = None,
     grid: Sequence[Candidate] | None = None,
 ) -> tuple[CandidateResult, ...]:

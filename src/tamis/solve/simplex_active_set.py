@@ -46,6 +46,8 @@ def minimise_on(
     sums = solved.double().sum(0)
     tau = (total - float(sums[0])) / float(sums[1])
     on_free = solved[:, 0].double() + tau * solved[:, 1].double()
+    # A weight of rounding size is none: it would count as a selected row.
+    on_free[on_free.abs() <= sign_tolerance(p.dtype) * on_free.abs().max()] = 0
     on_free *= total / on_free.sum()  # the last digits, which the certificate would otherwise miss
     w = torch.zeros_like(p)
     w[free] = on_free.to(p.dtype)

@@ -151,12 +151,12 @@ def _weights_of_all(
     p: npt.NDArray[np.floating], *, total: int, status: Status, tied_rows: int
 ) -> Solution[npt.NDArray[np.float64]]:
     """All weights positive: any λ above ``L_n / n``; here the one at which the largest is twice the smallest."""
-    smallest, largest = float(p.min()), float(p.max())
-    spread = largest - smallest
-    weights = p.astype(np.float64) - smallest + spread if spread > 0 else np.ones(len(p))
-    mean = float(weights.mean())
-    lam = mean * len(p) / total if spread > 0 else 1.0  # equal scores: weights are equal at every λ
-    weights *= total / len(p) / mean
+    smallest, spread = float(p.min()), float(p.max()) - float(p.min())
+    # Divided by the spread first, which may be so small that its inverse overflows.
+    weights = (p.astype(np.float64) - smallest) / spread + 1 if spread > 0 else np.ones(len(p))
+    units = float(weights.sum())
+    lam = spread * units / total if spread > 0 else 1.0  # equal scores: weights are equal at every λ
+    weights *= total / units
     low = _sum_above(p, p.min()) / total
     stats = _stats(p, weights, lam, (low, np.inf), total=total, tied_rows=tied_rows)
     return Solution(value=weights, status=status, stats=stats)

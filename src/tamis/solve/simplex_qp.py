@@ -29,6 +29,7 @@ _GRADIENT_STEPS = 300
 _EVALUATIONS = 100
 # λ below this share of Q's mean diagonal is not tried: the solves would have no digits left.
 _FLOOR = {torch.float64: 1e-10, torch.float32: 1e-5}
+_LARGEST = 1e30
 
 
 def _stop_gap(dtype: torch.dtype) -> float:
@@ -108,6 +109,7 @@ def solve_simplex_qp_for_count(
         raise InvalidInput(f"the number of positive weights must be between 1 and the {n} rows of the pool, got {k}")
     lam, floor = _first_lambda(p, quadratic, k), _FLOOR[p.dtype] * quadratic.mean_diagonal
     below, above = 0.0, math.inf  # λ with fewer than k, with more than k
+    step = 1.1  # squared at each: a small Q is done after one or two, any size is reached soon
     least: Solution[Tensor] | None = None
     free: Tensor | None = None
     solves = gradient_steps = evaluations = 0
@@ -123,14 +125,15 @@ def solve_simplex_qp_for_count(
         if count == k:
             break
         below, above = (lam, above) if count < k else (below, min(above, lam))
-        if (below == 0 and lam <= floor) or above <= below * (1 + 4 * torch.finfo(p.dtype).eps):
+        if (below == 0 and lam <= floor) or below >= _LARGEST or above <= below * (1 + 4 * torch.finfo(p.dtype).eps):
             break
         if below == 0 or above == math.inf:
-            lam = lam * 8 if below > 0 else lam / 8
+            lam = min(lam * step, _LARGEST) if below > 0 else max(lam / step, floor)
+            step = min(step**2, _LARGEST)
         else:
             lam = math.sqrt(below * above)
-    if least is None:  # λ so large that float32 cannot tell: every weight is 1 in the limit
-        raise InvalidInput(f"no lambda up to {lam:.3g} leaves {k} positive weights; scale p and Q to a common size")
+    if least is None:  # every weight tends to 1 as λ grows, so only numbers beyond reach come here
+        raise InvalidInput(f"no lambda up to {lam:.3g} leaves {k} positive weights; scale p and Q down together")
     spent: dict[str, float | int | str] = {
         "solves": solves,
         "gradient_steps": gradient_steps,
