@@ -1,7 +1,7 @@
 """Seconds, certified gap and linear solves of the robust-weight solvers on synthetic pools.
 
     python benchmarks/simplex_qp.py
-    python benchmarks/simplex_qp.py --sizes 5000 --rank 512 --dtype float64
+    python benchmarks/simplex_qp.py --sizes 200000 --rank 4096 --quick --first-order-rows 0 --csv /tmp/wide.csv
 
 First order is the closed form at 5.8 million rows. Second order is ``Q = U U^T`` with U (n, rank): rows that share a
 direction and have a decaying spectrum, as gradients have, scores that follow the same factors plus noise, and a size of
@@ -50,16 +50,18 @@ def pool(n: int, rank: int, dtype: torch.dtype, ratio: float) -> tuple[torch.Ten
     return p, u, lambda_interval(p.numpy(), n // 20)[1]
 
 
-def second_order(n: int, rank: int, dtype: torch.dtype, ratio: float) -> list[dict[str, object]]:
+def second_order(n: int, rank: int, dtype: torch.dtype, ratio: float, *, quick: bool) -> list[dict[str, object]]:
     p, u, lam = pool(n, rank, dtype, ratio)
     name = str(dtype).removeprefix("torch.")
     lines = []
-    starts = {"first-order support": None, "all rows": torch.ones(n, dtype=torch.bool)}
+    starts = {"first-order support": None} if quick else {"first-order support": None, "all rows": p == p}
     for label, start in starts.items():
         quadratic = LowRankQuadratic(u)
         begin = time.perf_counter()
         solution = solve_simplex_qp(p, quadratic, lam, start=start)
         lines.append(line("second order, given λ", n, rank, name, label, time.perf_counter() - begin, solution))
+    if quick:
+        return lines
     begin = time.perf_counter()
     solution = solve_simplex_qp_for_count(p, LowRankQuadratic(u), n // 20)
     lines.append(line("second order, k = 5%", n, rank, name, "-", time.perf_counter() - begin, solution))
@@ -97,13 +99,15 @@ def main() -> None:
         "--dtype", choices=("auto", "float32", "float64"), default="auto", help="auto: float64 to 20,000"
     )
     parser.add_argument("--first-order-rows", type=int, default=5_800_000)
+    parser.add_argument("--quick", action="store_true", help="only a given λ, from the first-order support")
     parser.add_argument("--csv", type=Path, default=Path("benchmarks/results/simplex_qp.csv"))
     arguments = parser.parse_args()
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     lines = [first_order(arguments.first_order_rows)] if arguments.first_order_rows else []
     for n in arguments.sizes:
         small = n <= 20_000 if arguments.dtype == "auto" else arguments.dtype == "float64"
-        lines += second_order(n, arguments.rank, torch.float64 if small else torch.float32, arguments.ratio)
+        dtype = torch.float64 if small else torch.float32
+        lines += second_order(n, arguments.rank, dtype, arguments.ratio, quick=arguments.quick)
     arguments.csv.parent.mkdir(parents=True, exist_ok=True)
     with arguments.csv.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
