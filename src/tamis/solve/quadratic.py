@@ -249,7 +249,8 @@ def _negative_share(values: Tensor) -> float:
 
 
 def _check_finite(matrix: Tensor, name: str) -> None:
-    if not bool(torch.isfinite(matrix.sum(dtype=torch.float64))) and not bool(torch.isfinite(matrix).all()):
+    # In blocks: a sum in another dtype would copy all of U.
+    if not all(bool(torch.isfinite(part).all()) for part in torch.split(matrix, _BLOCK_ROWS)):
         raise InvalidInput(f"{name} of the second-order term has entries that are NaN or infinite; leave such rows out")
 
 
