@@ -78,6 +78,16 @@ def test_errors_by_hand():
     torch.testing.assert_close(errors, torch.tensor([[0.75], [-0.25]], dtype=torch.float64))
 
 
+def test_logits_that_span_hundreds_lose_no_digit():
+    torch.manual_seed(0)
+    weight, hidden = torch.randn(200, 4).double(), 100 * torch.randn(7, 4).double()
+    labels = torch.randint(0, 200, (7,))
+    exact = torch.softmax(hidden @ weight.T, dim=1) - nn.functional.one_hot(labels, 200)
+    assert float((hidden @ weight.T).amax() - (hidden @ weight.T).amin()) > 300
+    found = prediction_errors(Head(weight=weight, bias=None), hidden, labels)
+    torch.testing.assert_close(found, exact @ weight, rtol=0, atol=1e-13)
+
+
 @settings(max_examples=25)
 @given(st.integers(1, 9), st.integers(1, 200), st.sampled_from([None, 2.0]))
 def test_how_many_logits_exist_at_a_time_changes_nothing(tokens, chunk, cap):
