@@ -328,6 +328,8 @@ def _costs(task: Task, method: str, *, scoring_s: float, elapsed_s: float) -> di
         if cost.work != "none" and shape is None:
             shape = ModelShape.from_model(skeleton(task.model_settings))
         tflops = stage_tflops(shape, cost) if shape else 0.0
+        if cost.operations is not None:
+            tflops = cost.operations / 1e12
         counts = {"rows": cost.rows, "tokens": cost.tokens, "supervised_tokens": cost.supervised_tokens}
         seconds = round(cost.elapsed_s, 3)
         stages.append({"name": cost.name, "work": cost.work, **counts, "seconds": seconds, "tflops": tflops})

@@ -11,13 +11,11 @@ learning rate. Both vectors are of the LoRA factors, projected alike.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,16 +34,14 @@ from tamis.score.features import (
     scores_of_features,
 )
 from tamis.score.matrix import with_columns
-from tamis.score.warm_up import warm_up_points
-from tamis.seeds import child_seed, random_subset
+from tamis.score.warm_up import random_warm_up_rows, warm_up_points
 from tamis.train.checkpoints import Moments, read_moments
 from tamis.train.loop import TrainSettings
 from tamis.types import Batch, IntArray, LayerSpec, TargetScores
 
-__all__ = ["Less", "moment_vectors"]
+__all__ = ["Less", "moment_vectors", "moments_digest", "transformed_features"]
 
 _MAX_ENTRIES = 1 << 26  # gradient numbers formed at once: 256 MB of float32, and a few times that for Adam's terms
-_WARM_UP_BATCHES = 4  # updates that the smallest warm-up makes in an epoch, if the pool has the rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,12 +123,7 @@ class Less:
         Raises:
             InvalidInput: the pool has no usable row.
         """
-        usable = np.flatnonzero(task.pool.usable)
-        if not len(usable):
-            raise InvalidInput("no row of the pool has a supervised token, so there is nothing to warm up on")
-        wanted = max(math.ceil(self.warmup_share * len(usable)), _WARM_UP_BATCHES * self.warmup_batch_rows)
-        chosen = random_subset(child_seed(task.seed, "less warm-up"), len(usable), min(wanted, len(usable)))
-        return usable[chosen].astype(np.int64)
+        return random_warm_up_rows(task, self.name, share=self.warmup_share, batch_rows=self.warmup_batch_rows)
 
     def score(self, task: Task) -> TargetScores:
         """Scores of ``task.rows``, one column per target row that has a gradient.
@@ -183,11 +174,16 @@ class Less:
         """Scores at one checkpoint, whose model is the task's and whose moments lie in ``folder``."""
         projector = make_projector(self.projection, dim=self.projection_dim, seed=task.seed)
         gradient = {"algorithm": "gradients-v1", "projection": projector.identity}
-        direction = {**gradient, "algorithm": "adam-directions-v1", "form": self.form, "moments": _digest(folder)}
+        direction = {
+            **gradient,
+            "algorithm": "adam-directions-v1",
+            "form": self.form,
+            "moments": moments_digest(folder),
+        }
 
         def gradients() -> FeatureFunction:
             layers = task.layers()
-            return _features(task.loaded.model, layers, projector, lambda grads: grads)
+            return transformed_features(task.loaded.model, layers, projector, lambda grads: grads)
 
         def directions() -> FeatureFunction:
             model, layers = task.loaded.model, task.layers()
@@ -207,7 +203,7 @@ class Less:
                     form=self.form,
                 )
 
-            return _features(model, layers, projector, advance)
+            return transformed_features(model, layers, projector, advance)
 
         return scores_of_features(
             task,
@@ -253,7 +249,7 @@ def _layout(layers: tuple[LayerSpec, ...], by_name: Mapping[str, Tensor]) -> Ten
     return torch.cat(parts)
 
 
-def _features(
+def transformed_features(
     model: nn.Module,
     layers: tuple[LayerSpec, ...],
     projector: AnyProjector,
@@ -277,7 +273,7 @@ def _features(
     return compute
 
 
-def _digest(folder: Path) -> str:
+def moments_digest(folder: Path) -> str:
     """Identity of a checkpoint's optimizer state, from its bytes."""
     for name in ("optimizer.safetensors", "optimizer.pt"):
         path = folder / name
