@@ -44,6 +44,8 @@ def verdict(choice: Choice) -> str:
         advice = "there are too few landmarks to tell what would help; add landmarks"
     elif rising:
         advice = f"add landmarks: with half of them the correlation was {choice.with_half:.2f}, so it is still rising"
+    elif choice.embedding.name == "gradient":  # nothing dearer is left
+        advice = f"take a larger sketch (side): half the landmarks gave {choice.with_half:.2f}"
     else:
         advice = (
             f"spend more per row (embedding_budget): half the landmarks gave {choice.with_half:.2f}, so more of them "
