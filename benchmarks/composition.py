@@ -13,13 +13,27 @@ import csv
 import random
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
 import tamis
 
-FIELDS = ("method", "target", "source", "selected", "of_selection", "of_pool", "budget", "dtype", "seconds", "tflops")
+FIELDS = (
+    "method",
+    "target",
+    "source",
+    "selected",
+    "of_selection",
+    "of_pool",
+    "budget",
+    "dtype",
+    "shortlist",
+    "seconds",
+    "tflops",
+)
 
 
 def sample_pool(pool: Path, rows: int | None, folder: Path) -> Path:
@@ -33,6 +47,17 @@ def sample_pool(pool: Path, rows: int | None, folder: Path) -> Path:
     return path
 
 
+def own_settings(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What is said to one method only."""
+    of_method = [text.removeprefix(f"{method}.") for text in arguments.set if text.startswith(f"{method}.")]
+    chosen: dict[str, Any] = {
+        "set": {name: yaml.safe_load(value) for name, value in (text.split("=", 1) for text in of_method)}
+    }
+    if method in ("tracin", "less"):
+        chosen |= {"shortlist": arguments.shortlist, "projection": arguments.projection}
+    return {name: value for name, value in chosen.items() if value}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
@@ -41,6 +66,10 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["uniform", "length", "bm25", "mid-ppl", "rds+", "tracin"])
     parser.add_argument("--budget", default="5%")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--attention", default="sdpa", help="on CPU in bfloat16, eager is faster for short rows")
+    parser.add_argument("--shortlist", help="for the gradient methods, as `tamis select --shortlist`")
+    parser.add_argument("--projection", help="for the gradient methods, as `tamis select --projection`")
+    parser.add_argument("--set", nargs="*", default=[], help="METHOD.NAME=VALUE, a setting of one of the methods")
     parser.add_argument("--rows", type=int, help="a random sample of the pool")
     parser.add_argument("--out", type=Path, default=Path("tamis-out/composition"))
     parser.add_argument("--csv", type=Path, default=Path("benchmarks/results/composition.csv"))
@@ -54,6 +83,7 @@ def main() -> None:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
         for method in arguments.methods:
+            own = own_settings(method, arguments)
             for target in arguments.target:
                 selection = tamis.select(
                     model=arguments.model,
@@ -62,6 +92,8 @@ def main() -> None:
                     method=method,
                     budget=arguments.budget,
                     dtype=arguments.dtype,
+                    attention=arguments.attention,
+                    **own,
                     out=arguments.out / f"{method}-{target.stem}-{pool.stem}",
                     store=str(arguments.out / "store"),
                 )
@@ -80,6 +112,7 @@ def main() -> None:
                             "of_pool": round(in_pool[source] / len(sources), 4),
                             "budget": arguments.budget,
                             "dtype": arguments.dtype,
+                            "shortlist": own.get("shortlist", ""),
                             "seconds": round(cost["total_seconds"], 1),
                             "tflops": round(cost["total_tflops"], 2),
                         }

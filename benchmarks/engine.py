@@ -5,7 +5,8 @@
 
 Variants are interleaved within each repeat and only ratios to the plain pass of the same repeat are reported (median,
 with the smallest and largest). Peak memory is measured in a process of its own per variant. All of it goes to a CSV
-file.
+file. Every variant, the plain pass too, has its CPU tensors on huge pages, as a process of the command line has;
+``--small-pages`` measures without.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import csv
 import gc
 import json
+import os
 import platform
 import resource
 import statistics
@@ -22,6 +24,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+if "--small-pages" not in sys.argv:
+    os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # read by PyTorch when it first allocates
 
 import torch
 import transformers
@@ -153,6 +158,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "engine.csv")
     parser.add_argument("--no-memory", action="store_true", help="skip the memory measurements")
+    parser.add_argument("--small-pages", action="store_true", help="no huge pages for CPU tensors")
     parser.add_argument("--peak-of", nargs=2, metavar=("MODEL", "VARIANT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -163,7 +169,8 @@ def main() -> None:
     rows = []
     for name in options.models:
         seconds = measure_time(name, device, variants, options.repeats)
-        peaks = {} if options.no_memory else {v: peak_in_a_process(name, v, options.device) for v in variants}
+        pages = ["--small-pages"] if options.small_pages else []
+        peaks = {} if options.no_memory else {v: peak_in_a_process(name, v, options.device, pages) for v in variants}
         for variant in variants:
             ratios = [own / plain for own, plain in zip(seconds[variant], seconds["plain"], strict=True)]
             row = {
@@ -182,6 +189,7 @@ def main() -> None:
                 "dtype": "bfloat16" if device.type == "cuda" else "float32",
                 "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
                 "threads": torch.get_num_threads(),
+                "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE", "0"),
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
             }
@@ -199,8 +207,8 @@ def main() -> None:
     print(f"written to {options.out}")
 
 
-def peak_in_a_process(name: str, variant: str, device: str) -> float:
-    command = [sys.executable, __file__, "--device", device, "--peak-of", name, variant]
+def peak_in_a_process(name: str, variant: str, device: str, flags: list[str]) -> float:
+    command = [sys.executable, __file__, "--device", device, *flags, "--peak-of", name, variant]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(json.loads(done.stdout.splitlines()[-1]))
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tamis.selection.budget import parse_budget
+from tamis.budget import parse_budget
 from tamis.selection.choose import choose
 from tamis.types import TargetScores
 

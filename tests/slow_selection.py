@@ -27,6 +27,12 @@ def slow_turn(due: list[Fraction], shares: list[Fraction]) -> int:
     return chosen
 
 
+def slow_token_turn(taken: list[int], shares: list[Fraction]) -> int:
+    """Whose turn it is when tokens are shared: the target that lacks most of its part of those taken so far."""
+    lacking = [share / sum(shares) * sum(taken) - own for share, own in zip(shares, taken, strict=True)]
+    return lacking.index(max(lacking))
+
+
 def slow_take_turns(
     values: np.ndarray,
     group: np.ndarray,
@@ -38,10 +44,10 @@ def slow_take_turns(
     max_tokens: int | None,
 ) -> SlowPicks:
     """One row at a time: look at every row for the best that is available and whose copies are not taken."""
-    picks, due, spent = SlowPicks(), [Fraction(0)] * len(shares), 0
+    picks, due, spent = SlowPicks(), [Fraction(0)] * len(shares), [0] * len(shares)
     next_column = [0] * len(shares)
     while len(picks.rows) < max_rows:
-        target = slow_turn(due, shares)
+        target = slow_turn(due, shares) if max_tokens is None else slow_token_turn(spent, shares)
         own = [j for j in range(values.shape[1]) if group[j] == target]
         column = own[next_column[target] % len(own)]
         next_column[target] += 1
@@ -52,9 +58,9 @@ def slow_take_turns(
                 best = row
         if best is None:
             break
-        if max_tokens is not None and spent + tokens[best] > max_tokens:
+        if max_tokens is not None and sum(spent) + tokens[best] > max_tokens:
             break
-        spent += int(tokens[best])
+        spent[target] += int(tokens[best])
         picks.rows.append(best)
         picks.target.append(target)
         picks.column.append(column)

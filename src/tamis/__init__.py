@@ -12,6 +12,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DoctorSettings",
+    "OnlineSFTTrainer",
+    "OnlineTrainer",
     "PlanSettings",
     "SelectSettings",
     "Selection",
@@ -19,18 +21,23 @@ __all__ = [
     "__version__",
     "doctor",
     "methods",
+    "online",
     "plan",
     "select",
 ]
 
 if TYPE_CHECKING:
-    from tamis import methods
+    from tamis import methods, online
     from tamis.api import Selection, doctor, plan, select
     from tamis.errors import TamisError
+    from tamis.online.sft import OnlineSFTTrainer
+    from tamis.online.trainer import OnlineTrainer
     from tamis.settings import DoctorSettings, PlanSettings, SelectSettings
 
 _HOMES = {
     "DoctorSettings": "tamis.settings",
+    "OnlineSFTTrainer": "tamis.online.sft",
+    "OnlineTrainer": "tamis.online.trainer",
     "PlanSettings": "tamis.settings",
     "SelectSettings": "tamis.settings",
     "Selection": "tamis.api",
@@ -42,8 +49,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "methods":
-        return importlib.import_module("tamis.methods")
+    if name in ("methods", "online"):
+        return importlib.import_module(f"tamis.{name}")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'tamis' has no attribute {name!r}")

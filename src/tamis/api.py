@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tamis.data.rows import Rows, are_rows, checked_rows, held_name
 from tamis.errors import InvalidSettings
 from tamis.evaluate.cost import PlanResult, estimate_plan
 from tamis.evaluate.doctor import DoctorResult, examine
@@ -20,8 +21,8 @@ __all__ = ["Selection", "doctor", "plan", "select", "select_from_settings"]
 def select(
     *,
     model: str | Path,
-    pool: str | Path | Sequence[str | Path],
-    target: str | Path | Sequence[str | Path] | Mapping[str, str | Path],
+    pool: str | Path | Sequence[str | Path] | Rows,
+    target: str | Path | Sequence[str | Path] | Rows | Mapping[str, str | Path | Rows],
     method: str | Method = "tracin",
     budget: str | int | float = "5%",
     out: str | Path = "tamis-out",
@@ -32,8 +33,11 @@ def select(
 
     Args:
         model: hub id, local folder, PEFT adapter folder or GGUF file.
-        pool: files, globs or hub ids of the rows to choose from.
-        target: files (or ``{name: file}``) with a few dozen rows of the task; several make several targets.
+        pool: files, globs or hub ids of the rows to choose from; or the rows themselves, a list of dicts or a
+            ``datasets.Dataset``. Rows in memory are known by their content: the same ones resume, others are refused,
+            and ``run.yaml`` says that it cannot bring them back.
+        target: files (or ``{name: file}``) with a few dozen rows of the task; several make several targets. Rows in
+            memory as for ``pool``, also as ``{name: rows}``.
         method: a name from ``tamis.methods.METHODS``, or a method object such as ``tamis.methods.Less(lora_rank=16)``.
         budget: rows (500), a share of the pool ("5%" or 0.05) or tokens ("200k-tokens").
         out: folder for the result; an interrupted run with the same arguments resumes there.
@@ -48,10 +52,19 @@ def select(
         InvalidSettings: settings contradict each other, the data, or the folder's earlier run.
         Unsupported: the model has no layers that tamis can take gradients of.
     """
+    held: dict[str, Rows] = {}
+    targets: list[str] = []
     if isinstance(target, Mapping):
-        targets = [f"{name}={path}" for name, path in target.items()]
+        for key, given in target.items():
+            targets += [f"{key}={path}" for path in _paths(given, f"target {key}", held)]
     else:
-        targets = _paths(target)
+        texts = _paths(target, "target", held)
+        targets = [f"target={text}" if text in held else text for text in texts]
+    named: Any = method  # of whatever type a caller passes
+    if not isinstance(named, str) and (isinstance(named, type) or not dataclasses.is_dataclass(named)):
+        raise InvalidSettings(
+            f"method: expected a name or a method object such as tamis.methods.Less(), got {type(method).__name__}"
+        )
     name = method if isinstance(method, str) else method.name
     chosen: dict[str, Any] = {} if isinstance(method, str) else _plain_settings(method)
     for name_of_setting in ("set", "projection", "projection_dim"):
@@ -59,18 +72,19 @@ def select(
             raise InvalidSettings(f"{name_of_setting}: the method object has settings of its own; give it there")
     values = {
         "model": str(model),
-        "pool": _paths(pool),
+        "pool": _paths(pool, "pool", held),
         "target": targets,
         "method": name,
         "budget": budget,
         "out": str(out),
         **({"set": chosen} if chosen else {}),
-        **settings,
+        **{key: str(value) if isinstance(value, Path) else value for key, value in settings.items()},
     }
     return select_from_settings(
         from_dict(SelectSettings, values, origin="tamis.select"),
         method=None if isinstance(method, str) else method,
         progress=progress,
+        held=held,
     )
 
 
@@ -84,8 +98,12 @@ def plan(settings: PlanSettings, *, progress: Progress | None = None) -> PlanRes
     return estimate_plan(settings, progress=progress)
 
 
-def _paths(paths: str | Path | Sequence[str | Path]) -> list[str]:
-    return [str(paths)] if isinstance(paths, (str, Path)) else [str(path) for path in paths]
+def _paths(given: str | Path | Sequence[str | Path] | Rows, what: str, held: dict[str, Rows]) -> list[str]:
+    """The paths that were given; rows go to ``held``, under the name that is returned in their place."""
+    if are_rows(given):
+        held[held_name(what)] = checked_rows(given, what)
+        return [held_name(what)]
+    return [str(given)] if isinstance(given, (str, Path)) else [str(path) for path in given]
 
 
 def _plain_settings(method: Method) -> dict[str, Any]:

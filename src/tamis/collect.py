@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -22,23 +21,21 @@ from torch import Tensor
 
 from tamis.corpus import Corpus
 from tamis.data.batches import collate, plan_batches
+from tamis.disk import replace_atomically
 from tamis.errors import InvalidSettings, NonFinite, Unsupported
+from tamis.identity import fingerprint
 from tamis.model.load import LoadedModel, ModelSettings, load_model, model_fingerprint, resolved_dtype
-from tamis.model.memory import is_out_of_memory
+from tamis.model.memory import TokenLimit, is_out_of_memory
 from tamis.model.processes import is_main
 from tamis.model.targets import gradient_layers
 from tamis.progress import NoProgress
 from tamis.protocols import Progress
 from tamis.stages import StageCost, Work, finish, own_shards, read_cost, record_cost
-from tamis.store.atomic import replace_atomically
-from tamis.store.manifest import fingerprint
 from tamis.store.reader import StageReader
 from tamis.store.writer import StageWriter
 from tamis.types import Batch, IntArray, LayerSpec
 
 __all__ = ["BatchFunction", "Collecting", "Task"]
-
-logger = logging.getLogger(__name__)
 
 BatchFunction = Callable[[Batch], Mapping[str, Tensor]]
 
@@ -62,13 +59,6 @@ class Collecting:
 
 
 @dataclass(kw_only=True)
-class _BatchLimit:
-    """Padded tokens of a batch; falls when memory runs out, so that a size that failed is not tried again."""
-
-    tokens: int
-
-
-@dataclass(kw_only=True)
 class Task:
     """One question to a method: which of ``rows`` of the pool help the target rows, according to this model?
 
@@ -89,6 +79,7 @@ class Task:
     aggregate: Literal["round-robin", "mean"] = "round-robin"
     progress: Progress = field(default_factory=NoProgress)
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     stages: list[Path] = field(default_factory=list)  # every stage this run used, for the cost table
     models: list[Path] = field(default_factory=list)  # where the models this run used are described
     _loaded: LoadedModel | None = None
@@ -112,7 +103,7 @@ class Task:
         return self._fingerprint
 
     def at_model(self, settings: ModelSettings) -> Task:
-        """The same question to another model (a checkpoint, say); notes and costs are shared."""
+        """The same question to another model (a checkpoint, say); notes, warnings and costs are shared."""
         other = replace(self, model_settings=settings, _loaded=None, _fingerprint=None)
         self.models.append(other._description_file())
         return other
@@ -133,6 +124,11 @@ class Task:
         """Something the report has to say about this run."""
         if sentence not in self.notes:
             self.notes.append(sentence)
+
+    def warn(self, sentence: str) -> None:
+        """Something the user must see before training on the selection, on the console too."""
+        if sentence not in self.warnings:
+            self.warnings.append(sentence)
 
     def model_identity(self) -> dict[str, Any]:
         """Everything about the model that a stored number depends on."""
@@ -208,7 +204,7 @@ class Task:
         )
         self.stages.append(writer.path)
         compute: BatchFunction | None = None
-        limit = _BatchLimit(tokens=writer.fixed["batch_tokens"] or 0)
+        limit = TokenLimit(writer.fixed["batch_tokens"] or 0, writer.path)
         with self.progress.stage(f"{name} ({corpus.name})", len(rows), "rows") as advance:
             for shard in own_shards(writer, advance):
                 if compute is None:
@@ -217,7 +213,7 @@ class Task:
                 started = time.perf_counter()
                 first, stop = writer.shard_range(shard)
                 part = rows[first:stop]
-                columns = self._run(corpus, part, compute, limit, advance)
+                columns = self._run(corpus, part, compute, limit, shard, advance)
                 writer.write_shard(shard, columns)
                 counts: dict[str, float] = {
                     "rows": len(part),
@@ -237,43 +233,42 @@ class Task:
         corpus: Corpus,
         rows: IntArray,
         compute: BatchFunction,
-        limit: _BatchLimit,
+        limit: TokenLimit,
+        shard: int,
         advance: Callable[[int], None],
     ) -> dict[str, Tensor]:
         """One shard: batches of similar length, then back into the order of ``rows``.
 
-        A batch that does not fit in memory is halved, and so are all that are as large, from then on.
+        If a batch does not fit in memory, the shard is begun again with half its size, so that its batches follow from
+        the limit alone. Longest rows come first, so that little is lost.
         """
-        device = self.loaded.device
         max_rows = 1 if self.collecting.batch_invariant else None
-        groups = plan_batches(corpus.lengths[rows], batch_tokens=limit.tokens, max_rows=max_rows)
         tokenized = corpus.take(rows)
-        done: list[tuple[IntArray, Mapping[str, Tensor]]] = []
-        pending = list(reversed(groups))
-        while pending:
-            group = pending.pop()
-            padded_tokens = len(group) * int(corpus.lengths[rows[group]].max())
-            if padded_tokens > limit.tokens and len(group) > 1:
-                pending += [group[len(group) // 2 :], group[: len(group) // 2]]
-                continue
-            batch = collate(rows[group], [tokenized[i] for i in group], _PAD_ID).to(device)
-            try:
-                result = {key: value.detach().cpu() for key, value in compute(batch).items()}
-            except NonFinite as error:
-                raise _with_places(error, corpus) from error
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                if len(group) == 1:
-                    raise Unsupported(_one_row_too_large(corpus, int(rows[group[0]]))) from error
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
-                limit.tokens = padded_tokens // 2
-                logger.warning("out of memory with %d padded tokens; going on with %d", padded_tokens, limit.tokens)
-                pending.append(group)
-                continue
-            done.append((group, result))
-            advance(len(group))
+        lengths = corpus.lengths[rows]
+        most = 0  # rows done in the best attempt, which is how far the progress is
+        while True:
+            done: list[tuple[IntArray, Mapping[str, Tensor]]] = []
+            reached = too_large = 0
+            for group in plan_batches(lengths, batch_tokens=limit.at(shard), max_rows=max_rows):
+                batch = collate(rows[group], [tokenized[i] for i in group], _PAD_ID).to(self.loaded.device)
+                try:
+                    result = {key: value.detach().cpu() for key, value in compute(batch).items()}
+                except NonFinite as error:
+                    raise _with_places(error, corpus) from error
+                except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    if len(group) == 1:
+                        raise Unsupported(_one_row_too_large(corpus, int(rows[group[0]]))) from error
+                    too_large = len(group) * int(lengths[group].max())
+                    break
+                done.append((group, result))
+                reached += len(group)
+                advance(max(0, reached - most))
+                most = max(most, reached)
+            if not too_large:
+                break
+            limit.lower(shard, too_large)
         order = np.argsort(np.concatenate([group for group, _ in done]), kind="stable")
         names = list(done[0][1])
         return {key: torch.cat([result[key] for _, result in done])[torch.from_numpy(order)] for key in names}

@@ -6,13 +6,14 @@ YAML here is YAML 1.1 with one repair: ``1e-5`` is a number, as everyone who typ
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from tamis import __version__
-from tamis.errors import InvalidInput
+from tamis.errors import InvalidInput, first_line
 from tamis.settings import to_dict
 
 __all__ = ["config_text", "read_config", "read_value", "write_config"]
@@ -77,18 +78,27 @@ def read_value(text: str) -> Any:
         raise InvalidInput(_yaml_problem(error)) from error
 
 
-def config_text(verb: str, settings: Any) -> str:
-    """The resolved settings as YAML, in the order in which they are declared, readable by ``--config``."""
-    header = (
-        f"# Settings of `tamis {verb}`, all of them, written by tamis {__version__}.\n"
-        f"# Repeat with `tamis {verb} --config THIS_FILE` from the folder in which it was first run:\n"
-        "# relative paths are relative to the current directory, as they were when they were typed.\n"
-    )
+def config_text(verb: str, settings: Any, *, held: Sequence[str] = ()) -> str:
+    """The resolved settings as YAML, in the order in which they are declared, readable by ``--config``.
+
+    ``held`` names rows in memory, which no file of settings can bring back.
+    """
+    header = f"# Settings of `tamis {verb}`, all of them, written by tamis {__version__}.\n"
+    if held:
+        header += (
+            f"# This file cannot repeat the run, some of whose rows a Python program held: {', '.join(held)}.\n"
+            f"# Call tamis.{verb} with the same rows, or write them to .jsonl files and name those here.\n"
+        )
+    else:
+        header += (
+            f"# Repeat with `tamis {verb} --config THIS_FILE` from the folder in which it was first run:\n"
+            "# relative paths are relative to the current directory, as they were when they were typed.\n"
+        )
     body = yaml.dump(to_dict(settings), Dumper=_Dumper, sort_keys=False, default_flow_style=False, width=100)
     return header + body
 
 
-def write_config(verb: str, settings: Any, path: Path) -> None:
+def write_config(verb: str, settings: Any, path: Path, *, held: Sequence[str] = ()) -> None:
     """Write ``config_text`` to ``path``.
 
     Raises:
@@ -96,7 +106,7 @@ def write_config(verb: str, settings: Any, path: Path) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(config_text(verb, settings), encoding="utf-8")
+        path.write_text(config_text(verb, settings, held=held), encoding="utf-8")
     except OSError as error:
         raise InvalidInput(f"{path}: {error.strerror or error}; pass an --out folder that can be written") from error
 
@@ -105,7 +115,7 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
     """PyYAML's complaint on one line, with the line number a person counts from 1."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"line {error.problem_mark.line + 1}: {error.problem}"
-    return " ".join(str(error).split())
+    return first_line(error)
 
 
 def _kind(value: Any) -> str:

@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tamis.corpus import Corpus, tokenize
 from tamis.data.duplicates import exact_duplicates, find_leaks, near_duplicates
-from tamis.data.examples import Examples, read_examples
+from tamis.data.examples import Examples, read_examples, warn_of
 from tamis.data.render import Renderer
+from tamis.data.rows import Rows
 from tamis.errors import BadRow, InvalidInput
+from tamis.fit import check_fit
+from tamis.model.limits import model_limits
 from tamis.model.load import ModelSettings, load_tokenizer
 from tamis.protocols import Progress
 from tamis.settings import DoctorSettings, PlanSettings, SelectSettings, target_parts
 from tamis.types import IntArray
 
-__all__ = ["Corpora", "SkippedRow", "Sources", "model_settings", "read_corpora", "read_sources", "write_skipped"]
+__all__ = [
+    "Corpora",
+    "SkippedRow",
+    "Sources",
+    "dropped_sentence",
+    "model_settings",
+    "read_corpora",
+    "read_sources",
+    "write_skipped",
+]
 
 # Rows up to which near copies are always looked for, so that the report can show them: about two minutes.
 _NEAR_COPIES_SOUGHT = 200_000
@@ -61,6 +74,7 @@ class Corpora:
     first_near_copy: IntArray  # (N,) likewise for near copies
     leaked: npt.NDArray[np.bool_]  # (N,) the row, or its prompt, is also a target row
     notes: tuple[str, ...]  # sentences the report must show
+    warnings: tuple[str, ...]  # those the console must show too: what is done to the rows is not what one expects
 
 
 def model_settings(settings: SelectSettings | DoctorSettings | PlanSettings) -> ModelSettings:
@@ -78,18 +92,21 @@ def model_settings(settings: SelectSettings | DoctorSettings | PlanSettings) -> 
     )
 
 
-def read_sources(settings: SelectSettings) -> Sources:
+def read_sources(settings: SelectSettings, held: Mapping[str, Rows] | None = None) -> Sources:
     """Read and check every row the user named. Nothing is written and no tokenizer is needed.
+
+    ``held`` has the rows in memory that ``settings`` name, by their names.
 
     Raises:
         InvalidInput: a file cannot be used.
         BadRow: a row cannot be used and ``on_bad_row`` is "fail".
     """
     targets = [target_parts(text) for text in settings.target]
-    pool = read_examples(settings.pool, row_format=settings.row_format, on_bad_row=settings.on_bad_row, kind="pool")
-    target = read_examples(
-        [path for _, path in targets], row_format=settings.row_format, on_bad_row=settings.on_bad_row, kind="target"
-    )
+    how: dict[str, Any] = {"row_format": settings.row_format, "on_bad_row": settings.on_bad_row, "held": held}
+    pool = read_examples(settings.pool, kind="pool", **how)
+    target = read_examples([path for _, path in targets], kind="target", **how)
+    warn_of(pool, "pool")
+    warn_of(target, "target")
     group = np.array(target.named_by, dtype=np.int64)[target.file_index]
     return Sources(pool=pool, target=target, target_names=tuple(name for name, _ in targets), target_group=group)
 
@@ -101,8 +118,8 @@ def read_corpora(sources: Sources, settings: SelectSettings, *, store: Path, pro
         InvalidInput: nothing usable is left in the pool or in a target.
         BadRow: a row cannot be rendered or has no supervised token, and ``on_bad_row`` is "fail".
     """
-    tokenizer = load_tokenizer(model_settings(settings))
-    renderer = Renderer(tokenizer, max_length=settings.max_length, chat_template=settings.chat_template)
+    limits, tokenizer = model_limits(model_settings(settings)), load_tokenizer(model_settings(settings))
+    renderer = Renderer(tokenizer, max_length=settings.max_length)
     pool, target = (
         tokenize(name, examples, renderer, root=store, on_bad_row=settings.on_bad_row, progress=progress)
         for name, examples in (("pool", sources.pool), ("target", sources.target))
@@ -121,7 +138,15 @@ def read_corpora(sources: Sources, settings: SelectSettings, *, store: Path, pro
 
     first_copy = exact_duplicates(sources.pool)
     first_near_copy = first_copy
-    notes = [*renderer.notes]
+    notes, warnings = list[str](), [*renderer.notes]
+    for corpus in (pool, target):
+        rows = np.flatnonzero(corpus.usable).astype(np.int64)
+        lengths = corpus.lengths[rows]
+        warnings += check_fit(
+            limits, tokenizer, corpus.examples, kind=corpus.name, rows=rows, lengths=lengths, take=corpus.take
+        )
+        if corpus.dropped.any():
+            warnings.append(dropped_sentence(corpus.name, int(corpus.dropped.sum()), len(corpus)))
     if settings.duplicates == "near" or len(pool) <= _NEAR_COPIES_SOUGHT:
         with progress.stage("near copies (pool)", len(pool), "rows") as advance:
             first_near_copy = near_duplicates(sources.pool, threshold=settings.near_threshold)
@@ -146,6 +171,7 @@ def read_corpora(sources: Sources, settings: SelectSettings, *, store: Path, pro
         first_near_copy=first_near_copy,
         leaked=leaked,
         notes=tuple(notes),
+        warnings=tuple(warnings),
     )
 
 
@@ -160,10 +186,10 @@ def _skipped(corpus: Corpus, on_bad_row: str) -> list[SkippedRow]:
         SkippedRow(corpus=corpus.name, file=b.file, row=b.row, field=b.field, problem=b.problem)
         for b in examples.skipped
     ]
-    unrendered = dict(corpus.problems())
+    unrendered = corpus.problems()
     for row in np.flatnonzero(~corpus.usable):
         example = examples[int(row)]
-        problem = unrendered.get(int(row))
+        field, problem = unrendered.get(int(row), (None, None))
         if problem is None:
             cut = int(corpus.truncated[row])
             problem = (
@@ -171,14 +197,25 @@ def _skipped(corpus: Corpus, on_bad_row: str) -> list[SkippedRow]:
                 if cut
                 else "has no supervised token: nothing in it is an assistant's answer"
             )
-            problem += ", remove the row, or use --on-bad-row skip"
             if on_bad_row == "fail":
+                problem += ", remove the row, or use --on-bad-row skip"
                 raise BadRow(problem, file=example.file, row=example.row)
-        found.append(SkippedRow(corpus=corpus.name, file=example.file, row=example.row, field=None, problem=problem))
+        found.append(SkippedRow(corpus=corpus.name, file=example.file, row=example.row, field=field, problem=problem))
     return found
 
 
+def dropped_sentence(kind: str, rows: int, of: int) -> str:
+    """What to know of rows whose text the chat template leaves out in part."""
+    return (
+        f"{kind}: in {rows} of {of} rows the chat template leaves out a part of an assistant turn (its reasoning, as a "
+        "rule); that part is neither seen nor trained on. --chat-template takes a template that keeps it."
+    )
+
+
 def write_skipped(path: Path, skipped: Sequence[SkippedRow]) -> None:
-    """One JSON line per row that was left out."""
+    """One JSON line per row that was left out; no file if there is none."""
+    if not skipped:
+        path.unlink(missing_ok=True)  # of an earlier run of this folder, with other data on disk
+        return
     lines = [json.dumps(asdict(row), ensure_ascii=False) for row in skipped]
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")

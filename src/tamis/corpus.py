@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,6 +37,7 @@ class Corpus(Sequence[TokenizedExample]):
         self.lengths: IntArray = reader.read("length").astype(np.int64)
         self.supervised: IntArray = reader.read("supervised_tokens").astype(np.int64)
         self.truncated: IntArray = reader.read("truncated").astype(np.int64)
+        self.dropped: npt.NDArray[np.bool_] = reader.read("dropped").astype(np.bool_)
         self.usable: npt.NDArray[np.bool_] = self.supervised > 0
         self.identity: str = reader.fingerprint
         self.stage: Path = reader.path  # where the tokens lie
@@ -59,19 +61,21 @@ class Corpus(Sequence[TokenizedExample]):
         masks = self._reader.take_ragged("supervised", rows)
         return [
             TokenizedExample(
-                input_ids=i.astype(np.int32), supervised=m.astype(np.bool_), truncated=int(self.truncated[r])
+                input_ids=i.astype(np.int32),
+                supervised=m.astype(np.bool_),
+                truncated=int(self.truncated[r]),
+                dropped=bool(self.dropped[r]),
             )
             for i, m, r in zip(ids, masks, rows, strict=True)
         ]
 
-    def problems(self) -> list[tuple[int, str]]:
-        """Rows that could not be rendered, with the reason (only with ``on_bad_row="skip"``)."""
-        if "error" not in self._reader.names:
-            return []
-        found = []
+    def problems(self) -> dict[int, tuple[str | None, str]]:
+        """Rows that could not be rendered, each with its field and the reason (only with ``on_bad_row="skip"``)."""
+        found = {}
         flagged = np.flatnonzero(self._reader.read("failed"))
         for row, text in zip(flagged, self._reader.take_ragged("error", flagged), strict=True):
-            found.append((int(row), bytes(text.astype(np.uint8)).decode("utf-8")))
+            field, problem = json.loads(bytes(text.astype(np.uint8)))
+            found[int(row)] = (field, problem)
         return found
 
 
@@ -89,14 +93,14 @@ def tokenize(
     Raises:
         BadRow: a row cannot be rendered and ``on_bad_row`` is "fail".
     """
-    spec = {"renderer": renderer.identity, "data": examples.content_hash, "on_bad_row": on_bad_row}
+    spec = {"renderer": renderer.identity, "data": examples.identity["content"], "on_bad_row": on_bad_row}
     writer = StageWriter(
         root,
         f"tokens-{name}",
         spec,
         num_rows=len(examples),
         shard_rows=_TOKEN_SHARD_ROWS,
-        rows_digest=examples.content_hash,
+        rows_digest=examples.identity["content"],
     )
     with progress.stage(f"tokenize {name}", len(examples), "rows") as advance:
         for shard in own_shards(writer, advance):
@@ -114,6 +118,7 @@ def tokenize(
                     "failed": torch.tensor([len(e) > 0 for e in errors]),
                     "length": torch.tensor([len(t.input_ids) for t in tokens], dtype=torch.int32),
                     "supervised_tokens": torch.tensor([t.num_supervised for t in tokens], dtype=torch.int32),
+                    "dropped": torch.tensor([t.dropped for t in tokens]),
                     "truncated": torch.tensor([t.truncated for t in tokens], dtype=torch.int32),
                 },
             )
@@ -144,7 +149,8 @@ def _render(
         empty = np.zeros(0, dtype=np.int32)
         rendered, error = (
             TokenizedExample(input_ids=empty, supervised=empty.astype(np.bool_), truncated=0),
-            str(problem),
+            # Without file and row: the tokens of equal rows are shared, wherever the rows stand.
+            json.dumps([problem.field, problem.problem]),
         )
     advance(1)
     return rendered, error

@@ -21,7 +21,10 @@ __all__ = [
     "StoreMismatch",
     "TamisError",
     "Unsupported",
+    "first_line",
 ]
+
+_MOST_SHOWN = 300  # characters of another library's message
 
 
 class TamisError(Exception):
@@ -73,3 +76,10 @@ class NonFinite(TamisError):
 
 class Unsupported(TamisError):
     """Something this version cannot handle, named."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, short enough for one line; the name of its class if it says nothing."""
+    lines = (" ".join(line.split()) for line in str(error).splitlines())
+    text = next(filter(None, lines), type(error).__name__)
+    return text if len(text) <= _MOST_SHOWN else text[: _MOST_SHOWN - 3] + "..."

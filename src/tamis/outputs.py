@@ -5,9 +5,9 @@ Nothing in the first two depends on time, machine or interruption: the same run 
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +16,55 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tamis.corpora import Corpora
+from tamis.disk import TEMPORARY_SUFFIX, make_folder, replace_atomically
 from tamis.errors import InvalidSettings
+from tamis.identity import first_difference
+from tamis.row_shapes import as_messages
 from tamis.selection.choose import Choice
-from tamis.store.atomic import TEMPORARY_SUFFIX, disk_errors, replace_atomically
+from tamis.store.manifest import PLAN_FILE
 from tamis.types import FloatArray, IntArray
 
-__all__ = ["claim_folder", "file_digest", "score_table", "write_json", "write_scores", "write_selected"]
+__all__ = [
+    "MESSAGES",
+    "check_claim",
+    "claim_folder",
+    "score_table",
+    "write_json",
+    "write_messages",
+    "write_scores",
+    "write_selected",
+]
 
 IDENTITY = "identity.json"
+MESSAGES = "selected-messages.jsonl"
+_RESULTS = ("selected.jsonl", MESSAGES, "scores.parquet", "report.html", "manifest.json")
+_TOKENS = "tokens-"  # stages of rendered rows
 
 
 def claim_folder(out: Path, identity: Mapping[str, Any]) -> None:
     """Make ``out`` the folder of the run that ``identity`` describes, or refuse it.
+
+    A folder whose run failed before it computed anything is free: after ``--device cuda`` on a machine without, the
+    corrected command may use it. Rendered tokens do not count; they are cheap, and kept apart by what made them.
 
     Raises:
         InvalidSettings: the folder belongs to another run (the first field that differs is named), or holds files that
             no run wrote.
         InvalidInput: the folder cannot be written.
     """
-    with disk_errors(out, doing="create folder"):
-        out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     path = out / IDENTITY
     wanted = json.loads(json.dumps(identity, default=str))
     if path.exists():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InvalidSettings(f"--out {out}: {path} cannot be read ({error}); choose another folder") from error
-        for field, was, now in differences(found, wanted):
+        difference = first_difference(_read_identity(out), wanted)
+        if difference and _has_work(out):
+            field, was, now = difference
             raise InvalidSettings(
                 f"--out {out} holds another run: {field} was {_short(was)} there and is {_short(now)} now; "
                 "choose another --out, or delete the folder"
             )
+        if difference:
+            write_json(path, wanted)
         return
     for leftover in out.glob(f".*{TEMPORARY_SUFFIX}"):  # of a run that was killed while it wrote here
         leftover.unlink(missing_ok=True)
@@ -60,13 +77,35 @@ def claim_folder(out: Path, identity: Mapping[str, Any]) -> None:
     write_json(path, wanted)
 
 
-def differences(found: Any, wanted: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Every leaf that differs, as (dotted path, what was found, what is wanted)."""
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        for key in [*wanted, *(k for k in found if k not in wanted)]:
-            yield from differences(found.get(key), wanted.get(key), f"{path}.{key}" if path else str(key))
-    elif found != wanted:
-        yield path, found, wanted
+def check_claim(out: Path, identity: Mapping[str, Any]) -> None:
+    """Refuse to write results into a folder that another run has claimed since this one did.
+
+    Raises:
+        InvalidSettings: it has.
+    """
+    if first_difference(_read_identity(out), json.loads(json.dumps(identity, default=str))):
+        raise InvalidSettings(
+            f"--out {out} was claimed by another run while this one worked; give this one an --out of its own"
+        )
+
+
+def _read_identity(out: Path) -> Any:
+    try:
+        return json.loads((out / IDENTITY).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidSettings(f"--out {out}: {IDENTITY} cannot be read ({error}); choose another folder") from error
+
+
+def _has_work(out: Path) -> bool:
+    """Whether a run left results in ``out``, or anything in its store that a model was needed for."""
+    if any((out / name).exists() for name in _RESULTS):
+        return True
+    return any(
+        file.is_file() and file.name != PLAN_FILE and not file.name.endswith(TEMPORARY_SUFFIX)
+        for stage in (out / "store").glob("*")
+        if stage.is_dir() and not stage.name.startswith(_TOKENS)
+        for file in stage.rglob("*")
+    )
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -142,17 +181,10 @@ def write_scores(path: Path, table: pa.Table) -> None:
 
 def write_selected(path: Path, corpora: Corpora, choice: Choice) -> None:
     """The user's selected rows, best first, untouched but for the added key ``_tamis``."""
-    position = {int(row): i for i, row in enumerate(choice.rows)}
-    examples = corpora.pool.examples
+    examples, marks = corpora.pool.examples, _marks(corpora, choice)
 
-    def line(rank: int, row: int) -> str:
-        at = position[row]
-        mark = {
-            "id": examples.ids[row],
-            "rank": rank,
-            "score": float(choice.score[at]),
-            "weight": float(choice.example_weights[at]),
-        }
+    def line(row: int) -> str:
+        mark = marks[row]
         text, own = examples.raw_json(row).rstrip(), json.dumps(mark)
         if '"_tamis"' in text:
             raw = json.loads(text)
@@ -161,8 +193,36 @@ def write_selected(path: Path, corpora: Corpora, choice: Choice) -> None:
         # Spliced into the row's own text, so that not a digit or an escape of it changes.
         return f'{text[:-1].rstrip()}, "_tamis": {own}}}\n'
 
-    rows = enumerate(choice.order.tolist(), start=1)
-    replace_atomically(path, (line(rank, row).encode("utf-8") for rank, row in rows))
+    replace_atomically(path, (line(row).encode("utf-8") for row in choice.order.tolist()))
+
+
+def write_messages(path: Path, corpora: Corpora, choice: Choice) -> None:
+    """The selected rows as chats, best first, for trainers that read one format only; rows of plain text are left out.
+
+    No file where no row has a form as a chat.
+    """
+    marks = _marks(corpora, choice)
+    converted = ((row, as_messages(corpora.pool.examples[row])) for row in choice.order.tolist())
+    chats = [{**chat, "_tamis": marks[row]} for row, chat in converted if chat is not None]
+    if any("chat_template_kwargs" in chat for chat in chats):  # null in some rows, TRL could not unpack them
+        chats = [{"chat_template_kwargs": {}, **chat} for chat in chats]
+    if chats:
+        lines = (json.dumps(chat, ensure_ascii=False) + "\n" for chat in chats)
+        replace_atomically(path, (line.encode("utf-8") for line in lines))
+
+
+def _marks(corpora: Corpora, choice: Choice) -> dict[int, dict[str, Any]]:
+    """What ``_tamis`` says of each selected row."""
+    position = {int(row): i for i, row in enumerate(choice.rows)}
+    return {
+        row: {
+            "id": corpora.pool.examples.ids[row],
+            "rank": rank,
+            "score": float(choice.score[position[row]]),
+            "weight": float(choice.example_weights[position[row]]),
+        }
+        for rank, row in enumerate(choice.order.tolist(), start=1)
+    }
 
 
 def _copy_of(first: IntArray) -> IntArray:
@@ -177,14 +237,7 @@ def _strings(index: Any, names: list[str]) -> pa.Array:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):
+        return value[:12]  # of a SHA-256, enough to see that it is another
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

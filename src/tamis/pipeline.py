@@ -6,9 +6,8 @@ Every step that takes long lives in the store, so this function is simply called
 from __future__ import annotations
 
 import dataclasses
-import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -18,23 +17,35 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from tamis.budget import parse_budget, rows_for, times, tokens_for
 from tamis.collect import Collecting, Task
 from tamis.config import write_config
 from tamis.corpora import Corpora, model_settings, read_corpora, read_sources, write_skipped
+from tamis.data.rows import Rows
+from tamis.disk import check_writable
 from tamis.errors import InvalidSettings
-from tamis.evaluate.inputs import skeleton
-from tamis.model.flops import ModelShape, stage_tflops
-from tamis.model.load import model_fingerprint
+from tamis.identity import file_sha256, text_sha256
+from tamis.manifest import costs, describe_data, versions
+from tamis.model.load import model_fingerprint, resolved_dtype, template_text
 from tamis.model.processes import barrier, is_main
-from tamis.outputs import claim_folder, file_digest, score_table, write_json, write_scores, write_selected
+from tamis.outputs import (
+    MESSAGES,
+    check_claim,
+    claim_folder,
+    score_table,
+    write_json,
+    write_messages,
+    write_scores,
+    write_selected,
+)
 from tamis.progress import NoProgress
-from tamis.protocols import Method, Progress
+from tamis.protocols import Method, Progress, ReadsFiles
 from tamis.report.content import ReportInputs, build_content
 from tamis.report.page import write_page
+from tamis.row_shapes import count_shapes, training_warnings
 from tamis.score import METHODS
 from tamis.score.losses import row_losses
 from tamis.seeds import child_seed
-from tamis.selection.budget import parse_budget, rows_for, times, tokens_for
 from tamis.selection.choose import Choice, choose
 from tamis.selection.flags import flag_high_losses
 from tamis.settings import SelectSettings, from_dict, shortlist_parts, to_dict
@@ -45,7 +56,9 @@ __all__ = ["Selection", "make_method", "select_from_settings"]
 # Draws of the uniform baseline: their spread is what a difference to it has to exceed.
 _UNIFORM_DRAWS = 4
 # Settings that cannot change a selection; all others make a folder the folder of one run.
-_FREE_SETTINGS = ("out", "store", "report", "shard_rows", "on_bad_row", "batch_tokens")
+_FREE_SETTINGS = ("out", "store", "report", "write_messages", "shard_rows", "on_bad_row", "batch_tokens")
+# Settings that name a place; what is there is in the identity instead, so that a folder may move but not change.
+_KNOWN_BY_CONTENT = ("model", "revision", "chat_template")
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -66,8 +79,11 @@ class Selection:
     def summary(self) -> dict[str, Any]:
         """The result in a few plain values, as ``tamis select --json`` prints it."""
         manifest, pool = self.manifest, self.manifest["data_files"]["pool"]
+        chats = self.out / MESSAGES  # absent where no row has a form as a chat
+        has_chats = manifest["settings"]["write_messages"] and chats.exists()
         return {
             "method": manifest["method"]["name"],
+            "model": _what_ran(manifest["models"]),
             "pool": {key: pool[key] for key in ("rows", "usable", "scored", "exact_copies", "leaked")},
             "selected_rows": len(self.order),
             "selected_tokens": manifest["selected"]["tokens"],
@@ -75,39 +91,52 @@ class Selection:
             "tflops": manifest["cost"]["total_tflops"],
             "warnings": list(self.warnings),
             "selected": str(self.out / "selected.jsonl"),
+            **({"selected_messages": str(chats)} if has_chats else {}),
             "scores": str(self.out / "scores.parquet"),
             "report": str(self.out / "report.html") if manifest["settings"]["report"] else None,
         }
 
 
 def select_from_settings(
-    settings: SelectSettings, *, method: Method | None = None, progress: Progress | None = None
+    settings: SelectSettings,
+    *,
+    method: Method | None = None,
+    progress: Progress | None = None,
+    held: Mapping[str, Rows] | None = None,
 ) -> Selection:
-    """The run that ``settings`` describe; see ``tamis.select``. ``method`` stands in for the one they name."""
+    """The run that ``settings`` describe; see ``tamis.select``.
+
+    ``method`` stands in for the one they name, and ``held`` has the rows in memory that they name.
+    """
+    held = held or {}
     started = time.perf_counter()
     progress = progress or NoProgress()
     method = method or make_method(settings)
     budget = parse_budget(settings.budget)
     out = Path(settings.out)
     store = Path(settings.store) if settings.store else out / "store"
+    if is_main():  # what takes no time is tried before files are read and weights are hashed
+        check_writable(out)
+        check_writable(store)
+    resolved_dtype(model_settings(settings))  # refuses a device that is not there
     fingerprint = model_fingerprint(model_settings(settings))
-    sources = read_sources(settings)
+    sources = read_sources(settings, held)
     identity = {
         "tamis": metadata.version("tamis"),
         "model": fingerprint,
-        "data": {"pool": sources.pool.content_hash, "target": sources.target.content_hash},
+        "data": {"pool": sources.pool.identity, "target": sources.target.identity},
         "libraries": {name: metadata.version(name) for name in ("torch", "transformers", "peft", "tokenizers")},
-        "settings": {k: v for k, v in to_dict(settings).items() if k not in _FREE_SETTINGS},
+        **_settings_identity(settings, method),
     }
     if is_main():
         claim_folder(out, identity)
-        write_config("select", settings, out / "run.yaml")
+        write_config("select", settings, out / "run.yaml", held=list(held))
     barrier()
 
     corpora = read_corpora(sources, settings, store=store, progress=progress)
     if is_main():
         write_skipped(out / "skipped.jsonl", corpora.skipped)
-    _check_budget(budget, corpora)
+    _check_choice(budget, corpora, settings)
     every_row = np.flatnonzero(corpora.pool.usable).astype(np.int64)
     task = Task(
         pool=corpora.pool,
@@ -125,6 +154,7 @@ def select_from_settings(
         aggregate=settings.aggregate,
         progress=progress,
         notes=list(corpora.notes),
+        warnings=list(corpora.warnings),
         stages=[corpora.pool.stage, corpora.target.stage],
     )
     chooser = _Chooser(settings=settings, corpora=corpora, budget=budget)
@@ -137,20 +167,21 @@ def select_from_settings(
     excluded = scores.rows[scores.extra["zero_gradient"]] if "zero_gradient" in scores.extra else scores.rows[:0]
     chooser = replace(chooser, flagged=flagged if settings.drop_flagged else None, excluded=excluded)
     choice = chooser(scores)
-    baselines, baseline_scores = _baselines(replace(task, rows=every_row, notes=[]), settings, chooser)
+    baselines, baseline_scores = _baselines(replace(task, rows=every_row, notes=[], warnings=[]), settings, chooser)
 
+    shapes = count_shapes(choice.order.tolist(), corpora.pool.examples.__getitem__)
     table = score_table(corpora, choice, losses=losses, flagged=flagged)
     manifest: dict[str, Any] = {
         **identity,
-        "command": f"tamis select --config {out / 'run.yaml'}",
-        "versions": _versions(),
+        "command": _command(out, held),
+        "versions": versions(),
         "method": {"name": method.name, **dataclasses.asdict(method)},  # type: ignore[call-overload]  # a dataclass
         "settings": to_dict(settings),
         "models": task.model_descriptions(),
-        "data_files": _describe_data(corpora, scored=len(scores.rows)),
+        "data_files": describe_data(corpora, scored=len(scores.rows)),
         "selected": {"rows": len(choice.order), "tokens": choice.tokens},
-        "notes": [*task.notes, *scores.notes, *choice.notes],
-        "cost": _costs(task, method.name, scoring_s=scoring_s, elapsed_s=time.perf_counter() - started),
+        "notes": [*task.notes, *scores.notes],
+        "cost": costs(task, method.name, scoring_s=scoring_s, elapsed_s=time.perf_counter() - started),
     }
     content = build_content(
         ReportInputs(
@@ -164,19 +195,54 @@ def select_from_settings(
             target_group=corpora.target_group,
             target_supervised_tokens=corpora.target.supervised[corpora.target_rows],
             notes=manifest["notes"],
+            warnings=[
+                *(("About the run", sentence) for sentence in task.warnings),
+                *(("The budget was not spent", sentence) for sentence in choice.warnings),
+                *(("Training", sentence) for sentence in training_warnings(shapes, as_chats=settings.write_messages)),
+            ],
             skipped=corpora.skipped,
         )
     )
-    manifest["warnings"] = [f.sentence for f in content.findings if f.severity == "warning"]
+    manifest["warnings"] = [f.line for f in content.findings if f.severity == "warning"]
     if is_main():
+        check_claim(out, identity)
         write_selected(out / "selected.jsonl", corpora, choice)
+        if settings.write_messages:
+            write_messages(out / MESSAGES, corpora, choice)
         write_scores(out / "scores.parquet", table)
         if settings.report:
             write_page(content, out / "report.html")
-        manifest["files"] = {name: file_digest(out / name) for name in ("selected.jsonl", "scores.parquet")}
+        written = [name for name in ("selected.jsonl", MESSAGES, "scores.parquet") if (out / name).exists()]
+        manifest["files"] = {name: file_sha256(out / name) for name in written}
         write_json(out / "manifest.json", manifest)  # last: its presence says that the run is complete
     barrier()
     return Selection(out=out, table=table, order=choice.order, warnings=tuple(manifest["warnings"]), manifest=manifest)
+
+
+def _command(out: Path, held: Mapping[str, Rows]) -> str:
+    """What repeats the run."""
+    if held:
+        return f"tamis.select(...) in Python with the same rows: run.yaml cannot bring back {' and '.join(held)}"
+    return f"tamis select --config {out / 'run.yaml'}"
+
+
+def _settings_identity(settings: SelectSettings, method: Method) -> dict[str, Any]:
+    """``settings`` as far as they can change the result, and ``inputs``: what the files hold that they name."""
+    inputs = method.by_content(model_settings(settings)) if isinstance(method, ReadsFiles) else {}
+    plain = {k: v for k, v in to_dict(settings).items() if k not in (*_FREE_SETTINGS, *_KNOWN_BY_CONTENT)}
+    plain["set"] = {name: value for name, value in settings.set.items() if name not in inputs}
+    if settings.chat_template is not None:
+        inputs["chat_template"] = text_sha256(template_text(settings.chat_template))
+    return {"settings": plain, "inputs": inputs}
+
+
+def _what_ran(models: Sequence[Mapping[str, Any]]) -> str | None:
+    """Which weights were used, in which dtype and where; None where no model ran."""
+    if not models:
+        return None
+    model = models[0]
+    dtype = f"dequantised to {model['dtype']}" if model["kind"] == "gguf" else model["dtype"]
+    return f"{model['name']} ({dtype} on {model['device']}, {model['attention']} attention)"
 
 
 def make_method(settings: SelectSettings) -> Method:
@@ -199,8 +265,14 @@ def make_method(settings: SelectSettings) -> Method:
     return from_dict(kind, values, origin=f"settings of method {settings.method!r}")
 
 
-def _check_budget(budget: Budget, corpora: Corpora) -> None:
-    """Refuse a budget above the pool before anything is computed, not after."""
+def _check_choice(budget: Budget, corpora: Corpora, settings: SelectSettings) -> None:
+    """Refuse a choice that cannot be made, a budget above the pool or no row left, before anything is computed."""
+    usable = corpora.pool.usable
+    if settings.drop_leaks and not (usable & ~corpora.leaked).any():
+        raise InvalidSettings(
+            f"--drop-leaks leaves no row to select from: all {int(usable.sum())} usable rows of the pool, or their "
+            "prompts, are target rows too; give target rows that are not in the pool, or select with --keep-leaks"
+        )
     if budget.kind == "tokens":
         tokens_for(budget, int(corpora.pool.lengths.sum()))
     else:
@@ -289,70 +361,3 @@ def _baselines(
         full[choice.rows] = choice.score
         scores[name] = full
     return chosen, scores
-
-
-def _describe_data(corpora: Corpora, *, scored: int) -> dict[str, Any]:
-    described: dict[str, Any] = {}
-    for corpus in (corpora.pool, corpora.target):
-        described[corpus.name] = {
-            "files": list(corpus.examples.files),
-            "content_hash": corpus.examples.content_hash,
-            "rows": len(corpus),
-            "usable": int(corpus.usable.sum()),
-            "skipped": sum(row.corpus == corpus.name for row in corpora.skipped),
-            "truncated_rows": int((corpus.truncated > 0).sum()),
-            "truncated_tokens": int(corpus.truncated.sum()),
-            "tokens": int(corpus.lengths.sum()),
-            "supervised_tokens": int(corpus.supervised.sum()),
-        }
-    own = np.arange(len(corpora.pool))
-    described["pool"] |= {
-        "scored": scored,
-        "exact_copies": int((corpora.first_copy != own).sum()),
-        "near_copies": int((corpora.first_near_copy != own).sum()),
-        "leaked": int(corpora.leaked.sum()),
-        "duplicate_ids": len(corpora.pool.examples.duplicate_ids),
-    }
-    return described
-
-
-def _costs(task: Task, method: str, *, scoring_s: float, elapsed_s: float) -> dict[str, Any]:
-    """What was spent, stage by stage. Stages reused from an earlier run count with what they cost then.
-
-    A method that keeps nothing in the store (BM25, say) is one line with the time it took now.
-    """
-    shape: ModelShape | None = None
-    stages: list[dict[str, Any]] = []
-    total_seconds = total_tflops = 0.0
-    for cost in task.costs():
-        if cost.work != "none" and shape is None:
-            shape = ModelShape.from_model(skeleton(task.model_settings))
-        tflops = stage_tflops(shape, cost) if shape else 0.0
-        if cost.operations is not None:
-            tflops = cost.operations / 1e12
-        counts = {"rows": cost.rows, "tokens": cost.tokens, "supervised_tokens": cost.supervised_tokens}
-        seconds = round(cost.elapsed_s, 3)
-        stages.append({"name": cost.name, "work": cost.work, **counts, "seconds": seconds, "tflops": tflops})
-        total_seconds += seconds
-        total_tflops += tflops
-    if all(stage["work"] == "none" for stage in stages):
-        rows = {"rows": len(task.rows), "tokens": 0, "supervised_tokens": 0}
-        stages.append({"name": method, "work": "none", **rows, "seconds": round(scoring_s, 3), "tflops": 0.0})
-        total_seconds += scoring_s
-    return {
-        "elapsed_s": round(elapsed_s, 3),
-        "stages": stages,
-        "total_seconds": round(total_seconds, 3),
-        "total_tflops": total_tflops,
-    }
-
-
-def _versions() -> dict[str, str]:
-    names = ("tamis", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "safetensors")
-    found = {}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return {"python": platform.python_version(), "platform": platform.platform(), **found}

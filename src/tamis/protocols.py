@@ -17,6 +17,7 @@ __all__ = [
     "Method",
     "Progress",
     "Projector",
+    "ReadsFiles",
     "TwoSidedProjector",
     "VectorProjector",
 ]
@@ -102,5 +103,17 @@ class Method(Protocol):
         """Score ``task.rows`` against ``task.target_rows``; ``task`` is a ``tamis.collect.Task``.
 
         Positive means that training on the row lowers the target loss.
+        """
+        ...
+
+
+@runtime_checkable
+class ReadsFiles(Protocol):
+    """A method with settings that name files or folders: a run is known by what is in them, not by where they are."""
+
+    def by_content(self, model: Any) -> dict[str, Any]:
+        """Setting -> plain JSON that is equal if and only if what the files hold is; settings that name none are out.
+
+        ``model`` is the run's ``tamis.model.load.ModelSettings``.
         """
         ...

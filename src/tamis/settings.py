@@ -6,18 +6,22 @@ misspelt setting is answered at once.
 
 from __future__ import annotations
 
-import difflib
-import math
-import re
-import types
-import typing
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
-from pathlib import PurePosixPath
-from typing import Any, Literal, TypeVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
+from tamis.budget import describe_budget, parse_budget
 from tamis.errors import InvalidSettings
-from tamis.selection.budget import describe_budget, parse_budget
+from tamis.notation import (
+    GRADIENT_METHODS,
+    METHOD_SUMMARIES,
+    PROJECTION_NAMES,
+    check_method,
+    check_projection,
+    shortlist_parts,
+    target_parts,
+)
+from tamis.values import check_plain, check_types, from_dict, nearest, to_dict
 
 __all__ = [
     "GRADIENT_METHODS",
@@ -33,25 +37,8 @@ __all__ = [
     "to_dict",
 ]
 
-# The methods of ``tamis.score.METHODS`` in one line each. They are listed here a second time because that dict
-# imports PyTorch, and help and error messages must not wait for it; a test holds the two equal.
-METHOD_SUMMARIES: dict[str, str] = {
-    "uniform": "a random draw: what every other method has to beat",
-    "length": "rows with most supervised tokens first: shows what length alone explains",
-    "bm25": "words shared with the target rows; costs next to nothing and is hard to beat",
-    "loss-drop": "relative loss drop of the row after a short warm-up on the target",
-    "mid-ppl": "rows of middling perplexity; ignores the target",
-    "rds+": "cosine of position-weighted mean hidden states with the target rows",
-    "tracin": "gradient cosine with the target rows (the default)",
-    "less": "Adam update of the row against the target gradient, over checkpoints of a LoRA warm-up",
-    "influence-distillation": "exact gradients of a few landmark rows, carried to all others by cheap embeddings",
-}
-GRADIENT_METHODS = ("tracin", "less")
-PROJECTION_NAMES = ("none", "factorized", "rademacher", "hadamard", "mask")
-
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Format = Literal["messages", "prompt-completion", "instruction", "text"]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,12 +82,14 @@ class SelectSettings:
     store: str | None = None  # features shared between runs; None: <out>/store
     shard_rows: int = 256
     report: bool = True
+    write_messages: bool = False  # the selected rows also as chats, in selected-messages.jsonl
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        object.__setattr__(self, "budget", _budget_text(self.budget))
+        check_types(self)
         _check_sources("pool", self.pool)
         names = _check_targets(self.target, required=True)
-        _check_method(self.method)
+        check_method(self.method)
         _check_method_settings(self.set)
         if self.shortlist is not None:
             cheap, _ = shortlist_parts(self.shortlist)
@@ -110,7 +99,7 @@ class SelectSettings:
                     "or choose a cheaper method for it, for example bm25:5x"
                 )
         _check_shares(self.shares, names)
-        _check_projection(self.projection)
+        check_projection(self.projection)
         _at_least("projection_dim", self.projection_dim, 1)
         _at_least("seed", self.seed, 0)
         _at_least("max_length", self.max_length, 2)
@@ -136,7 +125,9 @@ class DoctorSettings:
     target: tuple[str, ...] = ()
     preview: int = 3  # rows of each corpus whose loss mask is shown
     sample: int = 1000  # rows of each corpus that are tokenized for the counts, evenly spaced; 0: all
-    check_rows: int = 4  # rows used by the numeric checks
+    check_rows: int = 4  # rows used by each of the numeric checks; by the projection's, at each of four lengths
+    projection: str = "factorized"  # whose distortion is measured; "none": of none
+    projection_dim: int | None = None
     numeric: bool = True  # whether weights are loaded and the numeric checks run
     max_length: int = 2048
     dtype: Dtype = "auto"
@@ -152,11 +143,13 @@ class DoctorSettings:
     out: str | None = None  # folder for doctor.json and doctor.yaml; None: only printed
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         _check_sources("pool", self.pool)
         _check_targets(self.target, required=False)
         _at_least("preview", self.preview, 0)
         _at_least("sample", self.sample, 0)
+        check_projection(self.projection)
+        _at_least("projection_dim", self.projection_dim, 1)
         _at_least("check_rows", self.check_rows, 2)
         _at_least("max_length", self.max_length, 2)
         _check_not_empty(self, "model", "out", "device", "attention", "revision", "chat_template", "device_map")
@@ -198,11 +191,12 @@ class PlanSettings:
     out: str | None = None  # folder for plan.json and plan.yaml; None: only printed
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        object.__setattr__(self, "budget", _budget_text(self.budget))
+        check_types(self)
         _check_sources("pool", self.pool)
         _check_targets(self.target, required=False)
         shortlist_parts(self.shortlist)
-        _check_projection(self.projection)
+        check_projection(self.projection)
         _check_plan_settings(self.set)
         _at_least("projection_dim", self.projection_dim, 1)
         _at_least("sample", self.sample, 0)
@@ -215,130 +209,6 @@ class PlanSettings:
             *("model", "assume_device", "compare", "out"),
             *("device", "attention", "revision", "chat_template", "device_map"),
         )
-
-
-def shortlist_parts(text: str) -> tuple[str, float]:
-    """Method and multiple of the budget: ``"bm25:5x"`` is ``("bm25", 5.0)``.
-
-    Raises:
-        InvalidSettings: the text is not of that form, the method is unknown, or the multiple is below 1.
-    """
-    match = re.fullmatch(r"([^:]+):(\d+(?:\.\d+)?)x?", text.strip())
-    if not match:
-        raise InvalidSettings(f"shortlist={text!r}: expected METHOD:MULTIPLE, for example 'bm25:5x'")
-    _check_method(match[1], setting="shortlist")
-    multiple = float(match[2])
-    if multiple < 1:
-        raise InvalidSettings(f"shortlist={text!r}: it must keep at least the budget itself (1x)")
-    return match[1], multiple
-
-
-def target_parts(text: str) -> tuple[str, str]:
-    """Name and path of a target: ``"maths=data/gsm8k.jsonl"``, or a path whose stem is the name.
-
-    What stands before the first ``=`` is a name if it has no slash; a file with ``=`` in its name is written
-    ``./a=b.jsonl``. A glob is named by its stem without the wildcards, or else by its folder.
-
-    Raises:
-        InvalidSettings: the name or the path is empty.
-    """
-    before, equals, after = text.partition("=")
-    if equals and not re.search(r"[/\\*?\[]", before):
-        if not before.strip() or not after.strip():
-            raise InvalidSettings(f"target={text!r}: expected a path or NAME=PATH")
-        return before.strip(), after.strip()
-    if not text.strip():
-        raise InvalidSettings("target: expected a path or NAME=PATH, got an empty text")
-    path = PurePosixPath(text.strip().replace("\\", "/").split("@")[0].split(":")[-1])
-    stem = re.sub(r"[*?\[\]{}]", "", path.stem).strip(" ._-")
-    return stem or path.parent.name or text.strip(), text.strip()
-
-
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """``", did you mean 'x'?"`` for the closest of ``choices``, or an empty text if none is close."""
-    close = difflib.get_close_matches(word.lower().replace("-", "_"), {c.replace("-", "_"): c for c in choices}, n=1)
-    if not close:
-        return ""
-    return next(f", did you mean {c!r}?" for c in choices if c.replace("-", "_") == close[0])
-
-
-def to_dict(settings: Any) -> dict[str, Any]:
-    """The settings as plain values (lists, dicts, scalars), in the order in which the fields are declared."""
-    plain: dict[str, Any] = {}
-    for entry in fields(settings):
-        value = getattr(settings, entry.name)
-        if isinstance(value, tuple):
-            value = list(value)
-        elif isinstance(value, Mapping):
-            value = {key: list(v) if isinstance(v, tuple) else v for key, v in value.items()}
-        plain[entry.name] = value
-    return plain
-
-
-def from_dict(cls: type[T], values: Mapping[str, Any], *, origin: str = "settings") -> T:
-    """Settings of class ``cls`` from plain values, the inverse of ``to_dict``.
-
-    Args:
-        cls: one of the settings classes of this file.
-        values: field name -> value; fields left out keep their defaults.
-        origin: where the values come from, named in errors (a file's path, for example).
-
-    Raises:
-        InvalidSettings: a key is unknown (the nearest known one is suggested), a required one is missing, or a value
-            is refused by ``cls``.
-    """
-    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]  # T is one of the dataclasses above
-    for key in values:
-        if key not in known:
-            hint = nearest(str(key), known) or f"; known are {', '.join(known)}"
-            raise InvalidSettings(f"{origin}: unknown setting {key!r}{hint}")
-    for name, entry in known.items():
-        required = entry.default is MISSING and entry.default_factory is MISSING
-        if required and values.get(name) in (None, (), []):
-            raise InvalidSettings(f"{name} is missing: pass --{name}, or set '{name}' in the --config file")
-    return cls(**dict(values))
-
-
-def _check_types(settings: Any) -> None:
-    """Check every field against its annotation; lists become tuples, and mappings become plain dicts of their own."""
-    hints = typing.get_type_hints(type(settings))
-    for entry in fields(settings):
-        value = getattr(settings, entry.name)
-        if entry.name == "budget":
-            value = _budget_text(value)
-        object.__setattr__(settings, entry.name, _checked(entry.name, value, hints[entry.name]))
-
-
-def _checked(name: str, value: Any, hint: Any) -> Any:
-    """``value`` as ``hint`` wants it, or an error that names the setting."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        return _checked(name, value, next(a for a in arguments if a is not type(None)))
-    if origin is Literal:
-        if value not in arguments:
-            listed = ", ".join(map(str, arguments))
-            raise InvalidSettings(f"{name}={value!r}: expected one of {listed}{nearest(str(value), arguments)}")
-        return value
-    if origin is tuple:
-        items = (value,) if isinstance(value, str) else value
-        if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
-            raise InvalidSettings(f"{name}={value!r}: expected a text or a list of texts")
-        return tuple(items)
-    if origin is not None and issubclass(origin, Mapping):
-        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-            raise InvalidSettings(f"{name}={value!r}: expected NAME=VALUE pairs (in YAML: a mapping)")
-        item_hint = arguments[1]
-        return {key: v if item_hint is Any else _checked(f"{name}.{key}", v, item_hint) for key, v in value.items()}
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not math.isfinite(value):
-            raise InvalidSettings(f"{name}={value!r}: expected a finite number")
-        return float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        expected = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}[hint]
-        raise InvalidSettings(f"{name}={value!r}: expected {expected}, got {type(value).__name__}")
-    return value
 
 
 def _budget_text(value: Any) -> str:
@@ -364,19 +234,11 @@ def _check_targets(texts: tuple[str, ...], *, required: bool) -> list[str]:
     return names
 
 
-def _check_method(name: str, *, setting: str = "method") -> None:
-    if name not in METHOD_SUMMARIES:
-        listed = ", ".join(METHOD_SUMMARIES)
-        raise InvalidSettings(
-            f"{setting}: unknown method {name!r}{nearest(name, METHOD_SUMMARIES)} (methods: {listed})"
-        )
-
-
 def _check_method_settings(values: Mapping[str, Any]) -> None:
     for key, value in values.items():
         if not key.isidentifier():
             raise InvalidSettings(f"set: {key!r} is not the name of a method setting; expected --set name=value")
-        _check_plain(f"set.{key}", value)
+        check_plain(f"set.{key}", value)
 
 
 def _check_plan_settings(values: Mapping[str, Any]) -> None:
@@ -384,22 +246,8 @@ def _check_plan_settings(values: Mapping[str, Any]) -> None:
         method, dot, name = key.rpartition(".")
         if not dot or not name.isidentifier():
             raise InvalidSettings(f"set: {key!r}: a plan covers every method, so write METHOD.NAME=VALUE")
-        _check_method(method, setting="set")
-        _check_plain(f"set.{key}", value)
-
-
-def _check_plain(name: str, value: Any) -> None:
-    """Method settings end up in YAML and JSON, so they are scalars or flat lists of scalars."""
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            if isinstance(item, (list, tuple)):
-                raise InvalidSettings(f"{name}={value!r}: expected a flat list")
-            _check_plain(name, item)
-        return
-    if value is not None and not isinstance(value, (str, int, float, bool)):
-        raise InvalidSettings(f"{name}={value!r}: expected a text, a number, true, false, null or a list of these")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise InvalidSettings(f"{name}={value!r}: expected a finite number")
+        check_method(method, setting="set")
+        check_plain(f"set.{key}", value)
 
 
 def _check_shares(shares: Mapping[str, float], names: list[str]) -> None:
@@ -415,13 +263,6 @@ def _check_shares(shares: Mapping[str, float], names: list[str]) -> None:
     missing = [name for name in names if name not in shares]
     if missing:
         raise InvalidSettings(f"shares: {', '.join(missing)} has no share; give every target one, or none at all")
-
-
-def _check_projection(name: str | None) -> None:
-    if name is not None and name not in PROJECTION_NAMES:
-        raise InvalidSettings(
-            f"projection={name!r}: expected one of {', '.join(PROJECTION_NAMES)}{nearest(name, PROJECTION_NAMES)}"
-        )
 
 
 def _at_least(name: str, value: int | None, minimum: int) -> None:

@@ -13,7 +13,7 @@ from tamis.store.writer import StageWriter
 
 __all__ = ["StageCost", "Work", "finish", "own_shards", "read_cost", "record_cost"]
 
-Work = Literal["none", "forward", "gradient", "training"]
+Work = Literal["none", "forward", "gradient"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,6 +67,7 @@ class TokenizedExample:
     input_ids: npt.NDArray[np.int32]  # (T,)
     supervised: npt.NDArray[np.bool_]  # (T,) True: this token is a label, predicted from the ones before it
     truncated: int  # tokens cut from the end by max_length
+    dropped: bool = False  # the chat template left a part of an assistant turn out, such as its reasoning
 
     @property
     def num_supervised(self) -> int:
@@ -98,13 +99,15 @@ class LayerSpec:
     """One weight matrix whose per-sample gradient is taken, seen as ``(O, I)`` whatever way the module stores it.
 
     With a trainable bias the matrix is ``(O, I + 1)``: the bias is the column that multiplies a constant input of 1.
+    ``kind`` "embedding" is a lookup table ``(V, H)``; "vector" is all else that a module without children trains (a
+    norm's scale, a lone bias), its parameters one after the other as one column ``(P, 1)``.
     """
 
     name: str  # the module's qualified name
     out_features: int
     in_features: int  # without the bias column
     has_bias: bool
-    kind: Literal["linear", "conv1d", "head", "embedding"]
+    kind: Literal["linear", "conv1d", "head", "embedding", "vector"]
 
     @property
     def shape(self) -> tuple[int, int]:

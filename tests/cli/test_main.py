@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import tamis
-from tamis.cli.main import run
+from tamis.cli.main import main, run
 from tamis.errors import BadRow, InvalidInput
 from tamis.settings import SelectSettings
 from tiny_run import TinyRun, make_run
@@ -297,3 +297,21 @@ def test_control_c_during_work_exits_130(tmp_path: Path) -> None:
     assert process.returncode == 130, err
     assert out == "" and "Traceback" not in err
     assert "run the same command again" in err
+
+
+@pytest.mark.parametrize(("set_by_user", "expected"), [(None, "1"), ("0", "0")])
+def test_the_command_asks_for_huge_pages_unless_the_user_says_otherwise(
+    set_by_user: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "")  # put back afterwards, whatever the command does to it
+    if set_by_user is None:
+        monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
+    else:
+        monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", set_by_user)
+    monkeypatch.setattr("sys.argv", ["tamis", "--version"])
+
+    with pytest.raises(SystemExit) as ended:
+        main()
+
+    assert ended.value.code == 0
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == expected

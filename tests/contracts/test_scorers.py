@@ -15,7 +15,7 @@ from tamis.types import TargetScores
 
 QUICK = {
     "less": {"warmup_epochs": 1, "warmup_share": 0.5},
-    "loss-drop": {"steps": 2},
+    "loss-drop": {"warmup_steps": 2},
     "influence-distillation": {"landmarks": 4, "warmup_epochs": 1},
 }
 
@@ -78,7 +78,7 @@ def test_settings_are_frozen_documented_and_named_by_the_user_s_word(name: str) 
         ("bm25", {"b": 2.0}),
         ("length", {"order": "middle"}),
         ("rds+", {"positions": "first"}),
-        ("loss-drop", {"steps": 0}),
+        ("loss-drop", {"warmup_steps": 0}),
         ("influence-distillation", {"landmarks": 1}),
         ("influence-distillation", {"kernel": "sinc"}),
     ],

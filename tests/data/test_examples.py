@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tamis.data.examples import BadRowRecord, read_examples
+from tamis.data.examples import BadRowRecord, read_examples, warn_of
 from tamis.errors import BadRow, InvalidInput
 
 
@@ -106,19 +106,62 @@ def test_duplicate_ids_are_reported_and_rows_stay_apart(tmp_path, caplog):
     rows = [chat("a", "b", id="x"), chat("c", "d", id="y"), chat("a", "b", id="x")]
     with caplog.at_level(logging.WARNING):
         examples = read_examples([lines(tmp_path / "rows.jsonl", rows)])
+        assert not caplog.text  # whoever reports them in its own words would say it twice
+        warn_of(examples, "pool")
     assert len(examples) == 3
     assert examples.duplicate_ids == {"x": [0, 2]}
     assert "1 ids occur more than once; rows stay apart" in caplog.text
 
 
-def test_content_hash_follows_ids_content_and_order(tmp_path):
-    def hash_of(*rows):
-        return read_examples([lines(tmp_path / "rows.jsonl", rows)]).content_hash
+def identity_of(tmp_path, *rows) -> dict[str, str]:
+    return read_examples([lines(tmp_path / "rows.jsonl", rows)]).identity
 
-    base = hash_of(chat("a", "b", id="x"), chat("c", "d", id="y"))
-    assert base == hash_of(chat("a", "b", id="x", note=1), chat("c", "d", id="y"))
-    assert len({base, hash_of(chat("c", "d", id="y"), chat("a", "b", id="x")), hash_of(chat("a", "b", id="x"))}) == 3
-    assert base != hash_of(chat("a", "b", id="xy"), chat("c", "d", id=""))
+
+def changed(one: dict[str, str], other: dict[str, str]) -> set[str]:
+    return {name for name in one if one[name] != other[name]}
+
+
+@pytest.mark.parametrize(
+    ("rows", "differs"),
+    [
+        ((chat("a", "b", id="x", source="s"), chat("c", "d", id="y")), set()),
+        ((chat("a", "B", id="x", source="s"), chat("c", "d", id="y")), {"content", "text"}),
+        ((chat("a", "b", id="z", source="s"), chat("c", "d", id="y")), {"ids", "text"}),
+        ((chat("a", "b", id="x", source="S"), chat("c", "d", id="y")), {"source", "text"}),
+        ((chat("a", "b", id="x", source="s", note=1), chat("c", "d", id="y")), {"text"}),
+        ((chat("a", "b", source="s", id="x"), chat("c", "d", id="y")), {"text"}),  # another order of the fields
+        ((chat("a", "b", id="x", source="s"),), {"content", "files", "ids", "source", "text"}),
+        (
+            (chat("c", "d", id="y"), chat("a", "b", id="x", source="s")),
+            {"content", "ids", "source", "text"},
+        ),
+        ((chat("a", "b", id="xy", source="s"), chat("c", "d", id="")), {"ids", "text"}),
+    ],
+)
+def test_identity_names_what_changed_and_nothing_else(tmp_path, rows, differs):
+    base = identity_of(tmp_path, chat("a", "b", id="x", source="s"), chat("c", "d", id="y"))
+    assert changed(base, identity_of(tmp_path, *rows)) == differs
+
+
+def test_identity_knows_file_names_and_row_numbers(tmp_path):
+    rows = [chat("a", "b", id="x", source="s"), chat("c", "d", id="y", source="s")]
+    base = read_examples([lines(tmp_path / "rows.jsonl", rows)])
+    renamed = read_examples([lines(tmp_path / "others.jsonl", rows)])
+    assert changed(base.identity, renamed.identity) == {"files"}
+    assert base.content_hash != renamed.content_hash
+    (tmp_path / "rows.jsonl").write_text("\n" + (tmp_path / "rows.jsonl").read_text())
+    moved = read_examples([str(tmp_path / "rows.jsonl")])
+    assert changed(base.identity, moved.identity) == {"files"}
+
+
+def test_an_edit_of_a_field_that_is_not_trained_on_is_noticed_when_the_row_is_written(tmp_path):
+    path = lines(tmp_path / "rows.jsonl", [chat("a", "b", note="old")])
+    examples = read_examples([path])
+    assert '"old"' in examples.raw_json(0)
+    lines(tmp_path / "rows.jsonl", [chat("a", "b", note="new")])
+    assert examples[0].raw["note"] == "new"  # what is trained on is what it was
+    with pytest.raises(InvalidInput, match=r"rows.jsonl changed while it was in use \(row 0 is not what it was\)"):
+        examples.raw_json(0)
 
 
 GOOD = json.dumps(chat("q", "a")).encode()
@@ -143,11 +186,12 @@ GOOD = json.dumps(chat("q", "a")).encode()
         (
             b'{"text": "hello"}',
             None,
-            "this row is in the text format but the file is read as messages; keep one format",
+            "this row is in the text format but the file is read as messages, as its first row is; keep one format",
         ),
         (GOOD[:-1] + b', "id": [1]}', "id", "expected a string or a whole number, got list"),
         (GOOD[:-1] + b', "id": "\\ud800"}', "id", "half of a surrogate pair"),
-        (GOOD[:-1] + b', "source": 3}', "source", "expected a string, got int"),
+        (GOOD[:-1] + b', "source": [3]}', "source", "expected a string, got list"),
+        (GOOD[:-1] + b', "source": {"name": 3}}', "source", "expected a string, got dict"),
         (GOOD.replace(b'"a"', b'"\\udfff"'), None, "half of a surrogate pair"),
     ],
 )
@@ -172,6 +216,29 @@ def test_row_format_overrides_detection(tmp_path):
     path = lines(tmp_path / "rows.jsonl", [{**ROWS[0], "text": "all of it"}])
     assert read_examples([path])[0].format == "messages"
     assert read_examples([path], row_format="text")[0].text == "all of it"
+
+
+def test_a_row_in_another_format_than_the_named_one_is_told_to_leave_the_name_out(tmp_path):
+    path = lines(tmp_path / "rows.jsonl", [{"text": "t"}, chat("q", "a")])
+    with pytest.raises(
+        BadRow, match=r"row 1 .*in the messages format but row_format says text; .*leave row_format out"
+    ):
+        read_examples([path], row_format="text")
+
+
+@pytest.mark.parametrize("on_bad_row", ["fail", "skip"])
+def test_a_null_field_of_the_first_row_is_called_null(tmp_path, on_bad_row):
+    path = lines(tmp_path / "rows.jsonl", [{"instruction": None, "output": "x"}])
+    with pytest.raises(InvalidInput, match=r"row 0.*, field 'instruction': the field is null; fill it") as caught:
+        read_examples([path], on_bad_row=on_bad_row)
+    assert "expected" not in str(caught.value)
+
+
+def test_numbers_and_truth_values_name_a_source(tmp_path):
+    rows = [chat("q", "a", source=value) for value in (7, 0, 1.5, True, None, "s")]
+    examples = read_examples([lines(tmp_path / "rows.jsonl", rows)])
+    assert [e.source for e in examples] == ["7", "0", "1.5", "True", "rows", "s"]
+    assert examples[0].raw["source"] == 7  # the row itself is handed back as it was
 
 
 def test_files_of_different_formats_go_together(tmp_path):

@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import json
 import tracemalloc
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 
 from tamis.data import files
@@ -13,7 +16,7 @@ from tamis.errors import InvalidInput
 
 
 def open_one(path, **options):
-    opened, _ = open_files([str(path)], split=options.get("split"), kind="pool")
+    opened, _ = open_files([str(path)], kind="pool")
     return opened[0]
 
 
@@ -100,7 +103,7 @@ def test_missing_paths_folders_and_patterns_say_what_to_do(tmp_path):
     with pytest.raises(InvalidInput, match=r"\*.jsonl matches no file; check the pattern"):
         open_one(tmp_path / "*.jsonl")
     with pytest.raises(InvalidInput, match="the target names no file; give at least one path, glob or hub id"):
-        open_files([], split=None, kind="target")
+        open_files([], kind="target")
 
 
 def test_patterns_cross_folders_in_sorted_order_and_keep_who_named_them(tmp_path, monkeypatch):
@@ -108,11 +111,11 @@ def test_patterns_cross_folders_in_sorted_order_and_keep_who_named_them(tmp_path
     for name in ("b.jsonl", "a.jsonl", "deep/er/c.jsonl", "literal[1].jsonl"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text('{"a": 1}\n')
-    opened, named_by = open_files(["literal[1].jsonl", "[ab].jsonl", "deep/**/*.jsonl"], split=None, kind="pool")
+    opened, named_by = open_files(["literal[1].jsonl", "[ab].jsonl", "deep/**/*.jsonl"], kind="pool")
     assert [file.name for file in opened] == ["literal[1].jsonl", "a.jsonl", "b.jsonl", "deep/er/c.jsonl"]
     assert named_by == [0, 1, 1, 2]
     with pytest.raises(InvalidInput, match=r"pool \*.jsonl: the file a.jsonl was already named by a.jsonl"):
-        open_files(["a.jsonl", "*.jsonl"], split=None, kind="pool")
+        open_files(["a.jsonl", "*.jsonl"], kind="pool")
 
 
 def test_hub_ids_pass_config_and_split_on(monkeypatch):
@@ -124,16 +127,25 @@ def test_hub_ids_pass_config_and_split_on(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     for text in ("org/name", "org/name:part", "org/name@test[:10%]", "org/na.me:part@val"):
-        file = open_one(text, split="validation")
+        file = open_one(text)
         assert (file.name, file.stem) == (text, text.split(":")[0].split("@")[0].split("/")[1])
         assert [row.value for row in file.scan()] == [{"text": "one"}, {"text": "two"}]
         assert file.raw_json(1, 0) == '{"text": "two"}'
     assert asked == [
-        ("org/name", None, "validation"),
-        ("org/name", "part", "validation"),
+        ("org/name", None, "train"),
+        ("org/name", "part", "train"),
         ("org/name", None, "test[:10%]"),
         ("org/na.me", "part", "val"),
     ]
+
+
+@pytest.mark.parametrize("text", ["here/name", "org/rows.csv", "org/rows.JSONL", "./org/name", "/org/name"])
+def test_what_can_only_be_a_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, text):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the hub was asked"))
+    with pytest.raises(InvalidInput, match="does not exist; check the path"):
+        open_one(text)
 
 
 def test_hub_failures_are_one_line(monkeypatch):
@@ -150,3 +162,7 @@ def test_hub_failures_are_one_line(monkeypatch):
 def test_to_json_writes_what_any_reader_accepts():
     assert to_json({"a": float("nan"), "b": [float("inf"), 1.5], "c": "é"}) == '{"a": null, "b": [null, 1.5], "c": "é"}'
     assert json.loads(to_json({"a": "\ud800"})) == {"a": "\ud800"}
+    assert json.loads(to_json({"n": np.int64(3), "v": np.array([0.5, 1.5])})) == {"n": 3, "v": [0.5, 1.5]}
+    assert to_json({"day": date(2026, 1, 2), "price": Decimal("1.50")}) == '{"day": "2026-01-02", "price": "1.50"}'
+    with pytest.raises(TypeError, match="JSON knows no object"):  # its text would be an address, new in every process
+        to_json({"image": object()})

@@ -27,6 +27,16 @@ def test_format_is_told_from_the_filled_fields(row, expected):
 def test_unknown_format_names_the_fields_that_arrived():
     with pytest.raises(RowError, match="unknown row format with 'question', 'answer'; expected 'messages'"):
         row_format_of({"question": "q", "answer": "a"})
+    for row, field in [
+        ({"messages": None}, "messages"),
+        ({"instruction": "i", "output": None}, "output"),
+        ({"prompt": None, "completion": None, "id": 1}, "prompt"),
+        ({"text": None}, "text"),
+    ]:
+        with pytest.raises(RowError, match=r"^the field is null; fill it or remove the row$") as caught:
+            row_format_of(row)
+        assert caught.value.field == field
+    assert row_format_of({"messages": None, "text": "t"}) == "text"  # Parquet fills columns of other rows with nulls
     with pytest.raises(RowError, match="unknown row format with no field at all"):
         row_format_of({})
 

@@ -14,6 +14,7 @@ from tamis.errors import BadRow, InvalidInput, InvalidSettings, Unsupported
 from tamis.types import Example
 
 LONG = 10_000
+U, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 
 
@@ -218,9 +219,33 @@ def test_truncation_cuts_the_end_and_is_counted():
         (
             "model role",
             chat(("system", "s"), ("user", "q"), ("assistant", "a")),
+            "messages[0]",
+            "System role not supported; change it or use another template",
+        ),
+        (
+            "model role",
+            example({"system": "s", "instruction": "i", "output": "o"}),
+            "system",
+            "System role not supported",
+        ),
+        (
+            "model role",
+            example(
+                {
+                    "prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}],
+                    "completion": [{"role": "assistant", "content": "a"}],
+                }
+            ),
+            "prompt[0]",
+            "System role not supported",
+        ),
+        (
+            "model role",
+            chat(("system", "s"), ("user", "q"), ("user", "q"), ("assistant", "a")),
             "messages",
             "System role not supported",
         ),
+        ("shouting", example({"system": "S", "instruction": "I", "output": "o"}), "output", "rewrites or drops"),
         ("model role", chat(("user", "q"), ("user", "q"), ("assistant", "a")), "messages", "Roles must alternate"),
         ("default system", chat(("assistant", "a")), "messages[0]", "cannot tell where this answer begins"),
         ("thinking", chat(("user", "q"), ("assistant", "<think>all</think>")), None, None),
@@ -269,6 +294,35 @@ def test_templates_that_cannot_be_followed_are_refused_with_the_turn(template, r
     assert caught.value.field == field
 
 
+THOUGHT = "<think>\nlet me see\n</think>\n\nParis"
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "dropped"),
+    [
+        ("chatml", chat(("user", "q"), ("assistant", THOUGHT)), False),
+        ("thinking", chat(("user", "q"), ("assistant", THOUGHT)), False),
+        # Only the last turn keeps its reasoning.
+        ("thinking", chat(("user", "q"), ("assistant", THOUGHT), ("user", "q"), ("assistant", "a")), True),
+        ("thinking", chat(("user", "q"), ("assistant", "a"), ("user", "q"), ("assistant", THOUGHT)), False),
+        ("header", chat(("user", "q"), ("assistant", "  <b>a</b> c ")), False),
+        *(
+            (
+                "chatml",
+                example({"messages": [U, {"role": "assistant", "content": "Paris", name: reasoning}]}),
+                reasoning == "let me see",
+            )
+            for name in ("reasoning_content", "thinking", "reasoning")
+            for reasoning in ("let me see", " ", None)
+        ),
+        ("chatml", example({"prompt": [U], "completion": [{**A, "reasoning_content": "let me see"}]}), True),
+        ("marked", example({"messages": [U, {**A, "reasoning_content": "let me see"}]}), True),
+    ],
+)
+def test_text_of_an_answer_that_the_template_leaves_out_is_noticed(template, row, dropped):
+    assert Renderer(tiny_tokenizer(template), max_length=LONG).render(row).dropped is dropped
+
+
 def test_marks_that_cover_nothing_are_refused():
     template = TEMPLATES["marked"].replace("== 'assistant'", "== 'nobody'")
     with pytest.raises(BadRow, match="marks nothing of this chat as generated"):
@@ -312,20 +366,9 @@ def test_the_default_template_writes_tool_calls():
     assert pieces[-1] == (f"\n<tool_call>\n{json.dumps(CALL)}\n</tool_call><|im_end|>\n", True)
 
 
-def test_a_template_is_taken_from_text_or_file(tmp_path):
-    path = tmp_path / "template.jinja"
-    path.write_text(TEMPLATES["header"], encoding="utf-8")
-    row = chat(("user", "q"), ("assistant", "a"))
-    for given_template in (TEMPLATES["header"], str(path)):
-        renderer = Renderer(tiny_tokenizer("chatml"), max_length=LONG, chat_template=given_template)
-        assert renderer.preview(row)[-1] == ("a<|eot_id|>", True)
-
-
-def test_unusable_templates_and_tokenizers_are_refused(tmp_path):
-    with pytest.raises(InvalidInput, match=r"chat_template chat.jinja: neither a template .* nor a readable file"):
-        Renderer(tiny_tokenizer(), max_length=LONG, chat_template="chat.jinja")
+def test_unusable_templates_and_tokenizers_are_refused():
     with pytest.raises(InvalidInput, match="the chat template does not compile"):
-        Renderer(tiny_tokenizer(), max_length=LONG, chat_template="{% for %}")
+        Renderer(tiny_tokenizer("{% for %}"), max_length=LONG)
     with pytest.raises(InvalidSettings, match="max_length=1: expected 2 or more"):
         Renderer(tiny_tokenizer(), max_length=1)
     slow = type("SlowTokenizer", (), {"is_fast": False})()
@@ -346,7 +389,7 @@ def test_templates_run_in_a_sandbox():
 def test_identity_follows_all_that_decides_ids_and_labels():
     base = Renderer(tiny_tokenizer(), max_length=8).identity
     assert base == Renderer(tiny_tokenizer(), max_length=8).identity
-    assert base["algorithm"] == "render-v1"
+    assert base["algorithm"] == "render-v2"
     used = tiny_tokenizer()
     used(["some text", "more"], padding=True, truncation=True, max_length=3)
     assert Renderer(used, max_length=8).identity == base

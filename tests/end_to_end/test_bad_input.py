@@ -211,11 +211,11 @@ def test_a_tokenizer_without_template_uses_a_stated_one(tiny: TinyRun, tmp_path:
     (model / "chat_template.jinja").unlink()
     words = ["--model", str(model), "--pool", str(tiny.pool), "--target", str(tiny.target), "--budget", "4"]
     assert run_command(["select", "--quiet", *words, "--out", str(tmp_path / "out"), "--method", "tracin"]) == 0
-    notes = json.loads((tmp_path / "out" / "manifest.json").read_text())["notes"]
-    assert any("template" in note for note in notes)
+    warnings = json.loads((tmp_path / "out" / "manifest.json").read_text())["warnings"]
+    assert any("template" in note for note in warnings)
 
 
-def test_a_target_without_any_gradient_is_refused_not_scored_nan(
+def test_a_model_without_any_gradient_is_refused_not_scored_nan(
     capfd: pytest.CaptureFixture[str], tiny: TinyRun, tmp_path: Path
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny.model)
@@ -224,4 +224,4 @@ def test_a_target_without_any_gradient_is_refused_not_scored_nan(
     model.save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     said = refused(capfd, tiny, tmp_path / "out", model=tmp_path / "model")
-    assert "no row of target" in said and "gradient" in said
+    assert "none of the 60 scored pool rows has a gradient" in said and "another model" in said

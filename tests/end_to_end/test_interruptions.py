@@ -20,7 +20,7 @@ SETTINGS = {
     "less": {"method": "less", "set": ["warmup_epochs=2", "warmup_share=0.3"]},
     "influence-distillation": {
         "method": "influence-distillation",
-        "set": ["landmarks=30", "warmup_epochs=2", "warmup_batch_rows=4", "embedding_budget=2"],
+        "set": ["landmarks=20", "warmup_epochs=1", "warmup_batch_rows=4", "embedding_budget=0.5"],
     },
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tamis
-from tamis.errors import BadRow, InvalidInput, InvalidSettings, NonFinite
+from tamis.errors import BadRow, InvalidInput, InvalidSettings, NonFinite, TamisError
 from tamis.score import tracin
 from tamis.types import Batch
 from tiny_run import TinyRun, chat, make_run, write_rows
@@ -23,7 +24,7 @@ from tiny_run import TinyRun, chat, make_run, write_rows
 METHODS = ["uniform", "length", "bm25", "mid-ppl", "rds+", "tracin", "less", "loss-drop", "influence-distillation"]
 QUICK = {
     "less": {"warmup_epochs": 1, "warmup_share": 0.3},
-    "loss-drop": {"steps": 2},
+    "loss-drop": {"warmup_steps": 2},
     "influence-distillation": {"landmarks": 24, "warmup_epochs": 1},
 }
 
@@ -43,12 +44,29 @@ def test_every_method_selects_the_budget_and_writes_every_file(run: TinyRun, tmp
     selection = select(run, tmp_path / "out", method=method, set=QUICK.get(method, {}))
     assert len(selection) == 10
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"selected.jsonl", "scores.parquet", "manifest.json", "report.html", "run.yaml", "skipped.jsonl"} <= names
+    assert {"selected.jsonl", "scores.parquet", "manifest.json", "report.html", "run.yaml"} <= names
+    assert "skipped.jsonl" not in names  # no row was
     table = pq.read_table(tmp_path / "out" / "scores.parquet")
     assert table.num_rows == 60
     assert sum(table["selected"].to_pylist()) == 10
     scores = np.array(table["score"].to_pylist(), dtype=float)
     assert np.isfinite(scores).all()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"target": None}, "target: expected paths, a list of rows or a datasets.Dataset, got NoneType"),
+        ({"pool": None}, "pool: expected paths, a list of rows or a datasets.Dataset, got NoneType"),
+        ({"method": None}, "method: expected a name or a method object such as .*, got NoneType"),
+        ({"method": tamis.methods.Less}, "method: expected a name or a method object such as .*, got type"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_named(
+    run: TinyRun, tmp_path: Path, wrong: dict[str, object], said: str
+) -> None:
+    with pytest.raises(TamisError, match=said):
+        select(run, tmp_path / "out", **wrong)
 
 
 @pytest.mark.parametrize("method", ["tracin", "less", "bm25", "influence-distillation"])
@@ -173,7 +191,7 @@ def test_a_second_run_in_the_same_folder_is_refused_with_the_field(run: TinyRun,
     again = {"model": run.model, "pool": changed, "target": run.target, "budget": 5, "method": "length"}
     tamis.select(**again, out=tmp_path / "two")  # type: ignore[arg-type]
     changed.write_text(run.pool.read_text().replace("lamp", "lump"))
-    with pytest.raises(InvalidSettings, match=r"data\.pool was"):
+    with pytest.raises(InvalidSettings, match=r"data\.pool\.content was"):
         tamis.select(**again, out=tmp_path / "two")  # type: ignore[arg-type]
 
 
@@ -281,6 +299,14 @@ def test_the_manifest_says_which_models_ran(run: TinyRun, tmp_path: Path) -> Non
         selection = select(run, tmp_path / method, method=method, set=QUICK.get(method, {}))
         assert all(model["dtype"] == "float32" for model in selection.manifest["models"])
         assert selection.manifest["models"], method
+
+
+def test_the_summary_says_which_weights_ran_in_which_dtype(run: TinyRun, tmp_path: Path) -> None:
+    selection = select(run, tmp_path / "tracin")
+    assert selection.summary()["model"] == f"{run.model} (float32 on cpu, sdpa attention)"
+    quantised = {**selection.manifest, "models": [{**selection.manifest["models"][0], "kind": "gguf"}]}
+    assert "dequantised to float32 on cpu" in replace(selection, manifest=quantised).summary()["model"]
+    assert select(run, tmp_path / "length", method="length").summary()["model"] is None
 
 
 def test_method_objects_and_flags_for_the_same_setting_exclude_each_other(run: TinyRun, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_the_plan_agrees_with_what_a_run_has_spent(
     assert ratios["seconds of model work"] is not None
 
 
-def test_a_warm_up_is_planned_too(tiny: TinyRun, tmp_path: Path) -> None:
+def test_a_warmup_is_planned_too(tiny: TinyRun, tmp_path: Path) -> None:
     out = tmp_path / "out"
     chosen = {"warmup_epochs": 2, "warmup_share": 0.3, "warmup_batch_rows": 4}
     tamis.select(

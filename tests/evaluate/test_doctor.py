@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
+from transformers import AutoModelForCausalLM
 
+import tamis
 from tamis.cli.command import plain
 from tamis.cli.doctor import print_doctor
+from tamis.cli.main import run as run_command
 from tamis.errors import InvalidInput
+from tamis.evaluate.checks import SignCheck, check_sign
 from tamis.evaluate.doctor import DoctorResult, examine, examine_template
+from tamis.model.targets import Coverage, CoverageRow
 from tamis.settings import DoctorSettings
 from tiny_run import CHATML, TinyRun, byte_tokenizer, chat, make_run, write_rows
 
@@ -43,6 +50,30 @@ def test_a_sound_run_is_previewed_counted_and_checked(tiny: TinyRun) -> None:
     assert "lowers the target loss" in result.sign_convention
     assert result.coverage.covered < result.coverage.trainable
     assert {"dtype", "device", "attention"} <= set(result.model)
+
+
+def test_the_projection_is_measured_from_the_shortest_rows_to_the_longest(tiny: TinyRun) -> None:
+    result = examined(tiny)
+    assert result.projection == {"name": "factorized", "algorithm": "factorized-v1", "dim": 16, "seed": 0}
+    assert len(result.distortion) == 4
+    assert [at.shortest for at in result.distortion] == sorted(at.shortest for at in result.distortion)
+    assert all(at.pairs == 6 and 0 < at.rms_error < 0.3 for at in result.distortion)
+    finer, coarse = (examined(tiny, projection="hadamard", projection_dim=dim) for dim in (4096, 4))
+    assert max(at.rms_error for at in finer.distortion) < min(at.rms_error for at in coarse.distortion)
+    assert any("raise --projection-dim" in warning for warning in coarse.warnings)
+    assert not any("raise --projection-dim" in warning for warning in finer.warnings)
+    console = Console(record=True, width=140)
+    print_doctor(console, coarse)
+    assert "projection: hadamard, dim 4" in console.export_text()
+    none = examined(tiny, projection="none")
+    assert none.projection is None and none.distortion == ()
+
+
+def test_copies_are_not_measured_against_each_other(tiny: TinyRun, tmp_path: Path) -> None:
+    pool = write_rows(tmp_path / "p.jsonl", [chat("a", "b", id=f"row-{i}") for i in range(6)])
+    result = examined(tiny, pool=str(pool), target=())
+    assert result.distortion == ()
+    assert any("needs two different rows with a gradient" in warning for warning in result.warnings)
 
 
 def test_no_weights_are_needed_for_the_data_and_the_coverage(tiny: TinyRun) -> None:
@@ -131,6 +162,97 @@ def test_the_printed_findings_mark_the_loss_and_escape_the_data(tiny: TinyRun, t
     assert "gradients cover" in text and "token embedding" in text
 
 
+def doctor_of(
+    tiny: TinyRun, capfd: pytest.CaptureFixture[str], model: Path, *flags: str
+) -> tuple[int, dict[str, Any], str]:
+    """Exit code, JSON and printed lines of the command."""
+    words = ["doctor", "--model", str(model), "--pool", str(tiny.pool), "--target", str(tiny.target), *flags]
+    code = run_command([*words, "--json"])
+    found = json.loads(capfd.readouterr().out)
+    assert run_command(words) == code
+    printed = capfd.readouterr()
+    return code, found, printed.out + printed.err
+
+
+def test_a_sound_model_passes_with_exit_code_zero(tiny: TinyRun, capfd: pytest.CaptureFixture[str]) -> None:
+    for flags in ((), ("--no-numeric",)):
+        code, found, _ = doctor_of(tiny, capfd, tiny.model, *flags)
+        assert code == 0 and found["passed"] is True and found["failures"] == []
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(0.0, "Every gradient of the checked rows is zero"), (float("nan"), "numeric checks stopped")]
+)
+def test_weights_that_are_no_model_fail_a_check_and_the_exit_code(
+    value: float, said: str, tiny: TinyRun, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny.model)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.fill_(value)
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    code, found, printed = doctor_of(tiny, capfd, tmp_path / "model")
+    assert code == 1 and found["passed"] is False
+    assert [said in sentence for sentence in found["failures"]] == [True]
+    assert set(found["failures"]) <= set(found["warnings"]) and said in printed
+    assert ("sign" in printed and "FAILED" in printed) or value != 0
+
+
+@pytest.mark.parametrize("is_routed", [False, True])
+def test_a_wrong_sign_fails_unless_routes_may_explain_it(
+    is_routed: bool, tiny: TinyRun, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def contrary(*args: Any, **settings: Any) -> SignCheck:
+        found = check_sign(*args, **settings)
+        assert found is not None
+        return replace(found, measured_change=-found.predicted_change, steps=3, is_routed=is_routed)
+
+    monkeypatch.setattr("tamis.evaluate.doctor.check_sign", contrary)
+    code, found, printed = doctor_of(tiny, capfd, tiny.model)
+    assert (code, found["passed"]) == ((0, True) if is_routed else (1, False))
+    assert ("not differentiable" in printed) is is_routed and ("undecided" in printed) is is_routed
+    assert ("do not trust" in printed) is not is_routed and "the smallest of 3 steps" in printed
+
+
+def test_reasoning_that_the_template_drops_is_counted(tiny: TinyRun, tmp_path: Path) -> None:
+    rows = [chat(f"q {i}", f"a {i}") for i in range(6)]
+    for row in rows[:2]:
+        row["messages"][1]["reasoning_content"] = "let me see"
+    pool = str(write_rows(tmp_path / "p.jsonl", rows))
+    result = examined(tiny, pool=pool, numeric=False)
+    assert result.pool.dropped_rows == 2 and result.target is not None and result.target.dropped_rows == 0
+    said = [w for w in result.warnings if "leaves out a part of an assistant turn" in w]
+    assert len(said) == 1 and said[0].startswith("pool: in 2 of 6 rows")
+    for _ in range(2):  # the second run reads its tokens from the store
+        selection = tamis.select(
+            model=tiny.model, pool=pool, target=tiny.target, budget=2, out=tmp_path / "out", method="bm25"
+        )
+        assert f"About the run. {said[0]}" in selection.manifest["warnings"]
+
+
+def test_repeated_ids_are_told_once(tiny: TinyRun, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pool = write_rows(tmp_path / "p.jsonl", [chat(f"q {i}", f"a {i}", id="same") for i in range(6)])
+    again = replace(tiny, pool=pool)
+    _, _, printed = doctor_of(again, capfd, tiny.model, "--no-numeric")
+    assert printed.count("ids occur more than once") == 1
+
+
 def test_the_result_is_plain_json(tiny: TinyRun) -> None:
     text = json.dumps(plain(examined(tiny, numeric=False)), allow_nan=False)
     assert json.loads(text)["pool"]["rows"] == 60
+
+
+def test_parameter_names_are_never_torn_inside_a_part_at_eighty_columns(tiny: TinyRun) -> None:
+    name = "model.language_model.layers.*.post_attention_layernorm.weight"
+    rows = (
+        CoverageRow(parameters=name, tensors=2, numel=1_234_567_890, share=0.5, covered=False, reason="norm or bias"),
+        CoverageRow(parameters="lm_head.weight", tensors=1, numel=7, share=0.5, covered=True, reason="linear layer"),
+    )
+    result = replace(examined(tiny, numeric=False), coverage=Coverage(rows=rows, trainable=10, covered=5))
+    console = Console(record=True, width=80)
+    with console.capture() as captured:
+        print_doctor(console, result)
+    said = captured.get()
+    for whole in ("model.language_model.layers.*.", "post_attention_layernorm ×2", "1,234,567,890", "lm_head", "50.0%"):
+        assert whole in said

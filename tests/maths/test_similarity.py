@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tamis.maths import similarity
-from tamis.maths.similarity import cosines, inner_products, row_norms, unit_rows, zero_rows
+from tamis.maths.similarity import cosines, inner_products, row_norms, squared_norms, unit_rows, zero_rows
 
 
 def rows(seed: int, count: int, width: int = 17) -> torch.Tensor:
@@ -78,3 +78,21 @@ def test_inputs_are_kept() -> None:
     cosines(x, y)
     unit_rows(x)
     assert torch.equal(x, torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (3, 5), (2, 8192), (2, 8193), (2, 3 * 8192 - 1)])
+def test_squared_norms_are_plain_sums_of_squares(shape: tuple[int, int]) -> None:
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(squared_norms(x), x.square().sum(dim=1), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rows_of_millions_of_numbers_keep_their_digits(dtype: torch.dtype) -> None:
+    """All terms positive, the worst case for a running sum: plain float32 norms and products are off by 1e-4."""
+    x = torch.rand(2, 3_000_000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    exact = x.double()
+    torch.testing.assert_close(squared_norms(x.float()).double(), exact.square().sum(dim=1), rtol=2e-6, atol=0)
+    torch.testing.assert_close(row_norms(x).double(), exact.norm(dim=1), rtol=2e-6, atol=0)
+    torch.testing.assert_close(unit_rows(x).double().norm(dim=1), torch.ones(2).double(), rtol=2e-6, atol=0)
+    # A matmul keeps one running sum for each block of 65,536 products.
+    torch.testing.assert_close(inner_products(x, x).double(), exact @ exact.T, rtol=1e-5, atol=0)

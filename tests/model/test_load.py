@@ -112,7 +112,7 @@ def test_chat_template_is_text_or_a_file(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "mine.jinja"
     file.write_text(text)
     assert load_tokenizer(settings(folder, chat_template=str(file))).chat_template == text
-    with pytest.raises(InvalidInput, match=r"chat template file 'none\.jinja' cannot be read"):
+    with pytest.raises(InvalidInput, match=r"chat_template none\.jinja: neither a template .* nor a readable file"):
         load_tokenizer(settings(folder, chat_template="none.jinja"))
 
 
@@ -172,11 +172,44 @@ def test_hub_id_that_cannot_be_reached_is_refused_once(monkeypatch: pytest.Monke
         raise OSError("We couldn't connect to the hub.\nSee the documentation.")
 
     monkeypatch.setattr("tamis.model.source.cached_file", unreachable)
+    monkeypatch.setattr("tamis.model.source._hub_answers", lambda name, revision: True)
     with pytest.raises(
         InvalidInput, match=r"model 'nobody/none' is neither .* \(We couldn't connect to the hub\.\); check"
     ):
         load_tokenizer(ModelSettings(name="nobody/none"))
     assert calls == ["config.json"]  # each attempt may wait half a minute for a network
+
+
+def test_without_a_network_the_hub_is_asked_once_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, float]] = []
+
+    def offline(self: object, name: str, *, revision: str | None, timeout: float) -> None:
+        asked.append((name, timeout))
+        raise ConnectionError("Name or service not known")
+
+    def cached_only(name: str, file: str, *, local_files_only: bool, **_: object) -> None:
+        assert local_files_only, "the file client would try five times"
+
+    monkeypatch.setattr("tamis.model.source.HfApi.model_info", offline)
+    monkeypatch.setattr("tamis.model.source.cached_file", cached_only)
+    with pytest.raises(
+        InvalidInput, match=r"model 'no-one/none' is no local folder.* and the hub cannot be reached; check"
+    ):
+        load_tokenizer(ModelSettings(name="no-one/none"))
+    assert asked == [("no-one/none", 10.0)]
+
+
+@pytest.mark.parametrize("name", ["here/model", "org/model.gguf", "model.safetensors", "./model", "/no/such/model"])
+def test_what_can_only_be_a_path_is_not_looked_for_on_the_hub(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tamis.model.source.HfApi.model_info", lambda *_, **__: pytest.fail("the hub was asked"))
+    with pytest.raises(
+        InvalidInput, match=r"does not exist; give a folder, a \.gguf file or a hub id such as org/name"
+    ):
+        load_tokenizer(ModelSettings(name=name))
 
 
 def test_hub_model_is_fingerprinted_by_its_commit(
@@ -191,6 +224,7 @@ def test_hub_model_is_fingerprinted_by_its_commit(
             return str(place / file) if (place / file).exists() else None
 
         monkeypatch.setattr("tamis.model.source.cached_file", cached)
+        monkeypatch.setattr("tamis.model.source._hub_answers", lambda name, revision: True)
         _hub_file.cache_clear()
         return model_fingerprint(ModelSettings(name="a/b"))
 
@@ -256,10 +290,12 @@ def test_missing_tokenizer_is_refused(folder: Path) -> None:
         load_tokenizer(settings(folder))
 
 
-def test_tokenizer_larger_than_the_embedding_is_refused(folder: Path) -> None:
-    tiny_tokenizer(size=70).save_pretrained(folder)
-    with pytest.raises(InvalidInput, match="has 70 tokens but the model's embedding has 64 rows"):
-        load_model(settings(folder))
+def test_padding_has_an_embedding_even_if_the_tokenizer_knows_more_ids_than_the_model(folder: Path) -> None:
+    tokenizer = tiny_tokenizer(size=70)
+    tokenizer.pad_token = "w66"  # id 69, and the embedding has 64 rows
+    tokenizer.save_pretrained(folder)
+    loaded = load_model(settings(folder))
+    assert pad_token_id(loaded.tokenizer) == 69 and loaded.pad_id == 0
 
 
 def test_adapter_of_another_shape_is_refused(folder: Path, adapter: Path) -> None:

@@ -8,22 +8,28 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tamis.model.processes import barrier, gather_objects, is_main, local_rank, rank, world_size
+from tamis.model.processes import barrier, counts_of_all, is_main, local_rank, rank, world_size
 
 _SCRIPT = """
-from tamis.model.processes import barrier, gather_objects, is_main, local_rank, rank, world_size
+from tamis.model.processes import barrier, counts_of_all, is_main, local_rank, rank, world_size
+import sys, time
+from pathlib import Path
+here = Path(sys.argv[1])
+time.sleep(rank())  # the second comes late, and the first has to wait for it
+(here / f"came-{rank()}").touch()
 barrier()
-print(rank(), local_rank(), world_size(), is_main(), gather_objects({"rank": rank()}), flush=True)
+print(rank(), local_rank(), world_size(), is_main(), sorted(p.name for p in here.glob("came-*")), end=" ")
+print(counts_of_all(7 + rank()), flush=True)
 """
 
 
 def test_unlaunched_script_is_the_only_process() -> None:
     barrier()
     assert (rank(), local_rank(), world_size(), is_main()) == (0, 0, 1, True)
-    assert gather_objects("mine") == ["mine"]
+    assert counts_of_all(7) == [7]
 
 
-def test_two_gloo_processes_see_each_other(tmp_path: Path) -> None:
+def test_two_gloo_processes_wait_for_each_other(tmp_path: Path) -> None:
     script = tmp_path / "two.py"
     script.write_text(_SCRIPT)
     with socket.socket() as free:
@@ -33,7 +39,7 @@ def test_two_gloo_processes_see_each_other(tmp_path: Path) -> None:
     shared.update(CUDA_VISIBLE_DEVICES="", ACCELERATE_USE_CPU="1", OMP_NUM_THREADS="1")
     running = [
         subprocess.Popen(
-            [sys.executable, str(script)],
+            [sys.executable, str(script), str(tmp_path)],
             env={**shared, "RANK": str(i), "LOCAL_RANK": str(i)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -43,6 +49,6 @@ def test_two_gloo_processes_see_each_other(tmp_path: Path) -> None:
     ]
     outputs = [process.communicate(timeout=120) for process in running]
     assert [process.returncode for process in running] == [0, 0], outputs
-    gathered = "[{'rank': 0}, {'rank': 1}]"
-    assert outputs[0][0].strip() == f"0 0 2 True {gathered}"
-    assert outputs[1][0].strip() == f"1 1 2 False {gathered}"
+    came = "['came-0', 'came-1']"
+    assert outputs[0][0].strip() == f"0 0 2 True {came} [7, 8]"
+    assert outputs[1][0].strip() == f"1 1 2 False {came} [7, 8]"

@@ -2,21 +2,15 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gradient_layers import LAYERS, layer, low_rank_gradient, random_gradients
+from projection_variance import dense_variance, factorized_sd, factorized_variance
 from tamis.errors import InvalidInput
 from tamis.projection import make_projector, project_gradients
-from tamis.projection.distortion import (
-    PairErrors,
-    dense_variance,
-    factorized_sd,
-    factorized_variance,
-    measure_distortion,
-    sample_pairs,
-    summarise_by_length,
-)
+from tamis.projection.distortion import measure_distortion
 from tamis.projection.factorized import FactorizedProjector
-from tamis.projection.layout import split_by_layer
 
 
 def every_sign_matrix(rows: int, columns: int) -> list[torch.Tensor]:
@@ -98,61 +92,45 @@ def test_factorized_noise_falls_with_the_rank_of_the_gradients_at_equal_k() -> N
 
 
 @pytest.mark.parametrize(("name", "dim"), [("none", None), ("factorized", 4), ("hadamard", 64), ("mask", 64)])
-def test_measured_errors_are_differences_of_products(name: str, dim: int | None) -> None:
+def test_measured_errors_are_differences_of_cosines(name: str, dim: int | None) -> None:
     grads = random_gradients(6)
     features = project_gradients(make_projector(name, dim=dim, seed=0), grads, LAYERS)
-    errors = measure_distortion(grads, features, sample_pairs(6, 100, seed=0))
+    errors = measure_distortion(grads @ grads.T, features)
     assert len(errors.error) == 15
-    for i, j, cosine, error in zip(errors.first, errors.second, errors.cosine, errors.error, strict=True):
-        scale = grads[i].norm() * grads[j].norm()
-        assert float(cosine) == pytest.approx(float(grads[i] @ grads[j] / scale), abs=1e-12)
-        assert float(error) == pytest.approx(
-            float((features[i] @ features[j] - grads[i] @ grads[j]) / scale), abs=1e-12
-        )
+    for (i, j), cosine, error in zip(itertools.combinations(range(6), 2), errors.cosine, errors.error, strict=True):
+        exact, projected = (float(x[i] @ x[j] / (x[i].norm() * x[j].norm())) for x in (grads, features))
+        assert float(cosine) == pytest.approx(exact, abs=1e-12)
+        assert float(error) == pytest.approx(projected - exact, abs=1e-12)
     assert errors.rms == pytest.approx(float(errors.error.norm()) / 15**0.5)
-    assert errors.bias == pytest.approx(float(errors.error.sum()) / 15)
     assert (errors.rms < 1e-9) == (name == "none")
 
 
-@pytest.mark.parametrize(("rows", "count"), [(2, 1), (5, 10), (5, 7), (1000, 50), (40, 300)])
-def test_sampled_pairs_are_different_rows_and_different_pairs(rows: int, count: int) -> None:
-    first, second = sample_pairs(rows, count, seed=3)
-    assert bool((first < second).all()) and int(second.max()) < rows and int(first.min()) >= 0
-    assert len(set(zip(first.tolist(), second.tolist(), strict=True))) == len(first) <= count
-    assert len(first) >= 0.6 * count
-    again = sample_pairs(rows, count, seed=3)
-    assert torch.equal(first, again[0]) and torch.equal(second, again[1])
+def test_the_cosine_of_two_vectors_by_hand() -> None:
+    # 45 degrees apart; a projection on the first axis makes them parallel.
+    grads = torch.tensor([[2.0, 0.0], [3.0, 3.0]])
+    errors = measure_distortion(grads @ grads.T, grads[:, :1])
+    assert errors.cosine.tolist() == pytest.approx([0.5**0.5])
+    assert errors.error.tolist() == pytest.approx([1 - 0.5**0.5])
 
 
-def test_pairs_are_grouped_by_length_with_every_pair_in_one_group() -> None:
-    lengths = torch.tensor([10, 10, 10, 100, 100, 1000])
-    first, second = sample_pairs(6, 100, seed=0)
-    error = (lengths[first] + lengths[second]).double()
-    bins = summarise_by_length(PairErrors(first=first, second=second, cosine=error * 0, error=error), lengths, bins=3)
-    assert sum(b.pairs for b in bins) == 15
-    assert [b.shortest for b in bins] == sorted(b.shortest for b in bins)
-    assert bins[0].shortest == 10 and bins[-1].longest == 550
-    assert all(b.longest < c.shortest for b, c in itertools.pairwise(bins))
-    assert bins[-1].rms_error >= bins[-1].mean_error > bins[0].rms_error
-
-
-def test_pairs_of_one_length_make_one_group() -> None:
-    first, second = sample_pairs(4, 100, seed=0)
-    errors = PairErrors(first=first, second=second, cosine=torch.zeros(6), error=torch.ones(6))
-    (only,) = summarise_by_length(errors, torch.full((4,), 7))
-    assert (only.shortest, only.longest, only.pairs, only.rms_error) == (7, 7, 6, 1)
+@given(st.integers(2, 6), st.floats(1e-3, 1e3), st.integers(0, 100))
+def test_neither_the_length_of_gradients_nor_the_unit_of_features_matters(rows: int, scale: float, seed: int) -> None:
+    grads = random_gradients(rows, seed=seed)
+    features = project_gradients(make_projector("hadamard", dim=32, seed=seed), grads, LAYERS)
+    lengths = torch.logspace(-2, 2, rows, dtype=torch.float64)[:, None]
+    plain = measure_distortion(grads @ grads.T, features)
+    other = measure_distortion((lengths * grads) @ (lengths * grads).T, scale * lengths * features)
+    torch.testing.assert_close(other.cosine, plain.cosine, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(other.error, plain.error, rtol=1e-9, atol=1e-12)
 
 
 def test_zero_gradients_are_refused_and_not_divided_by() -> None:
     grads = random_gradients(3)
     grads[1] = 0
     with pytest.raises(InvalidInput, match="leave rows without a gradient out"):
-        measure_distortion(grads, grads, sample_pairs(3, 10, seed=0))
-    named = [{e.name: p[0] for e, p in split_by_layer(grads[i : i + 1], LAYERS)} for i in (0, 1)]
-    with pytest.raises(InvalidInput, match="leave rows without a gradient out"):
-        factorized_sd(FactorizedProjector(dim=4, seed=0), LAYERS, *named)
+        measure_distortion(grads @ grads.T, grads)
 
 
 def test_one_row_has_no_pairs() -> None:
     with pytest.raises(InvalidInput, match="at least two rows, got 1"):
-        sample_pairs(1, 5, seed=0)
+        measure_distortion(torch.ones(1, 1), torch.ones(1, 3))

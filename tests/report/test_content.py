@@ -31,6 +31,45 @@ def test_headline_counts_rows_tokens_and_targets() -> None:
     assert headline.numbers[1].detail == "20% of the pool; 160 carry loss"
 
 
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("tracin", "how much training on it should lower the loss on the target: higher is better"),
+        ("mid-ppl", "the target plays no part in it"),
+        ("length", "a number of supervised tokens"),
+        ("uniform", "a random number"),
+        ("bm25", "promises nothing about the loss"),
+    ],
+)
+def test_only_scores_that_predict_the_loss_are_said_to(method: str, said: str) -> None:
+    given = plain()
+    settings = {**given.manifest["settings"], "method": method}
+    headline = build_content(replace(given, manifest={**given.manifest, "settings": settings})).headline
+    assert said in headline.score_means
+    assert ("should lower the loss" in headline.score_means) == (method == "tracin")
+
+
+def test_the_headline_says_the_budget_and_what_the_models_passes_cost() -> None:
+    given = plain()
+    stages = [{"name": "a", "seconds": 2.0, "tokens": 10, "tflops": 1.5}, {"name": "b", "seconds": 1.0, "tflops": 2}]
+    manifest = {
+        **given.manifest,
+        "settings": {**given.manifest["settings"], "budget": "20%"},
+        "cost": {"stages": stages},
+    }
+    numbers = {entry.label: entry for entry in build_content(replace(given, manifest=manifest)).headline.numbers}
+    assert numbers["rows selected"].detail == "20% of 20; budget 20%"
+    assert (numbers["time spent"].value, numbers["time spent"].detail) == ("3.0\u00a0s", "3.5 TFLOPs of model work")
+    none = build_content(replace(given, manifest={**manifest, "cost": {"stages": []}})).headline.numbers[-1]
+    assert none.detail == "no model ran"
+
+
+def test_a_target_called_target_is_not_named_twice() -> None:
+    content = build_content(replace(plain(picked_for=["target"] * 4 + [None] * 16), target_names=["target"]))
+    assert [group.label for group in content.lengths] == ["the pool", "the selection", "the target"]
+    assert build_content(plain()).lengths[-1].label == "target maths"
+
+
 def test_composition_counts_before_and_after() -> None:
     source = ["a"] * 3 + ["b"] * 7 + ["c"] * 10  # selected: rows 0 to 3
     shares = {entry.name: entry for entry in build_content(plain(source=source)).sources}

@@ -71,6 +71,19 @@ def test_one_source_warns_above_eighty_per_cent(of_one_source: int, expected: st
         assert "not measured here" in finding.advice
 
 
+def test_a_source_that_fills_the_pool_fills_the_selection_without_a_warning() -> None:
+    source = ["b"] + ["a"] * 19
+    finding = findings(plain(source=source, selected=np.arange(20) % 2 == 1, picked_for=[None] * 20))["one-source"]
+    assert finding.severity == "passed"
+    assert "a gives 10 of 10 selected rows (100%); it is 95% of the pool" in finding.sentence
+    all_rows = plain(source=source, selected=np.ones(20, bool), picked_for=[None] * 20)
+    assert severity(all_rows, "one-source") == "passed"
+
+
+def test_one_selected_row_does_not_make_a_source_dominant() -> None:
+    assert severity(plain(selected=np.arange(20) == 0, picked_for=[None] * 20), "one-source") == "passed"
+
+
 def test_a_pool_of_one_source_cannot_favour_one() -> None:
     assert severity(plain(source=["a"] * 20), "one-source") == "passed"
 
@@ -126,6 +139,22 @@ def test_a_baseline_that_finds_almost_the_same_is_named(shared: int, expected: b
         assert "By chance it would be 50%" in found["same-as-bm25"].sentence
 
 
+@pytest.mark.parametrize("selected", [20, 19])  # of 20 pool rows
+def test_agreement_that_chance_explains_is_no_warning(selected: int) -> None:
+    chosen = np.arange(20) < selected
+    found = findings(
+        with_changes(plain(selected=chosen, picked_for=[None] * 20), baselines={"bm25": np.arange(20 - selected, 20)})
+    )
+    assert "same-as-bm25" not in found
+    assert found["agreement"].severity == "unmeasured"
+    assert f"({5 * selected}%); by chance in brackets" in found["agreement"].sentence
+
+
+def test_a_pool_of_one_row_raises_no_warning_of_copying_the_baselines() -> None:
+    one = inputs(table(1, selected=[True], rank=[1]), baselines={"bm25": np.array([0]), "length": np.array([0])})
+    assert {finding.severity for finding in findings(one).values()} == {"passed", "unmeasured"}
+
+
 def test_a_method_is_not_warned_of_agreeing_with_itself() -> None:
     given = with_changes(plain(), baselines={"bm25": np.arange(4)}, manifest={"settings": {"method": {"name": "bm25"}}})
     assert "same-as-bm25" not in findings(given)
@@ -145,16 +174,45 @@ def test_high_correlation_beside_low_overlap_warns() -> None:
     high = with_changes(plain(), baselines={"bm25": np.arange(4, 8)}, baseline_scores={"bm25": almost})
     finding = findings(high)["correlation"]
     assert finding.severity == "warning"
-    assert "overlap 0%" in finding.sentence
+    assert "BM25 (shared words) (Spearman 0." in finding.sentence
+    assert "0% of the selected rows are also its choice" in finding.sentence
     agreeing = with_changes(plain(), baselines={"bm25": np.arange(4)}, baseline_scores={"bm25": score})
     assert severity(agreeing, "correlation") is None
 
 
-@pytest.mark.parametrize(("tokens", "expected"), [(110, "passed"), (112, "warning"), (88, "warning")])
-def test_unequal_tokens_warn_beyond_ten_per_cent(tokens: int, expected: str) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        (110, "passed"),
+        (112, "note"),
+        (124, "note"),  # pool mean (4·100 + 16·124) / 20 = 119.2, less than 1.2 times the selection's 100
+        (126, "warning"),  # 120.8
+        (80, "note"),  # 84, and 100 is 1.19 times that
+        (79, "warning"),  # 83.2
+    ],
+)
+def test_unequal_tokens_are_told_beyond_ten_per_cent_and_warned_of_beyond_a_fifth_of_the_pools_mean(
+    tokens: int, expected: str
+) -> None:
     column = np.where(np.arange(20) < 4, 100, tokens)
     given = with_changes(plain(tokens=column), baselines={"uniform:0": np.arange(10, 14)})
     assert severity(given, "tokens") == expected
+
+
+def test_long_rows_that_a_blind_draw_could_have_taken_are_no_warning() -> None:
+    tokens = np.where(np.arange(20) % 4 == 0, 400, 10)  # one row of four is long; row 0 alone is selected
+    given = with_changes(
+        plain(tokens=tokens, selected=np.arange(20) == 0, picked_for=[None] * 20),
+        baselines={"uniform:0": np.array([1])},
+    )
+    assert severity(given, "tokens") == "note"
+
+
+def test_what_the_run_warns_of_is_among_the_findings_and_counted() -> None:
+    given = with_changes(plain(), warnings=[("About the method", "it ran with the plain inner product.")])
+    finding = findings(given)["run-0"]
+    assert (finding.severity, finding.line) == ("warning", "About the method. it ran with the plain inner product.")
+    assert build_content(given).headline.verdict.startswith("One check raises a warning")
 
 
 def test_tokens_are_compared_with_the_pool_mean_where_no_uniform_draw_is_given() -> None:
@@ -180,19 +238,19 @@ def test_equal_scores_and_missing_scores_are_told() -> None:
     assert found["unscored"].sentence.startswith("3 of 20 pool rows without a score, 1 of them")
 
 
-@pytest.mark.parametrize(("column", "key"), [("flagged", "flagged"), ("truncated", "truncated")])
-def test_bad_rows_are_a_note_up_to_five_per_cent_of_the_selection_and_a_warning_above(column: str, key: str) -> None:
+@pytest.mark.parametrize(("key", "most"), [("flagged", 4), ("truncated", 2)])  # 10 % and 5 % of 40
+def test_bad_rows_are_a_note_up_to_a_share_of_the_selection_and_a_warning_above(key: str, most: int) -> None:
     def bad(selected_bad: int) -> ReportInputs:
         rows = table(
             60,
             source=["a", "b"] * 30,
             selected=np.arange(60) < 40,
-            **{column: (np.arange(60) < selected_bad).astype(int)},
+            **{key: (np.arange(60) < selected_bad).astype(int)},
         )
         return inputs(rows)
 
-    assert severity(bad(2), key) == "note"  # 2 of 40 is 5 %
-    assert severity(bad(3), key) == "warning"
+    assert severity(bad(most), key) == "note"
+    assert severity(bad(most + 1), key) == "warning"
     assert severity(bad(0), key) is None
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from score_task import batch_of, file_bytes, loop_gradients_of, make_task, models_alive, save_tiny, unit
 from tamis.embeddings import HiddenError, save_embeddings
-from tamis.errors import InvalidInput, InvalidSettings
+from tamis.errors import InvalidInput, InvalidSettings, Unsupported
 from tamis.score import landmark_gradients
 from tamis.score.influence_distillation import InfluenceDistillation
 from tamis.score.tracin import TracIn
@@ -142,12 +142,12 @@ def test_every_embedding_carries_scores_and_says_how_well(tmp_path: Path, llama:
     settings = InfluenceDistillation(warmup="none", landmarks=20, embedding=embedding)
     values = settings.score(task).values
     assert np.isfinite(values).all()
-    notes = " ".join(task.notes)
+    notes = " ".join(task.notes + task.warnings)
     assert "Expected on rows that are no landmarks" in notes
     assert "Verdict: " in notes
     again = make_task(tmp_path / "again", llama, pool=POOL)
     np.testing.assert_array_equal(settings.score(again).values, values)
-    assert again.notes == task.notes
+    assert again.notes == task.notes and again.warnings == task.warnings
 
 
 def test_auto_takes_what_rebuilds_left_out_landmarks_best_within_its_budget(
@@ -223,6 +223,22 @@ def test_landmarks_by_their_embeddings_are_kept_for_the_next_call(
     np.testing.assert_array_equal(second.values, first.values)
 
 
+def test_a_resumed_run_says_what_the_first_one_said(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(model: object) -> None:
+        raise Unsupported("its head is not known")
+
+    settings = InfluenceDistillation(warmup="none", landmarks=20)
+    first, second = make_task(tmp_path, llama, pool=POOL), make_task(tmp_path, llama, pool=POOL)
+    with monkeypatch.context() as patched:
+        patched.setattr("tamis.score.embedding_candidates.head_of", refuse)
+        settings.score(first)
+    assert any("was not tried: its head is not known" in note for note in first.notes)
+    settings.score(second)
+    assert second.notes == first.notes and second.warnings == first.warnings
+
+
 def test_only_the_rows_to_score_become_landmarks(tmp_path: Path, llama: Path) -> None:
     rows = range(5, 45)
     scores = InfluenceDistillation(warmup="none", landmarks=12).score(make_task(tmp_path, llama, pool=POOL, rows=rows))
@@ -231,7 +247,7 @@ def test_only_the_rows_to_score_become_landmarks(tmp_path: Path, llama: Path) ->
 
 
 @pytest.mark.parametrize("warmup", ["lora", "full"])
-def test_the_warm_up_changes_scores_and_leaves_the_model_alone(tmp_path: Path, llama: Path, warmup: str) -> None:
+def test_the_warmup_changes_scores_and_leaves_the_model_alone(tmp_path: Path, llama: Path, warmup: str) -> None:
     settings = InfluenceDistillation(landmarks=20, embedding="hidden-mean", warmup=warmup, **WARM)
     task = make_task(tmp_path, llama, pool=POOL)
     before = {name: p.clone() for name, p in task.loaded.model.named_parameters()}
@@ -240,7 +256,7 @@ def test_the_warm_up_changes_scores_and_leaves_the_model_alone(tmp_path: Path, l
     cold = dataclasses.replace(settings, warmup="none").score(make_task(tmp_path / "cold", llama, pool=POOL))
     assert np.abs(values - cold.values).max() > 0.05
     (cost,) = [c for c in task.costs() if c.name == "influence-distillation-warm-up"]
-    assert cost.rows == 2 * len(settings.warm_up_rows(task)) == 16
+    assert cost.rows == 2 * len(settings.rows_for_warmup(task)) == 16
     resumed = make_task(tmp_path, llama, pool=POOL)
     folder = next(task.store.glob("influence-distillation-warm-up-*"))
     written = file_bytes(folder)
@@ -248,7 +264,7 @@ def test_the_warm_up_changes_scores_and_leaves_the_model_alone(tmp_path: Path, l
     assert file_bytes(folder) == written
 
 
-def test_a_tokenizer_half_written_beside_a_full_warm_up_is_written_again(tmp_path: Path, llama: Path) -> None:
+def test_a_tokenizer_half_written_beside_a_full_warmup_is_written_again(tmp_path: Path, llama: Path) -> None:
     settings = InfluenceDistillation(landmarks=20, embedding="hidden-mean", warmup="full", **WARM)
     values = settings.score(make_task(tmp_path, llama, pool=POOL)).values
     for folder in tmp_path.glob("store/influence-distillation-warm-up-*/step-*"):
@@ -258,7 +274,7 @@ def test_a_tokenizer_half_written_beside_a_full_warm_up_is_written_again(tmp_pat
     np.testing.assert_array_equal(settings.score(make_task(tmp_path, llama, pool=POOL)).values, values)
 
 
-def test_a_full_warm_up_of_an_adapter_is_refused(tmp_path: Path, llama: Path) -> None:
+def test_a_full_warmup_of_an_adapter_is_refused(tmp_path: Path, llama: Path) -> None:
     task = make_task(tmp_path, llama, pool=POOL)
     InfluenceDistillation(landmarks=20, embedding="hidden-mean", **WARM).score(task)
     *_, adapter = sorted(task.store.glob("influence-distillation-warm-up-*/step-*"))
@@ -266,7 +282,7 @@ def test_a_full_warm_up_of_an_adapter_is_refused(tmp_path: Path, llama: Path) ->
         InfluenceDistillation(warmup="full").score(make_task(tmp_path / "b", adapter, pool=POOL))
 
 
-def test_given_moments_replace_the_warm_up(tmp_path: Path, llama: Path) -> None:
+def test_given_moments_replace_the_warmup(tmp_path: Path, llama: Path) -> None:
     settings = InfluenceDistillation(**{**COLD, "warmup": "lora"}, **WARM, form="adam")
     task = make_task(tmp_path, llama)
     warmed = settings.score(task).values
@@ -323,7 +339,7 @@ def test_landmarks_without_gradient_are_left_out_and_marked(
     assert set(silenced) <= {3, 7} and len(silenced) >= 1
     assert (scores.values[silenced] == 0).all()
     assert scores.values.shape == (20, 3)
-    assert sum("exactly zero" in note for note in task.notes) == 2
+    assert [sum("exactly zero" in said for said in kind) for kind in (task.notes, task.warnings)] == [1, 1]
 
 
 def test_weights_are_asked_of_the_choice(tmp_path: Path, llama: Path) -> None:
@@ -354,7 +370,7 @@ def test_weights_are_asked_of_the_choice(tmp_path: Path, llama: Path) -> None:
         ({"form": "adam", "warmup": "none"}, "form=adam needs Adam's moments"),
         ({"warmup": "short"}, "warmup='short': expected one of lora, full, none"),
         ({"warmup_share": 0.0}, "warmup_share must be above 0"),
-        ({"warmup_epochs": 0}, "epochs must be at least 1"),
+        ({"warmup_epochs": 0}, "^warmup_epochs must be at least 1"),
         ({"projection": "pca"}, "projection 'pca' is unknown"),
         ({"weights": "second-order"}, "weights='second-order': expected one of none, first-order"),
         ({"feature_dtype": "int8"}, "feature_dtype='int8'"),

@@ -2,7 +2,7 @@ import pytest
 
 from tamis.embeddings import Gradient, HiddenError
 from tamis.score.embedding_choice import Choice, Tried
-from tamis.score.landmark_notes import notes_of_choice, verdict
+from tamis.score.landmark_notes import is_trusted, notes_of_choice, verdict
 from tamis.solve.leave_one_out import Candidate
 
 
@@ -35,10 +35,11 @@ def choice_of(spearman: float, half: float | None, *, sketch: bool = False) -> C
 def test_verdict_says_how_far_to_trust_and_what_would_help(choice: Choice, trust: str, advice: str) -> None:
     sentence = verdict(choice)
     assert sentence.startswith("Verdict: ") and trust in sentence and advice in sentence
+    assert is_trusted(choice) == ("do not trust" not in sentence)
 
 
 def test_notes_name_what_was_tried_what_it_cost_and_each_target() -> None:
-    chosen, expected, _ = notes_of_choice(choice_of(0.6, 0.5), landmarks=64, target_names=("maths", "code"))
+    chosen, expected = notes_of_choice(choice_of(0.6, 0.5), landmarks=64, target_names=("maths", "code"))
     assert "64 landmarks" in chosen and "hidden-error (1.2 forward passes a row)" in chosen
     assert "tfidf 0.200, hidden-error 0.400" in chosen
     assert "cosine of 0.31" in expected and "0.60 (maths 0.50, code 0.70)" in expected

@@ -50,7 +50,7 @@ def gamma(grads: Tensor, m: Tensor, v: Tensor, *, t: int, form: str, eps: float 
     return (first / (1 - 0.9 ** (t + 1))) / ((second / (1 - 0.999 ** (t + 1))).sqrt() + eps)
 
 
-def warm_up_folder(task) -> Path:
+def warmup_folder(task) -> Path:
     (folder,) = task.store.glob("less-warm-up-*")
     return folder
 
@@ -58,7 +58,7 @@ def warm_up_folder(task) -> Path:
 def slow_less(task, settings: Less, *, projector=None) -> np.ndarray:
     """From the checkpoints on disk: moments by parameter name, gradients by autograd, scores by definition."""
     total, rates = 0.0, 0.0
-    for step_folder in sorted(warm_up_folder(task).glob("step-*")):
+    for step_folder in sorted(warmup_folder(task).glob("step-*")):
         at = task.at_model(replace(task.model_settings, name=str(step_folder)))
         model, layers = at.loaded.model, at.layers()
         _, pool, target = loop_gradients_of(at, model, layers)
@@ -72,8 +72,8 @@ def slow_less(task, settings: Less, *, projector=None) -> np.ndarray:
         if projector is not None:
             features = project_gradients(projector, features, layers)
             target = project_gradients(projector, target, layers)
-        updates = settings.warm_up_settings()
-        last = 2 * -(-len(settings.warm_up_rows(task)) // updates.batch_rows)
+        updates = settings.warmup_settings()
+        last = 2 * -(-len(settings.warmup_rows(task)) // updates.batch_rows)
         rate = np.mean([learning_rate_at(updates, s, last) for s in range(step - last // 2, step)])
         total = total + rate * (unit(features) @ unit(target).T).numpy()
         rates += rate
@@ -125,38 +125,38 @@ def test_streamed_scores_equal_those_of_stored_features(tmp_path: Path, llama: P
     np.testing.assert_allclose(half, stored, rtol=0, atol=2e-3)
 
 
-def test_the_warm_up_is_plain_fine_tuning_of_a_random_part_of_the_pool(tmp_path: Path, llama: Path) -> None:
+def test_the_warmup_is_plain_fine_tuning_of_a_random_part_of_the_pool(tmp_path: Path, llama: Path) -> None:
     settings = Less(**{**SHORT, "warmup_batch_rows": 1}, warmup_share=0.2)
     task = make_task(tmp_path, llama)
     settings.score(task)
-    rows = settings.warm_up_rows(task)
+    rows = settings.warmup_rows(task)
     assert len(rows) == 4  # four updates' worth, more than 20 % of 7
     assert set(rows) < set(range(len(POOL)))
     seed = child_seed(task.seed, "less warm-up")
     model = add_lora(load_model(task.model_settings).model, rank=2, alpha=4, seed=seed, base=str(llama))
-    fine_tune(model, task.pool, rows, settings.warm_up_settings(), seed=seed, folder=tmp_path / "by hand")
-    assert file_bytes(warm_up_folder(task)) == file_bytes(tmp_path / "by hand")
+    fine_tune(model, task.pool, rows, settings.warmup_settings(), seed=seed, folder=tmp_path / "by hand")
+    assert file_bytes(warmup_folder(task)) == file_bytes(tmp_path / "by hand")
 
 
-def test_the_warm_up_is_shared_by_targets_and_leaves_the_task_s_model_alone(tmp_path: Path, llama: Path) -> None:
+def test_the_warmup_is_shared_by_targets_and_leaves_the_task_s_model_alone(tmp_path: Path, llama: Path) -> None:
     first = make_task(tmp_path, llama)
     before = {name: p.clone() for name, p in first.loaded.model.named_parameters()}
     Less(**SHORT).score(first)
     after = dict(first.loaded.model.named_parameters())
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())
-    written = {path: path.stat().st_mtime_ns for path in warm_up_folder(first).rglob("*.safetensors")}
+    written = {path: path.stat().st_mtime_ns for path in warmup_folder(first).rglob("*.safetensors")}
     Less(**SHORT).score(make_task(tmp_path, llama, target=[("another", "target")]))
-    assert {path: path.stat().st_mtime_ns for path in warm_up_folder(first).rglob("*.safetensors")} == written
+    assert {path: path.stat().st_mtime_ns for path in warmup_folder(first).rglob("*.safetensors")} == written
 
 
-def test_the_warm_up_appears_in_the_cost_table(tmp_path: Path, llama: Path) -> None:
+def test_the_warmup_appears_in_the_cost_table(tmp_path: Path, llama: Path) -> None:
     task = make_task(tmp_path, llama)
     settings = Less(**SHORT)
     settings.score(task)
     (cost,) = [cost for cost in task.costs() if cost.name == "less-warm-up"]
-    assert cost.rows == 2 * len(settings.warm_up_rows(task))
-    assert cost.tokens == 2 * int(task.pool.lengths[settings.warm_up_rows(task)].sum())
+    assert cost.rows == 2 * len(settings.warmup_rows(task))
+    assert cost.tokens == 2 * int(task.pool.lengths[settings.warmup_rows(task)].sum())
     resumed = make_task(tmp_path, llama)
     settings.score(resumed)
     assert [c for c in resumed.costs() if c.name == "less-warm-up"] == [cost]
@@ -173,7 +173,7 @@ def test_losses_and_norms_are_those_of_the_first_checkpoint(tmp_path: Path, llam
     task = make_task(tmp_path, llama)
     scores = Less(**SHORT).score(task)
     losses, norms = [], []
-    for folder in sorted(warm_up_folder(task).glob("step-*")):
+    for folder in sorted(warmup_folder(task).glob("step-*")):
         at = task.at_model(replace(task.model_settings, name=str(folder)))
         loss, pool, _ = loop_gradients_of(at, at.loaded.model, at.layers())
         losses.append(loss.numpy())
@@ -204,7 +204,7 @@ def test_a_given_adapter_is_warmed_up_from_where_it_stands(tmp_path: Path, llama
     np.testing.assert_allclose(values, slow_less(task, settings), **CLOSE)
     assert any("adapter given" in note for note in task.notes)
     assert any("LoRA settings were not used" in note for note in task.notes)
-    first = load_file(next(warm_up_folder(task).glob("step-*/adapter_model.safetensors")))
+    first = load_file(next(warmup_folder(task).glob("step-*/adapter_model.safetensors")))
     assert {tensor.shape[0] for name, tensor in first.items() if "lora_A" in name} == {3}
 
 
@@ -217,20 +217,20 @@ def test_an_adapter_that_names_its_base_by_a_relative_path_can_be_warmed_up(tmp_
     config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "../base"}))
     task = make_task(tmp_path / "run", tmp_path / "models" / "adapter")
     assert np.isfinite(Less(**SHORT).score(task).values).all()
-    saved = json.loads(next(warm_up_folder(task).glob("step-*/adapter_config.json")).read_text())
+    saved = json.loads(next(warmup_folder(task).glob("step-*/adapter_config.json")).read_text())
     assert saved["base_model_name_or_path"] == str(base.resolve())
 
 
-def test_given_moments_replace_the_warm_up(tmp_path: Path, llama: Path) -> None:
+def test_given_moments_replace_the_warmup(tmp_path: Path, llama: Path) -> None:
     """The last checkpoint of a warm-up, given as model and moments, scores like that checkpoint alone."""
     task = make_task(tmp_path, llama)
     Less(**SHORT).score(task)
     *_, last = complete_checkpoints(
-        warm_up_folder(task),
+        warmup_folder(task),
         identity=run_identity(
-            Less(**SHORT).warm_up_settings(),
+            Less(**SHORT).warmup_settings(),
             task.pool,
-            Less(**SHORT).warm_up_rows(task),
+            Less(**SHORT).warmup_rows(task),
             seed=child_seed(0, "less warm-up"),
         ),
     )
@@ -252,7 +252,7 @@ def test_moments_that_do_not_fit_are_refused(tmp_path: Path, llama: Path) -> Non
     with pytest.raises(InvalidInput, match=r"holds neither optimizer.safetensors nor optimizer.pt"):
         Less(moments=str(tmp_path), **SHORT).score(task)
     Less(**SHORT).score(task)
-    step = next(warm_up_folder(task).glob("step-*"))
+    step = next(warmup_folder(task).glob("step-*"))
     with pytest.raises(
         InvalidInput, match=r"the optimizer state has nothing for 'model.layers.0.self_attn.q_proj.weight'"
     ):
@@ -276,7 +276,7 @@ def test_a_row_without_gradient_does_not_inherit_the_momentum_s_direction(
     assert (scores.values[2] == 0).all()
     assert (scores.values[[0, 1, 3]] != 0).all()
     assert scores.values.shape == (len(POOL), len(TARGET) - 1)
-    assert sum("exactly zero" in note for note in task.notes) == 2
+    assert [sum("exactly zero" in text for text in texts) for texts in (task.notes, task.warnings)] == [1, 1]
     assert scores.extra["zero_gradient"].dtype == np.bool_
     assert np.flatnonzero(scores.extra["zero_gradient"]).tolist() == [2]
 

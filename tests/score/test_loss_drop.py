@@ -20,7 +20,7 @@ from tamis.progress import NoProgress
 from tamis.score.loss_drop import LossDrop, relative_drops
 from tiny_run import chat, make_run, write_rows
 
-SETTINGS = LossDrop(steps=10, batch_rows=4, learning_rate=0.02, lora_rank=4)
+SETTINGS = LossDrop(warmup_steps=10, warmup_batch_rows=4, warmup_learning_rate=0.02, lora_rank=4)
 
 
 def make_task(folder, *, model=None):
@@ -114,7 +114,7 @@ def test_second_run_neither_trains_nor_loads_a_model(scored, monkeypatch):
 
 def test_the_tasks_own_model_is_not_trained(tmp_path):
     run, task = make_task(tmp_path)
-    LossDrop(steps=1, lora_rank=1).score(task)
+    LossDrop(warmup_steps=1, lora_rank=1).score(task)
     fresh = AutoModelForCausalLM.from_pretrained(run.model)
     for name, param in task.loaded.model.named_parameters():
         torch.testing.assert_close(param, fresh.get_parameter(name), rtol=0, atol=0)
@@ -124,7 +124,7 @@ def test_model_that_is_an_adapter_is_trained_on_from_where_it_stands(scored, tmp
     _, first, _ = scored
     adapter = next(first.store.glob("loss-drop-warm-up-*/step-*"))
     run, task = make_task(tmp_path, model=adapter)
-    scores = LossDrop(steps=2, learning_rate=1e-3).score(task)
+    scores = LossDrop(warmup_steps=2, warmup_learning_rate=1e-3).score(task)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(run.model), adapter).eval()
     np.testing.assert_allclose(scores.extra["loss"], slow_losses(model, task.pool, task.rows), rtol=1e-5)
     assert "loss-drop warmed up the adapter given, from where it stands; its LoRA settings were not used" in task.notes
@@ -150,9 +150,9 @@ def test_relative_drop_by_hand():
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"batch_rows": 0}, "batch_rows must be at least 1, got 0"),
-        ({"learning_rate": -1.0}, "learning_rate must be a positive number, got -1.0"),
+        ({"warmup_steps": 0}, "warmup_steps must be at least 1, got 0"),
+        ({"warmup_batch_rows": 0}, "warmup_batch_rows must be at least 1, got 0"),
+        ({"warmup_learning_rate": -1.0}, "warmup_learning_rate must be a positive number, got -1.0"),
         ({"lora_rank": 0}, "lora_rank must be at least 1, got 0"),
         ({"length_power": float("nan")}, "length_power must be a finite number, got nan"),
     ],

@@ -213,7 +213,7 @@ def test_checkpoints_without_learning_rates_weigh_the_same_and_it_is_said(tmp_pa
     both = TracIn(checkpoints=(str(llama), str(other))).score(task).values
     single = [TracIn(checkpoints=(str(folder),)).score(task).values for folder in (llama, other)]
     np.testing.assert_allclose(both, (single[0] + single[1]) / 2, **FLOAT32)
-    assert any("equally" in note for note in task.notes)
+    assert any("equally" in warning for warning in task.warnings)
 
 
 def test_length_power_multiplies_by_the_supervised_length(tmp_path: Path, llama: Path) -> None:
@@ -227,7 +227,7 @@ def test_only_the_plain_dot_product_warns_about_length(tmp_path: Path, llama: Pa
     for settings, warns in ((TracIn(), False), (TracIn(normalize="dot"), True)):
         task = make_task(tmp_path, llama)
         settings.score(task)
-        assert any("short answers" in note for note in task.notes) == warns
+        assert any("short answers" in warning for warning in task.warnings) == warns
 
 
 def test_scores_do_not_depend_on_the_batches(tmp_path: Path, llama: Path) -> None:
@@ -287,7 +287,7 @@ def test_a_target_row_without_gradient_is_left_out_and_named(
     scores = TracIn(keep_features=False).score(task)
     np.testing.assert_allclose(scores.values, wanted[:, [0, 2]], **HALF)
     assert scores.group.tolist() == [0, 1]
-    assert any("1 target rows" in note and "target-1" in note for note in task.notes)
+    assert any("1 target rows" in warning and "target-1" in warning for warning in task.warnings)
 
 
 def test_a_target_without_any_gradient_is_refused(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from slow_selection import slow_take_turns
+from tamis.budget import parse_budget
 from tamis.errors import InvalidSettings, NonFinite
-from tamis.selection.budget import parse_budget
 from tamis.selection.choose import choose, target_means, target_shares
 from tamis.types import TargetScores
 
@@ -43,7 +43,7 @@ def test_round_robin_by_hand():
     np.testing.assert_allclose(choice.score, [2.75, 1.5, 2.25, 1.75])
     assert choice.rank.tolist() == [1, 4, 3, 2]
     assert choice.example_weights.tolist() == [1, 0, 1, 1]
-    assert (choice.tokens, choice.shares, choice.notes) == (300, (0.5, 0.5), ())
+    assert (choice.tokens, choice.shares, choice.warnings) == (300, (0.5, 0.5), ())
 
 
 def test_mean_by_hand():
@@ -119,7 +119,7 @@ def test_of_copies_one_is_taken_and_it_is_the_best_scored():
     first_of = np.array([0, 1, 0, 1])
     choice = choose(scores, budget=parse_budget("100%"), tokens=HUNDRED, first_of=first_of)
     assert choice.order.tolist() == [2, 1]
-    assert choice.notes == (
+    assert choice.warnings == (
         "2 rows were selected though the budget (100%) allows 4: no more rows were left after copies, "
         "filters and the shortlist.",
     )
@@ -165,7 +165,7 @@ def test_token_budget_is_never_exceeded_and_stops_at_the_first_row_that_does_not
 
 def test_token_budget_left_over_for_want_of_rows_is_said():
     choice = choose(scores_of([[4], [3]], rows=[0, 1]), budget=parse_budget("25-tokens"), tokens=np.array([10, 10, 10]))
-    assert choice.notes[0].startswith("20 tokens were selected though the budget allows 25")
+    assert choice.warnings[0].startswith("20 tokens were selected though the budget allows 25")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from scipy.stats import norm
 
 from tamis.errors import InvalidSettings, NonFinite
 from tamis.selection.flags import HighLoss, flag_high_losses
@@ -24,9 +25,16 @@ def slow_flags(losses, sources, supervised, threshold, min_group):
                 break
         names.append(name)
         own = losses[group].astype(np.float64)
-        deviations = np.abs(own - np.median(own)) if len(own) else np.zeros(1)
-        spread = 1.4826022185056018 * np.median(deviations) or np.sqrt(np.pi / 2) * deviations.mean()
-        z.append((losses[i] - np.median(own)) / spread if spread and len(own) else 0.0)
+        if not len(own):
+            z.append(0.0)
+            continue
+        # By hand: the middle, and the value below which lies the share that a normal has below minus one deviation.
+        place = norm.cdf(-1) * (len(own) - 1)
+        low, high = np.sort(own)[int(place)], np.sort(own)[min(int(place) + 1, len(own) - 1)]
+        spread = np.median(own) - (low + (place - int(place)) * (high - low))
+        if spread < 1e-12:
+            spread = np.sqrt(np.pi / 2) * np.abs(own - np.median(own)).mean()
+        z.append((losses[i] - np.median(own)) / spread if spread else 0.0)
     return np.array(z), names, np.array(z) > threshold
 
 
@@ -51,6 +59,24 @@ def test_high_loss_is_judged_within_its_source_and_length():
     assert np.flatnonzero(found.flagged).tolist() == [7]
     by_length = flag_high_losses(losses, np.zeros(100, int), np.repeat([64, 4], 50), HighLoss(threshold=5.0))
     assert np.flatnonzero(by_length.flagged).tolist() == [7]
+
+
+def test_wrong_answers_do_not_hide_each_other():
+    # A fifth of the rows two units above the rest: around the median the spread would be half as large again.
+    rng = np.random.default_rng(1)
+    losses = rng.normal(0.0, 1.0, 4000)
+    losses[:800] += 4
+    found = flag_high_losses(losses.astype(np.float32), np.zeros(4000, int), np.full(4000, 40))
+    assert found.flagged[:800].mean() > 0.8
+    assert found.flagged[800:].mean() < 0.02
+    deviation = 1.4826 * np.median(np.abs(losses - np.median(losses)))
+    assert ((losses - np.median(losses)) / deviation > HighLoss().threshold)[:800].mean() < found.flagged[:800].mean()
+
+
+def test_the_score_counts_standard_deviations_of_a_normal():
+    losses = norm.ppf((np.arange(20_000) + 0.5) / 20_000) * 0.3 + 2
+    found = flag_high_losses(losses, np.zeros(20_000, int), np.ones(20_000, int))
+    np.testing.assert_allclose(found.z, (losses - 2) / 0.3, atol=2e-3)  # the percentile falls between two rows
 
 
 def test_too_few_rows_are_not_judged():

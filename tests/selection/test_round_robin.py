@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from slow_selection import slow_take_turns, slow_turn
-from tamis.selection.round_robin import Copies, take_turns, turns
+from tamis.selection.round_robin import Copies, TokenTurns, take_turns, turns
 
 
 @st.composite
@@ -101,6 +101,33 @@ def test_shares_as_rounded_decimals_do_not_drift():
 def test_turns_refuse_shares_that_give_nobody_a_turn():
     with pytest.raises(ValueError, match="at least one above zero"):
         next(turns([0.0, 0.0]))
+
+
+@given(
+    st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    st.lists(st.integers(1, 50), min_size=1, max_size=60),
+)
+def test_token_turns_keep_every_target_less_than_a_row_ahead_of_its_share(shares, lengths):
+    order, taken, longest = TokenTurns(shares), [0] * len(shares), [0] * len(shares)
+    for length in lengths:
+        target = order.next()
+        order.pay(target, length)
+        taken[target] += length
+        longest[target] = max(longest[target], length)
+        for own, share, most in zip(taken, shares, longest, strict=True):
+            assert Fraction(own) <= Fraction(share, sum(shares)) * sum(taken) + most
+
+
+def test_token_budget_is_shared_in_tokens_and_not_in_rows():
+    # Target 0 wants the long rows, target 1 the short ones: by rows, half of the tokens would be a tenth of the rows.
+    tokens = np.array([100] * 50 + [10] * 200)
+    values = np.stack([np.linspace(1, 0, 250), np.linspace(0, 1, 250)], axis=1).astype(np.float32)
+    take = {"group": np.array([0, 1]), "shares": [3, 1], "available": np.ones(250, bool), "tokens": tokens}
+    by_tokens = take_turns(values, max_rows=250, max_tokens=2000, **take)
+    spent = [int(tokens[by_tokens.rows[by_tokens.target == target]].sum()) for target in (0, 1)]
+    assert spent == [1500, 500]
+    by_rows = take_turns(values, max_rows=40, **take)
+    assert np.bincount(by_rows.target).tolist() == [30, 10]
 
 
 def test_rows_of_a_target_each_take_their_own_best():

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tamis.selection.budget import parse_budget
+from tamis.budget import parse_budget
 from tamis.selection.choose import choose
 from tamis.selection.weights import best_left_out, robust_weights
 from tamis.solve.simplex_closed_form import weights_for_count

@@ -1,78 +1,25 @@
 import json
 import random
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from stage_folders import SPEC, finished_stage, open_writer
-from tamis.errors import InvalidInput, StoreCorrupted, StoreMismatch, Unsupported
+from tamis.errors import StoreCorrupted, StoreMismatch, Unsupported
+from tamis.identity import fingerprint
 from tamis.store import manifest as manifest_module
 from tamis.store.manifest import (
-    canonical_json,
-    fingerprint,
-    first_difference,
     read_manifest,
     read_plan,
     refuse_other_spec,
     stage_path,
 )
 
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=8,
-)
-SPECS = st.dictionaries(st.text(max_size=5), VALUES, max_size=4)
-
-
-@given(SPECS)
-def test_fingerprint_does_not_depend_on_key_order(spec: dict[str, Any]) -> None:
-    keys = list(spec)
-    random.Random(0).shuffle(keys)
-    assert fingerprint({key: spec[key] for key in keys}) == fingerprint(spec)
-
-
-@given(SPECS, SPECS)
-def test_specs_differ_exactly_when_their_fingerprints_do(one: dict[str, Any], other: dict[str, Any]) -> None:
-    assert (first_difference(one, other) is None) == (fingerprint(one) == fingerprint(other))
-
-
-def test_fingerprint_is_the_sha256_of_canonical_json() -> None:
-    # The same from a shell: printf of this text, piped into sha256sum.
-    assert canonical_json({"b": "é", "a": (1, 2.5, None)}) == '{"a":[1,2.5,null],"b":"\\u00e9"}'
-    assert fingerprint({"b": "é", "a": (1, 2.5, None)}).startswith("45584828a616e524")
-
-
-@pytest.mark.parametrize(
-    ("stored", "wanted", "expected"),
-    [
-        ({"a": 1, "b": {"c": [1, 2]}}, {"a": 1, "b": {"c": [1, 3]}}, ("b.c.1", 2, 3)),
-        ({"a": 1}, {}, ("a", 1, "(absent)")),
-        ({}, {"z": 0, "a": None}, ("a", "(absent)", None)),
-        ({"a": 1}, {"a": 1.0}, ("a", 1, 1.0)),
-        ({"a": True}, {"a": 1}, ("a", True, 1)),
-        ({"a": [1]}, {"a": [1, 2]}, ("a", [1], [1, 2])),
-        ({"a": (1, 2)}, {"a": [1, 2]}, None),
-    ],
-)
-def test_first_difference_has_the_dotted_path_and_both_values(
-    stored: dict[str, Any], wanted: dict[str, Any], expected: object
-) -> None:
-    assert first_difference(stored, wanted) == expected
-
 
 def test_a_refusal_names_field_values_and_remedy() -> None:
     with pytest.raises(StoreMismatch) as caught:
         refuse_other_spec({"m": {"dtype": "a"}}, {"m": {"dtype": "b"}}, where="out", advice="choose another --out")
     assert str(caught.value) == 'out was made with m.dtype="a", now m.dtype="b" is asked for; choose another --out'
-
-
-def test_a_spec_that_is_not_json_is_refused() -> None:
-    with pytest.raises(InvalidInput, match="plain JSON"):
-        first_difference({"a": float("nan")}, {"a": 1})
 
 
 def test_the_folder_is_named_after_stage_and_fingerprint(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stage_folders import NUM_ROWS, SPEC, columns, finished_stage, open_writer
-from tamis.errors import InvalidInput, StoreCorrupted, StoreMismatch
+from stage_folders import NUM_ROWS, columns, finished_stage, open_writer
+from tamis.errors import InvalidInput, StoreCorrupted
 from tamis.store.reader import StageReader
 from tamis.store.writer import StageWriter
 
@@ -39,13 +39,6 @@ def test_whole_columns_come_back_with_their_element_types(reader: StageReader) -
         np.testing.assert_array_equal(column, expected(name))
 
 
-def test_ragged_columns_come_back_as_values_and_offsets(reader: StageReader) -> None:
-    values, offsets = reader.read_ragged("tokens")
-    assert values.dtype == np.int32 and offsets.shape == (NUM_ROWS + 1,)
-    for row in range(NUM_ROWS):
-        np.testing.assert_array_equal(values[offsets[row] : offsets[row + 1]], EXPECTED["tokens"][row])
-
-
 @given(rows=st.integers(1, 300), start=st.integers(0, NUM_ROWS), stop=st.integers(0, NUM_ROWS + 9) | st.none())
 @settings(max_examples=60)
 def test_blocks_are_the_column_cut_into_equal_pieces(
@@ -60,19 +53,12 @@ def test_blocks_are_the_column_cut_into_equal_pieces(
 
 @given(st.lists(st.integers(0, NUM_ROWS - 1), max_size=40))
 def test_rows_are_taken_in_the_order_asked_for(reader: StageReader, positions: list[int]) -> None:
-    np.testing.assert_array_equal(reader.take("feature", positions), expected("feature")[positions])
     for got, position in zip(reader.take_ragged("tokens", positions), positions, strict=True):
         np.testing.assert_array_equal(got, EXPECTED["tokens"][position])
 
 
-def test_ragged_blocks_stream_in_order(reader: StageReader) -> None:
-    rows = [row for _, block in reader.ragged_blocks("tokens", 50) for row in block]
-    assert [r.tolist() for r in rows] == [r.tolist() for r in EXPECTED["tokens"]]
-
-
 def test_what_is_read_may_be_changed_without_changing_the_store(reader: StageReader) -> None:
     for read in (
-        lambda: reader.take("feature", [0]),
         lambda: reader.read("feature"),
         lambda: next(reader.blocks("feature", 4))[1],
         lambda: reader.take_ragged("tokens", [4])[0],
@@ -85,12 +71,12 @@ def test_what_is_read_may_be_changed_without_changing_the_store(reader: StageRea
 @pytest.mark.parametrize("position", [-1, NUM_ROWS])
 def test_a_position_outside_is_refused(reader: StageReader, position: int) -> None:
     with pytest.raises(IndexError, match=f"position {position} lies outside the 230 rows"):
-        reader.take("loss", [0, position])
+        reader.take_ragged("tokens", [0, position])
 
 
 def test_boolean_masks_are_not_mistaken_for_positions(reader: StageReader) -> None:
     with pytest.raises(IndexError, match="must be a vector of integers"):
-        reader.take("loss", np.ones(NUM_ROWS, dtype=bool))
+        reader.take_ragged("tokens", np.ones(NUM_ROWS, dtype=bool))
 
 
 def test_an_unknown_column_is_named_with_those_that_exist(reader: StageReader) -> None:
@@ -99,7 +85,7 @@ def test_an_unknown_column_is_named_with_those_that_exist(reader: StageReader) -
 
 
 def test_ragged_and_even_columns_are_not_confused(reader: StageReader) -> None:
-    with pytest.raises(ValueError, match="'tokens' is ragged; use read_ragged"):
+    with pytest.raises(ValueError, match="'tokens' is ragged; use take_ragged"):
         reader.read("tokens")
     with pytest.raises(ValueError, match="'loss' is not ragged; use read"):
         reader.take_ragged("loss", [0])
@@ -109,12 +95,6 @@ def test_an_unfinished_stage_is_refused(tmp_path: Path) -> None:
     writer = open_writer(tmp_path)
     with pytest.raises(InvalidInput, match=r"holds no finished stage .* run the same command again"):
         StageReader(writer.path)
-
-
-def test_a_changed_field_is_refused_by_name(stage: Path) -> None:
-    StageReader(stage, spec=SPEC)
-    with pytest.raises(StoreMismatch, match=r"made with projection\.1=16, now projection\.1=32 is asked for"):
-        StageReader(stage, spec={**SPEC, "projection": ["factorized", 32]})
 
 
 def test_a_flipped_byte_anywhere_never_becomes_a_value(tmp_path: Path) -> None:
@@ -128,10 +108,8 @@ def test_a_flipped_byte_anywhere_never_becomes_a_value(tmp_path: Path) -> None:
             file.write_bytes(flipped)
             with pytest.raises(StoreCorrupted, match=rf"{file.name} is not what was written .* run again"):
                 StageReader(folder).read("flag")  # a column that the flip need not have touched
-            with pytest.raises(StoreCorrupted):
-                StageReader(folder).verify()
         file.write_bytes(good)
-    StageReader(folder).verify()
+        assert len(StageReader(folder).read("flag")) == 40
 
 
 def test_a_missing_shard_is_reported_as_damage(tmp_path: Path) -> None:
@@ -155,7 +133,7 @@ def test_an_intact_shard_of_another_run_is_not_accepted(tmp_path: Path) -> None:
 def test_only_touched_shards_are_read(tmp_path: Path) -> None:
     folder = finished_stage(tmp_path)
     (folder / "shard-00009.safetensors").write_bytes(b"")
-    assert StageReader(folder).take("loss", [3]).shape == (1,)
+    assert len(StageReader(folder).take_ragged("tokens", [3])) == 1
     assert len(list(StageReader(folder).blocks("loss", 64, stop=128))) == 2
 
 

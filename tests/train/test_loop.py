@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -35,7 +36,7 @@ TOKENS = random_tokens([9, 5, 12, 7, 4, 10, 6], seed=1)
 ROWS = np.array([0, 1, 2, 4, 5, 6])  # row 3 is not trained on
 # eps: with 1e-8 Adam makes whole steps of gradients that are zero but for rounding (GPT-2's key biases).
 SETTINGS = TrainSettings(
-    epochs=2, batch_rows=4, learning_rate=5e-3, warm_up_share=0.4, clip=0.5, weight_decay=0.1, eps=1e-5
+    epochs=2, batch_rows=4, learning_rate=5e-3, lr_warmup_share=0.4, clip=0.5, weight_decay=0.1, eps=1e-5
 )
 
 # Float32 gradients differ by about 1e-6 of their layer's norm; eps = 1e-5 turns that into at most a tenth of a step.
@@ -110,14 +111,16 @@ def test_micro_batches_only_bound_memory() -> None:
         torch.testing.assert_close(param, trainable(small)[name], **CLOSE)
 
 
-def _out_of_memory_above(monkeypatch: pytest.MonkeyPatch, tokens: int, *, error: Exception) -> list[int]:
+def _out_of_memory_above(
+    monkeypatch: pytest.MonkeyPatch, tokens: int | Callable[[], int], *, error: Exception
+) -> list[int]:
     """Padded tokens of every forward pass; those above ``tokens`` fail in the backward pass, gradients half made."""
     sizes: list[int] = []
     original = torch.autograd.backward
 
     def backward(loss: torch.Tensor) -> None:
         original(loss)
-        if sizes[-1] > tokens:
+        if sizes[-1] > (tokens if isinstance(tokens, int) else tokens()):
             raise error
 
     def losses(model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -146,6 +149,38 @@ def test_a_pass_that_does_not_fit_in_memory_is_halved_and_the_update_made_anew(
     assert sizes.index(failed[-1]) < len(sizes) // 2  # the lower limit is kept: later updates do not fail again
     assert all(later < earlier for earlier, later in itertools.pairwise(failed))
     assert len([record for record in caplog.records if "out of memory" in record.message]) == len(failed)
+
+
+@pytest.mark.parametrize("stop", [3, 4])  # right after the update whose pass did not fit, and a checkpoint later
+def test_a_resume_with_more_memory_ends_in_the_bytes_of_the_run_that_had_too_little(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    settings = replace(SETTINGS, epochs=3, save_steps=2)
+
+    def run(folder: Path, *, most_tokens: int, stop: int | None = None) -> list[int]:
+        """Padded tokens of the passes that fitted, of which those of the first two updates always do."""
+        updates = 0
+
+        def after_update() -> None:
+            nonlocal updates
+            updates += 1
+            if updates == stop:
+                raise StopHereError
+
+        with monkeypatch.context() as patch:
+            sizes = _out_of_memory_above(
+                patch, lambda: most_tokens if updates >= 2 else 1000, error=torch.OutOfMemoryError("out of memory")
+            )
+            with contextlib.suppress(StopHereError):
+                fine_tune(lora_model(), TOKENS, ROWS, settings, seed=0, folder=folder, after_update=after_update)
+        return sizes
+
+    whole = run(tmp_path / "whole", most_tokens=20)
+    assert max(whole[:2]) > 20, "the first two updates make larger passes than later ones"
+    run(tmp_path / "killed", most_tokens=20, stop=stop)
+    resumed = run(tmp_path / "killed", most_tokens=1000)
+    assert resumed == whole[-len(resumed) :] and max(resumed) <= 20
+    assert file_bytes(tmp_path / "killed") == file_bytes(tmp_path / "whole")
 
 
 def test_a_single_row_that_does_not_fit_in_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,11 +224,9 @@ def test_training_lowers_the_loss(tmp_path: Path) -> None:
 
 
 def test_learning_rate_of_ten_updates_by_hand() -> None:
-    settings = TrainSettings(learning_rate=1.0, warm_up_share=0.2)
+    settings = TrainSettings(learning_rate=1.0, lr_warmup_share=0.2)
     rates = [learning_rate_at(settings, step, 10) for step in range(10)]
     np.testing.assert_allclose(rates, [0.5, 1, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
-    constant = replace(settings, schedule="constant")
-    assert [learning_rate_at(constant, step, 10) for step in range(4)] == [0.5, 1, 1, 1]
 
 
 @given(num_rows=st.integers(1, 40), batch_rows=st.integers(1, 9), epochs=st.integers(1, 4), seed=st.integers(0, 99))
@@ -409,7 +442,6 @@ def test_lora_on_a_half_precision_base_trains() -> None:
         ({"learning_rate": float("nan")}, "learning_rate must be a positive number"),
         ({"beta2": 1.0}, "beta2 must be at least 0 and below 1"),
         ({"weight_decay": -1.0}, "weight_decay must not be negative"),
-        ({"schedule": "cosine"}, "schedule must be 'linear' or 'constant'"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings: dict, message: str) -> None:

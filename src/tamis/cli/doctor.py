@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,15 +15,18 @@ from tamis.cli.command import clean_output, print_json, print_warnings, typed_fl
 from tamis.cli.config import merge_settings
 from tamis.cli.progress import choose_progress, is_main_rank
 from tamis.report.wording import visible
-from tamis.settings import DoctorSettings
+from tamis.settings import PROJECTION_NAMES, DoctorSettings
 
 if TYPE_CHECKING:  # imports PyTorch
+    from tamis.evaluate.checks import SignCheck
     from tamis.evaluate.doctor import CorpusReport, DoctorResult, Preview
 
 __all__ = ["EPILOG", "doctor", "print_doctor"]
 
 LOOK = "What to look at"
+_BESIDE_NAMES = 44  # columns of the table of parameters that are not their names
 _MOST_SHOWN = 1200  # characters of a previewed row
+_FAILED = 1  # exit code when a check failed
 _OUT_HELP = "Also write what is printed to this folder, with the settings."
 
 EPILOG = """
@@ -53,13 +57,28 @@ def doctor(
         bool,
         typer.Option(
             "--numeric/--no-numeric",
-            help="Load the weights, and check batch composition and sign on a few rows.",
+            help="Load the weights, and check batch composition, sign and projection on a few rows.",
             rich_help_panel=LOOK,
         ),
     ] = DoctorSettings.numeric,
     check_rows: Annotated[
-        int, typer.Option(help="Rows used by the numeric checks.", rich_help_panel=LOOK)
+        int,
+        typer.Option(
+            help="Rows used by each numeric check; for the projection: at each of four lengths.", rich_help_panel=LOOK
+        ),
     ] = DoctorSettings.check_rows,
+    projection: Annotated[
+        str,
+        typer.Option(
+            help=f"Measure what it does to cosines of gradients: {', '.join(PROJECTION_NAMES)}.", rich_help_panel=LOOK
+        ),
+    ] = DoctorSettings.projection,
+    projection_dim: Annotated[
+        int | None,
+        typer.Option(
+            help="Numbers a row keeps; for factorized: the side of each layer's square.", rich_help_panel=LOOK
+        ),
+    ] = None,
     out: Annotated[str | None, typer.Option(help=_OUT_HELP, metavar="DIR", rich_help_panel="Results")] = None,
     revision: opt.Revision = None,
     dtype: opt.Dtype = DoctorSettings.dtype,
@@ -79,7 +98,8 @@ def doctor(
     """Look before anyone spends money: what carries loss, what is covered, whether the numbers can be trusted.
 
     Shows the loss mask of a few rows, counts supervised tokens, lists covered and uncovered parameters, says what the
-    chat template adds or drops, and checks that scores do not depend on batch mates and have the right sign.
+    chat template adds or drops, checks that scores do not depend on batch mates and have the right sign, and measures
+    the noise of the projection, by length. The exit code is 1 if a check failed, which --json says as "passed": false.
     """
     settings = merge_settings(DoctorSettings, typed_flags(ctx), config)
     with clean_output(quiet=quiet or as_json) as console:
@@ -87,14 +107,16 @@ def doctor(
 
         result = api.doctor(settings, progress=choose_progress(console, quiet=quiet))
         write_result("doctor", settings, settings.out, result)
+    failed = 0 if result.passed else _FAILED
     if as_json:
         print_json(result)
-        return
+        raise typer.Exit(failed)
     if not quiet and is_main_rank():
         print_doctor(Console(), result)
     print_warnings(console, list(result.warnings))
     if not quiet and not result.warnings and is_main_rank():
         Console().print(Text("Nothing to warn of.", style="green"))
+    raise typer.Exit(failed)
 
 
 def print_doctor(console: Console, result: DoctorResult) -> None:
@@ -105,6 +127,7 @@ def print_doctor(console: Console, result: DoctorResult) -> None:
     _print_model(console, result)
     _print_coverage(console, result)
     _print_checks(console, result)
+    _print_distortion(console, result)
 
 
 def _print_corpus(console: Console, corpus: CorpusReport) -> None:
@@ -116,6 +139,7 @@ def _print_corpus(console: Console, corpus: CorpusReport) -> None:
     table.add_row("formats", ", ".join(f"{name} {count:,}" for name, count in corpus.formats.items()))
     table.add_row("without a supervised token", f"{corpus.unsupervised_rows:,}")
     table.add_row("cut at --max-length", f"{corpus.truncated_rows:,} rows, {corpus.truncated_tokens:,} tokens")
+    table.add_row("cut by the chat template", f"{corpus.dropped_rows:,} rows, a part of an assistant turn")
     table.add_row("exact copies", f"{corpus.exact_copies:,}")
     table.add_row("unusable rows", f"{corpus.bad_rows:,}")
     console.print(table)
@@ -164,15 +188,26 @@ def _print_coverage(console: Console, result: DoctorResult) -> None:
     _heading(console, f"gradients cover {share:.1%} of {covered.trainable:,} trainable numbers")
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("")
-    table.add_column("parameters", overflow="fold")
-    table.add_column("numbers", justify="right")
-    table.add_column("share", justify="right")
+    table.add_column("parameters", no_wrap=True, overflow="fold")
+    table.add_column("numbers", justify="right", no_wrap=True)
+    table.add_column("share", justify="right", no_wrap=True)
     table.add_column("why", overflow="fold")
     for row in sorted(covered.rows, key=lambda row: (not row.covered, -row.numel)):
         mark = Text("✓", style="green") if row.covered else Text("–", style="yellow")
-        name = Text(row.parameters.removesuffix(".weight") + (f" ×{row.tensors}" if row.tensors > 1 else ""))
-        table.add_row(mark, name, f"{row.numel:,}", f"{row.share:.1%}", Text(row.reason))
+        name = row.parameters.removesuffix(".weight") + (f" ×{row.tensors}" if row.tensors > 1 else "")
+        name = _folded_at_dots(name, max(36, console.width - _BESIDE_NAMES))
+        table.add_row(mark, Text(name), f"{row.numel:,}", f"{row.share:.1%}", Text(row.reason))
     console.print(table)
+
+
+def _folded_at_dots(name: str, width: int) -> str:
+    """A dotted name on as many lines as it needs, none of them torn inside a part; further lines are indented."""
+    lines = [""]
+    for part in re.findall(r"[^.]*\.|[^.]+", name):
+        if lines[-1].strip() and len(lines[-1] + part) > width:
+            lines.append("  ")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def _print_checks(console: Console, result: DoctorResult) -> None:
@@ -189,11 +224,31 @@ def _print_checks(console: Console, result: DoctorResult) -> None:
     if sign is not None:
         table.add_row(
             "sign",
-            f"{_passed(sign.passed)}: a step on pool row {sign.row} (score {sign.score:+.3g}, "
+            f"{_sign_verdict(sign)}: a step on pool row {sign.row} (score {sign.score:+.3g}, "
             f"cosine {sign.cosine:+.2f}) moved the target loss of {sign.target_loss:.3f} by "
-            f"{sign.measured_change:+.2e}, predicted {sign.predicted_change:+.2e}",
+            f"{sign.measured_change:+.2e}, predicted {sign.predicted_change:+.2e}"
+            + (f" (the smallest of {sign.steps} steps)" if sign.steps > 1 else ""),
         )
+    elif batch is not None:
+        table.add_row("sign", "FAILED: every gradient of the checked rows is zero")
     table.add_row("convention", result.sign_convention)
+    console.print(table)
+
+
+def _print_distortion(console: Console, result: DoctorResult) -> None:
+    if result.projection is None:
+        return
+    _heading(console, f"projection: {result.projection['name']}, dim {result.projection['dim']}")
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for column in ("tokens of a row", "pairs", "cosine of their gradients", "error of the projected cosine"):
+        table.add_column(column, justify="right")
+    for at in result.distortion:
+        table.add_row(
+            f"{at.shortest:,}–{at.longest:,}",
+            str(at.pairs),
+            f"{at.mean_cosine:+.3f} ± {at.spread:.3f}",
+            f"{at.rms_error:.4f}",
+        )
     console.print(table)
 
 
@@ -210,6 +265,10 @@ def _grid() -> Table:
 
 def _yes(value: bool) -> str:
     return "yes" if value else "no"
+
+
+def _sign_verdict(sign: SignCheck) -> str:
+    return "undecided" if sign.is_routed and not sign.passed else _passed(sign.passed)
 
 
 def _passed(value: bool) -> str:

@@ -130,7 +130,7 @@ def select(
         bool,
         typer.Option(
             "--drop-flagged/--keep-flagged",
-            help="Leave out rows whose own loss is unusually high (often wrong answers).",
+            help="Leave out rows whose own loss is unusually high (wrong answers among them).",
             rich_help_panel=KEEP,
         ),
     ] = SelectSettings.drop_flagged,
@@ -148,6 +148,15 @@ def select(
     report: Annotated[
         bool, typer.Option("--report/--no-report", help="Write report.html.", rich_help_panel="Results")
     ] = SelectSettings.report,
+    write_messages: Annotated[
+        bool,
+        typer.Option(
+            "--write-messages/--no-write-messages",
+            help="Also write the selected rows as chats to selected-messages.jsonl, for trainers that read no "
+            "instruction rows, or one format only.",
+            rich_help_panel="Results",
+        ),
+    ] = SelectSettings.write_messages,
     revision: opt.Revision = None,
     dtype: opt.Dtype = SelectSettings.dtype,
     device: opt.Device = SelectSettings.device,

@@ -17,6 +17,7 @@ from tamis.types import IntArray
 __all__ = ["Leaks", "bands", "exact_duplicates", "find_leaks", "first_copies", "jaccard", "near_duplicates", "shingles"]
 
 _PERMUTATIONS = 128
+_SHINGLE_WORDS = 3
 
 # The chance that LSH may miss a pair of rows whose similarity is just the threshold; it falls fast above it.
 _MISSED = 0.01
@@ -43,12 +44,12 @@ def first_copies(keys: Sequence[str]) -> IntArray:
     return np.array([first.setdefault(key, i) for i, key in enumerate(keys)], dtype=np.int64)
 
 
-def near_duplicates(examples: Examples, *, threshold: float = 0.8, seed: int = 0) -> IntArray:
+def near_duplicates(examples: Examples, *, threshold: float = 0.8) -> IntArray:
     """For each row the first kept row that it nearly repeats, itself if there is none: (N,).
 
     Two rows nearly repeat each other if the Jaccard similarity of their sets of 3-word shingles (prompt and answer, in
     lower case, without punctuation) is at least ``threshold``. MinHash LSH proposes pairs, and each is checked on the
-    shingles themselves, so no row is called a copy wrongly; a true pair can be missed, the same ones for a ``seed``.
+    shingles themselves, so no row is called a copy wrongly; a true pair can be missed, the same ones every time.
     Rows are compared with kept rows only, in order, so that a chain of small changes does not join its two ends.
     Exact copies are always found. Memory: about 2 KB for each kept row.
 
@@ -62,7 +63,7 @@ def near_duplicates(examples: Examples, *, threshold: float = 0.8, seed: int = 0
     # candidates as much as missed ones, and here false ones cost only a comparison.
     lsh = MinHashLSH(num_perm=_PERMUTATIONS, params=bands(threshold))
     # MinHash takes a 32-bit seed, from which NumPy's frozen RandomState draws the permutations.
-    base = MinHash(num_perm=_PERMUTATIONS, seed=child_seed(seed, "near-duplicates") % 2**32)
+    base = MinHash(num_perm=_PERMUTATIONS, seed=child_seed(0, "near-duplicates") % 2**32)
     for row in range(len(examples)):
         if first[row] != row:
             first[row] = first[first[row]]  # the first exact copy may itself nearly repeat an earlier row
@@ -91,12 +92,12 @@ def bands(threshold: float) -> tuple[int, int]:
     return _PERMUTATIONS // rows, rows
 
 
-def shingles(text: str, size: int = 3) -> frozenset[str]:
-    """The runs of ``size`` words of ``text``, in lower case; a shorter text is one shingle."""
+def shingles(text: str) -> frozenset[str]:
+    """The runs of three words of ``text``, in lower case; a shorter text is one shingle."""
     words = _WORD.findall(text.lower())
-    if len(words) < size:
+    if len(words) < _SHINGLE_WORDS:
         return frozenset([" ".join(words) or text.strip()])
-    return frozenset(" ".join(words[i : i + size]) for i in range(len(words) - size + 1))
+    return frozenset(" ".join(words[i : i + _SHINGLE_WORDS]) for i in range(len(words) - _SHINGLE_WORDS + 1))
 
 
 def jaccard(a: frozenset[str], b: frozenset[str]) -> float:

@@ -20,10 +20,12 @@ import numpy.typing as npt
 
 from tamis.data.files import RowFile, ScannedRow, open_files
 from tamis.data.formats import Content, RowError, digest, parse_row, prompt_text, row_format_of, trained_text
+from tamis.data.rows import Rows
 from tamis.errors import BadRow, InvalidInput
+from tamis.identity import fingerprint
 from tamis.types import Example, IntArray, RowFormat
 
-__all__ = ["BadRowRecord", "Examples", "read_examples"]
+__all__ = ["BadRowRecord", "Examples", "read_examples", "warn_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +54,11 @@ class Examples(Sequence[Example]):
     * ``prompt_hashes`` (uint64): hash of the normalised prompt, 0 for a row without one
 
     ``duplicate_ids`` maps each id that occurs more than once to its rows. ``named_by[f]`` is the index of the path, as
-    given to ``read_examples``, that named file ``f``. ``content_hash`` covers all ids and digests in order.
+    given to ``read_examples``, that named file ``f``.
+
+    ``identity`` has a hash for each thing that a result can depend on, of all rows in order: ``content`` (what is
+    trained on: all that tokens, losses and gradients depend on), ``files`` (names and row numbers), ``ids``,
+    ``source``, and ``text`` (whole rows, as they are handed back). ``content_hash`` is one hash of them all.
     """
 
     def __init__(self, files: list[RowFile], named_by: list[int], scan: _Scan) -> None:
@@ -71,7 +77,9 @@ class Examples(Sequence[Example]):
         self._length: IntArray = np.array(scan.length, dtype=np.int64)
         self._format: npt.NDArray[np.int8] = np.array(scan.format, dtype=np.int8)
         self.duplicate_ids: dict[str, list[int]] = _repeated(self.ids)
-        self.content_hash: str = _content_hash(self.ids, self.digests)
+        self._text_hash: npt.NDArray[np.uint64] = np.array(scan.text_hash, dtype=np.uint64)
+        self.identity: dict[str, str] = {name: part.hexdigest() for name, part in scan.hashes.items()}
+        self.content_hash: str = fingerprint(self.identity)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -112,8 +120,15 @@ class Examples(Sequence[Example]):
         return (self[i] for i in range(len(self)))
 
     def raw_json(self, index: int) -> str:
-        """The row as one line of JSON; of a JSON Lines file, the user's own line."""
-        return self._file(index).raw_json(int(self._start[index]), int(self._length[index]))
+        """The row as one line of JSON; of a JSON Lines file, the user's own line.
+
+        Raises:
+            InvalidInput: the file is not what it was when it was first read.
+        """
+        text = self._file(index).raw_json(int(self._start[index]), int(self._length[index]))
+        if _hash64(text) != int(self._text_hash[index]):
+            raise self._changed(index)
+        return text
 
     def text(self, index: int) -> str:
         """The words of the row, prompt and answer, one turn per line."""
@@ -135,11 +150,14 @@ class Examples(Sequence[Example]):
         except (RowError, ValueError, AttributeError, IndexError):  # the bytes there are another row now, or none
             unchanged = False
         if not unchanged:
-            raise InvalidInput(
-                f"{file.name} changed while it was in use (row {int(self.row[index])} is not what it was); "
-                "leave the data alone during a run and start again"
-            )
+            raise self._changed(index)
         return raw, content
+
+    def _changed(self, index: int) -> InvalidInput:
+        return InvalidInput(
+            f"{self._file(index).name} changed while it was in use (row {int(self.row[index])} is not what it was); "
+            "leave the data alone during a run and start again"
+        )
 
 
 class _Scan:
@@ -151,12 +169,15 @@ class _Scan:
         self.sources: dict[str, int] = {}
         self.file_index, self.source_index, self.format = array("i"), array("i"), array("b")
         self.row, self.start, self.length = array("q"), array("q"), array("q")
-        self.prompt_hash = array("Q")
+        self.prompt_hash, self.text_hash = array("Q"), array("Q")
+        self.hashes = {name: hashlib.sha256() for name in ("content", "files", "ids", "source", "text")}
         self.skipped: list[BadRowRecord] = []
 
-    def add(self, scanned: ScannedRow, *, file_index: int, id: str, source: str, content: Content) -> None:
-        fingerprint = digest(content)  # first: it may refuse the row
-        self.digests.append(fingerprint)
+    def add(
+        self, scanned: ScannedRow, *, file: RowFile, file_index: int, id: str, source: str, content: Content
+    ) -> None:
+        trained = digest(content)  # first: it may refuse the row
+        self.digests.append(trained)
         self.ids.append(id)
         self.file_index.append(file_index)
         self.source_index.append(self.sources.setdefault(source, len(self.sources)))
@@ -164,7 +185,20 @@ class _Scan:
         self.row.append(scanned.row)
         self.start.append(scanned.start)
         self.length.append(scanned.length)
-        self.prompt_hash.append(_prompt_hash(prompt_text(content)))
+        prompt = prompt_text(content)
+        self.prompt_hash.append(_hash64(prompt) if prompt else 0)
+        self.text_hash.append(_hash64(scanned.text))
+        parts = {
+            "content": trained,
+            "files": f"{scanned.row} {file.name}",
+            "ids": id,
+            "source": source,
+            "text": scanned.text,
+        }
+        for name, part in parts.items():
+            # Length first: without it, two ids could be cut differently and still give the same bytes.
+            encoded = part.encode("utf-8", errors="surrogatepass")  # a path may hold what is no character
+            self.hashes[name].update(len(encoded).to_bytes(8, "little") + encoded)
 
 
 def read_examples(
@@ -172,21 +206,21 @@ def read_examples(
     *,
     row_format: RowFormat | None = None,
     on_bad_row: Literal["fail", "skip"] = "fail",
-    split: str | None = None,
     kind: Literal["pool", "target"] = "pool",
+    held: Mapping[str, Rows] | None = None,
 ) -> Examples:
     """Check every row that ``paths`` name and return them as ``Examples``.
 
-    A path is a JSON Lines, JSON (one list) or Parquet file, a glob, or a hub id ``org/name[:config][@split]``;
-    ``split`` is the split of hub ids that name none (``train`` unless told). The format is told from each file's first
-    good row unless ``row_format`` says it; one file holds one format. With ``on_bad_row="skip"`` bad rows are left out
-    and listed in ``.skipped``; a file that cannot be read at all is always an error.
+    A path is a JSON Lines, JSON (one list) or Parquet file, a glob, a hub id ``org/name[:config][@split]`` (split
+    ``train`` if it names none), or a name in ``held``, which has rows in memory. The format is told from each file's
+    first good row unless ``row_format`` says it; one file holds one format. With ``on_bad_row="skip"`` bad rows are
+    left out and listed in ``.skipped``; a file that cannot be read at all is always an error.
 
     Raises:
         BadRow: a row cannot be used; names file, row and field.
         InvalidInput: a path names nothing readable, or nothing usable is left.
     """
-    files, named_by = open_files(paths, split=split, kind=kind)
+    files, named_by = open_files(paths, kind=kind, held=held)
     labels = _labels([file.name for file in files])
     scan = _Scan()
     for file_index, file in enumerate(files):
@@ -194,25 +228,37 @@ def read_examples(
         file_format = row_format
         for scanned in file.scan():
             try:
-                file_format = _take(scan, scanned, file_index, file, labels[file_index], file_format)
+                file_format = _take(
+                    scan, scanned, file_index, file, labels[file_index], file_format, is_named=row_format is not None
+                )
             except RowError as problem:
                 if on_bad_row == "fail":
                     raise BadRow(problem.problem, file=file.name, row=scanned.row, field=problem.field) from None
                 scan.skipped.append(BadRowRecord(file.name, scanned.row, problem.field, problem.problem))
         if len(scan.ids) == before:
             raise InvalidInput(_nothing_in(file.name, scan.skipped[bad_before:]))
-    examples = Examples(files, named_by, scan)
+    return Examples(files, named_by, scan)
+
+
+def warn_of(examples: Examples, kind: str) -> None:
+    """Log what a user should know of rows that were read, where nothing else reports it."""
     if examples.skipped:
         logger.warning("%s: %d bad rows left out", kind, len(examples.skipped))
     if examples.duplicate_ids:
         logger.warning("%s: %d ids occur more than once; rows stay apart", kind, len(examples.duplicate_ids))
-    return examples
 
 
 def _take(
-    scan: _Scan, scanned: ScannedRow, file_index: int, file: RowFile, label: str, file_format: RowFormat | None
+    scan: _Scan,
+    scanned: ScannedRow,
+    file_index: int,
+    file: RowFile,
+    label: str,
+    file_format: RowFormat | None,
+    *,
+    is_named: bool,
 ) -> RowFormat:
-    """Check one row and add it; returns the file's format, which its first good row decides."""
+    """Check one row and add it; returns the file's format: the named one, or what its first good row decides."""
     if scanned.problem is not None:
         raise RowError(None, scanned.problem)
     row = scanned.value
@@ -222,26 +268,38 @@ def _take(
     try:
         content = parse_row(row, found)
     except RowError:
-        _refuse_mixture(row, found)
+        _refuse_mixture(row, found, is_named=is_named)
         raise
     scan.add(
-        scanned, file_index=file_index, id=_id(row, label, scanned.row), source=_source(row, file), content=content
+        scanned,
+        file=file,
+        file_index=file_index,
+        id=_id(row, label, scanned.row),
+        source=_source(row, file),
+        content=content,
     )
     return found
 
 
-def _refuse_mixture(row: Mapping[str, Any], expected: RowFormat) -> None:
+def _refuse_mixture(row: Mapping[str, Any], expected: RowFormat, *, is_named: bool) -> None:
     """A better message for a row that is fine in itself, but of another format than the rows before it."""
     try:
         own = row_format_of(row)
     except RowError:
         return
-    if own != expected:
+    if own == expected:
+        return
+    if is_named:
         raise RowError(
             None,
-            f"this row is in the {own} format but the file is read as {expected}; keep one format per file, "
-            "or name the format of all rows (row_format)",
+            f"this row is in the {own} format but row_format says {expected}; remove the row, or leave row_format out "
+            "if whole files are in other formats",
         )
+    raise RowError(
+        None,
+        f"this row is in the {own} format but the file is read as {expected}, as its first row is; keep one format per "
+        "file, or name by row_format one whose fields every row has",
+    )
 
 
 def _id(row: Mapping[str, Any], label: str, number: int) -> str:
@@ -257,9 +315,9 @@ def _source(row: Mapping[str, Any], file: RowFile) -> str:
     value = row.get("source")
     if value is None or value == "":
         return file.stem
-    if not isinstance(value, str):
+    if not isinstance(value, str | int | float):  # numbers and truth values are names as good as any
         raise RowError("source", f"expected a string, got {type(value).__name__}; name where the row comes from")
-    return _encodable(value, "source")
+    return _encodable(str(value), "source")
 
 
 def _encodable(text: str, name: str) -> str:
@@ -284,10 +342,8 @@ def _nothing_in(name: str, bad: list[BadRowRecord]) -> str:
     return f"{name}: all {len(bad)} rows are bad; the first is row {bad[0].row}{where}: {bad[0].problem}"
 
 
-def _prompt_hash(text: str) -> int:
-    """64 bits of the prompt, 0 only for none; equal hashes are looked at again before anyone is told of a leak."""
-    if not text:
-        return 0
+def _hash64(text: str) -> int:
+    """64 bits of a text, never 0; equal hashes of prompts are looked at again before anyone is told of a leak."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little") or 1
 
 
@@ -299,12 +355,3 @@ def _repeated(ids: list[str]) -> dict[str, list[int]]:
         if id in repeated:
             repeated[id].append(index)
     return repeated
-
-
-def _content_hash(ids: list[str], digests: list[str]) -> str:
-    total = hashlib.sha256()
-    for id, fingerprint in zip(ids, digests, strict=True):
-        # Length first: without it, two ids could be cut differently and still give the same bytes.
-        encoded = id.encode("utf-8")
-        total.update(len(encoded).to_bytes(8, "little") + encoded + bytes.fromhex(fingerprint))
-    return total.hexdigest()

@@ -12,14 +12,19 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from datetime import date, time, timedelta
+from decimal import Decimal
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO, Protocol
+from uuid import UUID
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tamis.errors import InvalidInput
+from tamis.data.rows import IN_MEMORY, Rows
+from tamis.errors import InvalidInput, first_line
 
 __all__ = ["MAX_JSON_BYTES", "MAX_LINE_BYTES", "RowFile", "ScannedRow", "open_files", "to_json"]
 
@@ -31,6 +36,21 @@ MAX_LINE_BYTES = 32 * 2**20
 MAX_JSON_BYTES = 2**30
 
 _DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
+# Endings that say that a path was meant, also those of files that cannot be read.
+_FILE_ENDINGS = (
+    *_DATA_SUFFIXES,
+    ".csv",
+    ".tsv",
+    ".txt",
+    ".arrow",
+    ".xlsx",
+    ".yaml",
+    ".yml",
+    ".zip",
+    ".gz",
+    ".zst",
+    ".xz",
+)
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.:%+\[\]-]+))?")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -43,6 +63,7 @@ class ScannedRow:
     start: int  # byte offset of the line (JSON Lines), else the position
     length: int  # bytes of the line (JSON Lines), else 0
     value: Any = None
+    text: str = ""  # the value as one line of JSON, as the user wrote it where the file is JSON Lines
     problem: str | None = None
 
 
@@ -116,7 +137,7 @@ def _scanned_line(row: int, start: int, line: bytes) -> ScannedRow:
         )
         return ScannedRow(row, start, len(line), problem=problem)
     try:
-        return ScannedRow(row, start, len(line), value=json.loads(text))
+        return ScannedRow(row, start, len(line), value=json.loads(text), text=text.strip())
     except json.JSONDecodeError as error:
         problem = f"not valid JSON ({error.msg} at character {error.pos}); write one JSON object per line"
     except RecursionError:
@@ -126,16 +147,24 @@ def _scanned_line(row: int, start: int, line: bytes) -> ScannedRow:
     return ScannedRow(row, start, len(line), problem=problem)
 
 
-class _ListedRows:
-    """Rows that are Python objects already: a JSON list, or a hub dataset (memory-mapped by ``datasets``)."""
+def _scanned_value(position: int, value: Any) -> ScannedRow:
+    try:
+        return ScannedRow(position, position, 0, value=value, text=to_json(value))
+    except (TypeError, ValueError, RecursionError) as error:
+        problem = f"cannot be written as JSON ({first_line(error)}); change the value or leave its field out"
+        return ScannedRow(position, position, 0, problem=problem)
 
-    def __init__(self, rows: Sequence[Any], name: str, stem: str) -> None:
+
+class _ListedRows:
+    """Rows that are Python objects already: a JSON list, a dataset (memory-mapped by ``datasets``), a caller's rows."""
+
+    def __init__(self, rows: Sequence[Any] | datasets.Dataset, name: str, stem: str) -> None:
         self.name, self.stem, self._rows = name, stem, rows
 
     def scan(self) -> Iterator[ScannedRow]:
         """Every row in order."""
         for position, value in enumerate(self._rows):
-            yield ScannedRow(position, position, 0, value=value)
+            yield _scanned_value(position, value)
 
     def read(self, start: int, length: int) -> Any:
         """The row at position ``start``."""
@@ -154,7 +183,7 @@ class ParquetFile:
         try:
             metadata = pq.read_metadata(path)
         except (pa.ArrowException, OSError) as error:
-            raise InvalidInput(f"{name}: not a readable Parquet file ({_one_line(error)})") from error
+            raise InvalidInput(f"{name}: not a readable Parquet file ({first_line(error)})") from error
         self._first_rows = [0]
         for group in range(metadata.num_row_groups):
             self._first_rows.append(self._first_rows[-1] + metadata.row_group(group).num_rows)
@@ -168,10 +197,10 @@ class ParquetFile:
             with pq.ParquetFile(self._path) as file:
                 for batch in file.iter_batches(batch_size=512):
                     for value in batch.to_pylist():
-                        yield ScannedRow(position, position, 0, value=value)
+                        yield _scanned_value(position, value)
                         position += 1
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise InvalidInput(f"{self.name}: cannot be read near row {position} ({_one_line(error)})") from error
+            raise InvalidInput(f"{self.name}: cannot be read near row {position} ({first_line(error)})") from error
 
     def read(self, start: int, length: int) -> Any:
         """The row at position ``start``, through its row group."""
@@ -190,17 +219,33 @@ class ParquetFile:
 
 
 def to_json(value: Any) -> str:
-    """One line of JSON that any reader accepts: NaN and infinities, which JSON lacks, become null."""
+    """One line of JSON that any reader accepts: NaN and infinities, which JSON lacks, become null.
+
+    Raises:
+        TypeError: it holds an object that has no text of its own, such as an image.
+        ValueError, RecursionError: it holds itself.
+    """
     try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_as_json)
     except ValueError:
         value = _without_nan(value)
-        text = json.dumps(value, ensure_ascii=False, default=str)
+        text = json.dumps(value, ensure_ascii=False, default=_as_json)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:  # half of a surrogate pair: JSON can say it, UTF-8 cannot
-        return json.dumps(value, default=str)
+        return json.dumps(value, default=_as_json)
     return text
+
+
+def _as_json(value: Any) -> Any:
+    """What JSON can say of a value that is none of its own kinds: the same in every process, so no address in it."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, date | time | timedelta | Decimal | UUID | PurePath | bytes):
+        return str(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"JSON knows no {type(value).__name__}")
 
 
 def _without_nan(value: Any) -> Any:
@@ -213,10 +258,13 @@ def _without_nan(value: Any) -> Any:
     return value
 
 
-def open_files(paths: Sequence[str], *, split: str | None, kind: str) -> tuple[list[RowFile], list[int]]:
+def open_files(
+    paths: Sequence[str], *, kind: str, held: Mapping[str, Rows] | None = None
+) -> tuple[list[RowFile], list[int]]:
     """The files that ``paths`` name, in order, and for each the index of the path that named it.
 
-    A path is a file, a glob (``**`` crosses folders; matches come sorted) or a hub id ``org/name[:config][@split]``.
+    A path is a file, a glob (``**`` crosses folders; matches come sorted), a hub id ``org/name[:config][@split]``, or
+    the name of rows in memory, which ``held`` has.
 
     Raises:
         InvalidInput: a path names nothing, a folder, a file named before, or a file of an unknown kind.
@@ -227,9 +275,13 @@ def open_files(paths: Sequence[str], *, split: str | None, kind: str) -> tuple[l
     named_by: list[int] = []
     seen: dict[Path, str] = {}
     for index, text in enumerate(paths):
+        if text.endswith(IN_MEMORY):
+            files.append(_held_rows(text, held or {}))
+            named_by.append(index)
+            continue
         for path in _matches(text, kind):
             if path is None:
-                files.append(_open_hub(text, split, kind))
+                files.append(_open_hub(text, kind))
             else:
                 real = path.resolve()
                 if real in seen:
@@ -240,6 +292,15 @@ def open_files(paths: Sequence[str], *, split: str | None, kind: str) -> tuple[l
                 files.append(_open_path(path, str(path) if glob.has_magic(text) and str(path) != text else text))
             named_by.append(index)
     return files, named_by
+
+
+def _held_rows(name: str, held: Mapping[str, Rows]) -> RowFile:
+    if name not in held:
+        raise InvalidInput(
+            f"{name} stands for rows that a Python program held in memory; call tamis.select with them again, "
+            "or write them to a .jsonl file and name that"
+        )
+    return _ListedRows(held[name], name, name.removesuffix(IN_MEMORY).split()[-1])
 
 
 def _matches(text: str, kind: str) -> list[Path | None]:
@@ -268,9 +329,9 @@ def _matches(text: str, kind: str) -> list[Path | None]:
 
 
 def _names_hub(text: str) -> bool:
-    """``org/name...`` that is no path: neither ends like a data file nor starts with a folder that is here."""
+    """``org/name...`` that is no path: neither ends like a file of data nor starts with a folder that is here."""
     match = _HUB_ID.fullmatch(text)
-    if match is None or match["name"].endswith(_DATA_SUFFIXES) or text.startswith((".", "~")):
+    if match is None or match["name"].lower().endswith(_FILE_ENDINGS) or text.startswith((".", "~")):
         return False
     return not Path(text.split("/")[0]).is_dir()
 
@@ -311,22 +372,22 @@ def _read_json_list(path: Path, name: str) -> list[Any]:
             "a .json file must be one list of rows, or one row per line"
         ) from error
     except (RecursionError, ValueError) as error:
-        raise InvalidInput(f"{name}: not valid JSON ({_one_line(error)})") from error
+        raise InvalidInput(f"{name}: not valid JSON ({first_line(error)})") from error
     if not isinstance(value, list):
         raise InvalidInput(f"{name}: a .json file must be one list of rows, got {type(value).__name__}")
     return value
 
 
-def _open_hub(text: str, split: str | None, kind: str) -> RowFile:
+def _open_hub(text: str, kind: str) -> RowFile:
     match = _HUB_ID.fullmatch(text)
     assert match is not None
-    wanted = match["split"] or split or "train"
+    wanted = match["split"] or "train"
     try:
         rows = datasets.load_dataset(match["name"], match["config"], split=wanted)
     except Exception as error:  # the hub client raises its own, requests', OSError and ValueError
         raise InvalidInput(
             f"{kind} {text}: no local file, and not loadable as the hub dataset '{match['name']}', "
-            f"config {match['config'] or 'default'}, split '{wanted}' ({_one_line(error)}); "
+            f"config {match['config'] or 'default'}, split '{wanted}' ({first_line(error)}); "
             "check the id, or write org/name:config@split"
         ) from error
     return _ListedRows(rows, text, match["name"].split("/")[1])
@@ -341,8 +402,3 @@ def _open(path: Path, name: str) -> BinaryIO:
 
 def _changed(name: str) -> InvalidInput:
     return InvalidInput(f"{name} changed while it was in use; leave the data alone during a run and start again")
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."

@@ -29,6 +29,8 @@ _SHAREGPT_ROLES = {
     "observation": "tool",
 }
 
+# What each format needs, first choice first.
+_FIELDS = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"), ("text",))
 _EXPECTED = (
     "expected 'messages', 'conversations', 'prompt' and 'completion', 'instruction' and 'output', or 'text'; "
     "rename the fields"
@@ -75,6 +77,10 @@ def row_format_of(row: Mapping[str, Any]) -> RowFormat:
         return "instruction"
     if "text" in present:
         return "text"
+    for needed in _FIELDS:
+        null = [name for name in needed if name in row and row[name] is None]
+        if null and row.keys() >= set(needed):
+            raise RowError(null[0], "the field is null; fill it or remove the row")
     names = ", ".join(f"'{key}'" for key in list(row)[:12]) or "no field at all"
     raise RowError(None, f"unknown row format with {names}; {_EXPECTED}")
 

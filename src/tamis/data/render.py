@@ -8,29 +8,28 @@ message (``turns.py``), never from looking for the content in the text.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tamis.data.template import MarkedText, Span
-from tamis.data.turns import TEMPLATE_ERRORS, TurnError, TurnFinder, check_answer, common_prefix
-from tamis.errors import BadRow, InvalidInput, InvalidSettings, Unsupported
+from tamis.data.turns import TEMPLATE_ERRORS, TurnError, TurnFinder, check_answer, common_prefix, drops_text
+from tamis.errors import BadRow, InvalidSettings, Unsupported, first_line
+from tamis.identity import text_sha256
 from tamis.types import Example, TokenizedExample
 
 __all__ = ["ALGORITHM", "Renderer"]
 
 logger = logging.getLogger(__name__)
 
-ALGORITHM = "render-v1"
+ALGORITHM = "render-v2"
 
 # For a tokenizer without a template. {END} is <|im_end|> where the vocabulary has it, else the end-of-sequence token,
 # so that the end of a turn is one token, which the model can learn to emit.
@@ -56,6 +55,7 @@ class _Encoded:
     ids: list[int]  # (T,)
     offsets: npt.NDArray[np.int64]  # (T, 2) characters of ``text``
     supervised: npt.NDArray[np.bool_]  # (T,)
+    dropped: bool = False  # a part of an assistant turn is not in ``text``
 
 
 class Renderer:
@@ -64,11 +64,11 @@ class Renderer:
     ``notes`` are sentences for the user: what had to be assumed of the template.
     """
 
-    def __init__(self, tokenizer: Any, *, max_length: int, chat_template: str | None = None) -> None:
-        """``chat_template`` is a template, or the path of a file that holds one; it replaces the tokenizer's own.
+    def __init__(self, tokenizer: Any, *, max_length: int) -> None:
+        """The chat template is the tokenizer's own; one that has none gets a plain default, and a note says so.
 
         Raises:
-            InvalidInput: ``chat_template`` is neither, or does not compile.
+            InvalidInput: the chat template does not compile.
             InvalidSettings: ``max_length`` is below 2, which leaves nothing to predict.
             Unsupported: the tokenizer cannot say which characters a token stands for.
         """
@@ -83,11 +83,11 @@ class Renderer:
         self._tokenizer = tokenizer
         self._told_of_tools = False
         self._finders: dict[str, TurnFinder] = {}
-        self._template = _template_text(chat_template)
+        self._default: str | None = None
         notes = []
-        if self._template is None and not tokenizer.chat_template:
+        if not tokenizer.chat_template:
             end = "<|im_end|>" if "<|im_end|>" in tokenizer.get_vocab() else (tokenizer.eos_token or "<|im_end|>")
-            self._template = _DEFAULT_TEMPLATE.replace("{END}", end)
+            self._default = _DEFAULT_TEMPLATE.replace("{END}", end)
             notes.append(
                 "The tokenizer has no chat template: chats are written in the ChatML form <|im_start|>role, line "
                 f"break, content, {end}. Pass chat_template to use another."
@@ -98,15 +98,15 @@ class Renderer:
     def identity(self) -> dict[str, Any]:
         """Everything that determines the ids and labels of a row."""
         named = self._tokenizer.chat_template
-        sources = [self._template] if self._template else list(named.values()) if isinstance(named, dict) else [named]
+        sources = [self._default] if self._default else list(named.values()) if isinstance(named, dict) else [named]
         state = json.loads(self._tokenizer.backend_tokenizer.to_str())
         # Left behind by whoever called the tokenizer last, and set anew by each call.
         state.pop("truncation", None)
         state.pop("padding", None)
         identity: dict[str, Any] = {
             "algorithm": ALGORITHM,
-            "chat_template": _sha256(json.dumps(sources)),
-            "tokenizer": _sha256(json.dumps(state, sort_keys=True)),
+            "chat_template": text_sha256(json.dumps(sources)),
+            "tokenizer": text_sha256(json.dumps(state, sort_keys=True)),
             "special_tokens": {k: str(v) for k, v in sorted(self._tokenizer.special_tokens_map.items())},
             "max_length": self.max_length,
         }
@@ -127,6 +127,7 @@ class Renderer:
             input_ids=np.array(encoded.ids[: self.max_length], dtype=np.int32),
             supervised=encoded.supervised[: self.max_length],
             truncated=max(0, len(encoded.ids) - self.max_length),
+            dropped=encoded.dropped,
         )
 
     def preview(self, example: Example) -> list[tuple[str, bool]]:
@@ -157,11 +158,27 @@ class Renderer:
         try:
             return self._encode_messages(example)
         except TEMPLATE_ERRORS as error:
-            problem = f"the chat template refuses this chat: {' '.join(str(error).split())[:300]}"
-            raise BadRow(problem, file=example.file, row=example.row, field=_field(example, None)) from error
+            problem = f"the chat template refuses this chat: {first_line(error)}; change it or use another template"
+            field = self._refused_field(example)
+            raise BadRow(problem, file=example.file, row=example.row, field=field) from error
         except TurnError as error:
             field = _field(example, error.message)
             raise BadRow(error.problem, file=example.file, row=example.row, field=field) from error
+
+    def _refused_field(self, example: Example) -> str | None:
+        """The field to blame for a chat that the template refuses: the system turn if it takes the chat without it."""
+        if example.messages[0]["role"] in ("system", "developer"):
+            finder = self._finder(example.tools)
+            rest = [_prepared(message, finder.takes_parts) for message in example.messages[1:]]
+            tools = list(example.tools) if example.tools else None
+            try:
+                finder.apply(rest, tools=tools, **example.template_kwargs)
+            except TEMPLATE_ERRORS:
+                pass
+            else:
+                return _field(example, 0)
+        # An instruction row is one question and one answer; a template that refuses those blames neither.
+        return None if example.format == "instruction" else _field(example, None)
 
     def _encode_plain(self, example: Example) -> _Encoded:
         """Plain strings: the end-of-sequence token is appended unless it is there, the prompt carries no label."""
@@ -185,20 +202,24 @@ class Renderer:
         text = finder.apply(messages, **variables)
         marked = finder.mark(messages, text, **variables)
         ids, offsets = self._tokenize(text, add_special_tokens=False)
+        dropped = any(
+            message["role"] == "assistant" and drops_text(message, finder.written(k, text, marked) or text)
+            for k, message in enumerate(messages)
+        )
         if example.prompt_messages:
             prompt = finder.apply(messages[: example.prompt_messages], generation_prompt=True, **variables)
             for k, message in enumerate(messages):
                 if k >= example.prompt_messages and message["role"] == "assistant":
                     check_answer(k, message, finder.written(k, text, marked) or text)
             first = common_prefix(self._tokenize(prompt, add_special_tokens=False)[0], ids)
-            return _Encoded(text, ids, offsets, np.arange(len(ids)) >= first)
+            return _Encoded(text, ids, offsets, np.arange(len(ids)) >= first, dropped)
         if finder.template.has_generation_marks:
             supervised = self._generated(messages, text, marked, ids, offsets, finder, variables)
         else:
             supervised = np.zeros(len(ids), dtype=np.bool_)
             for span in finder.answers(messages, text, marked, **variables):
                 supervised[slice(*_tokens_of(span, offsets))] = True
-        return _Encoded(text, ids, offsets, supervised)
+        return _Encoded(text, ids, offsets, supervised, dropped)
 
     def _generated(
         self,
@@ -246,25 +267,10 @@ class Renderer:
 
     def _finder(self, tools: Sequence[Any] | None) -> TurnFinder:
         """The template for a chat with or without tools: a tokenizer may hold one of each."""
-        source = self._template or self._tokenizer.get_chat_template(tools=tools or None)
+        source = self._default or self._tokenizer.get_chat_template(tools=tools or None)
         if source not in self._finders:
             self._finders[source] = TurnFinder(self._tokenizer, source)
         return self._finders[source]
-
-
-def _template_text(given: str | None) -> str | None:
-    """The template itself, whether ``given`` is one or names a file of one."""
-    if given is None:
-        return None
-    if "{%" in given or "{{" in given:
-        return given
-    path = Path(given).expanduser()
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput(
-            f"chat_template {given}: neither a template (it has no '{{%' or '{{{{') nor a readable file ({error})"
-        ) from error
 
 
 def _notes(finder: TurnFinder) -> list[str]:
@@ -312,7 +318,8 @@ def _tokens_of(span: Span, offsets: npt.NDArray[np.int64]) -> tuple[int, int]:
 def _field(example: Example, message: int | None) -> str:
     """The field of the user's row that holds ``message``."""
     if example.format == "instruction":
-        return "output"
+        names = ("instruction", "output") if len(example.messages) == 2 else ("system", "instruction", "output")
+        return names[-1 if message is None else message]
     if example.format == "prompt-completion":
         before = example.prompt_messages
         if message is None:
@@ -320,7 +327,3 @@ def _field(example: Example, message: int | None) -> str:
         return f"prompt[{message}]" if message < before else f"completion[{message - before}]"
     name = "messages" if example.raw.get("messages") is not None else "conversations"
     return name if message is None else f"{name}[{message}]"
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()

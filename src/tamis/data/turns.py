@@ -17,7 +17,7 @@ import jinja2
 from tamis.data.template import MarkedTemplate, MarkedText, Span
 from tamis.errors import InvalidInput
 
-__all__ = ["TEMPLATE_ERRORS", "TurnError", "TurnFinder", "check_answer", "common_prefix"]
+__all__ = ["TEMPLATE_ERRORS", "TurnError", "TurnFinder", "check_answer", "common_prefix", "drops_text"]
 
 Message = Mapping[str, Any]
 
@@ -239,9 +239,7 @@ def check_answer(k: int, message: Message, written: str) -> None:
     Raises:
         TurnError: it did not.
     """
-    content = message.get("content") or ""
-    answer = content if isinstance(content, str) else "".join(part["text"] for part in content)
-    answer = answer.strip()
+    answer = _answer(message)
     if answer and answer not in written:
         parts = [part.strip() for part in _TAG.split(answer) if part.strip()]
         if not parts or parts[-1] not in written:
@@ -256,12 +254,26 @@ def check_answer(k: int, message: Message, written: str) -> None:
             )
 
 
+def drops_text(message: Message, written: str) -> bool:
+    """Whether the template left out a part of an assistant turn: its reasoning field, or a text between tags."""
+    reasoning = next((message[name] for name in _REASONING_FIELDS if message.get(name) is not None), None)
+    if isinstance(reasoning, str) and reasoning.strip() not in written:
+        return True
+    answer = _answer(message)
+    return answer not in written and any(part.strip() not in written for part in _TAG.split(answer))
+
+
 def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
     """Number of leading items that ``a`` and ``b`` share."""
     for position, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y:
             return position
     return min(len(a), len(b))
+
+
+def _answer(message: Message) -> str:
+    content = message.get("content") or ""
+    return (content if isinstance(content, str) else "".join(part["text"] for part in content)).strip()
 
 
 def _probe(turns: int) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,9 +16,10 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tamis.errors import InvalidInput, InvalidSettings, NonFinite
+from tamis.disk import disk_errors, make_folder, replace_atomically
+from tamis.errors import InvalidInput, InvalidSettings, NonFinite, first_line
+from tamis.identity import file_sha256
 from tamis.maths.similarity import unit_rows
-from tamis.store.atomic import replace_atomically
 
 __all__ = ["Given", "save_embeddings"]
 
@@ -48,13 +48,13 @@ class Given:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """SHA-256 of the two files."""
-        digest = hashlib.sha256()
-        for file in (Path(self.path) / _IDS, self._file):
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 22):
-                    digest.update(block)
-        return {"algorithm": "given-v1", "files": digest.hexdigest()}
+        """SHA-256 of the two files.
+
+        Raises:
+            InvalidInput: one of them is not there.
+        """
+        vectors = self._file
+        return {"algorithm": "given-v1", "vectors": file_sha256(vectors), "ids": file_sha256(vectors.with_name(_IDS))}
 
     def rows(self, ids: Sequence[str]) -> Float[Tensor, "n d"]:
         """The vectors of these rows, in this order, scaled to length 1.
@@ -96,7 +96,7 @@ class Given:
                     tensor = file.get_tensor("embeddings")
                 values = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
         except (OSError, ValueError, SafetensorError) as error:
-            raise InvalidInput(f"{self._file} cannot be read: {str(error).splitlines()[0]}") from error
+            raise InvalidInput(f"{self._file} cannot be read: {first_line(error)}") from error
         if values.ndim != 2 or values.dtype.kind != "f" or not values.shape[1]:
             raise InvalidInput(
                 f"{self._file} holds {values.dtype} of shape {values.shape}; expected floating-point (rows, numbers)"
@@ -126,12 +126,13 @@ def save_embeddings(folder: str | Path, ids: Sequence[str], values: npt.ArrayLik
     """Write an array, one row per id, as a folder that ``Given`` reads.
 
     Raises:
-        InvalidInput: ids and rows differ in number, or the array is not of two axes.
+        InvalidInput: ids and rows differ in number, the array is not of two axes, or the folder cannot be written.
     """
     array = np.asarray(values, np.float32)
     if array.ndim != 2 or len(array) != len(ids):
         raise InvalidInput(f"got {len(ids)} ids for an array of shape {array.shape}; expected one row per id")
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / _FILES[0], array)
+    make_folder(folder)
+    with disk_errors(folder / _FILES[0]):
+        np.save(folder / _FILES[0], array)
     replace_atomically(folder / _IDS, (json.dumps(list(ids)).encode(),))

@@ -1,6 +1,7 @@
-"""Numeric checks of a loaded model: does a row's score depend on its batch mates, and does the sign mean what we say?
+"""Numeric checks of a loaded model: does a row's score depend on its batch mates, does the sign mean what we say, and
+what does a projection add?
 
-Both run on a handful of real rows. Neither copies or changes a weight.
+All run on a handful of real rows. None copies or changes a weight.
 """
 
 from __future__ import annotations
@@ -15,17 +16,24 @@ import torch
 from torch import Tensor, nn
 
 from tamis.data.batches import collate
+from tamis.gradients.layers import inner_products, per_sample_gradient
 from tamis.gradients.per_sample import Alignments, mean_gradient, per_sample_features, run_batch
 from tamis.model.flops import FACTORIZED_SIDE
 from tamis.model.loss import per_sample_losses
-from tamis.projection import make_projector
+from tamis.model.targets import has_routed_experts
+from tamis.projection import AnyProjector, make_projector
+from tamis.projection.distortion import measure_distortion
 from tamis.types import Batch, LayerSpec, TokenizedExample
 
-__all__ = ["BatchCheck", "SignCheck", "check_batch_composition", "check_sign"]
+__all__ = ["BatchCheck", "LengthDistortion", "SignCheck", "check_batch_composition", "check_distortion", "check_sign"]
 
 # Largest relative difference that rounding alone explains, by the dtype that the model computes in. Measured: 2e-6 in
 # float32, 1e-1 in bfloat16 (30 blocks, 135M parameters; it rounds at 2**-8, float16 at 2**-11).
 _TOLERANCES = {"float64": 1e-5, "float32": 1e-4, "float16": 5e-2, "bfloat16": 2e-1}
+# Steps of the sign check, as parts of the target loss that they should move, by whether the dtype is a half one. A
+# thousandth is far above float32 rounding and still straight; half precision rounds coarser. Smaller steps come after
+# a disagreement: where tokens are routed to experts, the loss jumps when a step changes a route.
+_STEPS = {False: (1e-3, 1e-4, 1e-5), True: (3e-2, 1e-2)}
 _LARGEST_STEP_NUMEL = 1 << 25  # gradient entries held for the sign check: 128 MB of float32
 
 
@@ -56,6 +64,8 @@ class SignCheck:
     measured_change: float  # half the difference between a step forwards and a step backwards
     layers: int  # number of layers that took the step
     slack: float  # factor by which the two changes may differ
+    steps: int = 1  # step sizes that were tried; the figures are of the last, the smallest
+    is_routed: bool = False  # the model routes tokens to experts, so that its loss is not differentiable everywhere
 
     @property
     def passed(self) -> bool:
@@ -63,6 +73,18 @@ class SignCheck:
         if not self.predicted_change:
             return False
         return 1 / self.slack <= self.measured_change / self.predicted_change <= self.slack
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthDistortion:
+    """Projected against exact cosines of the gradients of a few rows of about one length."""
+
+    shortest: int  # tokens
+    longest: int
+    pairs: int
+    mean_cosine: float  # exact
+    spread: float  # standard deviation of the exact cosines: the differences that the projection has to preserve
+    rms_error: float  # of the projected cosines
 
 
 def check_batch_composition(
@@ -97,6 +119,8 @@ def check_sign(
     The step is taken in the last layers that fit a bound on memory. A layer ``a W^T`` with ``W - step * G`` is the same
     layer with ``-step * a G^T`` added to its output, so a hook does it and no weight is touched, in any dtype.
 
+    A step that disagrees with its prediction is followed by smaller ones, up to the first that agrees.
+
     Returns:
         None if every gradient is zero, so that there is nothing to check.
     """
@@ -117,23 +141,88 @@ def check_sign(
     cosine, score, row = best
     gradient = mean_gradient(model, [_batch([pool[row]])], few, unit=False)
     loss = _mean_loss(model, target_batch)
-    # A thousandth of the loss is far above float32 rounding and still straight; half precision rounds coarser.
-    wanted, slack = (1e-3, 1.5) if dtype in ("float32", "float64") else (3e-2, 4.0)
-    step = wanted * loss / abs(score)
-    with _stepped(model, few, gradient, step):
-        forwards = _mean_loss(model, target_batch)
-    with _stepped(model, few, gradient, -step):
-        backwards = _mean_loss(model, target_batch)
-    return SignCheck(
-        row=row,
-        score=score,
-        cosine=cosine if score > 0 else -cosine,
-        target_loss=loss,
-        predicted_change=-step * score,
-        measured_change=(forwards - backwards) / 2,
-        layers=len(few),
-        slack=slack,
-    )
+    is_half = dtype not in ("float32", "float64")
+    for tried, share in enumerate(_STEPS[is_half], 1):
+        step = share * loss / abs(score)
+        with _stepped(model, few, gradient, step):
+            forwards = _mean_loss(model, target_batch)
+        with _stepped(model, few, gradient, -step):
+            backwards = _mean_loss(model, target_batch)
+        check = SignCheck(
+            row=row,
+            score=score,
+            cosine=cosine if score > 0 else -cosine,
+            target_loss=loss,
+            predicted_change=-step * score,
+            measured_change=(forwards - backwards) / 2,
+            layers=len(few),
+            slack=4.0 if is_half else 1.5,
+            steps=tried,
+            is_routed=has_routed_experts(model),
+        )
+        if check.passed:
+            break
+    return check
+
+
+def check_distortion(
+    model: nn.Module,
+    layers: Sequence[LayerSpec],
+    groups: Sequence[Sequence[TokenizedExample]],
+    projector: AnyProjector,
+) -> list[LengthDistortion]:
+    """For each group of rows, all cosines between their gradients, exact and projected.
+
+    A group is one batch. Its exact products are summed layer by layer, so that no more than one layer's gradients
+    exist at a time. Rows without a gradient have no cosine and are left out; so are groups with fewer than two rows
+    that have one.
+    """
+    found = []
+    for rows in groups:
+        batch = _batch(rows)
+        exact = _PairProducts()
+        run_batch(model, batch, layers, exact)
+        _, features, _ = per_sample_features(model, batch, layers, projector)
+        features = features.float().cpu()
+        kept = torch.nonzero((exact.products.diagonal() > 0) & features.any(dim=1))[:, 0]
+        if len(kept) < 2:
+            continue
+        errors = measure_distortion(exact.products[kept][:, kept], features[kept])
+        lengths = [len(rows[i].input_ids) for i in kept.tolist()]
+        found.append(
+            LengthDistortion(
+                shortest=min(lengths),
+                longest=max(lengths),
+                pairs=len(errors.cosine),
+                mean_cosine=float(errors.cosine.mean()),
+                spread=float(errors.cosine.std(unbiased=False)),
+                rms_error=errors.rms,
+            )
+        )
+    return found
+
+
+class _PairProducts:
+    """Exact inner products of all pairs of a batch's gradients."""
+
+    def __init__(self) -> None:
+        self._products: Tensor | None = None
+
+    def keep(self, layer: LayerSpec, act: Tensor) -> tuple[Tensor, ...]:
+        """The input as it is."""
+        return (act,)
+
+    def consume(self, layer: LayerSpec, kept: tuple[Tensor, ...], grad_out: Tensor) -> None:
+        """Form the layer's gradients, multiply them with each other, forget them."""
+        grads = per_sample_gradient(kept[0], grad_out, has_bias=layer.has_bias).flatten(1)
+        part = inner_products(grads, grads).cpu().double()
+        self._products = part if self._products is None else self._products + part
+
+    @property
+    def products(self) -> Tensor:
+        """``(B, B)``, squared norms on the diagonal."""
+        assert self._products is not None, "run a batch first"
+        return self._products
 
 
 @contextmanager

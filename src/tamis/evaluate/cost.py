@@ -13,19 +13,21 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from tamis.budget import parse_budget, times
 from tamis.corpora import model_settings
+from tamis.data.examples import warn_of
 from tamis.data.render import Renderer
 from tamis.errors import InvalidInput
 from tamis.evaluate.calibrate import measured_rate
 from tamis.evaluate.devices import Rate, assumed_rate
-from tamis.evaluate.inputs import CorpusSize, read_sample, skeleton
+from tamis.evaluate.inputs import CorpusSize, read_sample
 from tamis.evaluate.passes import MethodPlan, MethodQuestion, landmark_tflops, method_plan
 from tamis.model.flops import ModelShape, stage_tflops
+from tamis.model.limits import model_limits, skeleton
 from tamis.model.load import load_tokenizer
 from tamis.progress import NoProgress
 from tamis.protocols import Progress
 from tamis.score import METHODS
-from tamis.selection.budget import parse_budget, times
 from tamis.settings import GRADIENT_METHODS, PlanSettings, from_dict, shortlist_parts, target_parts
 
 __all__ = ["Comparison", "ModelShape", "PlanResult", "compare_with_run", "estimate_plan", "stage_tflops"]
@@ -122,7 +124,8 @@ def estimate_plan(settings: PlanSettings, *, progress: Progress | None = None) -
     assumed_dtype = "bfloat16" if settings.dtype == "auto" else settings.dtype
     assumed = assumed_rate(settings.assume_device, assumed_dtype, utilisation=settings.utilisation)
     shape = ModelShape.from_model(skeleton(loading))
-    renderer = Renderer(load_tokenizer(loading), max_length=settings.max_length, chat_template=settings.chat_template)
+    limits, tokenizer = model_limits(loading), load_tokenizer(loading)
+    renderer = Renderer(tokenizer, max_length=settings.max_length)
     read = functools.partial(
         read_sample,
         renderer=renderer,
@@ -133,9 +136,13 @@ def estimate_plan(settings: PlanSettings, *, progress: Progress | None = None) -
     )
     sampled = read(settings.pool, kind="pool")
     pool = sampled.size()
-    notes = list(renderer.notes)
+    notes = [*renderer.notes, *sampled.check_fit(limits, tokenizer)]
+    warn_of(sampled.examples, "pool")
     if settings.target:
-        target = read([target_parts(text)[1] for text in settings.target], kind="target").size()
+        asked = read([target_parts(text)[1] for text in settings.target], kind="target")
+        notes += asked.check_fit(limits, tokenizer)
+        warn_of(asked.examples, "target")
+        target = asked.size()
     else:
         target = pool.times(min(1.0, _ASSUMED_TARGET_ROWS / pool.rows))
         notes.append(f"No --target given: {target.rows} target rows like the pool's are assumed.")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tamis.errors import InvalidSettings
-from tamis.settings import nearest
+from tamis.values import nearest
 
 __all__ = ["ASSUMED_UTILISATION", "DEVICES", "Device", "Rate", "assumed_rate"]
 

@@ -13,15 +13,24 @@ from typing import Any
 
 import numpy as np
 
-from tamis.corpora import model_settings
+from tamis.corpora import dropped_sentence, model_settings
 from tamis.data.duplicates import exact_duplicates, find_leaks
 from tamis.data.render import Renderer
 from tamis.errors import NonFinite
-from tamis.evaluate.checks import BatchCheck, SignCheck, check_batch_composition, check_sign
-from tamis.evaluate.inputs import SampledCorpus, read_sample, skeleton
+from tamis.evaluate.checks import (
+    BatchCheck,
+    LengthDistortion,
+    SignCheck,
+    check_batch_composition,
+    check_distortion,
+    check_sign,
+)
+from tamis.evaluate.inputs import SampledCorpus, read_sample
+from tamis.model.limits import model_limits, skeleton
 from tamis.model.load import LoadedModel, load_model, load_tokenizer
 from tamis.model.targets import Coverage, coverage, gradient_layers
 from tamis.progress import NoProgress
+from tamis.projection import AnyProjector, make_projector
 from tamis.protocols import Progress
 from tamis.settings import DoctorSettings, target_parts
 from tamis.types import TokenizedExample
@@ -32,6 +41,8 @@ SIGN = "A positive score means: training on the row lowers the target loss."
 _FEW = 5  # problems and ids named one by one
 _NOTICEABLE = 0.01  # relative difference of features that can reorder close scores
 _CHECK_TOKENS = 512  # rows of the numeric checks are no longer than this, if there are enough of them
+_LENGTHS = 4  # groups of rows, from the shortest to the longest, on which a projection is measured
+_GROUP_TOKENS = 8192  # padded tokens of such a group, if two rows fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +73,7 @@ class CorpusReport:
     unsupervised_ids: tuple[str, ...]
     truncated_rows: int
     truncated_tokens: int
+    dropped_rows: int  # in which the chat template leaves out a part of an assistant turn
     bad_rows: int
     problems: tuple[str, ...]
     exact_copies: int
@@ -103,7 +115,21 @@ class DoctorResult:
     batch_check: BatchCheck | None
     sign_check: SignCheck | None
     sign_convention: str
+    projection: dict[str, Any] | None  # what the distortion was measured for
+    distortion: tuple[LengthDistortion, ...]  # by length, shortest rows first
+    failures: tuple[str, ...]  # checks that failed, in sentences; they are among the warnings too
+    passed: bool  # no check failed; checks that did not run fail nothing
     warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Numbers:
+    """What the numeric checks found."""
+
+    batch_check: BatchCheck | None = None
+    sign_check: SignCheck | None = None
+    failures: tuple[str, ...] = ()
+    not_run: tuple[str, ...] = ()  # which did not, and why
 
 
 def examine(settings: DoctorSettings, *, progress: Progress | None = None) -> DoctorResult:
@@ -114,8 +140,9 @@ def examine(settings: DoctorSettings, *, progress: Progress | None = None) -> Do
     """
     progress = progress or NoProgress()
     loading = model_settings(settings)
+    projector = make_projector(settings.projection, dim=settings.projection_dim)
     tokenizer = load_tokenizer(loading)
-    renderer = Renderer(tokenizer, max_length=settings.max_length, chat_template=settings.chat_template)
+    renderer = Renderer(tokenizer, max_length=settings.max_length)
     template = examine_template(tokenizer, given=settings.chat_template is not None, notes=renderer.notes)
     read = functools.partial(
         read_sample,
@@ -128,16 +155,21 @@ def examine(settings: DoctorSettings, *, progress: Progress | None = None) -> Do
     pool = read(settings.pool, kind="pool")
     target = read([target_parts(text)[1] for text in settings.target], kind="target") if settings.target else None
     leaks = _leaks(pool, target) if target is not None else None
+    limits = model_limits(loading)
+    misfits = [s for corpus in (pool, target) if corpus is not None for s in corpus.check_fit(limits, tokenizer)]
 
-    loaded = batch_check = sign_check = None
+    loaded = None
+    numbers = _Numbers()
+    distortion: list[LengthDistortion] = []
     if settings.numeric:
         with progress.stage("load the model", 1, "models") as advance:
             loaded = load_model(loading)
             advance(1)
         with progress.stage("numeric checks", 2, "checks") as advance:
-            batch_check, sign_check, failure = _check(loaded, pool, target, settings.check_rows, advance)
-    else:
-        failure = None
+            numbers = _check(loaded, pool, target, settings.check_rows, advance)
+        if numbers.sign_check is not None and settings.projection != "none":
+            distortion, why_not = _measure(loaded, pool, projector, settings.check_rows, progress)
+            numbers = replace(numbers, not_run=tuple(why_not))
     model = loaded.model if loaded is not None else skeleton(loading)
     covered = coverage(model, gradient_layers(model))
     described = {"name": settings.model, "attention": settings.attention} if loaded is None else loaded.description
@@ -149,12 +181,16 @@ def examine(settings: DoctorSettings, *, progress: Progress | None = None) -> Do
         pool=reports[0],
         target=reports[1] if target is not None else None,
         leaks=leaks,
-        batch_check=batch_check,
-        sign_check=sign_check,
+        batch_check=numbers.batch_check,
+        sign_check=numbers.sign_check,
         sign_convention=SIGN,
+        projection={"name": settings.projection, **projector.identity} if distortion else None,
+        distortion=tuple(distortion),
+        failures=numbers.failures,
+        passed=not numbers.failures,
         warnings=(),
     )
-    return replace(result, warnings=tuple(_warnings(result, failure)))
+    return replace(result, warnings=(*_warnings(result, misfits), *numbers.failures, *numbers.not_run))
 
 
 def examine_template(tokenizer: Any, *, given: bool, notes: Sequence[str]) -> TemplateReport:
@@ -234,6 +270,7 @@ def _report(corpus: SampledCorpus, renderer: Renderer, previews: int) -> CorpusR
         unsupervised_ids=tuple(examples.ids[int(corpus.rows[i])] for i in unsupervised[:_FEW]),
         truncated_rows=sum(t.truncated > 0 for t in tokenized),
         truncated_tokens=sum(t.truncated for t in tokenized),
+        dropped_rows=sum(t.dropped for t in tokenized),
         bad_rows=len(corpus.problems),
         problems=corpus.problems[:_FEW],
         exact_copies=int((first != np.arange(len(first))).sum()),
@@ -258,11 +295,11 @@ def _preview(corpus: SampledCorpus, renderer: Renderer, position: int) -> Previe
 
 def _check(
     loaded: LoadedModel, pool: SampledCorpus, target: SampledCorpus | None, count: int, advance: Any
-) -> tuple[BatchCheck | None, SignCheck | None, str | None]:
-    """Both checks, or the reason why they could not run."""
+) -> _Numbers:
+    """Batch composition and sign, as far as they could run."""
     rows = _rows_to_check(pool, count)
     if len(rows) < 2:
-        return None, None, "The numeric checks need two usable pool rows; they did not run."
+        return _Numbers(not_run=("The numeric checks need two usable pool rows; they did not run.",))
     layers = gradient_layers(loaded.model)
     dtype = str(loaded.description["dtype"])
     try:
@@ -276,8 +313,63 @@ def _check(
         sign_check = check_sign(loaded.model, layers, candidates, against, dtype=dtype)
         advance(1)
     except NonFinite as error:
-        return None, None, f"The numeric checks stopped: {error}"
-    return batch_check, sign_check, None
+        return _Numbers(failures=(f"The numeric checks stopped: {error}",))
+    failures = [] if batch_check.passed else [_batch_failure(batch_check)]
+    if sign_check is None:
+        failures.append(
+            "Every gradient of the checked rows is zero, so there is no sign to check and gradient scores mean "
+            "nothing; are the model's weights there?"
+        )
+    elif not sign_check.passed and not sign_check.is_routed:
+        failures.append(
+            "A small step on a pool row did not change the target loss as its score says "
+            f"({_changes(sign_check)}); do not trust gradient scores of this model in this dtype."
+        )
+    return _Numbers(batch_check=batch_check, sign_check=sign_check, failures=tuple(failures))
+
+
+def _batch_failure(check: BatchCheck) -> str:
+    return (
+        "A row's loss or gradient depends on its batch mates more than rounding explains "
+        f"(features differ by {check.feature_difference:.1%}); use --batch-invariant or --dtype float32."
+    )
+
+
+def _changes(check: SignCheck) -> str:
+    tried = f", the smallest of {check.steps} steps" if check.steps > 1 else ""
+    return f"predicted {check.predicted_change:+.3g}, measured {check.measured_change:+.3g}{tried}"
+
+
+def _measure(
+    loaded: LoadedModel, pool: SampledCorpus, projector: AnyProjector, count: int, progress: Progress
+) -> tuple[list[LengthDistortion], list[str]]:
+    """What the projection adds to cosines at each of a few lengths, or the reason why that is not known."""
+    groups = _rows_by_length(pool, count)
+    found: list[LengthDistortion] = []
+    try:
+        with progress.stage("projection against exact gradients", len(groups), "lengths") as advance:
+            for group in groups:
+                found += check_distortion(loaded.model, gradient_layers(loaded.model), [group], projector)
+                advance(1)
+    except NonFinite as error:
+        return [], [f"The distortion of the projection was not measured: {error}"]
+    if not found:
+        return [], ["The distortion of the projection was not measured: that needs two different rows with a gradient."]
+    return found, []
+
+
+def _rows_by_length(corpus: SampledCorpus, count: int) -> list[list[TokenizedExample]]:
+    """Groups of ``count`` neighbours in length, from the shortest rows to the longest; no row twice, and no copies."""
+    first = exact_duplicates(corpus.examples)
+    originals = [i for i in corpus.usable if first[corpus.rows[i]] == corpus.rows[i]]
+    ordered = sorted((t for i in originals if (t := corpus.tokenized[i]) is not None), key=lambda t: len(t.input_ids))
+    number = min(_LENGTHS, len(ordered) // 2)
+    size = min(count, len(ordered) // max(1, number))
+    groups = []
+    for start in np.linspace(0, len(ordered) - size, number).round().astype(int):
+        group = ordered[start : start + size]
+        groups.append(group[-max(2, _GROUP_TOKENS // len(group[-1].input_ids)) :])
+    return groups
 
 
 def _rows_to_check(corpus: SampledCorpus, count: int) -> dict[int, TokenizedExample]:
@@ -292,9 +384,9 @@ def _rows_to_check(corpus: SampledCorpus, count: int) -> dict[int, TokenizedExam
     return {ordered[i][1]: ordered[i][0] for i in spread}
 
 
-def _warnings(result: DoctorResult, failure: str | None) -> list[str]:
-    """What deserves a second look, in sentences."""
-    found = list(result.template.notes)
+def _warnings(result: DoctorResult, misfits: Sequence[str]) -> list[str]:
+    """What deserves a second look, in sentences; failed checks are told apart."""
+    found = [*result.template.notes, *misfits]
     if result.template.added_text:
         found.append(
             "The chat template adds text of its own before the first turn "
@@ -312,6 +404,8 @@ def _warnings(result: DoctorResult, failure: str | None) -> list[str]:
                 f"{name}: {corpus.truncated_rows} of {sampled} rows are longer than --max-length and lose "
                 f"{corpus.truncated_tokens} tokens at the end, answers first."
             )
+        if corpus.dropped_rows:
+            found.append(dropped_sentence(name, corpus.dropped_rows, sampled))
         if corpus.exact_copies:
             found.append(f"{name}: {corpus.exact_copies} rows are exact copies of earlier ones.")
         if corpus.repeated_ids:
@@ -325,25 +419,29 @@ def _warnings(result: DoctorResult, failure: str | None) -> list[str]:
         found.append(
             f"Only {result.coverage.share:.0%} of the trainable numbers take part in gradient scores; see the coverage."
         )
-    if result.batch_check is not None and not result.batch_check.passed:
+    batch, sign = result.batch_check, result.sign_check
+    if batch is not None and batch.passed and batch.feature_difference > _NOTICEABLE:
         found.append(
-            "A row's loss or gradient depends on its batch mates more than rounding explains "
-            f"(features differ by {result.batch_check.feature_difference:.1%}); "
-            "use --batch-invariant or --dtype float32."
-        )
-    elif result.batch_check is not None and result.batch_check.feature_difference > _NOTICEABLE:
-        found.append(
-            f"Rounding lets a row's gradient depend on its batch mates by {result.batch_check.feature_difference:.1%}; "
+            f"Rounding lets a row's gradient depend on its batch mates by {batch.feature_difference:.1%}; "
             "rows with nearly equal scores may swap places. --batch-invariant or --dtype float32 prevents that."
         )
-    if result.sign_check is not None and not result.sign_check.passed:
+    if sign is not None and sign.is_routed and not sign.passed:
         found.append(
-            "A small step on a pool row did not change the target loss as its score says "
-            f"(predicted {result.sign_check.predicted_change:+.3g}, "
-            f"measured {result.sign_check.measured_change:+.3g}); "
-            "do not trust gradient scores of this model in this dtype."
+            f"The sign could not be confirmed ({_changes(sign)}): this model routes tokens to experts, and where a "
+            "step changes a route the loss jumps, so it is not differentiable there. Scores hold for the routes as "
+            "they are."
         )
-    return [*found, failure] if failure else found
+    if result.distortion:
+        error, spread = (
+            float(np.sqrt(np.mean([getattr(at, name) ** 2 for at in result.distortion])))
+            for name in ("rms_error", "spread")
+        )
+        if error > spread:
+            found.append(
+                f"The projection changes cosines of gradients by {error:.3f}, which is more than those of rows of one "
+                f"length differ among themselves ({spread:.3f}); raise --projection-dim."
+            )
+    return found
 
 
 def _short(text: str, most: int = 80) -> str:

@@ -1,27 +1,23 @@
-"""What ``doctor`` and ``plan`` see before any weight is loaded: sampled, tokenized rows and a model's bare shapes."""
+"""What ``doctor`` and ``plan`` see of the data: all rows read and checked, and some of them tokenized."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-import torch
-from peft import LoraConfig, PeftConfig, get_peft_model
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from tamis.data.examples import Examples, read_examples
 from tamis.data.render import Renderer
 from tamis.errors import BadRow, InvalidInput
-from tamis.model.load import ModelSettings
-from tamis.model.source import resolve_source
+from tamis.fit import check_fit
+from tamis.model.limits import ModelLimits
 from tamis.protocols import Progress
 from tamis.types import Example, IntArray, RowFormat, TokenizedExample
 
-__all__ = ["CorpusSize", "SampledCorpus", "read_sample", "skeleton"]
+__all__ = ["CorpusSize", "SampledCorpus", "read_sample"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +54,19 @@ class SampledCorpus:
     def usable(self) -> list[int]:
         """Positions in ``rows`` of those with a supervised token."""
         return [i for i, t in enumerate(self.tokenized) if t is not None and t.num_supervised > 0]
+
+    def check_fit(self, limits: ModelLimits, tokenizer: Any) -> list[str]:
+        """As ``tamis.fit.check_fit``, of the usable rows."""
+        at = {int(self.rows[i]): self._at(i) for i in self.usable}
+        return check_fit(
+            limits,
+            tokenizer,
+            self.examples,
+            kind=self.kind,
+            rows=np.array(list(at), dtype=np.int64),
+            lengths=np.array([len(tokens.input_ids) for tokens in at.values()], dtype=np.int64),
+            take=lambda rows: [at[int(row)] for row in rows],
+        )
 
     def example(self, position: int) -> Example:
         """The row at a position of ``rows``, as read."""
@@ -128,34 +137,3 @@ def read_sample(
         problems=tuple(problems),
         seconds_per_row=(time.perf_counter() - started) / count,
     )
-
-
-def skeleton(settings: ModelSettings, *, lora_rank: int | None = None) -> nn.Module:
-    """The model with its adapter on PyTorch's ``meta`` device: every name and shape, no number, no download of weights.
-
-    ``lora_rank`` puts a fresh adapter on all its linear layers, unless the model is an adapter already.
-
-    Raises:
-        InvalidInput: the model's config cannot be read, or describes no causal language model.
-    """
-    source = resolve_source(settings.name, settings.revision)
-    base = source.base or source
-    try:
-        config = AutoConfig.from_pretrained(
-            base.name,
-            revision=base.revision,
-            trust_remote_code=settings.trust_remote_code,
-            **({"gguf_file": base.gguf_file} if base.gguf_file else {}),
-        )
-        adapter = None
-        if source.base is not None:
-            adapter = PeftConfig.from_pretrained(source.name, revision=source.revision)
-            adapter.inference_mode = False
-        elif lora_rank is not None:
-            adapter = LoraConfig(r=lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
-        with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
-            return model if adapter is None else get_peft_model(model, adapter)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise InvalidInput(f"model '{settings.name}': its config cannot be used ({reason[:200]})") from error

@@ -119,7 +119,7 @@ def _loss_drop(question: MethodQuestion) -> list[PassPlan]:
     values = question.values
     adapted = question.with_lora(int(values["lora_rank"]))
     one_target = question.target.times(1 / question.targets)
-    seen = one_target.times(int(values["steps"]) * int(values["batch_rows"]) / max(1, one_target.rows))
+    seen = one_target.times(int(values["warmup_steps"]) * int(values["warmup_batch_rows"]) / max(1, one_target.rows))
     passes = [question.model_pass("losses (pool)", "forward", question.scored)]
     for _ in range(question.targets):
         passes.append(question.model_pass("warm-up on a target", "gradient", seen, shape=adapted))
@@ -161,11 +161,11 @@ def _influence_distillation(question: MethodQuestion) -> list[PassPlan]:
         wanted = max(math.ceil(method.warmup_share * question.pool.rows), 4 * method.warmup_batch_rows)
         rows = min(wanted if method.warmup_rows is None else method.warmup_rows, question.pool.rows)
         seen = question.pool.times(rows * method.warmup_epochs / question.pool.rows)
-        warm_up = question.model_pass(f"warm-up ({method.warmup})", "gradient", seen, shape=shape)
+        warmup = question.model_pass(f"warm-up ({method.warmup})", "gradient", seen, shape=shape)
         if not lora:
             every_weight = weight_gradient_flops(shape, seen.tokens) / 1e12
-            warm_up = replace(warm_up, feature_tflops=every_weight)
-        passes.append(warm_up)
+            warmup = replace(warmup, feature_tflops=every_weight)
+        passes.append(warmup)
     few = question.scored.times(min(1.0, method.landmarks / question.scored.rows))
     passes.append(question.feature_pass("gradients (target)", question.target, shape=shape, kept=True))
     passes.append(question.feature_pass("gradients (landmarks)", few, shape=shape, kept=True))

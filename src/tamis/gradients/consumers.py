@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from tamis.gradients.ghost import alignments
-from tamis.gradients.layers import assembly_dtype, per_sample_gradient, project_side, squared_norms, weighted_gradient
+from tamis.gradients.layers import assembly_dtype, per_sample_gradient, project_side, weighted_gradient
+from tamis.maths.similarity import squared_norms
 from tamis.protocols import LayerwiseProjector, TwoSidedProjector
 from tamis.types import LayerSpec
 

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tamis.gradients.layers import assembly_dtype, inner_products, per_sample_gradient, squared_norms, with_bias_column
+from tamis.gradients.layers import assembly_dtype, inner_products, per_sample_gradient, with_bias_column
+from tamis.maths.similarity import squared_norms
 
 __all__ = ["alignments", "direct_alignments", "direct_is_cheaper", "factored_alignments"]
 

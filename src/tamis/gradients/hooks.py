@@ -58,10 +58,21 @@ def capture(
         # first tap, which spares everything before it (the first block's queries, keys and values, for one).
         if any(getattr(module, "gradient_checkpointing", False) for module in modules.values()):
             handles.append(embedding.register_forward_hook(_start_of_gradient))
+        lookups = {layer.name for layer in layers if layer.kind == "embedding"}
+        own_lookup = any(
+            modules[name] is embedding for name in lookups
+        )  # then the caller adds a tied matrix's two parts
         for layer in layers:
-            handles.append(modules[layer.name].register_forward_hook(state.tap(layer)))
-            if layer.kind == "head" and is_tied(model):
-                handles.append(embedding.register_forward_hook(state.tap_tied_embedding(layer)))
+            module = modules[layer.name]
+            if layer.kind == "embedding":
+                handles.append(module.register_forward_pre_hook(state.lookup_by_row))
+                handles.append(module.register_forward_hook(state.tap_lookup(layer)))
+            elif layer.kind == "vector":
+                handles.append(module.register_forward_hook(state.tap_single_input(layer), with_kwargs=True))
+            else:
+                handles.append(module.register_forward_hook(state.tap(layer)))
+            if layer.kind == "head" and is_tied(model) and not own_lookup:
+                handles.append(embedding.register_forward_hook(state.tap_lookup(layer)))
         yield state
     finally:
         for handle in handles:
@@ -109,11 +120,39 @@ class Capture:
 
         return hook
 
-    def tap_tied_embedding(self, layer: LayerSpec) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-        """A forward hook for the embedding whose matrix is the tied head's.
+    def tap_single_input(
+        self, layer: LayerSpec
+    ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor | None]:
+        """A forward hook for a module whose gradient is found by running it again on its one input.
+
+        Raises (when the model runs):
+            Unsupported: the module is given more than one input, which would be missing when it runs again.
+        """
+        tap = self.tap(layer)
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+            if len(args) != 1 or kwargs or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
+                raise Unsupported(
+                    f"'{layer.name}' ({type(module).__name__}) trains parameters of its own and is called with more "
+                    "than one tensor, so their per-sample gradient cannot be captured; freeze them"
+                )
+            return tap(module, args, output)
+
+        return hook
+
+    def lookup_by_row(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """A forward pre-hook for lookup tables: positions shared by all rows, ``(1, T)``, are looked up for each."""
+        rows, width = self._tokens
+        if args and isinstance(args[0], Tensor) and args[0].shape == (1, width) and rows > 1:
+            return (args[0].expand(rows, width), *args[1:])
+        return None
+
+    def tap_lookup(self, layer: LayerSpec) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+        """A forward hook for a lookup table, or for the embedding whose matrix is the tied head's.
 
         A lookup adds ``onehot(id)^T g`` to the matrix's gradient, which is a linear layer's ``grad_out^T act`` with the
-        one-hot ids as ``grad_out`` and the embedding's output gradient as ``act``.
+        one-hot ids as ``grad_out`` and the embedding's output gradient as ``act``; so it is handed over for a tied
+        head. A table of its own is handed over as the ids (kept) and the gradient of its output.
         """
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -137,7 +176,18 @@ class Capture:
         self._hand_over(layer, kept, self._by_row(layer, grad_out))
 
     def consume_lookup(self, layer: LayerSpec, embedding: nn.Module, ids: Tensor, grad: Tensor) -> None:
-        """The token embedding's part of a tied matrix."""
+        """A table's own gradient, or the token embedding's part of a tied matrix."""
+        if layer.kind == "embedding":
+            if tuple(ids.shape) != self._tokens:
+                raise Unsupported(
+                    f"table '{layer.name}' is looked up with ids of shape {tuple(ids.shape)}; expected "
+                    f"{self._tokens}, so its rows cannot be told apart; freeze it"
+                )
+            padding_idx = getattr(embedding, "padding_idx", None)
+            if padding_idx is not None:  # PyTorch never gives this row a gradient
+                grad = grad.masked_fill((ids == padding_idx)[..., None], 0)
+            self._hand_over(layer, self._consumer.keep(layer, ids), grad)
+            return
         # Not nn.functional.one_hot: its (B, T, V) of int64 is four times the memory of a half-precision gradient.
         onehot = grad.new_zeros(*ids.shape, layer.out_features).scatter_(-1, ids[..., None], 1)
         padding_idx = getattr(embedding, "padding_idx", None)
@@ -164,7 +214,7 @@ class Capture:
             padded = x.new_zeros(self._tokens[0], at.width, x.shape[-1])
             padded[at.row.to(x.device), at.slot.to(x.device)] = x[0]
             return padded
-        if x.shape[:-1] == self._tokens:
+        if x.shape[:-1] == self._tokens or (layer.kind == "vector" and x.dim() > 2 and x.shape[0] == self._tokens[0]):
             return x
         if x.dim() == 2 and x.shape[0] == self._tokens[0] * self._tokens[1]:  # some models flatten their tokens
             return x.view(*self._tokens, x.shape[1])
@@ -233,5 +283,7 @@ def _lookup_scale(embedding: nn.Module, ids: Tensor, output: Tensor) -> float:
     factor = constant.to(weight.dtype) if isinstance(constant, Tensor) else constant
     scales_by_frequency = getattr(embedding, "scale_grad_by_freq", False)
     if scales_by_frequency or not torch.equal(output.detach(), nn.functional.embedding(ids, weight.detach()) * factor):
-        raise Unsupported(f"the token embedding {type(embedding).__name__} is no plain lookup; leave the head out")
+        raise Unsupported(
+            f"the token embedding {type(embedding).__name__} is no plain lookup; leave the head out, or freeze it"
+        )
     return float(factor)

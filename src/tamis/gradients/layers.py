@@ -15,7 +15,6 @@ __all__ = [
     "inner_products",
     "per_sample_gradient",
     "project_side",
-    "squared_norms",
     "weighted_gradient",
     "with_bias_column",
 ]
@@ -72,21 +71,11 @@ def project_side(
     return torch.addmm(side[-1], x.flatten(0, 1), side[:-1]).view(*x.shape[:2], side.shape[1])
 
 
-def squared_norms(x: Float[Tensor, "B N"]) -> Float[Tensor, " B"]:
-    """``||x_b||^2`` of long rows, in one reading and without a copy.
-
-    Blocks are summed apart and their sums added pairwise: one running float32 sum over millions of squares, which is
-    what a norm over the whole row does, is off by 1e-4 to 1e-3.
-    """
-    whole = x.shape[1] // _BLOCK * _BLOCK
-    blocks = x[:, :whole].view(x.shape[0], -1, _BLOCK)
-    squares: Tensor = torch.linalg.vector_norm(blocks, dim=2).square().sum(dim=1)
-    rest: Tensor = torch.linalg.vector_norm(x[:, whole:], dim=1).square()
-    return squares + rest
-
-
 def inner_products(x: Float[Tensor, "B N"], directions: Float[Tensor, "J N"]) -> Float[Tensor, "B J"]:
-    """``<x_b, d_j>`` of long rows, block by block for the same reason; also faster than one matmul of long rows."""
+    """``<x_b, d_j>`` of long rows, block by block: one running float32 sum over millions of products is off by 1e-4.
+
+    Also faster than one matmul of long rows.
+    """
     whole = x.shape[1] // _BLOCK * _BLOCK
     left = x[:, :whole].view(x.shape[0], -1, _BLOCK).transpose(0, 1)  # (blocks, B, n)
     right = directions[:, :whole].view(directions.shape[0], -1, _BLOCK).permute(1, 2, 0)  # (blocks, n, J)

@@ -21,7 +21,7 @@ from tamis.gradients.consumers import (
     WeightedGradient,
 )
 from tamis.gradients.hooks import capture, frozen
-from tamis.gradients.layers import squared_norms
+from tamis.maths.similarity import squared_norms
 from tamis.model.loss import evaluation_mode, per_sample_losses, require_finite, supervised_positions
 from tamis.model.targets import embedding_matrix
 from tamis.protocols import LayerConsumer, LayerwiseProjector, Projector, TwoSidedProjector, VectorProjector
@@ -43,15 +43,22 @@ _MAX_ENTRIES = 1 << 28  # gradient numbers materialised at once for whole-vector
 
 
 def run_batch(
-    model: nn.Module, batch: Batch, layers: Sequence[LayerSpec], consumer: LayerConsumer
+    model: nn.Module,
+    batch: Batch,
+    layers: Sequence[LayerSpec],
+    consumer: LayerConsumer,
+    *,
+    require_finite_losses: bool = True,
 ) -> Float[Tensor, " B"]:
     """Per-sample losses; the consumer has then seen every layer of ``layers`` once.
 
     One forward and one backward of ``sum_b l_b`` with all parameters frozen, dropout off. The model is left as it was.
+    A row whose loss is not finite spoils its own gradient only; without ``require_finite_losses`` the caller must
+    leave it out.
 
     Raises:
         InvalidInput: a row has no supervised token.
-        NonFinite: a loss is NaN or infinite.
+        NonFinite: a loss is NaN or infinite, unless that is allowed.
         Unsupported: a layer cannot be told apart by rows, or never ran.
     """
     batch = batch.to(embedding_matrix(model).device)
@@ -65,7 +72,8 @@ def run_batch(
     ):
         losses = per_sample_losses(model, batch, positions)
         taps.forward_done()
-        require_finite(losses.detach(), batch)
+        if require_finite_losses:
+            require_finite(losses.detach(), batch)
         losses.sum().backward()  # type: ignore[no-untyped-call]
         taps.check(layers)
     return losses.detach()

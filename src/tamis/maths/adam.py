@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tamis.errors import InvalidInput, InvalidSettings
 
-__all__ = ["ADAM_FORMS", "AdamForm", "Untouched", "adam_direction", "preconditioner"]
+__all__ = ["ADAM_FORMS", "AdamForm", "Untouched", "adam_direction", "adam_jacobian", "preconditioner", "row_column"]
 
 AdamForm = Literal["adam", "less-code", "uncorrected"]
 Untouched = Literal["zero", "median", "keep"]
@@ -123,6 +123,61 @@ def preconditioner(
     dead = v <= _UNTOUCHED_SHARE * v.mean()  # <=, so that a layer of zeros is untouched as a whole
     value = d[~dead].median() if untouched == "median" and not dead.all() else torch.zeros((), dtype=dtype)
     return torch.where(dead, value.to(d.device), d)
+
+
+def adam_jacobian(
+    grad: Float[Tensor, "*P"],
+    m: Float[Tensor, "*P"],
+    v: Float[Tensor, "*P"],
+    *,
+    step: int,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+) -> Float[Tensor, "*P"]:
+    """Derivative of Adam's update direction with respect to the new gradient, at ``grad``: a diagonal, ``K``.
+
+    With ``t = step + 1`` and both moments advanced by ``grad`` and bias-corrected (``m̂``, ``v̂``)::
+
+        K = (1 - β1) / ((1 - β1^t) (√v̂ + ε))  -  m̂ (1 - β2) grad / ((1 - β2^t) √v̂ (√v̂ + ε)²)
+
+    The second term, which :func:`preconditioner` leaves out, is what a gradient changes through ``v``; it matters
+    while history does not dominate ``v``, in the first ten steps or so. It can make entries negative, so K is no
+    metric. Coordinates without any gradient (``v̂`` below 1e-12 of its mean) get 0.
+
+    Raises:
+        InvalidInput: ``step`` is negative or ``v`` has a negative entry.
+        InvalidSettings: β1, β2 or ε is out of range.
+    """
+    _check(step, beta1, beta2, eps, v)
+    dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    grad, m, v = grad.to(dtype), m.to(dtype), v.to(dtype)
+    first, second = 1 - beta1 ** (step + 1), 1 - beta2 ** (step + 1)
+    mean = torch.lerp(m, grad, 1 - beta1) / first
+    root = ((v * beta2).addcmul(grad, grad, value=1 - beta2) / second).sqrt()
+    through_v = mean * grad * ((1 - beta2) / second) / (root * (root + eps) ** 2)
+    k = (1 - beta1) / (first * (root + eps)) - through_v
+    dead = root.square() <= _UNTOUCHED_SHARE * root.square().mean()
+    return torch.where(dead, torch.zeros((), dtype=dtype, device=k.device), k)
+
+
+def row_column(d: Float[Tensor, "O I"]) -> tuple[Float[Tensor, " O"], Float[Tensor, " I"]]:
+    """``(r, q)`` with ``r qᵀ ≈ d``: a preconditioner's rank-one form, after Adafactor (Shazeer and Stern, 2018).
+
+    ``1/d²``, the second moments, is approximated by the outer product of its row and column means over its mean; so a
+    preconditioner made of one row scale and one column scale comes back exactly. Rows and columns of ``d`` that are
+    zero throughout (never touched) stay zero.
+
+    Raises:
+        InvalidInput: ``d`` has a negative entry.
+    """
+    if d.numel() and bool((d < 0).any()):
+        raise InvalidInput("a preconditioner must not be negative; a Jacobian is no metric")
+    moments = torch.where(d > 0, d.square().reciprocal(), torch.zeros((), dtype=d.dtype, device=d.device))
+    rows, columns = moments.mean(dim=1), moments.mean(dim=0)
+    root = moments.mean() ** 0.25
+    none = torch.zeros((), dtype=d.dtype, device=d.device)
+    return torch.where(rows > 0, root * rows.rsqrt(), none), torch.where(columns > 0, root * columns.rsqrt(), none)
 
 
 def _check(step: int, beta1: float, beta2: float, eps: float, v: Tensor) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, modeling_gguf_pytorch_utils
 from transformers.utils import logging as transformers_logging
 
-from tamis.errors import InvalidInput, InvalidSettings, TamisError, Unsupported
+from tamis.errors import InvalidInput, InvalidSettings, TamisError, Unsupported, first_line
 from tamis.model.processes import local_rank
 from tamis.model.source import ModelSource, fingerprint_of, resolve_source
 from tamis.model.targets import embedding_matrix
@@ -31,6 +31,7 @@ __all__ = [
     "no_progress_bars",
     "pad_token_id",
     "resolved_dtype",
+    "template_text",
 ]
 
 _DTYPES = {
@@ -86,7 +87,9 @@ class LoadedModel:
     @property
     def pad_id(self) -> int:
         """The id that fills padded positions."""
-        return pad_token_id(self.tokenizer)
+        found = pad_token_id(self.tokenizer)
+        # Tokenizers may know more ids than the model; whatever fills the padding must have an embedding.
+        return found if found < embedding_matrix(self.model).shape[0] else 0
 
 
 def load_model(settings: ModelSettings) -> LoadedModel:
@@ -119,12 +122,6 @@ def load_model(settings: ModelSettings) -> LoadedModel:
         fingerprint=fingerprint_of(source),
         description={},
     )
-    rows = embedding_matrix(model).shape[0]
-    if len(loaded.tokenizer) > rows:
-        raise InvalidInput(
-            f"the tokenizer of '{settings.name}' has {len(loaded.tokenizer)} tokens but the model's embedding has "
-            f"{rows} rows; they do not belong together"
-        )
     loaded.description.update(_describe(settings, source, loaded, dtype))
     return loaded
 
@@ -145,8 +142,25 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
             **({"gguf_file": place.gguf_file} if place.gguf_file else {}),
         )
     if settings.chat_template is not None:
-        tokenizer.chat_template = _template_text(settings.chat_template)
+        tokenizer.chat_template = template_text(settings.chat_template)
     return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def template_text(given: str) -> str:
+    """The chat template itself, whether ``given`` is one or names a file that holds one.
+
+    Raises:
+        InvalidInput: it is neither.
+    """
+    if "{%" in given or "{{" in given:
+        return given
+    try:
+        return Path(given).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(
+            f"chat_template {given}: neither a template (it has no '{{%' or '{{{{') nor a readable file "
+            f"({first_line(error)})"
+        ) from error
 
 
 def model_fingerprint(settings: ModelSettings) -> str:
@@ -211,9 +225,9 @@ def _attach_adapter(model: nn.Module, source: ModelSource, settings: ModelSettin
         adapted = PeftModel.from_pretrained(model, source.name, revision=source.revision, is_trainable=True)
         saved = load_peft_weights(source.name, device="cpu", revision=source.revision)
     except (RuntimeError, ValueError, KeyError) as error:
-        raise InvalidInput(f"{what} does not fit its base '{base}': {_first_line(error)}") from error
+        raise InvalidInput(f"{what} does not fit its base '{base}': {first_line(error)}") from error
     except OSError as error:
-        raise InvalidInput(f"{what} cannot be read: {_first_line(error)}") from error
+        raise InvalidInput(f"{what} cannot be read: {first_line(error)}") from error
     expected = get_peft_model_state_dict(adapted)
     different = sorted(set(expected) ^ set(saved))
     if different:
@@ -234,7 +248,7 @@ def _device(settings: ModelSettings) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InvalidSettings(
-            f"device '{settings.device}' is not available here ({_first_line(error)}); try auto"
+            f"device '{settings.device}' is not available here ({first_line(error)}); try auto"
         ) from error
     return torch.device("cuda", local_rank()) if settings.device == "cuda" else device
 
@@ -266,16 +280,6 @@ def _describe(settings: ModelSettings, source: ModelSource, loaded: LoadedModel,
     }
 
 
-def _template_text(template: str) -> str:
-    """A template is Jinja text if it has a brace, else a file name."""
-    if "{" in template:
-        return template
-    try:
-        return Path(template).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"chat template file '{template}' cannot be read: {_first_line(error)}") from error
-
-
 @contextmanager
 def _as_tamis_errors(name: str, what: str) -> Iterator[None]:
     """Transformers' many exceptions as the one line a user needs."""
@@ -284,13 +288,13 @@ def _as_tamis_errors(name: str, what: str) -> Iterator[None]:
     except TamisError:
         raise
     except ImportError as error:
-        raise Unsupported(f"{what} '{name}' needs a package that is missing: {_first_line(error)}") from error
+        raise Unsupported(f"{what} '{name}' needs a package that is missing: {first_line(error)}") from error
     except OSError as error:
-        raise InvalidInput(f"{what} '{name}' cannot be read: {_first_line(error)}") from error
+        raise InvalidInput(f"{what} '{name}' cannot be read: {first_line(error)}") from error
     except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
-        raise InvalidInput(f"{what} '{name}' cannot be loaded: {_first_line(error)}") from error
+        raise InvalidInput(f"{what} '{name}' cannot be loaded: {first_line(error)}") from error
     except Exception as error:  # safetensors and tokenizers raise classes of their own, derived from Exception alone
-        raise InvalidInput(f"{what} '{name}' cannot be loaded: {_first_line(error)}") from error
+        raise InvalidInput(f"{what} '{name}' cannot be loaded: {first_line(error)}") from error
 
 
 @contextmanager
@@ -311,8 +315,3 @@ def no_progress_bars() -> Iterator[None]:
             modeling_gguf_pytorch_utils.tqdm = bar
         if shown:
             transformers_logging.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -1,10 +1,20 @@
-"""Whether an error means that memory ran out, which allocators say in several ways."""
+"""When memory runs out: how allocators say it, and how large a forward pass may be from then on, also after a kill."""
 
 from __future__ import annotations
 
+import json
+import logging
+from pathlib import Path
+
 import torch
 
-__all__ = ["is_out_of_memory"]
+from tamis.disk import disk_errors, replace_atomically
+from tamis.errors import StoreCorrupted
+from tamis.model.processes import rank
+
+__all__ = ["TokenLimit", "is_out_of_memory"]
+
+logger = logging.getLogger(__name__)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -13,3 +23,60 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error)
     return "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text
+
+
+class TokenLimit:
+    """How many padded tokens a forward pass may have: fewer once memory has run out, from that piece of work on.
+
+    Pieces (shards, updates) are numbered and done in order. Where batches are cut moves a number by rounding, so a
+    resume has to cut them like the run that was killed: every fall is on disk before its piece is begun again, and a
+    piece that is begun again is begun from its first batch.
+
+    Args:
+        tokens: the limit before any fall.
+        folder: where falls are kept, and where those of earlier runs are found; None: only in memory.
+
+    Raises:
+        StoreCorrupted: what is found there is not what was written.
+    """
+
+    def __init__(self, tokens: int, folder: Path | None) -> None:
+        self.tokens = tokens
+        self._file = None if folder is None else folder / f"limits-{rank()}.json"
+        self._own: list[tuple[int, int]] = []  # (piece, tokens from there on)
+        self._others: list[tuple[int, int]] = []
+        # Ranks may share out the pieces anew, so what one of them learned holds for all after a resume.
+        for file in [] if folder is None else sorted(folder.glob("limits-*.json")):
+            (self._own if file == self._file else self._others).extend(_read(file))
+
+    def at(self, piece: int) -> int:
+        """The limit for the batches of ``piece``."""
+        return min([self.tokens, *(tokens for start, tokens in self._own + self._others if start <= piece)])
+
+    def lower(self, piece: int, failed: int) -> None:
+        """From ``piece`` on at most half of ``failed``, the padded tokens of a pass that did not fit.
+
+        Call it outside the ``except`` block: while the error lives, so do the tensors of the pass that failed.
+
+        Raises:
+            InvalidInput: the fall cannot be written.
+        """
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self._own.append((piece, max(1, failed // 2)))
+        if self._file is not None:
+            with disk_errors(self._file.parent, doing="create folder"):
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+            replace_atomically(self._file, [json.dumps(self._own).encode()])
+        logger.warning("out of memory with %d padded tokens; going on with %d", failed, self.at(piece))
+
+
+def _read(file: Path) -> list[tuple[int, int]]:
+    try:
+        with disk_errors(file, doing="read"):
+            text = file.read_text(encoding="utf-8")
+        return [(int(piece), int(tokens)) for piece, tokens in json.loads(text)]
+    except (ValueError, TypeError) as error:
+        raise StoreCorrupted(
+            f"{file} is not what was written; delete the folder {file.parent} and run again to recompute"
+        ) from error

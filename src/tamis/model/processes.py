@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
-__all__ = ["barrier", "gather_objects", "is_main", "local_rank", "rank", "world_size"]
-
-Obj = TypeVar("Obj")
+__all__ = ["barrier", "collective_device", "counts_of_all", "is_main", "local_rank", "rank", "world_size"]
 
 
 def rank() -> int:
@@ -39,14 +36,19 @@ def barrier() -> None:
     _state().wait_for_everyone()
 
 
-def gather_objects(mine: Obj) -> list[Obj]:
-    """Every process's object, in rank order, in every process. Each process must call it."""
-    size = world_size()
-    if size == 1:
+def counts_of_all(mine: int) -> list[int]:
+    """A number of every process, in the order of processes. Each process must call it."""
+    if world_size() == 1:
         return [mine]
-    gathered: list[Obj | None] = [None] * size
-    dist.all_gather_object(gathered, mine)
-    return cast("list[Obj]", gathered)
+    there = torch.tensor([mine], dtype=torch.int64, device=collective_device())
+    parts = [torch.empty_like(there) for _ in range(world_size())]
+    dist.all_gather(parts, there)
+    return [int(part) for part in parts]
+
+
+def collective_device() -> torch.device:
+    """Where a tensor must lie for the backend of a launched run to see it."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 def _state() -> PartialState:

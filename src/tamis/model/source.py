@@ -9,19 +9,27 @@ import fnmatch
 import functools
 import hashlib
 import json
+import logging
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import cached_file, extract_commit_hash
 
-from tamis.errors import InvalidInput, Unsupported
+from tamis.errors import InvalidInput, Unsupported, first_line
+from tamis.identity import file_sha256
 
 __all__ = ["ModelSource", "fingerprint_of", "resolve_source"]
 
+logger = logging.getLogger(__name__)
+
 _MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", "*.py")
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model*")
+_FILE_ENDINGS = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".onnx", ".json", ".zip", ".tar", ".gz")
+_HUB_TIMEOUT_S = 10.0
 _TOKENIZER_FILES = (
     "tokenizer*",
     "vocab*",
@@ -81,6 +89,11 @@ def resolve_source(name: str, revision: str | None = None) -> ModelSource:
             raise InvalidInput(f"model folder '{name}' holds GGUF files; give the file itself: {path / ggufs[0]}")
         raise InvalidInput(f"model folder '{name}' has no config.json; save the model there with save_pretrained")
     if not has_config:
+        if not _hub_answers(name, revision):
+            raise InvalidInput(
+                f"model '{name}' is no local folder, is not in the hub's local cache, and the hub cannot be reached; "
+                "check the name and the network"
+            )
         raise InvalidInput(f"'{name}' on the hub has no config.json, so it is no Transformers model; give another id")
     return source
 
@@ -96,10 +109,7 @@ def fingerprint_of(source: ModelSource) -> str:
         digest.update(f"{source.name}@{_commit(source)}".encode())
     else:
         for file in _files_that_count(source):
-            digest.update(f"\n{file.relative_to(source.name).as_posix()}:{file.stat().st_size}\n".encode())
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 22):
-                    digest.update(block)
+            digest.update(f"\n{file.relative_to(source.name).as_posix()}:{file_sha256(file)}".encode())
     if source.base is not None:
         digest.update(b"\nbase:" + fingerprint_of(source.base).encode())
     return digest.hexdigest()
@@ -157,14 +167,33 @@ def _file(source: ModelSource, file: str) -> Path | None:
 @functools.lru_cache(maxsize=256)  # one answer per process: a push to the hub in mid-run must not mix two commits
 def _hub_file(name: str, revision: str | None, file: str) -> Path | None:
     try:
-        found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+        found = cached_file(
+            name,
+            file,
+            revision=revision,
+            local_files_only=not _hub_answers(name, revision),
+            _raise_exceptions_for_missing_entries=False,
+        )
     except OSError as error:
         at = f" at revision '{revision}'" if revision else ""
         raise InvalidInput(
             f"model '{name}' is neither a local folder nor a model{at} that the hub or its local cache can give "
-            f"({str(error).splitlines()[0]}); check the name, the network and your access token"
+            f"({first_line(error)}); check the name, the network and your access token"
         ) from error
     return None if found is None else Path(found)
+
+
+@functools.lru_cache(maxsize=256)
+def _hub_answers(name: str, revision: str | None) -> bool:
+    """Whether the hub can be asked for this model, in one attempt: its file client tries for a quarter of a minute."""
+    try:
+        HfApi().model_info(name, revision=revision, timeout=_HUB_TIMEOUT_S)
+    except HfHubHTTPError:  # it answers; what is wrong with the name or the token comes with the first file
+        return True
+    except Exception as error:  # offline mode, and what the network library of the installed version raises
+        logger.info("the hub cannot be reached (%s); only its local cache is used", first_line(error))
+        return False
+    return True
 
 
 def _commit(source: ModelSource) -> str:
@@ -178,7 +207,10 @@ def _commit(source: ModelSource) -> str:
 
 
 def _looks_like_a_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or not _is_hub_id(name)
+    if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or not _is_hub_id(name):
+        return True
+    # Ids have dots too (Qwen2.5-0.5B), so only endings of files that a model could be kept in speak for a path.
+    return name.lower().endswith(_FILE_ENDINGS) or ("/" in name and Path(name).parent.is_dir())
 
 
 def _is_hub_id(name: str) -> bool:

@@ -20,16 +20,19 @@ from tamis.types import LayerSpec
 __all__ = [
     "Coverage",
     "CoverageRow",
+    "check_adapter",
     "coverage",
     "embedding_matrix",
     "gradient_layers",
     "has_adapter",
+    "has_routed_experts",
     "input_embeddings",
+    "is_routed",
     "is_tied",
     "output_embeddings",
 ]
 
-_ROUTED = re.compile(r"(^|\.)experts\.")  # experts see gathered tokens, which no longer know their row
+_ROUTED = re.compile(r"(^|\.)experts\.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +94,25 @@ def is_tied(model: nn.Module) -> bool:
 def has_adapter(model: nn.Module) -> bool:
     """True if LoRA layers have been put into the model."""
     return any(hasattr(module, "lora_A") for module in model.modules())
+
+
+def check_adapter(model: nn.Module) -> None:
+    """Do nothing for a model without adapter, or with a plain LoRA adapter that is not merged.
+
+    Raises:
+        Unsupported: the adapter's factors do not act as plain linear layers.
+    """
+    _active_lora_factors(model)
+
+
+def is_routed(name: str) -> bool:
+    """True for modules inside routed experts, which see gathered tokens that no longer know their row."""
+    return _ROUTED.search(name) is not None
+
+
+def has_routed_experts(model: nn.Module) -> bool:
+    """True if the model sends each token to a few of many experts."""
+    return any(is_routed(name) for name, _ in model.named_parameters())
 
 
 def gradient_layers(model: nn.Module, *, include_head: bool = False) -> tuple[LayerSpec, ...]:
@@ -163,7 +185,7 @@ def coverage(model: nn.Module, layers: Sequence[LayerSpec]) -> Coverage:
 
 def _spec(name: str, module: nn.Module) -> LayerSpec | None:
     """The layer a module is, or None if it is no trainable linear layer."""
-    if _ROUTED.search(name):
+    if is_routed(name):
         return None
     if isinstance(module, nn.Linear):
         out_features, in_features = module.weight.shape

@@ -26,8 +26,8 @@ class FactorizedProjector:
 
     With ``grad = grad_out^T act`` the feature is ``(grad_out P_out)^T (act P_in)``, so that only the projected factors
     are ever multiplied. All cross-position terms survive, and inner products are unbiased whatever the length of the
-    text; their variance is in ``projection/distortion.py`` and is larger than that of a dense projection of the same
-    size.
+    text; their variance is larger than that of a dense projection of the same size. ``projection/distortion.py``
+    measures it.
 
     A side of at most ``dim`` features is left whole: projecting it would only lose. So is the rank side of a LoRA
     factor (``lora_A``, ``lora_B``) up to rank 64, whatever ``dim``: a rank-32 adapter cut to 16 would lose half of

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import rankdata
 
+from tamis.maths.ranks import correlation_of_ranks, mean_ranks
 from tamis.report.columns import Columns, DoubleArray
 from tamis.types import FloatArray, IntArray
 
@@ -71,25 +71,21 @@ class _Ranks:
     def __init__(self, score: DoubleArray) -> None:
         self.score = score
         self.finite = np.isfinite(score)
-        self.ranks = rankdata(score[self.finite])
+        self.ranks = mean_ranks(score[self.finite])
 
     def spearman(self, other: DoubleArray) -> float | None:
         if len(other) != len(self.score):
             raise ValueError(f"baseline has {len(other)} scores for {len(self.score)} pool rows")
         both = self.finite & np.isfinite(other)
         if both.sum() == self.finite.sum():
-            return _correlation(self.ranks, rankdata(other[both]))
+            return _correlation(self.ranks, mean_ranks(other[both]))
         return spearman(self.score[both], other[both])
 
 
 def spearman(x: DoubleArray, y: DoubleArray) -> float | None:
     """Rank correlation of two vectors of equal length (ties share their mean rank); None if either is constant."""
-    return _correlation(rankdata(x), rankdata(y))
+    return _correlation(mean_ranks(x), mean_ranks(y))
 
 
 def _correlation(x: npt.NDArray[Any], y: npt.NDArray[Any]) -> float | None:
-    if len(x) < 3:
-        return None
-    x, y = x - x.mean(), y - y.mean()
-    scale = float(np.sqrt((x @ x) * (y @ y)))
-    return float(x @ y) / scale if scale > 0 else None
+    return None if len(x) < 3 else correlation_of_ranks(x, y)

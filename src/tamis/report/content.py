@@ -35,6 +35,16 @@ METHOD_WORDS: Mapping[str, str] = {
     "influence-function": "its estimated influence on the target's loss (influence function)",
 }
 
+# What a higher score means. Any other method's score predicts the loss: see PREDICTS.
+SCORE_WORDS: Mapping[str, str] = {
+    "uniform": "A score is a random number; rows with a higher one are taken first.",
+    "length": "A score is a number of supervised tokens; rows with a higher one are taken first.",
+    "bm25": "A higher score means more words in common with the target; it promises nothing about the loss.",
+    "mid-ppl": "A higher score means nearer the middle of all losses; the target plays no part in it.",
+    "rds+": "A higher score means more likeness to the target; it promises nothing about the loss.",
+}
+PREDICTS = "A row's score says how much training on it should lower the loss on the target: higher is better."
+
 
 class SkippedRow(Protocol):
     """A row that could not be used and was skipped on request."""
@@ -80,6 +90,7 @@ class ReportInputs:
     target_group: IntArray
     target_supervised_tokens: IntArray
     notes: Sequence[str] = ()
+    warnings: Sequence[tuple[str, str]] = ()  # (title, sentence), shown among the findings
     skipped: Sequence[SkippedRow] = ()
 
 
@@ -98,6 +109,7 @@ class Headline:
 
     title: str
     sentence: str
+    score_means: str
     verdict: str  # what the checks add up to
     numbers: tuple[KeyNumber, ...]
 
@@ -108,6 +120,7 @@ class Cost:
 
     stages: tuple[measures.CostStage, ...]
     total_seconds: float | None
+    total_tflops: float  # of the model's passes; 0 where none ran
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,10 +178,16 @@ def build_content(inputs: ReportInputs) -> ReportContent:
             num_skipped=len(inputs.skipped),
             target_group=inputs.target_group,
             target_supervised_tokens=inputs.target_supervised_tokens,
+            run_warnings=inputs.warnings,
         )
     )
     stages = _mapping(inputs.manifest, "cost")
-    cost = Cost(stages=measures.cost_stages(stages), total_seconds=_total_seconds(stages))
+    spent = measures.cost_stages(stages)
+    cost = Cost(
+        stages=spent,
+        total_seconds=_total_seconds(stages),
+        total_tflops=sum(stage.tflops or 0.0 for stage in spent),
+    )
     return ReportContent(
         headline=_headline(columns, inputs, settings, method, shortlist, findings, cost),
         findings=findings,
@@ -240,7 +259,10 @@ def _headline(
     )
     numbers = [
         KeyNumber(
-            value=count(selected), label="rows selected", detail=f"{percent(selected / max(rows, 1))} of {count(rows)}"
+            value=count(selected),
+            label="rows selected",
+            detail=f"{percent(selected / max(rows, 1))} of {count(rows)}; budget "
+            f"{one_line(_plain(settings.get('budget')) or 'not recorded', 30)}",
         ),
         KeyNumber(
             value=count(tokens),
@@ -255,12 +277,13 @@ def _headline(
         KeyNumber(
             value=seconds(cost.total_seconds),
             label="time spent",
-            detail=f"budget {one_line(_plain(settings.get('budget')) or 'not recorded', 30)}",
+            detail=f"{number(cost.total_tflops, 3)} TFLOPs of model work" if cost.total_tflops else "no model ran",
         ),
     ]
     return Headline(
         title=f"{count(selected)} of {count(rows)} rows selected for {targets}",
         sentence=sentence,
+        score_means=SCORE_WORDS.get(method, PREDICTS),
         verdict=f"{warned}. What only training can tell is marked as not measured.",
         numbers=tuple(numbers),
     )

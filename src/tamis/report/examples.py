@@ -35,7 +35,8 @@ class ExampleCard:
     """One row, ready to show."""
 
     id: str
-    place: str  # file and 0-based row
+    row: int  # 0-based, in its file
+    place: str  # file and row
     source: str
     preview: str
     turns: tuple[Turn, ...]
@@ -186,6 +187,7 @@ def card(
     asked = next((text for role, text in reversed(parts) if role in ("user", "prompt", "text") and text.strip()), "")
     return ExampleCard(
         id=one_line(example.id, 80),
+        row=example.row,
         place=f"{one_line(example.file, 120)}, row {example.row}",
         source=one_line(example.source, 60),
         preview=one_line(asked or " ".join(text for _, text in parts if text), _PREVIEW),

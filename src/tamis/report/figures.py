@@ -92,7 +92,7 @@ def _score_figure(index: int, scores: ScoreDistribution) -> Figure:
         )
     ]
     figure = _figure(traces, barmode="overlay", bargap=0)
-    figure.update_xaxes(title={"text": "score (higher helps the target more)"}, nticks=7)
+    figure.update_xaxes(title={"text": "score (higher is taken first)"}, nticks=7)
     figure.update_yaxes(tickformat=".0%", rangemode="tozero", nticks=5)
     name = one_line(scores.name, 60)
     return Figure(
@@ -181,10 +181,10 @@ def _length_figure(edges: Sequence[float], groups: Sequence[LengthGroup]) -> Fig
         type="log", title={"text": "supervised tokens a row"}, tickvals=ticks, ticktext=[count(tick) for tick in ticks]
     )
     figure.update_yaxes(tickformat=".0%", rangemode="tozero", nticks=5)
-    names = [one_line(group.name, 40) for group in targets]
+    labels = [one_line(group.label, 46) for group in targets]
     dashed = [
-        (f"target {dash}", f"target {name} ({_TARGET_DASHES[dash]})" if len(names) > 1 else f"target {name}")
-        for name, dash in zip(names, dashes, strict=False)
+        (f"target {dash}", f"{label} ({_TARGET_DASHES[dash]})" if len(labels) > 1 else label)
+        for label, dash in zip(labels, dashes, strict=False)
     ]
     return Figure(
         key="lengths",
@@ -218,13 +218,14 @@ def _trimmed(shares: Sequence[float]) -> list[float | None]:
 
 def _words(group: LengthGroup) -> str:
     """The group's name inside a hover template, where ``%{`` would begin a variable."""
-    return group.role if group.role != "target" else f"target {figure_text(group.name).replace('%', '&#37;')}"
+    return group.role if group.role != "target" else figure_text(group.label, 34).replace("%", "&#37;")
 
 
 def _overlap_figure(agreements: Sequence[Agreement]) -> Figure:
     labels = [entry.name for entry in agreements]
     overlaps = [entry.overlap for entry in agreements]
-    bars = _bars(labels, overlaps, "selected", [percent(entry.overlap) for entry in agreements], "overlap")
+    written = [percent(entry.overlap) for entry in agreements]
+    bars = _bars(labels, overlaps, "selected", written, "overlap").update(text=None)
     chance = go.Scatter(
         x=[entry.chance for entry in agreements],
         y=list(range(len(labels))),
@@ -234,7 +235,17 @@ def _overlap_figure(agreements: Sequence[Agreement]) -> Figure:
         hovertemplate="expected by chance: %{customdata}<extra></extra>",
         meta="target",
     )
-    figure = _figure([bars, chance])
+    values = go.Scatter(  # to the right of both the bar and the mark, which would run through a bar's own text
+        x=[max(entry.overlap, entry.chance) for entry in agreements],
+        y=list(range(len(labels))),
+        mode="text",
+        text=[f"\u00a0{value}" for value in written],
+        textposition="middle right",
+        cliponaxis=False,
+        hovertemplate="overlap: %{text}<extra></extra>",
+        meta="ink",
+    )
+    figure = _figure([bars, chance, values])
     _categories(figure, labels)
     figure.update_xaxes(tickformat=".0%", range=[0, max(0.3, min(1.0, 1.2 * max(overlaps))) + 0.02], nticks=6)
     return Figure(

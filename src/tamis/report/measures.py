@@ -65,6 +65,13 @@ class LengthGroup:
     p90: float
     longest: int
 
+    @property
+    def label(self) -> str:
+        """What the group is called in a table or a legend."""
+        return {"pool": "the pool", "selected": "the selection"}.get(
+            self.role, "the target" if self.name == "target" else f"target {self.name}"
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreDistribution:
@@ -297,7 +304,7 @@ def row_counts(columns: Columns) -> tuple[RowCount, ...]:
         entry(
             "flagged",
             "Suspicious answers",
-            "own loss unusually high among its like: often a wrong answer",
+            "own loss unusually high among its like: perhaps a wrong answer",
             columns.flagged,
         ),
         entry("leaked", "Leaks", "equal to a row of the target", columns.leaked),

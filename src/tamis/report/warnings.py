@@ -26,9 +26,11 @@ LENGTH_RATIO = 2.0  # (a) mean supervised length below half or above twice the t
 ONE_SOURCE = 0.80  # (b) share of the selected rows
 FORMAT_FLOOR_TOKENS = 4  # (d) median supervised tokens of the target: a letter or a word and the end mark
 MISLEADING_SPEARMAN, MISLEADING_OVERLAP = 0.5, 0.5  # (f) high correlation beside low overlap of the top
-TOKEN_DIFFERENCE = 0.10  # (g) tokens of the selection against tokens of the baselines
+TOKEN_DIFFERENCE = 0.10  # (g) tokens of the selection against tokens of the baselines: worth saying
+TOKEN_RATIO = 1.2  # (g) mean tokens of a selected row over, or under, those of a pool row: worth a warning
 SAME_CHOICE = 0.70  # overlap above which a baseline would have chosen almost the same
-BAD_SHARE = 0.05  # flagged or truncated rows in the selection
+BAD_SHARE = 0.05  # truncated rows in the selection
+FLAGGED_SHARE = 0.1  # flagged rows: about 5 % of clean data are
 
 # Methods whose score estimates a change of the target loss, so that its sign means something.
 _SIGNED_METHODS = frozenset({"tracin", "less", "loss-drop", "influence-function", "influence-distillation"})
@@ -44,6 +46,11 @@ class Finding:
     title: str
     sentence: str
     advice: str = ""
+
+    @property
+    def line(self) -> str:
+        """The finding where it stands alone, as on a console."""
+        return f"{self.title}. {self.sentence}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +68,7 @@ class Evidence:
     num_skipped: int
     target_group: IntArray
     target_supervised_tokens: IntArray
+    run_warnings: Sequence[tuple[str, str]] = ()  # (title, sentence): what the run itself has to say
 
     def counted(self, key: str) -> RowCount:
         """The row count of that name."""
@@ -116,7 +124,9 @@ def check_one_source(evidence: Evidence) -> Iterator[Finding]:
         f"{one_line(top.name, 40)} gives {count(top.selected_rows)} of {counted(selected, 'selected row')} "
         f"({percent(top.selected_share)}); it is {percent(top.pool_share)} of the pool."
     )
-    if top.selected_share > ONE_SOURCE:
+    if top.selected_share > ONE_SOURCE and _is_clearly_above(
+        top.selected_share, top.pool_share, rows=selected, of=evidence.columns.num_rows
+    ):
         yield Finding(
             "one-source",
             "warning",
@@ -125,6 +135,8 @@ def check_one_source(evidence: Evidence) -> Iterator[Finding]:
             "The loss after training on a random draw from that source is not measured here; train on one of equal "
             "size and put it beside.",
         )
+    elif top.selected_share > ONE_SOURCE:
+        yield Finding("one-source", "passed", "The largest source is no larger than chance explains", told)
     else:
         yield Finding("one-source", "passed", "No source dominates", told)
 
@@ -138,7 +150,7 @@ def check_copies(evidence: Evidence) -> Iterator[Finding]:
             "warning",
             "The selection holds exact copies",
             f"{counted(exact.selected, 'selected row')} with a copy of itself in the selection.",
-            "Equal rows get equal scores, so they come in together: select one copy of each.",
+            "Equal rows get equal scores, so they come in together; --duplicates one takes one copy of each.",
         )
     elif evidence.columns.selected.any():
         pool = f" In the pool: {counted(exact.pool, 'row')} with the text of an earlier one." if exact.pool else ""
@@ -146,7 +158,8 @@ def check_copies(evidence: Evidence) -> Iterator[Finding]:
         yield Finding("exact-copies", "passed", "No exact copies inside", sentence)
     if near.selected:
         sentence = f"{counted(near.selected, 'selected row')} with a near copy in the selection (pairs below)."
-        yield Finding("near-copies", "note", "Some selected rows are nearly the same", sentence)
+        advice = "Select again with --duplicates near to take one of each."
+        yield Finding("near-copies", "note", "Some selected rows are nearly the same", sentence, advice)
 
 
 def check_format_floor(evidence: Evidence) -> Iterator[Finding]:
@@ -196,7 +209,10 @@ def check_agreement(evidence: Evidence) -> Iterator[Finding]:
     judged = [entry for entry in evidence.agreements if entry.name not in ("uniform", evidence.method)]
     if not judged or not evidence.columns.selected.any():
         return
-    same = [entry for entry in judged if entry.overlap > SAME_CHOICE]
+    columns = evidence.columns
+    different = len(np.unique(columns.first_copy()[columns.selected]))  # copies are one row, as in the overlap
+    alike = [entry for entry in judged if entry.overlap > SAME_CHOICE]
+    same = [e for e in alike if _is_clearly_above(e.overlap, e.chance, rows=different, of=columns.num_rows)]
     for entry in same:
         baseline = _baseline(entry.name)
         shortlisted = evidence.shortlist.startswith(entry.name)
@@ -209,7 +225,18 @@ def check_agreement(evidence: Evidence) -> Iterator[Finding]:
             f"no cost. By chance it would be {percent(entry.chance)}.",
             "Unless the rest matters, the cheap score is the better buy.",
         )
-    if not same:
+    if alike and not same:
+        told = joined(
+            [f"{_baseline(entry.name)} {percent(entry.overlap)} ({percent(entry.chance)})" for entry in alike], 6
+        )
+        yield Finding(
+            "agreement",
+            "unmeasured",
+            "Whether a cheap baseline finds the same rows",
+            f"Not measurable at this budget: a blind draw of as many rows would share about as much. Shared "
+            f"with {told}; by chance in brackets.",
+        )
+    elif not same:
         best = max(judged, key=lambda entry: entry.overlap)
         yield Finding(
             "agreement",
@@ -219,7 +246,8 @@ def check_agreement(evidence: Evidence) -> Iterator[Finding]:
             f"{percent(best.chance)}). Different is not better: that takes a comparison.",
         )
     misleading = [
-        f"{_baseline(entry.name)} (Spearman {number(entry.spearman, 2)}, overlap {percent(entry.overlap)})"
+        f"{_baseline(entry.name)} (Spearman {number(entry.spearman, 2)} over all rows; {percent(entry.overlap)} of the "
+        "selected rows are also its choice)"
         for entry in judged
         if entry.spearman is not None and entry.spearman >= MISLEADING_SPEARMAN and entry.overlap < MISLEADING_OVERLAP
     ]
@@ -228,13 +256,13 @@ def check_agreement(evidence: Evidence) -> Iterator[Finding]:
             "correlation",
             "warning",
             "Rank correlation would mislead here",
-            f"{joined(misleading)}: the two agree over the whole pool and still choose different rows.",
+            f"The score ranks the pool much like {joined(misleading)}, and still chooses other rows.",
             "Only the top is trained on: read the overlap.",
         )
 
 
 def check_tokens(evidence: Evidence) -> Iterator[Finding]:
-    """(g) Equal rows are not equal tokens."""
+    """(g) Equal rows are not equal tokens: a warning where the selected rows are longer or shorter than the pool's."""
     mine, others = evidence.tokens[0], evidence.tokens[1:]
     if not mine.tokens or not others:
         return
@@ -243,13 +271,19 @@ def check_tokens(evidence: Evidence) -> Iterator[Finding]:
         for other in others
         if abs(other.tokens - mine.tokens) > TOKEN_DIFFERENCE * mine.tokens
     ]
+    columns = evidence.columns
+    chosen, pool = columns.tokens[columns.selected], columns.tokens
+    mean, expected = float(chosen.mean()), float(pool.mean())
     told = f"One pass over the selection is {count(mine.tokens)} tokens ({count(mine.supervised)} of them supervised)"
     if off:
+        noise = 2 * float(pool.std()) * _spread(len(chosen), len(pool)) / len(chosen) ** 0.5
+        matters = not 1 / TOKEN_RATIO <= mean / expected <= TOKEN_RATIO and abs(mean - expected) > noise
         yield Finding(
             "tokens",
-            "warning",
+            "warning" if matters else "note",
             "Equal rows are not equal tokens",
-            f"{told}; over the baselines' choice at the same budget: {joined(off, 6)}.",
+            f"A selected row has {number(mean, 3)} tokens, a pool row {number(expected, 3)} (means). {told}; over the "
+            f"baselines' choice at the same budget: {joined(off, 6)}.",
             "Compare methods at equal tokens, or state the difference.",
         )
     else:
@@ -295,11 +329,12 @@ def check_rows(evidence: Evidence) -> Iterator[Finding]:
     if flagged.selected:
         yield Finding(
             "flagged",
-            "warning" if flagged.selected > BAD_SHARE * selected else "note",
+            "warning" if flagged.selected > FLAGGED_SHARE * selected else "note",
             "Some selected answers look wrong",
             f"The model finds {count(flagged.selected)} of {counted(selected, 'selected answer')} unusually hard among "
-            f"their like ({count(flagged.pool)} in the pool). Such rows are often wrong answers.",
-            "Read the ones shown below before training.",
+            f"their like ({count(flagged.pool)} in the pool). Some of them may be wrong answers; a few per cent "
+            "are found hard even where none is wrong.",
+            "Read the ones shown below before training; --drop-flagged leaves them out.",
         )
     if leaked.pool:
         told = f"Pool rows that equal a target row: {count(leaked.pool)}, selected: {count(leaked.selected)}."
@@ -308,7 +343,7 @@ def check_rows(evidence: Evidence) -> Iterator[Finding]:
             "warning" if leaked.selected else "note",
             "Target rows are in the pool",
             f"{told} A loss measured on the target rows would be flattered." if leaked.selected else told,
-            "Drop them from the pool, and measure on held-out rows only." if leaked.selected else "",
+            "Select again with --drop-leaks, and measure on held-out rows only." if leaked.selected else "",
         )
     if truncated.pool:
         yield Finding(
@@ -317,7 +352,7 @@ def check_rows(evidence: Evidence) -> Iterator[Finding]:
             "Some rows were cut at the length limit",
             f"Longer than the limit: {counted(truncated.pool, 'pool row')}, selected: {count(truncated.selected)}. "
             "What was cut off was not scored and would not be learnt.",
-            "Raise the length limit if the ends matter." if truncated.selected else "",
+            "Raise --max-length if the ends matter." if truncated.selected else "",
         )
     if evidence.num_skipped:
         sentence = f"{counted(evidence.num_skipped, 'row')} could not be used; no other count includes them."
@@ -328,7 +363,14 @@ def check_rows(evidence: Evidence) -> Iterator[Finding]:
         yield Finding("clean-rows", "passed", "Row checks that found nothing", sentence)
 
 
+def check_run(evidence: Evidence) -> Iterator[Finding]:
+    """What the method and the choice had to say."""
+    for index, (title, sentence) in enumerate(evidence.run_warnings):
+        yield Finding(f"run-{index}", "warning", title, one_line(sentence, 600))
+
+
 _CHECKS: tuple[Callable[[Evidence], Iterator[Finding]], ...] = (
+    check_run,
     check_scores,
     check_answer_length,
     check_one_source,
@@ -339,6 +381,21 @@ _CHECKS: tuple[Callable[[Evidence], Iterator[Finding]], ...] = (
     check_rows,
     check_against_uniform,
 )
+
+
+def _is_clearly_above(share: float, chance: float, *, rows: int, of: int) -> bool:
+    """Whether ``share`` of ``rows`` drawn from ``of`` is more than chance, and enough more to mean something.
+
+    By more than two standard deviations of a blind draw, and with at most half of what would by chance be left over:
+    95 % where 90 % is expected tells nothing new, however many rows there are.
+    """
+    deviation = (chance * (1 - chance) / rows) ** 0.5 * _spread(rows, of)
+    return share - chance > 2 * deviation and 1 - share <= (1 - chance) / 2
+
+
+def _spread(rows: int, of: int) -> float:
+    """What drawing without replacement leaves of the standard deviation of a mean."""
+    return ((of - rows) / (of - 1)) ** 0.5 if of > 1 else 0.0
 
 
 def _baseline(name: str) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tamis.model.processes import barrier, gather_objects, is_main
-from tamis.store.atomic import replace_atomically
+from tamis.disk import replace_atomically
+from tamis.model.processes import barrier, counts_of_all, is_main
 
 __all__ = ["kept_once"]
 
@@ -19,7 +19,7 @@ def kept_once(path: Path, decide: Callable[[], Any]) -> Any:
     What the main process decided counts everywhere: machines may round differently, and work must be shared out alike.
     """
     # All processes or none: deciding may have barriers.
-    if not all(gather_objects(path.exists())):
+    if not all(counts_of_all(int(path.exists()))):
         decided = decide()
         if is_main():
             replace_atomically(path, (json.dumps(decided, indent=1).encode(),))

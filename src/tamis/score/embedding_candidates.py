@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from tamis.collect import Task
-from tamis.embeddings import EMBEDDINGS, ErrorOuter
+from tamis.corpus import Corpus
+from tamis.embeddings import EMBEDDINGS, ErrorOuter, Given
 from tamis.errors import Unsupported
 from tamis.model.blocks import Decoder
 from tamis.model.head import head_of
-from tamis.score.row_embeddings import AnyEmbedding, is_model_embedding
+from tamis.score.row_embeddings import AnyEmbedding, identity_of, is_model_embedding
 from tamis.seeds import child_seed
 
 __all__ = [
@@ -42,6 +44,17 @@ class EmbeddingSettings:
     side: int | None
     tail_blocks: int
     given: str | None
+
+    def identity(self, *corpora: Corpus) -> dict[str, Any]:
+        """The same with what the given folder holds in place of its name; ``corpora`` are looked up in it by their ids.
+
+        Raises:
+            InvalidInput: the folder is not as ``Given`` describes it.
+        """
+        plain = dataclasses.asdict(self)
+        if self.given is not None:
+            plain["given"] = identity_of(Given(path=self.given), *corpora)
+        return plain
 
 
 def candidate_embeddings(settings: EmbeddingSettings, task: Task) -> tuple[AnyEmbedding, ...]:

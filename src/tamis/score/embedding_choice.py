@@ -84,9 +84,10 @@ class Choice:
         return sum(self.spearman) / len(self.spearman)
 
     def to_plain(self) -> dict[str, Any]:
-        """As JSON keeps it."""
+        """As JSON keeps it; of given embeddings without the place where they lie."""
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         settings = dataclasses.asdict(self.embedding)  # type: ignore[arg-type]  # all embeddings are dataclasses
+        settings.pop("path", None)  # a folder may move
         return {
             **plain,
             "embedding": {"name": self.embedding.name, **settings},
@@ -95,9 +96,11 @@ class Choice:
         }
 
     @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> Choice:
-        """The inverse of ``to_plain``."""
+    def from_plain(cls, plain: Mapping[str, Any], *, given: str | None = None) -> Choice:
+        """The inverse of ``to_plain``; ``given`` is where given embeddings lie now."""
         settings = dict(plain["embedding"])
+        if settings["name"] == Given.name:
+            settings["path"] = given
         kernel = Kernel(**plain["candidate"]["kernel"])
         return cls(
             embedding=EMBEDDINGS[settings.pop("name")](**settings),
@@ -134,16 +137,24 @@ def choose_embedding(
         Unsupported: the model cannot be embedded in the way that was named.
     """
     spec = {
-        "algorithm": "embedding-choice-v1",
+        "algorithm": "embedding-choice-v2",
         **gradients.identity,
-        "embedding": dataclasses.asdict(settings),
+        "embedding": settings.identity(task.pool, task.target),
         "kernels": dataclasses.asdict(kernels),
         "groups": [group.tolist() for group in groups],
         "seed": task.seed,
     }
     path = task.workdir("embedding-choice", spec) / "choice.json"
-    plain = kept_once(path, lambda: _tried_out(task, embeddings, gradients, groups, settings, kernels).to_plain())
-    return Choice.from_plain(plain)
+
+    def decide() -> dict[str, Any]:
+        earlier = set(task.notes)
+        choice = _tried_out(task, embeddings, gradients, groups, settings, kernels)
+        return {**choice.to_plain(), "notes": [sentence for sentence in task.notes if sentence not in earlier]}
+
+    plain = kept_once(path, decide)
+    for sentence in plain["notes"]:  # a resumed run says what the first one said
+        task.note(sentence)
+    return Choice.from_plain(plain, given=settings.given)
 
 
 def _tried_out(

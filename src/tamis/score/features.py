@@ -18,9 +18,9 @@ from torch import Tensor
 from tamis.collect import Task
 from tamis.corpus import Corpus
 from tamis.errors import InvalidInput, NonFinite
+from tamis.identity import fingerprint
 from tamis.maths.similarity import cosines, inner_products, unit_rows
 from tamis.score.matrix import empty_scores, fill_columns
-from tamis.store.manifest import fingerprint
 from tamis.store.reader import StageReader
 from tamis.types import Batch, FloatArray, IntArray
 
@@ -144,8 +144,13 @@ def rows_with_gradient(task: Task, is_zero: npt.NDArray[np.bool_], is_zero_targe
     """Positions in ``task.target_rows`` of the rows that have a gradient; the notes say which rows have none.
 
     Raises:
-        InvalidInput: no row of a target has a gradient.
+        InvalidInput: no pool row has a gradient, or no row of a target.
     """
+    if is_zero.all():
+        raise InvalidInput(
+            f"none of the {len(is_zero)} scored pool rows has a gradient: the model predicts their answers with a loss "
+            "of 0; give other pool rows, or another model"
+        )
     if is_zero.any():
         task.note(
             f"{int(is_zero.sum())} pool rows have a gradient of exactly zero (their loss is already 0) and score 0: "
@@ -157,13 +162,13 @@ def rows_with_gradient(task: Task, is_zero: npt.NDArray[np.bool_], is_zero_targe
     for group, name in enumerate(task.target_names):
         if not (task.target_group[kept] == group).any():
             raise InvalidInput(
-                f"no row of target '{name}' has a gradient: the model predicts its answers with a loss of 0; "
-                "give other target rows"
+                f"no row of target '{name}' has a gradient: its losses do not depend on the covered weights, or are 0 "
+                "already. Check the weights of the model (tamis doctor), or give other target rows"
             )
     left_out = task.target_rows[is_zero_target]
-    task.note(
+    task.warn(
         f"{len(left_out)} target rows have a gradient of exactly zero and were left out: "
-        f"{_some_ids(task.target, left_out)}"
+        f"{_some_ids(task.target, left_out)}."
     )
     return kept
 
@@ -239,7 +244,7 @@ def _stream_scores(
         return batch_columns
 
     identity = {
-        "algorithm": "feature-scores-v1",
+        "algorithm": "feature-scores-v2",
         "features": dict(spec.identity),
         "target_features": fingerprint({"stage": target_reader.spec}),
         "columns": list(columns),

@@ -23,17 +23,20 @@ import torch
 from torch import Tensor
 
 from tamis.collect import Task
+from tamis.embeddings import Given
 from tamis.errors import InvalidInput, InvalidSettings
+from tamis.model.load import ModelSettings
 from tamis.projection import make_projector
 from tamis.score.embedding_candidates import EMBEDDING_NAMES, EmbeddingSettings
 from tamis.score.embedding_choice import KernelSettings, choose_embedding
 from tamis.score.landmark_gradients import LandmarkGradients, landmark_gradients
-from tamis.score.landmark_notes import notes_of_choice
+from tamis.score.landmark_notes import is_trusted, notes_of_choice, verdict
 from tamis.score.landmark_rows import landmark_rows
 from tamis.score.landmark_transfer import transferred_scores
+from tamis.score.less import moments_digest
 from tamis.score.matrix import empty_scores
 from tamis.score.row_embeddings import RowEmbeddings
-from tamis.score.warm_up import random_warm_up_rows, warm_up_points
+from tamis.score.warmup import random_warmup_rows, warmup_points, warmup_training
 from tamis.solve.kernels import KernelName
 from tamis.solve.landmarks import LANDMARK_RULES, LandmarkRule
 from tamis.train.loop import TrainSettings
@@ -41,7 +44,7 @@ from tamis.types import IntArray, TargetScores
 
 __all__ = ["PRESETS", "InfluenceDistillation"]
 
-WarmUp = Literal["lora", "full", "none"]
+Warmup = Literal["lora", "full", "none"]
 
 # Settings of the paper (sections 4 and 5.1, appendix J). It names no bandwidth: ours is twice the median distance.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -139,7 +142,7 @@ class InfluenceDistillation:
     half_whitening: bool = False
     residual: bool | Literal["auto"] = "auto"
     form: Literal["raw", "adam"] = "raw"
-    warmup: WarmUp = "lora"
+    warmup: Warmup = "lora"
     warmup_share: float = 0.05
     warmup_rows: int | None = None
     warmup_epochs: int = 2
@@ -165,7 +168,7 @@ class InfluenceDistillation:
             ("kernel", ("auto", *get_args(KernelName))),
             ("residual", ("auto", True, False)),
             ("form", ("raw", "adam")),
-            ("warmup", get_args(WarmUp)),
+            ("warmup", get_args(Warmup)),
             ("weights", ("none", "first-order")),
             ("feature_dtype", ("float16", "float32")),
         ):
@@ -188,7 +191,7 @@ class InfluenceDistillation:
         if not 0 < self.warmup_share <= 1:
             raise InvalidSettings(f"warmup_share must be above 0 and at most 1, got {self.warmup_share}")
         self._check_together()
-        self.warm_up_settings()  # checks the others
+        self.warmup_settings()  # checks the others
         make_projector(self.projection, dim=self.projection_dim)
 
     def _fill_in(self, preset: str) -> None:
@@ -214,24 +217,33 @@ class InfluenceDistillation:
         if self.form == "adam" and self.warmup == "none" and self.moments is None:
             raise InvalidSettings("form=adam needs Adam's moments: warm up, or give a checkpoint folder as moments")
 
-    def warm_up_settings(self) -> TrainSettings:
+    def warmup_settings(self) -> TrainSettings:
         """The fine-tuning run at whose end gradients are taken."""
         rate = self.warmup_learning_rate
-        return TrainSettings(
+        return warmup_training(
             epochs=self.warmup_epochs,
             batch_rows=self.warmup_batch_rows,
             learning_rate=(2e-5 if self.warmup == "full" else 2e-4) if rate is None else rate,
         )
 
-    def warm_up_rows(self, task: Task) -> IntArray:
+    def rows_for_warmup(self, task: Task) -> IntArray:
         """The random part of the pool that the warm-up trains on, ascending.
 
         Raises:
             InvalidInput: the pool has no usable row.
         """
-        return random_warm_up_rows(
+        return random_warmup_rows(
             task, self.name, share=self.warmup_share, batch_rows=self.warmup_batch_rows, rows=self.warmup_rows
         )
+
+    def by_content(self, model: ModelSettings) -> dict[str, Any]:
+        """``moments`` by the bytes of the optimizer's state, ``given`` by those of vectors and ids."""
+        found: dict[str, Any] = {}
+        if self.moments is not None:
+            found["moments"] = moments_digest(Path(self.moments))
+        if self.given is not None:
+            found["given"] = Given(path=self.given).identity
+        return found
 
     def embedding_settings(self) -> EmbeddingSettings:
         """What is said of embeddings."""
@@ -331,6 +343,7 @@ class InfluenceDistillation:
         )
         for sentence in notes_of_choice(choice, landmarks=len(gradients.rows), target_names=task.target_names):
             task.note(sentence)
+        (task.note if is_trusted(choice) else task.warn)(verdict(choice))
         return transferred_scores(
             task, embeddings, choice, gradients, exact, columns, keep_embeddings=self.keep_embeddings
         )
@@ -341,11 +354,11 @@ class InfluenceDistillation:
             return task, Path(self.moments)
         if self.warmup == "none":
             return task, None
-        *_, last = warm_up_points(
+        *_, last = warmup_points(
             task,
             task.pool,
-            self.warm_up_rows(task),
-            self.warm_up_settings(),
+            self.rows_for_warmup(task),
+            self.warmup_settings(),
             method=self.name,
             lora_rank=None if self.warmup == "full" else self.lora_rank,
             lora_alpha=2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha,

@@ -87,10 +87,13 @@ def landmark_gradients(
         spec = FeatureSpec(name="adam-gradients", identity=scaled, dtype=dtype)
         pool = collect_features(task, task.pool, rows, spec, lambda: _scaled(task, projector, moments))
     is_zero = pool.read("scale") == 0
-    columns = rows_with_gradient(task, is_zero, target.read("scale") == 0)
     kept = np.flatnonzero(~is_zero)
     if len(kept) < 2:
-        raise InvalidInput(f"only {len(kept)} of {len(rows)} landmarks have a gradient; at least two are needed")
+        raise InvalidInput(
+            f"only {len(kept)} of {len(rows)} landmarks have a gradient; at least two are needed: the model predicts "
+            "the others' answers with a loss of 0; take more landmarks, other pool rows or another model"
+        )
+    columns = rows_with_gradient(task, is_zero, target.read("scale") == 0)
     return LandmarkGradients(
         rows=rows[kept],
         without_gradient=rows[is_zero],

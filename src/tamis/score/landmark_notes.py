@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 from tamis.score.embedding_choice import Choice, Tried
 
-__all__ = ["notes_of_choice", "verdict"]
+__all__ = ["is_trusted", "notes_of_choice", "verdict"]
 
 # Rank correlations with exact scores at which the advice changes; round figures, a matter of judgement.
 _TRUST, _USE = 0.8, 0.5
 _STILL_RISING = 0.03  # what the second half of the landmarks must have added for more of them to be worth while
 
 
-def notes_of_choice(choice: Choice, *, landmarks: int, target_names: Sequence[str]) -> tuple[str, ...]:
-    """Three sentences for the report: what was chosen and why, what to expect, and what to make of it."""
+def notes_of_choice(choice: Choice, *, landmarks: int, target_names: Sequence[str]) -> tuple[str, str]:
+    """Two sentences for the report: what was chosen and why, and what to expect."""
     form = "with" if choice.residual else "without"
     used = next(tried for tried in choice.tried if tried.recovery == max(t.recovery for t in choice.tried))
     chosen = (
@@ -33,7 +33,12 @@ def notes_of_choice(choice: Choice, *, landmarks: int, target_names: Sequence[st
         f"cosine of {choice.recovery:.2f}, scores in the order of exact ones with a rank correlation of "
         f"{choice.mean_spearman:.2f}{by_target}"
     )
-    return chosen, expected, verdict(choice)
+    return chosen, expected
+
+
+def is_trusted(choice: Choice) -> bool:
+    """Whether the scores are good enough to select by; otherwise the verdict is a warning."""
+    return choice.mean_spearman >= _USE
 
 
 def verdict(choice: Choice) -> str:
@@ -53,9 +58,9 @@ def verdict(choice: Choice) -> str:
         )
     if value >= _TRUST:
         return f"Verdict: these scores may be trusted nearly like exact ones; for still better ones, {advice}"
-    if value >= _USE:
+    if is_trusted(choice):
         return f"Verdict: these scores find most of the best rows, but mix up neighbours; to sharpen them, {advice}"
-    return f"Verdict: do not trust the order of these scores much; {advice}, or score with tracin exactly"
+    return f"Verdict: do not trust the order of these scores much; {advice}, or score with tracin exactly."
 
 
 def _cost(tried: Tried) -> str:

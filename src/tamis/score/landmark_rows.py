@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 
 import numpy as np
@@ -32,11 +31,11 @@ def landmark_rows(
     if rule == "uniform":
         return rows[uniform_landmarks(len(rows), count, task.seed)]
     spec = {
-        "algorithm": "landmarks-v1",
+        "algorithm": "landmarks-v2",
         "rule": rule,
         "landmarks": count,
         "rows": hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest(),
-        "embedding": dataclasses.asdict(settings),
+        "embedding": settings.identity(task.pool),
         "seed": task.seed,
     }
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tamis.collect import Task
 from tamis.embeddings import Given, ModelEmbedding, TfIdf
+from tamis.identity import fingerprint
 from tamis.score.embedding_choice import Choice
 from tamis.score.landmark_gradients import LandmarkGradients
 from tamis.score.matrix import empty_scores, fill_columns
@@ -23,7 +24,6 @@ from tamis.score.row_embeddings import RowBlock, RowEmbeddings, work_of
 from tamis.solve.kernel_ridge import KernelRidge, fit_kernel_ridge
 from tamis.solve.leave_one_out import candidate_basis
 from tamis.stages import finish, own_shards, record_cost
-from tamis.store.manifest import fingerprint
 from tamis.store.reader import StageReader
 from tamis.store.writer import StageWriter
 from tamis.types import Batch, FloatArray

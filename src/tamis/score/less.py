@@ -10,11 +10,10 @@ learning rate. Both vectors are of the LoRA factors, projected alike.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,9 @@ from torch import Tensor, nn
 from tamis.collect import Task
 from tamis.errors import InvalidInput, InvalidSettings
 from tamis.gradients.per_sample import MaterialisedGradients, run_batch
+from tamis.identity import file_sha256
 from tamis.maths.adam import ADAM_FORMS, AdamForm, adam_direction
+from tamis.model.load import ModelSettings
 from tamis.projection import AnyProjector, NoProjector, make_projector, project_gradients
 from tamis.score.features import (
     FeatureFunction,
@@ -34,7 +35,7 @@ from tamis.score.features import (
     scores_of_features,
 )
 from tamis.score.matrix import with_columns
-from tamis.score.warm_up import random_warm_up_rows, warm_up_points
+from tamis.score.warmup import random_warmup_rows, warmup_points, warmup_training
 from tamis.train.checkpoints import Moments, read_moments
 from tamis.train.loop import TrainSettings
 from tamis.types import Batch, IntArray, LayerSpec, TargetScores
@@ -107,23 +108,27 @@ class Less:
             raise InvalidSettings(f"feature_dtype must be 'float16' or 'float32', got {self.feature_dtype!r}")
         if not self.memory_gb > 0:
             raise InvalidSettings(f"memory_gb must be positive, got {self.memory_gb}")
-        self.warm_up_settings()  # checks the others
+        self.warmup_settings()  # checks the others
 
-    def warm_up_settings(self) -> TrainSettings:
+    def warmup_settings(self) -> TrainSettings:
         """The fine-tuning run whose checkpoints are used."""
-        return TrainSettings(
+        return warmup_training(
             epochs=self.warmup_epochs,
             batch_rows=self.warmup_batch_rows,
             learning_rate=self.warmup_learning_rate,
         )
 
-    def warm_up_rows(self, task: Task) -> IntArray:
+    def by_content(self, model: ModelSettings) -> dict[str, Any]:
+        """``moments`` by the bytes of the optimizer's state; the model they belong to is the run's own."""
+        return {} if self.moments is None else {"moments": moments_digest(Path(self.moments))}
+
+    def warmup_rows(self, task: Task) -> IntArray:
         """The random part of the pool that the warm-up trains on, ascending.
 
         Raises:
             InvalidInput: the pool has no usable row.
         """
-        return random_warm_up_rows(task, self.name, share=self.warmup_share, batch_rows=self.warmup_batch_rows)
+        return random_warmup_rows(task, self.name, share=self.warmup_share, batch_rows=self.warmup_batch_rows)
 
     def score(self, task: Task) -> TargetScores:
         """Scores of ``task.rows``, one column per target row that has a gradient.
@@ -140,7 +145,7 @@ class Less:
         if self.moments is not None:
             found = self._at(task, Path(self.moments))
         else:
-            found = self._over_the_warm_up(task)
+            found = self._over_the_warmup(task)
         kept = rows_with_gradient(task, found.is_zero, found.is_zero_target)
         return TargetScores(
             rows=task.rows,
@@ -150,13 +155,13 @@ class Less:
             extra={"loss": found.loss, "grad_norm": found.grad_norm, "zero_gradient": found.is_zero},
         )
 
-    def _over_the_warm_up(self, task: Task) -> RowScores:
+    def _over_the_warmup(self, task: Task) -> RowScores:
         """The mean of the scores at the warm-up's checkpoints, weighted by their learning rates."""
-        points = warm_up_points(
+        points = warmup_points(
             task,
             task.pool,
-            self.warm_up_rows(task),
-            self.warm_up_settings(),
+            self.warmup_rows(task),
+            self.warmup_settings(),
             method=self.name,
             lora_rank=self.lora_rank,
             lora_alpha=2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha,
@@ -278,11 +283,7 @@ def moments_digest(folder: Path) -> str:
     for name in ("optimizer.safetensors", "optimizer.pt"):
         path = folder / name
         if path.is_file():
-            state = hashlib.sha256()
-            with path.open("rb") as file:
-                while chunk := file.read(1 << 20):
-                    state.update(chunk)
-            return state.hexdigest()
+            return file_sha256(path)
     raise InvalidInput(
         f"moments={str(folder)!r} holds neither optimizer.safetensors nor optimizer.pt; "
         "give a checkpoint folder that was saved together with its optimizer"

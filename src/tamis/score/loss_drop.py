@@ -17,7 +17,7 @@ from tamis.collect import Task
 from tamis.errors import InvalidSettings
 from tamis.score.losses import row_losses
 from tamis.score.matrix import scores_of_targets
-from tamis.score.warm_up import warm_up_points
+from tamis.score.warmup import warmup_points, warmup_training
 from tamis.train.loop import TrainSettings
 from tamis.types import FloatArray, IntArray, TargetScores
 
@@ -37,9 +37,9 @@ class LossDrop:
     measurement.
 
     Args:
-        steps: updates of the warm-up.
-        batch_rows: target rows of one update.
-        learning_rate: the peak.
+        warmup_steps: updates of the warm-up.
+        warmup_batch_rows: target rows of one update.
+        warmup_learning_rate: the peak.
         lora_rank: rank of the copy's adapter; its scale is 2.
         length_power: the drop is multiplied by this power of the row's supervised tokens; 0 is the authors' form.
 
@@ -49,9 +49,9 @@ class LossDrop:
 
     name: ClassVar[str] = "loss-drop"
 
-    steps: int = 8
-    batch_rows: int = 8
-    learning_rate: float = 1e-3
+    warmup_steps: int = 8
+    warmup_batch_rows: int = 8
+    warmup_learning_rate: float = 1e-3
     lora_rank: int = 8
     length_power: float = 0.0
 
@@ -60,12 +60,15 @@ class LossDrop:
             raise InvalidSettings(f"lora_rank must be at least 1, got {self.lora_rank}")
         if not math.isfinite(self.length_power):
             raise InvalidSettings(f"length_power must be a finite number, got {self.length_power}")
-        self.warm_up_settings()  # checks the others
+        self.warmup_settings()  # checks the others
 
-    def warm_up_settings(self) -> TrainSettings:
+    def warmup_settings(self) -> TrainSettings:
         """The fine-tuning run on the target; only its end is kept."""
-        return TrainSettings(
-            steps=self.steps, save_steps=self.steps, batch_rows=self.batch_rows, learning_rate=self.learning_rate
+        return warmup_training(
+            steps=self.warmup_steps,
+            save_steps=self.warmup_steps,
+            batch_rows=self.warmup_batch_rows,
+            learning_rate=self.warmup_learning_rate,
         )
 
     def score(self, task: Task) -> TargetScores:
@@ -78,7 +81,7 @@ class LossDrop:
         weight = task.pool.supervised[task.rows].astype(np.float64) ** self.length_power
         columns = []
         for group, name in enumerate(task.target_names):
-            warmed = self._warm_up(task, task.target_rows[task.target_group == group], name)
+            warmed = self._warmup(task, task.target_rows[task.target_group == group], name)
             columns.append(relative_drops(before, row_losses(warmed, task.pool, task.rows)) * weight)
             del warmed  # its model, before the next one is loaded
         note = "loss-drop tends to prefer short answers"
@@ -88,13 +91,13 @@ class LossDrop:
             note += "; compare the lengths, or try length_power=0.5"
         return scores_of_targets(task, np.stack(columns, axis=1), extra={"loss": before}, notes=(f"{note}.",))
 
-    def _warm_up(self, task: Task, rows: IntArray, target_name: str) -> Task:
+    def _warmup(self, task: Task, rows: IntArray, target_name: str) -> Task:
         """The task at the model as it is after training on ``rows`` of the target."""
-        *_, last = warm_up_points(
+        *_, last = warmup_points(
             task,
             task.target,
             rows,
-            self.warm_up_settings(),
+            self.warmup_settings(),
             method=self.name,
             lora_rank=self.lora_rank,
             lora_alpha=2.0 * self.lora_rank,

@@ -71,8 +71,7 @@ def scores_without_target(
     score: Float[np.ndarray, " n"],
     *,
     extra: dict[str, npt.NDArray[np.float32]] | None = None,
-    notes: tuple[str, ...] = (),
 ) -> TargetScores:
     """Scores of a method that ignores the target: the same column for every target."""
     columns = np.repeat(np.asarray(score, np.float32)[:, None], len(task.target_names), axis=1)
-    return scores_of_targets(task, columns, extra=extra, notes=notes)
+    return scores_of_targets(task, columns, extra=extra)

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Float
-from scipy.stats import rankdata
 
 from tamis.collect import Task
+from tamis.maths.ranks import mean_ranks
 from tamis.score.losses import row_losses
 from tamis.score.matrix import scores_without_target
 from tamis.types import FloatArray, TargetScores
@@ -42,5 +42,5 @@ def middle_scores(losses: Float[np.ndarray, " n"]) -> FloatArray:
     [0.33, 0.33, 1.0]
     """
     n = len(losses)
-    rank = rankdata(losses, method="average")  # 1 .. n
+    rank = mean_ranks(losses)  # 1 .. n
     return np.asarray(1 - np.abs(2 * rank - (n + 1)) / n, np.float32)

@@ -17,7 +17,7 @@ from tamis.seeds import child_seed, random_subset
 from tamis.stages import Work
 from tamis.types import Batch, IntArray
 
-__all__ = ["AnyEmbedding", "RowBlock", "RowEmbeddings", "is_model_embedding", "work_of"]
+__all__ = ["AnyEmbedding", "RowBlock", "RowEmbeddings", "identity_of", "is_model_embedding", "work_of"]
 
 AnyEmbedding = ModelEmbedding | TfIdf | Given
 """An object of a class in ``tamis.embeddings.EMBEDDINGS``."""
@@ -32,6 +32,17 @@ _BACKWARD = ("lens-gradient", "tail-gradient", "gradient")
 def is_model_embedding(embedding: AnyEmbedding) -> bool:
     """Whether it needs the model, not only the text or a folder."""
     return not isinstance(embedding, (TfIdf, Given))
+
+
+def identity_of(embedding: AnyEmbedding, *corpora: Corpus) -> dict[str, Any]:
+    """What determines the embeddings of ``corpora``, besides the model and the content of their rows.
+
+    Given ones hang on the rows' ids, which no token and no gradient knows.
+    """
+    known: dict[str, Any] = cast(Any, embedding).identity
+    if not isinstance(embedding, Given):
+        return known
+    return {**known, "rows": {corpus.name: corpus.examples.identity["ids"] for corpus in corpora}}
 
 
 def work_of(embedding: ModelEmbedding) -> Work:
@@ -114,8 +125,8 @@ class RowEmbeddings:
         return count
 
     def identity(self, embedding: AnyEmbedding) -> dict[str, Any]:
-        """What determines the embeddings, besides model and rows."""
-        known = cast(Any, embedding).identity
+        """What determines the embeddings of pool and target, besides the model and what the rows contain."""
+        known = identity_of(embedding, self._task.pool, self._task.target)
         return {**known, "dtype": self._dtype if is_model_embedding(embedding) else "float32"}
 
     def _fitted(self, embedding: TfIdf) -> TextEmbedder:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from torch import Tensor
@@ -20,7 +20,7 @@ from tamis.collect import Task
 from tamis.errors import InvalidSettings
 from tamis.gradients.per_sample import per_sample_features
 from tamis.maths.similarity import row_norms
-from tamis.model.load import ModelSettings
+from tamis.model.load import ModelSettings, model_fingerprint
 from tamis.projection import NoProjector, make_projector
 from tamis.score.exact import exact_scores
 from tamis.score.features import (
@@ -97,6 +97,15 @@ class TracIn:
         if not self.memory_gb > 0:
             raise InvalidSettings(f"memory_gb must be positive, got {self.memory_gb}")
 
+    def by_content(self, model: ModelSettings) -> dict[str, Any]:
+        """``checkpoints`` by their weights, and by the learning rates that training wrote down beside them."""
+        if not self.checkpoints:
+            return {}
+        return {
+            "checkpoints": [model_fingerprint(point) for point in self._points(model)],
+            "learning_rates": list(self.learning_rates or learning_rates_of([Path(name) for name in self.checkpoints])),
+        }
+
     def score(self, task: Task) -> TargetScores:
         """Scores of ``task.rows``: one column per target row, or per target with exact gradients and the mean target.
 
@@ -109,10 +118,10 @@ class TracIn:
             NonFinite: a loss or gradient is NaN or infinite.
         """
         if self.normalize == "dot" and not self.length_power:
-            task.note(
+            task.warn(
                 "tracin ran with the plain inner product: losses are means over tokens, so a row's gradient norm falls "
                 "like one over the root of its answer's length, and short answers are preferred whatever the target; "
-                "the cosine (the default) or length_power=0.5 do not have this bias"
+                "the cosine (the default) or length_power=0.5 do not have this bias."
             )
         points, rates = self._checkpoints(task)
         total = rates.sum() if self.normalize == "cosine" else 1.0
@@ -142,13 +151,16 @@ class TracIn:
         """Exact gradients against each target's mean: the one form that knows no single target rows."""
         return self.projection == "none" and task.aggregate == "mean"
 
+    def _points(self, model: ModelSettings) -> list[ModelSettings]:
+        return [replace(model, name=name, revision=None) for name in self.checkpoints]
+
     def _checkpoints(
         self, task: Task
     ) -> tuple[Sequence[ModelSettings | None], np.ndarray[tuple[int], np.dtype[np.float64]]]:
         """The model at every checkpoint (None: the task's own), and their learning rates."""
         if not self.checkpoints:
             return [None], np.ones(1)
-        points = [replace(task.model_settings, name=name, revision=None) for name in self.checkpoints]
+        points = self._points(task.model_settings)
         if self.learning_rates:
             return points, np.array(self.learning_rates)
         rates = learning_rates_of([Path(name) for name in self.checkpoints])
@@ -158,7 +170,10 @@ class TracIn:
         if known:
             missing = next(name for name, rate in zip(self.checkpoints, rates, strict=True) if not rate)
             raise InvalidSettings(f"{missing} does not say its learning rate, others do; give learning_rates for all")
-        task.note(f"tracin weighs its {len(points)} checkpoints equally: none says its learning rate")
+        task.warn(
+            f"tracin weighs its {len(points)} checkpoints equally, since none says its learning rate; "
+            "give learning_rates."
+        )
         return points, np.ones(len(points))
 
     def _at(self, task: Task) -> RowScores:

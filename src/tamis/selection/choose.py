@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Float, Int
 
+from tamis.budget import describe_budget, rows_for, tokens_for
 from tamis.errors import InvalidSettings, NonFinite
-from tamis.selection.budget import describe_budget, rows_for, tokens_for
 from tamis.selection.round_robin import Copies, Picks, take_turns
 from tamis.selection.top import BLOCK_VALUES, block_length
 from tamis.selection.weights import robust_weights
@@ -41,7 +41,7 @@ class Choice:
     target_names: tuple[str, ...]
     shares: tuple[float, ...]  # (G,) summing to 1
     tokens: int  # tokens of the selected rows together
-    notes: tuple[str, ...]
+    warnings: tuple[str, ...]  # where the budget could not be spent
 
 
 def choose(
@@ -61,9 +61,9 @@ def choose(
     ``tokens`` are the rows' lengths, ``first_of`` maps each row to the first of its copies (None: copies are kept),
     ``eligible`` is False on rows that must not be taken (None: all may be).
 
-    * Targets take turns in proportion to their ``shares`` (equal by default). With ``round-robin`` the rows of a
-      target take turns in order, each taking its best row still free; with ``mean`` a target takes the row with the
-      highest mean over its rows. Equal scores go to the lower pool row.
+    * Targets take turns in proportion to their ``shares`` (equal by default): of the rows, or, with a token budget, of
+      the tokens. With ``round-robin`` the rows of a target take turns in order, each taking its best row still free;
+      with ``mean`` a target takes the row with the highest mean over its rows. Equal scores go to the lower pool row.
     * Of rows that are copies of each other one is taken: whichever of them its taker scores highest, if equal the
       lowest. An ineligible row does not stand in for its copies.
     * A share of the pool is a share of all ``N`` rows. A token budget ends at the first row that does not fit: the
@@ -146,7 +146,9 @@ def choose(
         target_names=scores.target_names,
         shares=fractions,
         tokens=picks.tokens,
-        notes=_notes(budget, len(picks.rows), None if max_tokens is not None else rows_for(budget, num_pool), picks),
+        warnings=_shortfall(
+            budget, len(picks.rows), None if max_tokens is not None else rows_for(budget, num_pool), picks
+        ),
     )
 
 
@@ -220,7 +222,7 @@ def _ranks(score: FloatArray, picked: Int[np.ndarray, " k"]) -> IntArray:
     return rank
 
 
-def _notes(budget: Budget, taken: int, allowed: int | None, picks: Picks) -> tuple[str, ...]:
+def _shortfall(budget: Budget, taken: int, allowed: int | None, picks: Picks) -> tuple[str, ...]:
     if allowed is not None and taken < allowed:
         return (
             f"{taken} rows were selected though the budget ({describe_budget(budget)}) allows {allowed}: no more rows "

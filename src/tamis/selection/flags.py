@@ -3,6 +3,12 @@
 Inside a source, a row's own loss tells wrong answers from right ones better than any score that knows the target.
 Across sources and lengths it does not (hard sources and short answers have high losses), so each row is compared with
 rows of its own kind only. A flag is a hint to look; nothing is dropped for it unless the user asks.
+
+How far to trust it, measured with a 135M-parameter model on 600 rows of 17 sources, some with the answer of another row
+of their source (``benchmarks/flags.py``): 4 % of the rows are flagged when no answer is wrong. With 5 % wrong answers a
+third of the flags are right, and a third of the wrong answers are flagged; with 20 %, three quarters and a quarter.
+Other spreads, groups and logarithms trade one for the other and none is much better at both, since many right answers
+have the loss of a wrong one. Most wrong answers go unflagged, and most flags are right answers unless many are wrong.
 """
 
 from __future__ import annotations
@@ -18,8 +24,8 @@ from tamis.types import FloatArray
 
 __all__ = ["HighLoss", "LossFlags", "flag_high_losses"]
 
-_MAD_TO_STD = 1.4826022185056018  # of a normal distribution: 1 / (its 75 % quantile)
-_MEAN_DEVIATION_TO_STD = 1.2533141373155003  # likewise √(π/2)
+_ONE_STD_BELOW = 0.15865525393145707  # share of a normal distribution more than one standard deviation below its mean
+_MEAN_DEVIATION_TO_STD = 1.2533141373155003  # of a normal distribution: √(π/2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +36,7 @@ class HighLoss:
     are too small for a median and a spread and give way to a larger one.
     """
 
-    threshold: float = 3.0
+    threshold: float = 2.25
     min_group: int = 20
 
     def __post_init__(self) -> None:
@@ -57,11 +63,12 @@ def flag_high_losses(
 ) -> LossFlags:
     """Flag the rows whose loss is far above that of rows like them.
 
-    ``z = (loss − median) / (1.4826 · MAD)`` within the row's source and supervised length (lengths that share their
-    power of two go together, since short answers have higher and wider losses); within its source, if those are
-    fewer than ``min_group`` rows; among all rows, if the source is as small; and no judgement at all below that. If
-    more than half of a group has the very same loss, its MAD is 0 and the mean absolute deviation (times √(π/2))
-    takes its place.
+    ``z = (loss − median) / (median − 16th percentile)`` within the row's source and supervised length (lengths that
+    share their power of two go together, since short answers have higher and wider losses); within its source, if
+    those are fewer than ``min_group`` rows; among all rows, if the source is as small; and no judgement at all below
+    that. The spread is taken below the median, where wrong answers are not: around the median (MAD) it grows with
+    every wrong answer and hides them. If a third of a group has the very same loss, it may be 0, and the mean
+    absolute deviation (times √(π/2)) takes its place.
 
     Raises:
         NonFinite: a loss is NaN or infinite (names the place in ``losses``).
@@ -92,7 +99,7 @@ def flag_high_losses(
 def _robust_z(group: npt.NDArray[np.float64], losses: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """How many robust standard deviations of ``group`` each of ``losses`` lies above its median."""
     median = np.median(group)
-    spread = _MAD_TO_STD * np.median(np.abs(group - median))
+    spread = median - np.quantile(group, _ONE_STD_BELOW)
     if spread == 0:
         spread = _MEAN_DEVIATION_TO_STD * np.mean(np.abs(group - median))
     if spread == 0:

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from tamis.selection.top import BLOCK_VALUES, best_rows
 from tamis.types import IntArray
 
-__all__ = ["Copies", "Picks", "take_turns", "turns"]
+__all__ = ["Copies", "Picks", "TokenTurns", "take_turns", "turns"]
 
 _HEADROOM = 4  # a column first gets this many times its fair share of picks, since columns want the same rows
 _KEPT_VALUES = 32_000_000  # rows listed over all columns at a time, about half a gigabyte while they are gathered
@@ -62,17 +62,53 @@ def turns(shares: Sequence[float]) -> Iterator[int]:
     >>> it = turns([0.5, 0.25, 0.25]); [next(it) for _ in range(8)]
     [0, 1, 2, 0, 0, 1, 2, 0]
     """
-    fractions = [Fraction(share).limit_denominator(1_000_000) for share in shares]
-    scale = lcm(*(f.denominator for f in fractions))
-    gains = [int(f * scale) for f in fractions]
+    gains = _whole_shares(shares)
     total, gained = sum(gains), [0] * len(gains)
-    if total <= 0 or min(gains) < 0:
-        raise ValueError(f"shares must be non-negative with at least one above zero, got {list(shares)}")
     while True:
         gained = [have + gain for have, gain in zip(gained, gains, strict=True)]
         target = max(range(len(gained)), key=lambda i: gained[i])  # max keeps the first of equals
         gained[target] -= total
         yield target
+
+
+class TokenTurns:
+    """Whose turn it is where a turn may take a short row or a long one: the target furthest behind its share of tokens.
+
+    Behind by its share of all tokens taken so far, less those it took itself (ties: the lowest index). No target is
+    ever ahead of its share by as much as the longest row that it took. Exact arithmetic, as in `turns`.
+
+    >>> order = TokenTurns([0.5, 0.5]); order.next()
+    0
+    >>> order.pay(0, 300); order.next()
+    1
+    >>> order.pay(1, 100); order.next()
+    1
+    """
+
+    def __init__(self, shares: Sequence[float]) -> None:
+        self._gains = _whole_shares(shares)
+        self._total = sum(self._gains)
+        self._behind = [0] * len(self._gains)
+
+    def next(self) -> int:
+        """The target whose turn it is; it stays the same until something is paid."""
+        open_targets = [target for target, gain in enumerate(self._gains) if gain]
+        return max(open_targets, key=lambda target: self._behind[target])  # max keeps the first of equals
+
+    def pay(self, target: int, tokens: int) -> None:
+        """``target`` took a row of ``tokens``."""
+        for other, gain in enumerate(self._gains):
+            self._behind[other] += gain * tokens
+        self._behind[target] -= self._total * tokens
+
+
+def _whole_shares(shares: Sequence[float]) -> list[int]:
+    fractions = [Fraction(share).limit_denominator(1_000_000) for share in shares]
+    scale = lcm(*(f.denominator for f in fractions))
+    whole = [int(f * scale) for f in fractions]
+    if sum(whole) <= 0 or min(whole) < 0:
+        raise ValueError(f"shares must be non-negative with at least one above zero, got {list(shares)}")
+    return whole
 
 
 def take_turns(
@@ -91,8 +127,9 @@ def take_turns(
     """Rows in the order in which the targets' rows take them.
 
     ``group[j]`` is the target of column ``j``; each target with a share needs at least one column. A turn goes to a
-    target by `turns`, there to its next column in cyclic order, which takes its best row that is still free: available
-    and neither taken nor a copy of one taken. Ends after ``max_rows`` rows, or before the first row with which the sum
+    target by `turns`, or by `TokenTurns` if ``max_tokens`` limits the selection, so that ``shares`` divide what the
+    limit counts; there to its next column in cyclic order, which takes its best row that is still free: available and
+    neither taken nor a copy of one taken. Ends after ``max_rows`` rows, or before the first row with which the sum
     of ``tokens`` would exceed ``max_tokens``, or when no row is free.
 
     Columns are ranked lazily: each first gets a list a few times longer than its share of the picks; when one runs
@@ -115,9 +152,9 @@ def take_turns(
     lists: list[memoryview] = []
     at: list[int] = []
     is_free = free.data  # plain Python reads, several times faster than indexing an array one by one
-    order = turns(shares)
+    row_turns, token_turns = turns(shares), TokenTurns(shares)
     while len(rows) < max_rows and num_free:
-        target = next(order)
+        target = next(row_turns) if max_tokens is None else token_turns.next()
         own = columns_of[target]
         column = own[next_column[target] % len(own)]
         next_column[target] += 1
@@ -136,6 +173,7 @@ def take_turns(
                 was_stopped = True
                 break
             spent += int(tokens[row])
+            token_turns.pay(target, int(tokens[row]))
         rows.append(row)
         target_of.append(target)
         column_of.append(column)

@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.stats import rankdata
 from torch import Tensor
 
 from tamis.errors import InvalidInput
+from tamis.maths.ranks import rank_correlation
 from tamis.solve.kernel_ridge import LandmarkKernel, damped_cholesky, kernel_among, landmark_kernel, mean_directions
 from tamis.solve.kernels import Kernel, embedding_map, median_squared_distance
 
@@ -150,10 +149,8 @@ def leave_one_out_scores(
 
 def spearman(x: Float[Tensor, "N M"], y: Float[Tensor, "N M"]) -> tuple[float, ...]:
     """Rank correlation of each pair of columns, ties at their mean rank; 0 where a column is constant."""
-    ranks = [rankdata(values.cpu().double().numpy(), axis=0) for values in (x, y)]
-    a, b = (rank - rank.mean(axis=0) for rank in ranks)
-    lengths = np.sqrt((a * a).sum(axis=0) * (b * b).sum(axis=0))
-    return tuple(float(c / size) if size > 0 else 0.0 for c, size in zip((a * b).sum(axis=0), lengths, strict=True))
+    columns = zip(x.double().cpu().numpy().T, y.double().cpu().numpy().T, strict=True)
+    return tuple(rank_correlation(a, b) or 0.0 for a, b in columns)
 
 
 def try_candidates(

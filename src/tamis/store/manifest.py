@@ -5,15 +5,15 @@ Both files carry a SHA-256 of themselves, so that a flipped byte is never taken 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tamis.errors import InvalidInput, StoreCorrupted, StoreMismatch, Unsupported
-from tamis.store.atomic import create_atomically, disk_errors, replace_atomically
+from tamis.disk import create_atomically, disk_errors, replace_atomically
+from tamis.errors import StoreCorrupted, StoreMismatch, Unsupported
+from tamis.identity import canonical_json, fingerprint, first_difference
 
 __all__ = [
     "FORMAT",
@@ -23,9 +23,6 @@ __all__ = [
     "StageManifest",
     "StagePlan",
     "TensorRecord",
-    "canonical_json",
-    "fingerprint",
-    "first_difference",
     "read_manifest",
     "read_plan",
     "refuse_other_format",
@@ -38,8 +35,6 @@ __all__ = [
 FORMAT = 1  # raised whenever an older reader would misread what is written
 PLAN_FILE = "plan.json"
 MANIFEST_FILE = "manifest.json"
-
-_ABSENT = "(absent)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,30 +97,9 @@ class StageManifest:
     versions: dict[str, str]
 
 
-def canonical_json(value: Any) -> str:
-    """One spelling for one value: sorted keys, no spaces, ASCII, tuples as lists; NaN and infinity are refused."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-
-
-def fingerprint(spec: Mapping[str, Any]) -> str:
-    """SHA-256 of ``spec`` in canonical JSON: equal for equal content whatever the order of its keys."""
-    return hashlib.sha256(canonical_json(dict(spec)).encode()).hexdigest()
-
-
 def stage_path(root: Path, name: str, spec: Mapping[str, Any]) -> Path:
     """Folder of the stage ``name`` that is made from ``spec``: ``root/name-<first 12 digits of the fingerprint>``."""
     return Path(root) / f"{name}-{fingerprint(spec)[:12]}"
-
-
-def first_difference(stored: Any, wanted: Any) -> tuple[str, Any, Any] | None:
-    """The first field, in sorted order, whose values differ: (dotted path, stored value, wanted value), or None.
-
-    A field that one side lacks is reported with the text ``(absent)`` on that side.
-
-    >>> first_difference({"model": {"dtype": "float32"}, "seed": 0}, {"model": {"dtype": "bfloat16"}, "seed": 0})
-    ('model.dtype', 'float32', 'bfloat16')
-    """
-    return _difference(_plain(stored), _plain(wanted), "")
 
 
 def refuse_other_spec(stored: Mapping[str, Any], wanted: Mapping[str, Any], *, where: Path | str, advice: str) -> None:
@@ -213,8 +187,7 @@ def _plan_of(fields: Mapping[str, Any]) -> StagePlan:
 
 
 def _sealed(fields: Mapping[str, Any]) -> bytes:
-    digest = hashlib.sha256(canonical_json(fields).encode()).hexdigest()
-    return _readable({**fields, "sha256": digest})
+    return _readable({**fields, "sha256": fingerprint(fields)})
 
 
 def _readable(fields: Mapping[str, Any]) -> bytes:
@@ -243,33 +216,8 @@ def _unsealed(path: Path) -> dict[str, Any] | None:
     return dict(fields)
 
 
-def _plain(value: Any) -> Any:
-    try:
-        return json.loads(canonical_json(value))
-    except (TypeError, ValueError) as error:
-        raise InvalidInput(f"a stage's spec must be plain JSON without NaN or infinity: {error}") from error
-
-
-def _difference(stored: Any, wanted: Any, path: str) -> tuple[str, Any, Any] | None:
-    if isinstance(stored, dict) and isinstance(wanted, dict):
-        for key in sorted(stored.keys() | wanted.keys()):
-            deeper = f"{path}.{key}" if path else key
-            found = _difference(stored.get(key, _ABSENT), wanted.get(key, _ABSENT), deeper)
-            if found is not None:
-                return found
-        return None
-    if isinstance(stored, list) and isinstance(wanted, list) and len(stored) == len(wanted):
-        for index, (old, new) in enumerate(zip(stored, wanted, strict=True)):
-            found = _difference(old, new, f"{path}.{index}" if path else str(index))
-            if found is not None:
-                return found
-        return None
-    # 1, 1.0 and true are equal in Python and different in canonical JSON.
-    return None if canonical_json(stored) == canonical_json(wanted) else (path, stored, wanted)
-
-
 def _shown(value: Any) -> str:
-    if value == _ABSENT:
-        return _ABSENT
+    if value == "(absent)":
+        return "(absent)"
     text = canonical_json(value)
     return text if len(text) <= 120 else f"{text[:117]}..."

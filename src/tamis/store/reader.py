@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tamis.errors import InvalidInput
-from tamis.store.manifest import StageManifest, TensorRecord, read_manifest, refuse_other_spec
+from tamis.store.manifest import StageManifest, TensorRecord, read_manifest
 from tamis.store.shards import (
     NUMPY_DTYPES,
     ShardHeader,
@@ -34,27 +34,19 @@ class StageReader:
     The first touch of a shard reads it once in full to check its digest. bfloat16 columns arrive as float32, which
     holds them exactly; all others keep their element type.
 
-    Args:
-        path: the stage's folder.
-        spec: if given, what the stage must have been made from.
-
     Raises:
         InvalidInput: the folder holds no finished stage.
-        StoreMismatch: it was made from another spec; the message names the first field that differs.
         StoreCorrupted: the manifest is not what was written.
         Unsupported: it is of a format version that this version cannot read.
     """
 
-    def __init__(self, path: Path, *, spec: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = Path(path)
         manifest = read_manifest(self.path)
         if manifest is None:
             raise InvalidInput(
                 f"{self.path} holds no finished stage (manifest.json is missing); run the same command again"
             )
-        if spec is not None:
-            advice = "recompute it, or pass the store that belongs to these settings"
-            refuse_other_spec(manifest.plan.spec, spec, where=self.path, advice=advice)
         self.manifest: StageManifest = manifest
         self._starts = np.array([record.start for record in manifest.shards], dtype=np.int64)
         self._verified: dict[int, ShardHeader] = {}
@@ -80,18 +72,9 @@ class StageReader:
         """Everything that determined the numbers."""
         return self.manifest.plan.spec
 
-    @property
-    def fixed(self) -> dict[str, Any]:
-        """What the first run decided once."""
-        return self.manifest.plan.fixed
-
     def row_shape(self, name: str) -> tuple[int, ...]:
         """Shape of one row of a column; empty for numbers and for ragged columns."""
         return self._column(name).row_shape
-
-    def is_ragged(self, name: str) -> bool:
-        """Whether the rows of a column are vectors of their own lengths."""
-        return self._column(name).ragged
 
     def read(self, name: str) -> npt.NDArray[Any]:
         """A whole column, (num_rows, ...), in memory.
@@ -106,24 +89,6 @@ class StageReader:
         for shard, record in enumerate(self.manifest.shards):
             whole[record.start : record.stop] = self._array(self._map(shard, keep=False), shard, name)
         return whole
-
-    def read_ragged(self, name: str) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-        """A whole ragged column: all values one after the other, and (num_rows + 1,) offsets of the rows in them.
-
-        Raises:
-            ValueError: the column is not ragged.
-            KeyError: there is no such column.
-            StoreCorrupted: a shard is not what was written.
-        """
-        self._require(name, ragged=True)
-        offsets = np.zeros(self.num_rows + 1, dtype=np.int64)
-        values = [np.zeros(0, dtype=self._dtype(name))]
-        for shard, record in enumerate(self.manifest.shards):
-            mapped = self._map(shard, keep=False)
-            own = self._array(mapped, shard, offsets_name(name))
-            offsets[record.start : record.stop + 1] = own + offsets[record.start]
-            values.append(np.array(self._array(mapped, shard, name)))
-        return np.concatenate(values), offsets
 
     def blocks(
         self, name: str, rows: int = 4096, *, start: int = 0, stop: int | None = None
@@ -143,35 +108,6 @@ class StageReader:
         end = self.num_rows if stop is None else min(stop, self.num_rows)
         for first in range(start, end, rows):
             yield first, self._rows(name, first, min(first + rows, end))
-
-    def ragged_blocks(self, name: str, rows: int = 4096) -> Iterator[tuple[int, list[npt.NDArray[Any]]]]:
-        """A ragged column in row order, ``rows`` at a time: pairs (first row, list of vectors).
-
-        Raises:
-            ValueError: the column is not ragged.
-            KeyError: there is no such column.
-            StoreCorrupted: a shard is not what was written.
-        """
-        self._require(name, ragged=True)
-        for first in range(0, self.num_rows, rows):
-            yield first, self.take_ragged(name, np.arange(first, min(first + rows, self.num_rows)))
-
-    def take(self, name: str, positions: npt.ArrayLike) -> npt.NDArray[Any]:
-        """Rows of a column at any positions, in the order asked for, repeats allowed.
-
-        Raises:
-            ValueError: the column is ragged.
-            IndexError: a position lies outside the stage.
-            KeyError: there is no such column.
-            StoreCorrupted: a shard is not what was written.
-        """
-        self._require(name, ragged=False)
-        wanted = self._positions(positions)
-        taken = np.empty((len(wanted), *self.row_shape(name)), dtype=self._dtype(name))
-        for shard, where in self._by_shard(wanted):
-            rows = wanted[where] - self._starts[shard]
-            taken[where] = self._array(self._map(shard, keep=True), shard, name, rows)
-        return taken
 
     def take_ragged(self, name: str, positions: npt.ArrayLike) -> list[npt.NDArray[Any]]:
         """Rows of a ragged column at any positions, in the order asked for, each of its own length.
@@ -194,15 +130,6 @@ class StageReader:
                 taken[position] = np.array(self._array(mapped, shard, name, inside))
         return taken
 
-    def verify(self) -> None:
-        """Read every shard that was not touched yet and check it.
-
-        Raises:
-            StoreCorrupted: a shard is not what was written.
-        """
-        for shard in range(len(self.manifest.shards)):
-            self._header(shard)
-
     def _column(self, name: str) -> TensorRecord:
         if name not in self.manifest.tensors:
             raise KeyError(f"{self.path} has no column {name!r}, only {', '.join(self.names) or 'none'}")
@@ -210,7 +137,7 @@ class StageReader:
 
     def _require(self, name: str, *, ragged: bool) -> None:
         if self._column(name).ragged != ragged:
-            use = "read_ragged, ragged_blocks or take_ragged" if not ragged else "read, blocks or take"
+            use = "read or blocks" if ragged else "take_ragged"
             raise ValueError(f"column {name!r} is {'not ' if ragged else ''}ragged; use {use}")
 
     def _dtype(self, name: str) -> np.dtype[Any]:

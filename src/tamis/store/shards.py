@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from tamis.disk import disk_errors
 from tamis.errors import StoreCorrupted
-from tamis.store.atomic import disk_errors
-from tamis.store.manifest import FORMAT, TensorRecord, canonical_json, refuse_other_format
+from tamis.identity import canonical_json
+from tamis.store.manifest import FORMAT, TensorRecord, refuse_other_format
 
 if TYPE_CHECKING:  # whoever has a tensor has imported torch; whoever only reads need not wait for it
     from torch import Tensor

@@ -9,8 +9,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from tamis.disk import TEMPORARY_SUFFIX, disk_errors, replace_atomically
 from tamis.errors import StoreMismatch
-from tamis.store.atomic import TEMPORARY_SUFFIX, disk_errors, replace_atomically
+from tamis.identity import canonical_json, fingerprint
 from tamis.store.manifest import (
     FORMAT,
     MANIFEST_FILE,
@@ -19,8 +20,6 @@ from tamis.store.manifest import (
     StageManifest,
     StagePlan,
     TensorRecord,
-    canonical_json,
-    fingerprint,
     read_manifest,
     read_plan,
     refuse_other_spec,
@@ -116,10 +115,6 @@ class StageWriter:
     def shard_range(self, shard: int) -> tuple[int, int]:
         """First row of ``shard`` and the row after its last."""
         return self.plan.shard_range(shard)
-
-    def is_complete(self) -> bool:
-        """Whether the manifest and every shard are there."""
-        return read_manifest(self.path) is not None and not self.missing_shards()
 
     def missing_shards(self) -> list[int]:
         """Shards to be written, ascending. Headers of those that exist are checked, their content on first reading.

@@ -7,7 +7,6 @@ exists is complete. Trainer checkpoints (``optimizer.pt``, ``trainer_state.json`
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -23,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tamis.errors import InvalidInput, StoreCorrupted, StoreMismatch, Unsupported
+from tamis.identity import file_sha256, first_difference
 from tamis.model.load import no_progress_bars
 
 __all__ = [
@@ -109,7 +109,7 @@ def save_checkpoint(
             "earlier": [checkpoint.step for checkpoint in earlier],
             "identity": dict(identity),
             "history": [asdict(record) for record in history],
-            "files": {path.name: _sha256(path) for path in sorted(partial.iterdir())},
+            "files": {path.name: file_sha256(path) for path in sorted(partial.iterdir())},
         }
         (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
         for path in partial.iterdir():
@@ -136,7 +136,12 @@ def complete_checkpoints(root: Path, *, identity: Mapping[str, Any]) -> list[Che
         if folder.suffix == ".partial":
             continue
         manifest = _read_manifest(folder)
-        _compare("", dict(identity), manifest["identity"], folder)
+        if difference := first_difference(manifest["identity"], dict(identity)):
+            field, was, now = difference
+            raise StoreMismatch(
+                f"{folder} was trained with {field}={was!r}, this run has {now!r}; "
+                f"delete {folder.parent} to train again, or choose another folder"
+            )
         found.append((folder, manifest))
     steps = [manifest["step"] for _, manifest in found]
     if found and found[-1][1]["earlier"] != steps[:-1]:
@@ -178,7 +183,7 @@ def verify_checkpoint(folder: Path) -> None:
         StoreCorrupted: one differs or is missing.
     """
     for name, digest in _read_manifest(folder)["files"].items():
-        if not (folder / name).is_file() or _sha256(folder / name) != digest:
+        if not (folder / name).is_file() or file_sha256(folder / name) != digest:
             raise StoreCorrupted(f"{folder / name} is not what was written; delete {folder.parent} and run again")
 
 
@@ -365,26 +370,6 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"delete {folder.parent} and run again"
         )
     return manifest
-
-
-def _compare(path: str, expected: Any, found: Any, folder: Path) -> None:
-    """Raise on the first field that differs, walking both in sorted order."""
-    if isinstance(expected, dict) and isinstance(found, dict):
-        for key in sorted(expected.keys() | found.keys()):
-            _compare(f"{path}.{key}".lstrip("."), expected.get(key), found.get(key), folder)
-    elif expected != found:
-        raise StoreMismatch(
-            f"{folder} was trained with {path}={found!r}, this run has {expected!r}; "
-            f"delete {folder.parent} to train again, or choose another folder"
-        )
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

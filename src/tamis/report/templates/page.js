@@ -15,6 +15,8 @@
         trace.textfont = { color: colour("ink"), size: 12 };
       } else if (trace.mode === "markers") {
         trace.marker.line.color = own;
+      } else if (trace.mode === "text") {
+        trace.textfont = { color: own, size: 12 };
       } else {
         trace.line.color = own;
         trace.fillcolor = own;

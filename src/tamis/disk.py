@@ -5,12 +5,21 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tamis.errors import InvalidInput
 
-__all__ = ["TEMPORARY_SUFFIX", "create_atomically", "disk_errors", "replace_atomically", "temporary_path"]
+__all__ = [
+    "TEMPORARY_SUFFIX",
+    "check_writable",
+    "create_atomically",
+    "disk_errors",
+    "make_folder",
+    "replace_atomically",
+    "temporary_path",
+]
 
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -19,6 +28,9 @@ _FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 # What `os.link` says on file systems that know no hard links.
 _NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+
+_OTHER_RUN = "another run may be working in the same folder; let it end, then run the same command again"
+_NO_FOLDERS = "no folder can be made there; choose another one"
 
 Buffer = bytes | bytearray | memoryview
 
@@ -33,8 +45,10 @@ def temporary_path(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path, *, doing: str = "write") -> Iterator[None]:
+def disk_errors(path: Path, *, doing: str = "write", missing: str = _OTHER_RUN) -> Iterator[None]:
     """Turn an error of the operating system into one line that names the file and says what to do.
+
+    ``missing`` is what to do where a file or folder is not there that should be.
 
     Raises:
         InvalidInput: the disk is full, the folder may not be written, or anything else went wrong below us.
@@ -50,10 +64,39 @@ def disk_errors(path: Path, *, doing: str = "write") -> Iterator[None]:
         elif error.errno in (errno.EEXIST, errno.ENOTDIR):
             todo = "a file is in the way of a folder; remove it or choose another folder"
         elif error.errno == errno.ENOENT:
-            todo = "another run may be working in the same folder; let it end, then run the same command again"
+            todo = missing
         else:
             todo = "fix that and run the same command again; everything written before is kept"
         raise InvalidInput(f"cannot {doing} {path}: {reason}; {todo}") from error
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder and those above it; one that is there already is left alone.
+
+    Raises:
+        InvalidInput: see ``disk_errors``.
+    """
+    with disk_errors(folder, doing="create folder", missing=_NO_FOLDERS):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Try whether ``folder`` can be made and written to, and leave no trace of the trial.
+
+    Raises:
+        InvalidInput: see ``disk_errors``.
+    """
+    made: list[Path] = []
+    with disk_errors(folder, doing="write to the folder", missing=_NO_FOLDERS):
+        made += [place for place in (folder, *folder.parents) if not place.exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        finally:
+            for place in made:  # the deepest first
+                with contextlib.suppress(OSError):
+                    place.rmdir()
 
 
 def replace_atomically(path: Path, chunks: Iterable[Buffer]) -> None:

@@ -7,12 +7,14 @@ import math
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import nn
 
 from tamis.collect import Task
 from tamis.corpus import Corpus
+from tamis.disk import disk_errors
 from tamis.errors import InvalidInput, InvalidSettings
 from tamis.model.load import ModelSettings, load_tokenizer
 from tamis.model.processes import barrier, is_main
@@ -21,16 +23,16 @@ from tamis.model.targets import has_adapter
 from tamis.seeds import child_seed, random_subset
 from tamis.train.loop import Spent, TrainSettings, num_steps
 from tamis.train.lora import add_lora, train_adapter
-from tamis.train.warm_up import warm_up
+from tamis.train.warmup import warmup
 from tamis.types import IntArray
 
-__all__ = ["WarmUpPoint", "random_warm_up_rows", "warm_up_points"]
+__all__ = ["WarmupPoint", "random_warmup_rows", "warmup_points", "warmup_training"]
 
 _FEWEST_BATCHES = 4  # updates that the smallest warm-up makes in an epoch, if the pool has the rows
 
 
 @dataclass(frozen=True, kw_only=True)
-class WarmUpPoint:
+class WarmupPoint:
     """A checkpoint of the run. No model: who scores at it loads it with `Task.at_model`, one at a time."""
 
     model_settings: ModelSettings
@@ -38,7 +40,7 @@ class WarmUpPoint:
     learning_rate: float  # mean over the updates since the checkpoint before it
 
 
-def random_warm_up_rows(task: Task, method: str, *, share: float, batch_rows: int, rows: int | None = None) -> IntArray:
+def random_warmup_rows(task: Task, method: str, *, share: float, batch_rows: int, rows: int | None = None) -> IntArray:
     """A random part of the pool's usable rows for a warm-up, ascending; it does not depend on the target.
 
     Args:
@@ -59,7 +61,19 @@ def random_warm_up_rows(task: Task, method: str, *, share: float, batch_rows: in
     return usable[chosen].astype(np.int64)
 
 
-def warm_up_points(
+def warmup_training(**settings: Any) -> TrainSettings:
+    """The settings of the run; a method calls each of them ``warmup_<name>``, and so does the error.
+
+    Raises:
+        InvalidSettings: a value is out of range.
+    """
+    try:
+        return TrainSettings(**settings)
+    except InvalidSettings as error:
+        raise InvalidSettings(f"warmup_{error}") from None  # the message begins with the setting's name
+
+
+def warmup_points(
     task: Task,
     corpus: Corpus,
     rows: IntArray,
@@ -69,7 +83,7 @@ def warm_up_points(
     lora_rank: int | None,
     lora_alpha: float,
     target_name: str | None = None,
-) -> list[WarmUpPoint]:
+) -> list[WarmupPoint]:
     """The run's checkpoints in order, trained now as far as they are not found trained.
 
     Args:
@@ -127,7 +141,7 @@ def warm_up_points(
 
     title = f"{method} warm-up" if target_name is None else f"{method} warm-up ({target_name})"
     with task.progress.stage(title, num_steps(settings, len(rows)), "updates") as advance:
-        checkpoints = warm_up(
+        checkpoints = warmup(
             open_model,
             corpus,
             rows,
@@ -143,7 +157,7 @@ def warm_up_points(
             _save_tokenizer(base, point.folder)
     barrier()  # the folders open as whole models, everywhere
     return [
-        WarmUpPoint(
+        WarmupPoint(
             model_settings=replace(base, name=str(point.folder), revision=None),
             folder=point.folder,
             learning_rate=point.learning_rate,
@@ -158,8 +172,10 @@ def _save_tokenizer(settings: ModelSettings, folder: Path) -> None:
         return
     partial = folder / "tokenizer.partial"
     shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
-    load_tokenizer(settings).save_pretrained(partial)
-    # The file by which a tokenizer is known comes last: a folder that has it has all of them.
-    for path in sorted(partial.iterdir(), key=lambda path: path.name == "tokenizer_config.json"):
-        path.rename(folder / path.name)
-    partial.rmdir()
+    tokenizer = load_tokenizer(settings)
+    with disk_errors(folder):
+        tokenizer.save_pretrained(partial)
+        # The file by which a tokenizer is known comes last: a folder that has it has all of them.
+        for path in sorted(partial.iterdir(), key=lambda path: path.name == "tokenizer_config.json"):
+            path.rename(folder / path.name)
+        partial.rmdir()

@@ -17,7 +17,7 @@ from fake_task import random_tokens
 from score_task import file_bytes
 from tamis.train.loop import TrainSettings, fine_tune
 from tamis.train.lora import add_lora
-from tamis.train.warm_up import warm_up
+from tamis.train.warmup import warmup
 from tiny_models import tiny_model
 
 TOKENS = random_tokens([9, 5, 12, 7, 4, 10, 6], seed=1)
@@ -31,11 +31,11 @@ def open_model() -> nn.Module:
 
 def run(folder: Path, opened: Callable[[], nn.Module] = open_model, told: list[int] | None = None) -> list[int]:
     steps: list[int] = [] if told is None else told
-    warm_up(opened, TOKENS, ROWS, SETTINGS, seed=0, folder=folder, name_of=str, advance=steps.append)
+    warmup(opened, TOKENS, ROWS, SETTINGS, seed=0, folder=folder, name_of=str, advance=steps.append)
     return steps
 
 
-def test_a_finished_warm_up_loads_no_model(tmp_path: Path) -> None:
+def test_a_finished_warmup_loads_no_model(tmp_path: Path) -> None:
     assert sum(run(tmp_path)) == 4
     written = file_bytes(tmp_path)
 
@@ -58,7 +58,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[2])
-from test_warm_up import open_model, run
+from test_warmup import open_model, run
 from tamis.model.processes import is_main, world_size
 
 assert world_size() == 2

@@ -16,10 +16,10 @@ from tamis.train.checkpoints import Checkpoint, complete_checkpoints
 from tamis.train.loop import Spent, TrainSettings, fine_tune, num_steps, run_identity
 from tamis.types import IntArray, TokenizedExample
 
-__all__ = ["warm_up"]
+__all__ = ["warmup"]
 
 
-def warm_up(
+def warmup(
     open_model: Callable[[], nn.Module],
     examples: Sequence[TokenizedExample],
     rows: IntArray,

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tamis.budget import describe_budget, parse_budget, rows_for, times, tokens_for
 from tamis.errors import InvalidSettings
-from tamis.selection.budget import describe_budget, parse_budget, rows_for, times, tokens_for
 from tamis.types import Budget
 
 

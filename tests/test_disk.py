@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from tamis.disk import check_writable, create_atomically, disk_errors, replace_atomically
 from tamis.errors import InvalidInput
-from tamis.store.atomic import create_atomically, disk_errors, replace_atomically
 
 
 def test_a_replaced_file_is_whole_and_leaves_no_temporary_file(tmp_path: Path) -> None:
@@ -76,3 +76,14 @@ def test_a_file_where_the_folder_should_be_is_named(tmp_path: Path) -> None:
     (tmp_path / "store").write_text("not a folder")
     with pytest.raises(InvalidInput, match="a file is in the way of a folder"):
         replace_atomically(tmp_path / "store" / "file.bin", [b"x"])
+
+
+def test_trying_a_folder_leaves_no_trace(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    check_writable(tmp_path / "there")
+    check_writable(tmp_path / "there" / "deep" / "deeper")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
+    (tmp_path / "file").write_text("x")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(InvalidInput, match="a file is in the way of a folder"):
+            check_writable(folder)

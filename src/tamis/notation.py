@@ -1,0 +1,97 @@
+"""What a user may write: the names of methods and projections, a shortlist, a target."""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePosixPath
+
+from tamis.errors import InvalidSettings
+from tamis.values import nearest
+
+__all__ = [
+    "GRADIENT_METHODS",
+    "METHOD_SUMMARIES",
+    "PROJECTION_NAMES",
+    "check_method",
+    "check_projection",
+    "shortlist_parts",
+    "target_parts",
+]
+
+# The methods of ``tamis.score.METHODS`` in one line each. They are listed here a second time because that dict
+# imports PyTorch, and help and error messages must not wait for it; a test holds the two equal.
+METHOD_SUMMARIES: dict[str, str] = {
+    "uniform": "a random draw: what every other method has to beat",
+    "length": "rows with most supervised tokens first: shows what length alone explains",
+    "bm25": "words shared with the target rows; costs next to nothing and is hard to beat",
+    "loss-drop": "relative loss drop of the row after a short warm-up on the target",
+    "mid-ppl": "rows of middling perplexity; ignores the target",
+    "rds+": "cosine of position-weighted mean hidden states with the target rows",
+    "tracin": "gradient cosine with the target rows (the default)",
+    "less": "Adam update of the row against the target gradient, over checkpoints of a LoRA warm-up",
+    "influence-distillation": "exact gradients of a few landmark rows, carried to all others by cheap embeddings",
+}
+GRADIENT_METHODS = ("tracin", "less")
+PROJECTION_NAMES = ("none", "factorized", "rademacher", "hadamard", "mask")
+
+
+def shortlist_parts(text: str) -> tuple[str, float]:
+    """Method and multiple of the budget: ``"bm25:5x"`` is ``("bm25", 5.0)``.
+
+    Raises:
+        InvalidSettings: the text is not of that form, the method is unknown, or the multiple is below 1.
+    """
+    match = re.fullmatch(r"([^:]+):(\d+(?:\.\d+)?)x?", text.strip())
+    if not match:
+        raise InvalidSettings(f"shortlist={text!r}: expected METHOD:MULTIPLE, for example 'bm25:5x'")
+    check_method(match[1], setting="shortlist")
+    multiple = float(match[2])
+    if multiple < 1:
+        raise InvalidSettings(f"shortlist={text!r}: it must keep at least the budget itself (1x)")
+    return match[1], multiple
+
+
+def target_parts(text: str) -> tuple[str, str]:
+    """Name and path of a target: ``"maths=data/gsm8k.jsonl"``, or a path whose stem is the name.
+
+    What stands before the first ``=`` is a name if it has no slash; a file with ``=`` in its name is written
+    ``./a=b.jsonl``. A glob is named by its stem without the wildcards, or else by its folder.
+
+    Raises:
+        InvalidSettings: the name or the path is empty.
+    """
+    before, equals, after = text.partition("=")
+    if equals and not re.search(r"[/\\*?\[]", before):
+        if not before.strip() or not after.strip():
+            raise InvalidSettings(f"target={text!r}: expected a path or NAME=PATH")
+        return before.strip(), after.strip()
+    if not text.strip():
+        raise InvalidSettings("target: expected a path or NAME=PATH, got an empty text")
+    path = PurePosixPath(text.strip().replace("\\", "/").split("@")[0].split(":")[-1])
+    stem = re.sub(r"[*?\[\]{}]", "", path.stem).strip(" ._-")
+    return stem or path.parent.name or text.strip(), text.strip()
+
+
+def check_method(name: str, *, setting: str = "method") -> None:
+    """Refuse a name that is no method's, under the name of the setting it was given for.
+
+    Raises:
+        InvalidSettings: it is not; the nearest known one is suggested.
+    """
+    if name not in METHOD_SUMMARIES:
+        listed = ", ".join(METHOD_SUMMARIES)
+        raise InvalidSettings(
+            f"{setting}: unknown method {name!r}{nearest(name, METHOD_SUMMARIES)} (methods: {listed})"
+        )
+
+
+def check_projection(name: str | None) -> None:
+    """Refuse a name that is no projection's; None stands for the method's own.
+
+    Raises:
+        InvalidSettings: it is not.
+    """
+    if name is not None and name not in PROJECTION_NAMES:
+        raise InvalidSettings(
+            f"projection={name!r}: expected one of {', '.join(PROJECTION_NAMES)}{nearest(name, PROJECTION_NAMES)}"
+        )

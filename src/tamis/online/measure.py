@@ -1,0 +1,225 @@
+"""Inner products of a step's candidates with the target and with each other, in every form that methods ask for.
+
+``b`` is taken in parameter space and never projected: its direction is one gradient-sized object, made matrix by
+matrix. Interactions are exact, or inner products of factorized sketches whose factors carry Adam's ``D`` as one row
+and one column scale. Everything is summed over matrices in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tamis.errors import Unsupported
+from tamis.gradients.layers import inner_products
+from tamis.gradients.parameters import ParamMatrix
+from tamis.gradients.rows import RowGradients
+from tamis.maths.adam import adam_direction, adam_jacobian, row_column
+from tamis.online.adam_state import AdamMoments
+from tamis.online.choice import AlignmentForm, InteractionForm
+from tamis.projection.factorized import FactorizedProjector
+
+__all__ = ["adam_alignments", "exact_interactions", "measure_alignments", "sketched_interactions"]
+
+_CHUNK = 1 << 24  # gradient numbers formed at once: 64 MB of float32
+
+Moments = Mapping[str, AdamMoments]
+Gather = Callable[[Tensor], Tensor]  # rows of every process, in the order of processes
+
+
+def measure_alignments(
+    form: AlignmentForm,
+    rows: RowGradients,
+    target: Mapping[str, Tensor],
+    moments: Moments | None,
+    *,
+    mean: Mapping[str, Tensor] | None = None,
+) -> Float[Tensor, " n"]:
+    """``b`` of every row: positive means that the row's part of the update lowers the target loss.
+
+    Args:
+        form: which inner product.
+        rows: the candidates' gradients.
+        target: the mean target gradient by parameter name.
+        moments: Adam's state; None only for the raw form.
+        mean: the candidates' mean gradient, for the Jacobian.
+    """
+    if form == "raw":
+        return rows.dots(lambda matrix: matrix.joined(target))
+    assert moments is not None, f"alignment {form!r} needs the optimizer's moments"
+    if form == "adam":
+        return adam_alignments(rows, target, moments)
+    if form == "jacobian":
+        assert mean is not None, "the Jacobian is taken at the candidates' mean gradient"
+        return rows.dots(
+            lambda matrix: _joined(matrix, lambda name: _jacobian(moments[name], mean[name]) * target[name])
+        )
+    if form in ("secant", "cosine"):
+        return _secants(rows, target, moments, unit=form == "cosine")
+    raise ValueError(f"alignment {form!r} is not measured here")
+
+
+def adam_alignments(rows: RowGradients, target: Mapping[str, Tensor], moments: Moments) -> Float[Tensor, " n"]:
+    """``<grad l_i, D * grad t>`` (FTW, equation 10)."""
+    return rows.dots(lambda matrix: _joined(matrix, lambda name: moments[name].diagonal() * target[name]))
+
+
+def exact_interactions(
+    form: InteractionForm, rows: RowGradients, moments: Moments | None, *, gather: Gather
+) -> Float[Tensor, "n n"]:
+    """``G`` of every pair of rows, of all processes, from the gradients themselves, a few rows of a matrix at a time.
+
+    The first and third form are symmetric and positive semi-definite. ``"token-level"`` keeps, of the linear layers,
+    only products of equal positions, the ablation of FTW, section 4.4; other parameters have no positions left and
+    enter in full.
+    """
+    total: Tensor | None = None
+    for matrix in rows.matrices:
+        if form == "token-level" and matrix.kind in ("linear", "conv1d"):
+            part = _same_position_products(matrix, rows, gather)
+        else:
+            part = _products(matrix, rows, _scale(form, matrix, moments), gather)
+        total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+def sketched_interactions(
+    form: InteractionForm,
+    rows: RowGradients,
+    moments: Moments | None,
+    *,
+    projector: FactorizedProjector,
+    gather: Gather,
+) -> Float[Tensor, "n n"]:
+    """``G`` from two-sided sketches of every matrix; unbiased but for ``D ≈ row x column``.
+
+    ``D`` enters as scales of both factors, ``grad_out √r`` and ``act √q``, before they are projected, so that it and
+    the projection do not get in each other's way. Vectors (norms, biases) enter in full.
+    """
+    if form == "token-level":
+        raise Unsupported("token-level interactions are an ablation for small models; use exact interactions")
+    total: Tensor | None = None
+    for matrix in rows.matrices:
+        scale = _scale(form, matrix, moments)
+        if matrix.kind == "vector":
+            part = _products(matrix, rows, scale, gather)
+        else:
+            left, right = projector.sides(matrix.layers[0], matrix.params[0][1].device, torch.float32)
+            if scale is not None:
+                r, q = row_column(scale)
+                left = _scaled(r, left)
+                right = _scaled(q, right)
+            part = _gram(gather(rows.sketches(matrix, left, right)))
+        total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+def _products(matrix: ParamMatrix, rows: RowGradients, scale: Tensor | None, gather: Gather) -> Tensor:
+    outs, ins = matrix.shape
+    step = max(1, _CHUNK // max(1, len(rows) * ins))
+    total: Tensor | None = None
+    for first in range(0, outs, step):
+        stop = min(outs, first + step)
+        part = rows.rows_of(matrix, first, stop)
+        if scale is not None:
+            part = part * scale[first:stop].to(part)
+        found = _gram(gather(part.flatten(1)))
+        total = found if total is None else total + found
+    assert total is not None
+    return total
+
+
+def _gram(features: Tensor) -> Tensor:
+    return inner_products(features, features).double().cpu()
+
+
+def _scale(form: InteractionForm, matrix: ParamMatrix, moments: Moments | None) -> Tensor | None:
+    """What every gradient is multiplied by so that plain inner products are those of ``form``."""
+    if form in ("raw", "token-level"):
+        return None
+    assert moments is not None, f"interactions {form!r} need the optimizer's moments"
+    diagonal = _joined(matrix, lambda name: moments[name].diagonal())
+    return diagonal.sqrt() if form == "metric" else diagonal
+
+
+def _scaled(scale: Tensor, side: Tensor | None) -> Tensor:
+    return torch.diag(scale) if side is None else scale[:, None] * side.to(scale)
+
+
+def _same_position_products(matrix: ParamMatrix, rows: RowGradients, gather: Gather) -> Tensor:
+    (layer,) = matrix.layers
+    factors = rows.factors(layer)
+    width = max(held.act.shape[1] for held in factors)
+
+    def padded(parts: list[Tensor]) -> Tensor:
+        same = [torch.nn.functional.pad(part, (0, 0, 0, width - part.shape[1])) for part in parts]
+        return torch.cat(same).transpose(0, 1).double()  # (T, n, features)
+
+    act, grad_out = padded([held.act for held in factors]), padded([held.grad_out for held in factors])
+    count = act.shape[1]
+    if gather(torch.zeros(count, 1)).shape[0] != count:
+        raise Unsupported("token-level interactions are an ablation for one process; run it on one")
+    inputs = act @ act.mT + (1.0 if layer.has_bias else 0.0)  # (T, n, n)
+    return (inputs * (grad_out @ grad_out.mT)).sum(dim=0).cpu()
+
+
+def _secants(rows: RowGradients, target: Mapping[str, Tensor], moments: Moments, *, unit: bool) -> Tensor:
+    """``<Γ_i, grad t>``, over ``||Γ_i||`` if ``unit``; ``Γ_i`` is the step with candidate ``i`` as its gradient."""
+    dots = torch.zeros(len(rows), dtype=torch.float64)
+    squares = torch.zeros(len(rows), dtype=torch.float64)
+    for matrix in rows.matrices:
+        state = _common_state(matrix, moments)
+        goal = matrix.joined(target)
+        m = _joined(matrix, lambda name: moments[name].exp_avg)
+        v = _joined(matrix, lambda name: moments[name].exp_avg_sq)
+        outs, ins = matrix.shape
+        step = max(1, _CHUNK // max(1, len(rows) * ins))
+        for first in range(0, outs, step):
+            part = slice(first, min(outs, first + step))
+            grads = rows.rows_of(matrix, part.start, part.stop)
+            gamma = adam_direction(
+                grads, m[part].to(grads), v[part].to(grads), step=state.step, beta1=state.beta1, beta2=state.beta2,
+                eps=state.eps,
+            )  # fmt: skip
+            gamma = gamma.mul_(state.rate).flatten(1)
+            dots += inner_products(gamma, goal[part].to(gamma).reshape(1, -1))[:, 0].double().cpu()
+            if unit:
+                squares += gamma.double().square().sum(dim=1).cpu()
+    return dots / squares.sqrt().clamp_min(1e-300) if unit else dots
+
+
+def _common_state(matrix: ParamMatrix, moments: Moments) -> AdamMoments:
+    first = moments[matrix.params[0][0]]
+    for name, _ in matrix.params:
+        other = moments[name]
+        _no_amsgrad(name, other)
+        same = (first.step, first.beta1, first.beta2, first.eps, first.rate)
+        if same != (other.step, other.beta1, other.beta2, other.eps, other.rate):
+            raise Unsupported(
+                f"'{matrix.params[0][0]}' and '{name}' belong to one layer but have other steps, betas, eps or "
+                "learning rates; put them into groups that agree, or use alignment='adam'"
+            )
+    return first
+
+
+def _jacobian(moments: AdamMoments, mean: Tensor) -> Tensor:
+    _no_amsgrad("a parameter", moments)
+    k = adam_jacobian(
+        mean, moments.exp_avg, moments.exp_avg_sq,
+        step=moments.step, beta1=moments.beta1, beta2=moments.beta2, eps=moments.eps,
+    )  # fmt: skip
+    return k * moments.rate
+
+
+def _no_amsgrad(name: str, moments: AdamMoments) -> None:
+    if moments.largest_exp_avg_sq is not None:
+        raise Unsupported(f"{name} is trained with AMSGrad, for which only alignment='adam' and 'raw' are defined")
+
+
+def _joined(matrix: ParamMatrix, tensor_of: Callable[[str], Tensor]) -> Tensor:
+    return matrix.joined({name: tensor_of(name) for name, _ in matrix.params})

@@ -1,0 +1,327 @@
+"""The trainer seam: plain training where it should be plain training, exact resume, logs, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import Trainer
+
+import tamis
+from online_runs import arguments, collate, rows_of
+from tamis.errors import InvalidInput, InvalidSettings, Unsupported
+from tamis.online import Anchored, FilterThenWeight, Full, StepSettings, TargetOnly, Tilt, TracIn, Uniform
+from tamis.online.adam_state import read_adam
+from tamis.online.batches import target_positions, to_batches
+from tamis.online.fate import read_candidates
+from tamis.online.trainer import OnlineTrainer
+from tiny_models import tiny_model
+
+POOL, TARGET = rows_of(48, seed=1, sources=True), rows_of(7, seed=2)
+
+
+def run(folder: Path, model: nn.Module, selection: Any, *, resume: Any = None, **changes: Any) -> OnlineTrainer:
+    keys = ("step_settings", "target_rows", "forecast_every", "log_candidates", "callbacks")
+    ours = {key: changes.pop(key) for key in keys if key in changes}
+    trainer = OnlineTrainer(
+        model=model, args=arguments(folder, **changes), train_dataset=POOL, target_dataset=TARGET,
+        data_collator=collate, selection=selection, **ours,
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def plainly(folder: Path, model: nn.Module, **changes: Any) -> Trainer:
+    trainer = Trainer(model=model, args=arguments(folder, **changes), train_dataset=POOL, data_collator=collate)
+    trainer.train()
+    return trainer
+
+
+def params(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: param.detach().clone() for name, param in model.named_parameters() if param.requires_grad}
+
+
+def assert_close(a: nn.Module, b: nn.Module, tolerance: float) -> None:
+    for (name, x), (_, y) in zip(params(a).items(), params(b).items(), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    ("family", "tied", "lora"), [("gpt2", True, False), ("gpt2", False, True), ("qwen2", True, False)]
+)
+def test_keeping_all_with_weight_one_is_the_plain_trainer(
+    tmp_path: Path, family: str, tied: bool, lora: bool, accumulation: int
+) -> None:
+    """Same data order, token mean over the whole update, clipping, decay, schedule: the parameters must agree."""
+    ours, theirs = (tiny_model(family, tied=tied, lora=lora) for _ in range(2))
+    shared = {"max_grad_norm": 0.05, "weight_decay": 0.1, "gradient_accumulation_steps": accumulation, "max_steps": 3}
+    run(
+        tmp_path / "ours", ours, Full(keep=4, oversample=2),
+        step_settings=StepSettings(reduction="tokens"), per_device_train_batch_size=3, **shared,
+    )  # fmt: skip
+    plainly(tmp_path / "theirs", theirs, per_device_train_batch_size=8, **shared)
+    # The Trainer's loss is in float32 even for a float64 model; steps have the size of the rate, 1e-2.
+    assert_close(ours, theirs, 1e-6)
+
+
+def test_logged_loss_is_the_plain_trainers(tmp_path: Path) -> None:
+    ours = run(
+        tmp_path / "a", tiny_model("gpt2"), Full(keep=4, oversample=2),
+        step_settings=StepSettings(reduction="tokens"), gradient_accumulation_steps=2,
+    )  # fmt: skip
+    theirs = plainly(tmp_path / "b", tiny_model("gpt2"), per_device_train_batch_size=8, gradient_accumulation_steps=2)
+    got, expected = ([e["loss"] for e in t.state.log_history if "loss" in e] for t in (ours, theirs))
+    assert len(got) == len(expected) == 6
+    # The mean of two means where the other is one mean over all tokens: equal up to the lengths' spread.
+    np.testing.assert_allclose(got, expected, rtol=0.05)
+    norms, others = ([e["grad_norm"] for e in t.state.log_history if "loss" in e] for t in (ours, theirs))
+    np.testing.assert_allclose(norms, others, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [
+        FilterThenWeight(keep=4, oversample=2, cold_start=2),
+        FilterThenWeight(keep=4, oversample=2, cold_start=1, alignment="projected", interactions="raw"),
+        Tilt(keep=4, oversample=2, cold_start=1),
+        Uniform(keep=4, oversample=2),
+    ],
+    ids=lambda method: f"{method.name}-{getattr(method, 'alignment', '')}",
+)
+def test_a_resumed_run_ends_with_the_bytes_of_an_uninterrupted_one(tmp_path: Path, selection: Any) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 5, "gradient_accumulation_steps": 2}
+    whole = tiny_model("llama", lora=True, dtype=torch.float32)
+    run(tmp_path / "whole", whole, selection, **settings)
+    start = tiny_model("llama", lora=True, dtype=torch.float32)
+    run(tmp_path / "parts", start, selection, **settings)
+    # As if killed in update 4: the parts of the log from update 3 on are of work that is done again.
+    resumed = tiny_model("llama", lora=True, dtype=torch.float32)
+    with torch.no_grad():
+        for param in resumed.parameters():
+            if param.requires_grad:
+                param.zero_()  # everything must come from the checkpoint
+    torch.manual_seed(12345)
+    run(tmp_path / "parts", resumed, selection, resume=str(tmp_path / "parts" / "checkpoint-2"), **settings)
+    for name, param in params(whole).items():
+        assert torch.equal(params(resumed)[name], param), name
+    a, b = (read_candidates(tmp_path / which / "candidates") for which in ("whole", "parts"))
+    assert a.equals(b)  # the repeated updates are there once
+
+
+def test_candidates_are_logged_with_their_fate(tmp_path: Path) -> None:
+    selection = FilterThenWeight(keep=3, oversample=2, cold_start=2)
+    run(tmp_path, tiny_model("llama", lora=True), selection, logging_steps=4)
+    table = read_candidates(tmp_path / "candidates").to_pylist()
+    assert len(table) == 6 * 6
+    for step in range(1, 7):
+        rows = [row for row in table if row["step"] == step]
+        assert sum(row["kept"] for row in rows) == 3
+        assert sum(row["weight"] for row in rows) == pytest.approx(3)
+        assert {row["cold"] for row in rows} == {step <= 2}
+        assert all(row["source"] == ("even" if row["row"] % 2 == 0 else "odd") for row in rows)
+        if step > 2:
+            assert all(row["alignment"] is not None and row["loss"] is not None for row in rows)
+            assert rows[0]["tokens"] == sum(label != -100 for label in POOL[rows[0]["row"]]["labels"][1:])
+        else:
+            assert all((row["loss"] is not None) == row["kept"] for row in rows)
+    # Every row of the pool is a candidate once per epoch of eight choices.
+    assert len({row["row"] for row in table}) == 36
+
+
+def test_logs_say_how_the_choice_is_doing(tmp_path: Path) -> None:
+    selection = FilterThenWeight(keep=3, oversample=2, cold_start=1)
+    trainer = run(tmp_path, tiny_model("llama", lora=True), selection, forecast_every=2, max_steps=7)
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    last = entries[-1]
+    for name in ("effective_size", "weight_sum", "aligned_share", "scale", "overlap_with_top", "target_loss"):
+        assert np.isfinite(last[f"selection/{name}"]), name
+    shares = [value for key, value in last.items() if key.startswith("selection/share/")]
+    assert sum(shares) == pytest.approx(1)
+    assert last["selection/target_rows_seen"] == 7
+    compared = [entry for entry in entries if "selection/realised_drop" in entry]
+    assert [entry["step"] for entry in compared] == [3, 5, 7]  # after updates 2, 4 and 6
+    for entry in compared:
+        assert entry["selection/predicted_drop"] == pytest.approx(entry["selection/realised_drop"], abs=0.05)
+    json.dumps(trainer.state.log_history)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.01])
+def test_forecast_is_first_order_in_the_step_that_adamw_takes(tmp_path: Path, clip: float) -> None:
+    """Against the parameters before and after the real update."""
+    model = tiny_model("gpt2", lora=True)
+    trainer = OnlineTrainer(
+        model=model, args=arguments(tmp_path, max_grad_norm=clip, weight_decay=0.3, max_steps=3), train_dataset=POOL,
+        target_dataset=TARGET, data_collator=collate, selection=Anchored(keep=3, oversample=2, cold_start=1),
+        forecast_every=1,
+    )  # fmt: skip
+    seen: list[tuple[float, float]] = []
+    finish = trainer._finish_update
+
+    def watched(step: Any, proposal: Any, target: Any) -> None:
+        finish(step, proposal, target)
+        if trainer._forecast is None:
+            return
+        inner, before = trainer.optimizer.optimizer, params(model)
+        taken = inner.step
+
+        def stepping(*args: Any, **kwargs: Any) -> Any:
+            result = taken(*args, **kwargs)
+            goal = proposal.target_gradient
+            moved = sum(float((goal[name] * (before[name] - p.detach())).sum()) for name, p in step.params.items())
+            seen.append((trainer._forecast[2], moved))
+            inner.step = taken
+            return result
+
+        inner.step = stepping
+
+    trainer._finish_update = watched
+    trainer.train()
+    assert len(seen) == 2
+    for predicted, moved in seen:
+        assert predicted == pytest.approx(moved, rel=1e-9)
+
+
+def test_forward_passes_of_an_update_are_those_of_candidates_and_target(tmp_path: Path) -> None:
+    model = tiny_model("llama", lora=True)
+    calls: list[int] = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    selection = FilterThenWeight(keep=2, oversample=4, cold_start=1)
+    run(tmp_path, model, selection, max_steps=3, per_device_train_batch_size=8, forecast_every=0, target_rows=3)
+    # A cold update computes its two rows only; then one pass over the target and one over the eight candidates.
+    assert calls == [2, 3, 8, 3, 8]
+
+
+def test_selection_prefers_the_rows_that_the_target_is_made_of(tmp_path: Path) -> None:
+    """Half of the pool repeats the target's rows, the other half asks for the opposite answers."""
+    import datasets
+
+    good = {"input_ids": [[5, 6, 7, 8]] * 24, "labels": [[-100, -100, 7, 8]] * 24, "source": ["good"] * 24}
+    bad = {"input_ids": [[5, 6, 9, 3]] * 24, "labels": [[-100, -100, 9, 3]] * 24, "source": ["bad"] * 24}
+    pool = datasets.concatenate_datasets([datasets.Dataset.from_dict(part) for part in (good, bad)])
+    target = datasets.Dataset.from_dict({"input_ids": good["input_ids"][:4], "labels": good["labels"][:4]})
+    shares = {}
+    for selection in (
+        FilterThenWeight(keep=3, oversample=4, cold_start=2),
+        Tilt(keep=3, oversample=4, cold_start=2, ridge=0.5),
+        TracIn(keep=3, oversample=4),
+        Uniform(keep=3, oversample=4),
+    ):
+        folder = tmp_path / selection.name
+        trainer = OnlineTrainer(
+            model=tiny_model("llama", dtype=torch.float32), args=arguments(folder, max_steps=8), train_dataset=pool,
+            target_dataset=target, data_collator=collate, selection=selection,
+        )  # fmt: skip
+        trainer.train()
+        rows = [row for row in read_candidates(folder / "candidates").to_pylist() if not row["cold"]]
+        shares[selection.name] = sum(r["weight"] for r in rows if r["source"] == "good") / sum(
+            r["weight"] for r in rows
+        )
+    assert shares["filter-then-weight"] > 0.95 and shares["tracin"] > 0.95
+    assert 0.55 < shares["tilt"] < 1.0
+    assert 0.2 < shares["uniform"] < 0.8
+
+
+def test_gradient_checkpointing_gives_the_same_run(tmp_path: Path) -> None:
+    models = [tiny_model("llama", lora=True, dtype=torch.float32) for _ in range(2)]
+    selection = Tilt(keep=4, oversample=2, cold_start=1)
+    run(tmp_path / "plain", models[0], selection, max_steps=3)
+    run(tmp_path / "changed", models[1], selection, max_steps=3, gradient_checkpointing=True)
+    assert_close(models[0], models[1], 1e-5)
+
+
+def test_bf16_autocast_gives_the_gradient_to_bf16s_digits_and_leaves_parameters_in_float32(tmp_path: Path) -> None:
+    gradients = {}
+    for bf16 in (False, True):
+        model = tiny_model("llama", lora=True, dtype=torch.float32)
+        trainer = OnlineTrainer(
+            model=model, args=arguments(tmp_path, max_steps=2, bf16=bf16, max_grad_norm=0.0), train_dataset=POOL,
+            target_dataset=TARGET, data_collator=collate, selection=Full(keep=4, oversample=2), callbacks=[],
+        )  # fmt: skip
+        finish, seen = trainer._finish_update, []
+
+        def watched(step: Any, proposal: Any, target: Any, finish: Any = finish, seen: Any = seen) -> None:
+            finish(step, proposal, target)
+            seen.append(torch.cat([param.grad.flatten() for param in step.params.values()]).clone())
+
+        trainer._finish_update = watched
+        trainer.train()
+        gradients[bf16] = seen[0]
+        assert all(param.dtype == torch.float32 for param in model.parameters())
+    error = (gradients[True] - gradients[False]).norm() / gradients[False].norm()
+    assert 0 < error < 0.05  # bf16 keeps three digits of every number on the way
+
+
+def test_training_on_the_target_itself_is_said_loudly(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = run(tmp_path, tiny_model("llama", lora=True), TargetOnly(keep=3, oversample=2), max_steps=2)
+    assert "memorises small targets" in caplog.text
+    assert np.isfinite([e["loss"] for e in trainer.state.log_history if "loss" in e]).all()
+
+
+def test_optimizers_moments_after_a_run_are_read_by_name(tmp_path: Path) -> None:
+    trainer = run(tmp_path, tiny_model("llama", lora=True), Full(keep=2, oversample=2), max_steps=3)
+    moments = read_adam(trainer.optimizer, trainer._online_step().params)
+    assert {state.step for state in moments.values()} == {3}
+
+
+def test_public_names() -> None:
+    assert tamis.OnlineTrainer is OnlineTrainer
+    assert tamis.online.FilterThenWeight is FilterThenWeight
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor does not go with online selection"),
+        ({"neftune_noise_alpha": 1.0}, "neftune_noise_alpha does not go"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size does not go"),
+    ],
+)
+def test_settings_that_would_change_the_gradient_are_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(Unsupported, match=message):
+        run(tmp_path, tiny_model("llama", lora=True), TracIn(keep=2, oversample=2), **changes)
+
+
+def test_a_target_without_rows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="target_dataset must hold at least one row"):
+        OnlineTrainer(
+            model=tiny_model("llama"), args=arguments(tmp_path), train_dataset=POOL, target_dataset=[],
+            data_collator=collate, selection=TracIn(),
+        )  # fmt: skip
+    with pytest.raises(InvalidSettings, match="target_rows must be at least 1"):
+        run(tmp_path, tiny_model("llama", lora=True), TracIn(), target_rows=-1)
+
+
+def test_target_rows_are_fresh_until_all_had_their_turn() -> None:
+    drawn = np.concatenate([target_positions(k, count=3, total=7, seed=1) for k in range(7)])
+    for turn in range(3):
+        assert sorted(drawn[7 * turn : 7 * turn + 7]) == list(range(7))
+    assert drawn[:7].tolist() != drawn[7:14].tolist()
+    assert target_positions(4, count=3, total=7, seed=1).tolist() == drawn[12:15].tolist()
+
+
+def test_batches_leave_out_rows_without_labels_and_cut_padding() -> None:
+    inputs = collate([POOL[i] for i in range(5)])
+    inputs["labels"][2] = -100
+    batches = to_batches(inputs, torch.arange(10, 15), most_rows=2)
+    assert [batch.rows.tolist() for batch in batches] == [[10, 11], [13, 14]]
+    for batch in batches:
+        assert batch.attention_mask.any(dim=0).all()
+        assert (batch.supervised & (batch.attention_mask == 0)).sum() == 0
+    for changed, message in (
+        ({"position_ids": inputs["input_ids"]}, "'position_ids' beside"),
+        ({"labels": inputs["labels"].roll(1, dims=1)}, "labels differ from the input ids"),
+    ):
+        with pytest.raises(Unsupported, match=message):
+            to_batches({**inputs, **changed}, torch.arange(5), most_rows=2)
+    with pytest.raises(Unsupported, match="hold no 'labels'"):
+        to_batches({"input_ids": inputs["input_ids"]}, torch.arange(5), most_rows=2)

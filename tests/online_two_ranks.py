@@ -1,0 +1,45 @@
+"""Training runs of one or two processes, one for each method; started by test_two_ranks with a folder."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from online_runs import arguments, collate, rows_of
+from tamis.online import FilterThenWeight, Full, StepSettings, Tilt
+from tamis.online.trainer import OnlineTrainer
+from tiny_models import tiny_model
+
+METHODS = {
+    "full": Full(keep=4, oversample=2),
+    "filter-then-weight": FilterThenWeight(keep=3, oversample=2, cold_start=1),
+    "sketched": Tilt(keep=4, oversample=2, cold_start=1),
+}
+
+
+def main(folder: Path, name: str, micro: int) -> None:
+    """Train and save what came out."""
+    model = tiny_model("gpt2", tied=True)
+    settings = StepSettings(reduction="tokens", interactions="sketch" if name == "sketched" else "exact", sketch_dim=8)
+    trainer = OnlineTrainer(
+        model=model,
+        args=arguments(folder, max_steps=3, per_device_train_batch_size=micro, gradient_accumulation_steps=2),
+        train_dataset=rows_of(48, seed=1),
+        target_dataset=rows_of(7, seed=2),
+        data_collator=collate,
+        selection=METHODS[name],
+        step_settings=settings,
+        target_rows=3,
+        forecast_every=2,
+    )
+    trainer.train()
+    rank = trainer.args.process_index
+    saved = {key: param.detach().clone() for key, param in model.named_parameters()}
+    torch.save({"params": saved, "log": trainer.state.log_history}, folder / f"rank-{rank}.pt")
+
+
+if __name__ == "__main__":
+    for method in METHODS:
+        main(Path(sys.argv[1]) / method, method, 4)

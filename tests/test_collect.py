@@ -1,0 +1,111 @@
+"""The map over rows: what is lost when memory runs out or the process dies, and that neither changes a number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from score_task import file_bytes, make_task, save_tiny
+from tamis.collect import Collecting, Task
+from tamis.errors import Unsupported
+from tamis.types import Batch
+
+POOL = [("count", "one two three four five six seven eight nine ten"[: 4 + 2 * n]) for n in range(20)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("model"))
+
+
+class DiedError(Exception):
+    """Stands for a kill: nothing that the run does afterwards reaches the disk."""
+
+
+class Memory:
+    """A function of batches whose bits depend on the batch, and a memory in which some sizes do not fit."""
+
+    def __init__(self, most_tokens: Callable[[int], int], *, dies_after: int | None = None) -> None:
+        self.most_tokens, self.dies_after = most_tokens, dies_after
+        self.sizes: list[int] = []  # padded tokens of every batch that fitted
+        self.failed: list[int] = []
+
+    def __call__(self, batch: Batch) -> Mapping[str, Tensor]:
+        size = batch.input_ids.numel()
+        if size > self.most_tokens(int(batch.rows.max())):
+            self.failed.append(size)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if len(self.sizes) == self.dies_after:
+            raise DiedError
+        self.sizes.append(size)
+        return {"value": batch.input_ids.sum(dim=1).float() + size}  # as if rounding depended on the whole batch
+
+
+def task_in(folder: Path, model: Path, *, batch_tokens: int = 300) -> Task:
+    return make_task(folder, model, pool=POOL, collecting=Collecting(batch_tokens=batch_tokens, shard_rows=4))
+
+
+def mapped(task: Task, compute: Memory) -> np.ndarray[Any, Any]:
+    rows = np.arange(len(task.pool))
+    return task.map_rows(task.pool, rows, name="sums", spec={}, start=lambda: compute).read("value")
+
+
+def late(row: int) -> int:
+    """Memory gets short in the third shard."""
+    return 10_000 if row < 8 else 60
+
+
+@pytest.mark.parametrize("dies_after", [3, 4, 5, 7])
+def test_a_resume_with_more_memory_cuts_the_batches_of_the_run_that_was_killed(
+    tmp_path: Path, model: Path, dies_after: int
+) -> None:
+    alone = Memory(late)
+    whole = mapped(task_in(tmp_path / "whole", model), alone)
+    assert alone.failed and max(alone.sizes) > 60, "memory runs out, and not at the start"
+    with pytest.raises(DiedError):
+        mapped(task_in(tmp_path / "killed", model), Memory(late, dies_after=dies_after))
+    resumed = Memory(lambda row: 10_000)
+    assert np.array_equal(mapped(task_in(tmp_path / "killed", model), resumed), whole)
+    assert resumed.sizes == alone.sizes[-len(resumed.sizes) :]
+    stages = [next((tmp_path / name / "store").glob("sums-pool-*")) for name in ("whole", "killed")]
+    assert file_bytes(stages[0]) == file_bytes(stages[1])
+
+
+def test_a_size_that_failed_is_not_tried_again(tmp_path: Path, model: Path) -> None:
+    memory = Memory(late)
+    mapped(task_in(tmp_path, model), memory)
+    assert len(set(memory.failed)) == len(memory.failed)
+    assert memory.failed == sorted(memory.failed, reverse=True)
+
+
+def test_progress_counts_every_row_once_though_a_shard_is_begun_again(tmp_path: Path, model: Path) -> None:
+    task, told = task_in(tmp_path, model, batch_tokens=70), []
+    task.progress = Told(told)
+    memory = Memory(lambda row: 10_000 if row % 4 == 3 else 50)  # the first batch of a shard fits, the second does not
+    mapped(task, memory)
+    assert memory.failed and sum(told) == len(POOL) and min(told) >= 0
+
+
+def test_a_row_that_does_not_fit_alone_is_named(tmp_path: Path, model: Path) -> None:
+    with pytest.raises(Unsupported, match=r"pool.jsonl, row 3 \(0-based\): its \d+ tokens alone do not fit in memory"):
+        mapped(task_in(tmp_path, model), Memory(lambda row: 5))
+
+
+class Told:
+    def __init__(self, told: list[int]) -> None:
+        self._told = told
+
+    def stage(self, name: str, total: int, unit: str) -> Told:
+        return self
+
+    def __enter__(self) -> Callable[[int], None]:
+        return self._told.append
+
+    def __exit__(self, *error: object) -> None:
+        return None
