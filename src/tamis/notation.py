@@ -31,6 +31,7 @@ METHOD_SUMMARIES: dict[str, str] = {
     "rds+": "cosine of position-weighted mean hidden states with the target rows",
     "tracin": "gradient cosine with the target rows (the default)",
     "less": "Adam update of the row against the target gradient, over checkpoints of a LoRA warm-up",
+    "influence-distillation": "exact gradients of a few landmark rows, carried to all others by cheap embeddings",
 }
 GRADIENT_METHODS = ("tracin", "less")
 # The methods of ``tamis.online.METHODS``, likewise.

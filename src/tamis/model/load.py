@@ -299,7 +299,10 @@ def _as_tamis_errors(name: str, what: str) -> Iterator[None]:
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Progress bars belong to the command line. The GGUF reader's own ignores Transformers' switch (seen in 5.23)."""
+    """Transformers reads and writes weights in silence: progress bars belong to the command line.
+
+    The GGUF reader's own ignores Transformers' switch (seen in 5.23).
+    """
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     bar = getattr(modeling_gguf_pytorch_utils, "tqdm", None)

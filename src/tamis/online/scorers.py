@@ -133,7 +133,7 @@ class FilterThenWeight:
             ridge = _LEAST_RIDGE if self.ridge is None else self.ridge
             bounded = self.weights == "nnls"
             solution = matching_weights(b[rows], part, scale=scale, ridge=ridge, bounded=bounded)
-        if solution.status is not Status.SOLVED:
+        if solution.status is not Status.OPTIMAL:
             return replace(unweighted(rows), scale=scale, fallback=solution.status.value)
         return _weighted(rows, solution.value, scale=scale, normalise=self.normalise)
 
@@ -179,7 +179,7 @@ class Anchored:
         if solution is None:
             return replace(everything(len(evidence.alignments)), fallback="no candidate is aligned with the target")
         rows = np.arange(len(evidence.alignments), dtype=np.int64)
-        if solution.status is not Status.SOLVED:
+        if solution.status is not Status.OPTIMAL:
             return replace(unweighted(rows), fallback=solution.status.value)
         return _weighted(rows, solution.value, scale=None, normalise=True)
 

@@ -33,7 +33,7 @@ def positive_scale(b: Vector, gram: Vector) -> float | None:
     return target_scale(b, gram, np.flatnonzero(b > 0).astype(np.int64))
 
 
-def matching_weights(b: Vector, gram: Vector, *, scale: float, ridge: float, bounded: bool) -> Solution:
+def matching_weights(b: Vector, gram: Vector, *, scale: float, ridge: float, bounded: bool) -> Solution[Vector]:
     """``argmin w^T (G + λI) w - 2 c b^T w`` with ``λ = ridge · mean diag G``; over ``w >= 0`` if ``bounded``.
 
     Equation 6 of *Filter-then-Weight* in Gram form. The weights as they come, not normalised.
@@ -43,7 +43,7 @@ def matching_weights(b: Vector, gram: Vector, *, scale: float, ridge: float, bou
     return solve(gram / unit, scale * b / unit, ridge=ridge)
 
 
-def anchored_weights(b: Vector, gram: Vector, *, ridge: float) -> Solution | None:
+def anchored_weights(b: Vector, gram: Vector, *, ridge: float) -> Solution[Vector] | None:
     """``argmin_{w >= 0} w^T (G + λI) w - 2 (c_P b + λ 1)^T w``, ``λ = ridge · mean diag G``: a ridge towards 1.
 
     Large ridges leave every candidate near weight 1, small ones approach plain matching. None where ``c_P`` is not

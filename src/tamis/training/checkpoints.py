@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from tamis.errors import InvalidInput, StoreCorrupted, StoreMismatch, Unsupported
 from tamis.identity import file_sha256, first_difference
+from tamis.model.load import no_progress_bars
 
 __all__ = [
     "Checkpoint",
@@ -242,7 +243,8 @@ def learning_rates_of(folders: Sequence[Path]) -> list[float | None]:
 
 def _save_params(model: nn.Module, folder: Path) -> None:
     if not isinstance(model, PeftModel):
-        model.save_pretrained(folder)  # type: ignore[operator]  # a Transformers model, typed as a plain module
+        with no_progress_bars():
+            model.save_pretrained(folder)  # type: ignore[operator]  # a Transformers model, typed as a plain module
         return
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(model).items()}
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, MixtralConfig
 
 from tamis.errors import InvalidSettings
-from tamis.evaluate.flops import (
+from tamis.gradients.hooks import frozen
+from tamis.model.flops import (
     Matrix,
     ModelShape,
     activation_backward_flops,
@@ -24,7 +25,6 @@ from tamis.evaluate.flops import (
     stage_tflops,
     weight_gradient_flops,
 )
-from tamis.gradients.hooks import frozen
 from tamis.model.loss import per_sample_losses
 from tamis.model.targets import gradient_layers, input_embeddings
 from tamis.projection import make_projector
