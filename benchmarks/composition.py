@@ -36,13 +36,13 @@ FIELDS = (
 )
 
 
-def sample_pool(pool: Path, rows: int | None, folder: Path) -> Path:
-    """The whole pool, or a random sample of its lines in their order (seed 0), so that a smaller machine can do it."""
+def sample(file: Path, rows: int | None, folder: Path) -> Path:
+    """The whole file, or a random sample of its lines in their order (seed 0), so that a smaller machine can do it."""
     if rows is None:
-        return pool
-    lines = pool.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = sorted(random.Random(0).sample(range(len(lines)), rows))
-    path = folder / f"pool-{rows}.jsonl"
+        return file
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = sorted(random.Random(0).sample(range(len(lines)), min(rows, len(lines))))
+    path = folder / f"{file.stem}-{rows}.jsonl"
     path.write_text("".join(lines[i] for i in kept), encoding="utf-8")
     return path
 
@@ -67,16 +67,19 @@ def main() -> None:
     parser.add_argument("--budget", default="5%")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--attention", default="sdpa", help="on CPU in bfloat16, eager is faster for short rows")
+    parser.add_argument("--batch-tokens", type=int, help="as `tamis select --batch-tokens`")
     parser.add_argument("--shortlist", help="for the gradient methods, as `tamis select --shortlist`")
     parser.add_argument("--projection", help="for the gradient methods, as `tamis select --projection`")
     parser.add_argument("--set", nargs="*", default=[], help="METHOD.NAME=VALUE, a setting of one of the methods")
     parser.add_argument("--rows", type=int, help="a random sample of the pool")
+    parser.add_argument("--target-rows", type=int, help="a random sample of every target")
     parser.add_argument("--out", type=Path, default=Path("tamis-out/composition"))
     parser.add_argument("--csv", type=Path, default=Path("benchmarks/results/composition.csv"))
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     arguments.csv.parent.mkdir(parents=True, exist_ok=True)
-    pool = sample_pool(arguments.pool, arguments.rows, arguments.out)
+    pool = sample(arguments.pool, arguments.rows, arguments.out)
+    targets = {path.stem: sample(path, arguments.target_rows, arguments.out) for path in arguments.target}
 
     console = Console()
     with arguments.csv.open("w", newline="") as file:
@@ -84,17 +87,18 @@ def main() -> None:
         writer.writeheader()
         for method in arguments.methods:
             own = own_settings(method, arguments)
-            for target in arguments.target:
+            for target, path in targets.items():
                 selection = tamis.select(
                     model=arguments.model,
                     pool=pool,
-                    target=target,
+                    target=path,
                     method=method,
                     budget=arguments.budget,
                     dtype=arguments.dtype,
                     attention=arguments.attention,
+                    batch_tokens=arguments.batch_tokens,
                     **own,
-                    out=arguments.out / f"{method}-{target.stem}-{pool.stem}",
+                    out=arguments.out / f"{method}-{target}-{pool.stem}",
                     store=str(arguments.out / "store"),
                 )
                 sources = selection.table["source"].to_pylist()
@@ -105,7 +109,7 @@ def main() -> None:
                     writer.writerow(
                         {
                             "method": method,
-                            "target": target.stem,
+                            "target": target,
                             "source": source,
                             "selected": count,
                             "of_selection": round(count / len(selection), 4),
@@ -119,7 +123,7 @@ def main() -> None:
                     )
                 file.flush()
                 shares = ", ".join(f"{source} {count / len(selection):.0%}" for source, count in chosen.most_common(4))
-                console.print(f"{method:>10} {target.stem:>8}: {shares}", highlight=False)
+                console.print(f"{method:>10} {target:>8}: {shares}", highlight=False)
     console.print(summary(arguments.csv))
 
 

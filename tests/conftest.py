@@ -7,7 +7,15 @@ from jaxtyping import install_import_hook
 
 # Shapes in annotations are promises; while tests run, they are checked at every call.
 install_import_hook(
-    ["tamis.maths", "tamis.gradients.layers", "tamis.gradients.ghost", "tamis.projection"],
+    [
+        "tamis.maths",
+        "tamis.solve",
+        "tamis.model.head",
+        "tamis.gradients.layers",
+        "tamis.gradients.ghost",
+        "tamis.gradients.jvp",
+        "tamis.projection",
+    ],
     "beartype.beartype",
 )
 

@@ -1,4 +1,5 @@
 import hashlib
+import math
 import subprocess
 import sys
 
@@ -7,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tamis.seeds import child_seed, random_permutation, random_signs, random_subset, random_uniform, raw_words
+from tamis.seeds import (
+    child_seed,
+    random_normal,
+    random_permutation,
+    random_signs,
+    random_subset,
+    random_uniform,
+    raw_words,
+)
 
 GOLDEN = {
     "seed": 74028962463534001537990895351672517945,
@@ -130,3 +139,21 @@ def test_another_process_draws_the_same() -> None:
     code = "from tamis.seeds import *; print(child_seed(7, 'x'), *random_signs(child_seed(7, 'x'), 40))"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert other == [str(child_seed(7, "x")), *map(str, random_signs(child_seed(7, "x"), 40))]
+
+
+@given(SEEDS, st.integers(0, 50))
+def test_normal_numbers_are_those_of_box_and_muller(seed: int, count: int) -> None:
+    pairs = (count + 1) // 2
+    uniform = random_uniform(seed, 2 * pairs)
+    expected = [
+        math.sqrt(-2 * math.log(1 - uniform[i % pairs])) * turn(2 * math.pi * uniform[pairs + i % pairs])
+        for i, turn in enumerate([math.cos] * pairs + [math.sin] * pairs)
+    ]
+    np.testing.assert_allclose(random_normal(seed, count), expected[:count], rtol=1e-12, atol=1e-12)
+
+
+def test_normal_numbers_have_the_moments_of_a_standard_normal() -> None:
+    numbers = random_normal(child_seed(0, "normal"), 100_001)
+    for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
+        assert abs(float((numbers**power).mean()) - moment) < 4 * (variance / len(numbers)) ** 0.5  # standard errors
+    assert abs(float((numbers[:50_000] * numbers[50_001:]).mean())) < 4 * 50_000**-0.5  # the two of a pair

@@ -14,18 +14,25 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from tamis.types import Batch
 
 VOCAB = 64
-FAMILIES = ("llama", "qwen2", "gemma3", "gpt2")
+FAMILIES = ("llama", "qwen2", "gemma3", "gpt2")  # what every engine test runs over
+DECODERS = (*FAMILIES, "qwen3", "mistral")
 _LORA_TARGETS = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "qwen2": ["q_proj", "v_proj", "down_proj"],
     "gemma3": ["q_proj", "o_proj", "gate_proj"],
+    "qwen3": ["q_proj", "up_proj"],
+    "mistral": ["k_proj", "down_proj"],
     "gpt2": ["c_attn", "c_fc", "c_proj"],
 }
 
@@ -38,8 +45,9 @@ def tiny_model(
     lora: bool = False,
     dropout: float = 0.0,
     seed: int = 0,
+    blocks: int = 2,
 ) -> nn.Module:
-    """A randomly initialised 2-block model of ``family``, in evaluation mode, all weights (or the adapter's) trainable.
+    """A randomly initialised model of ``family``, in evaluation mode, all weights (or the adapter's) trainable.
 
     Biases, norms and the adapter's ``B`` get random values too, so that no gradient is zero by construction.
     """
@@ -48,7 +56,7 @@ def tiny_model(
         "vocab_size": VOCAB,
         "hidden_size": 16,
         "intermediate_size": 24,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": blocks,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 64,
@@ -65,14 +73,18 @@ def tiny_model(
         model = Qwen2ForCausalLM(Qwen2Config(**shared))
     elif family == "gemma3":
         sizes = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 4, "final_logit_softcapping": 5.0}
-        layer_types = ["sliding_attention", "full_attention"]
+        layer_types = [("sliding_attention", "full_attention")[block % 2] for block in range(blocks)]
         model = Gemma3ForCausalLM(Gemma3TextConfig(**shared, **sizes, layer_types=layer_types))
+    elif family == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(**shared, head_dim=8))
+    elif family == "mistral":
+        model = MistralForCausalLM(MistralConfig(**shared, sliding_window=4))
     elif family == "gpt2":
         model = GPT2LMHeadModel(
             GPT2Config(
                 vocab_size=VOCAB,
                 n_embd=16,
-                n_layer=2,
+                n_layer=blocks,
                 n_head=4,
                 n_positions=64,
                 tie_word_embeddings=tied,

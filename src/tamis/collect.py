@@ -165,6 +165,7 @@ class Task:
         spec: Mapping[str, Any],
         start: Callable[[], BatchFunction],
         work: Work = "gradient",
+        operations: Callable[[float, float, float, float], float] | None = None,
     ) -> StageReader:
         """Compute something for every row, once, and return it readable in the order of ``rows``.
 
@@ -175,6 +176,8 @@ class Task:
             spec: everything that determines the numbers besides data and model, which are added here.
             start: called only if a shard is missing; returns the function from a batch to tensors of shape (B, ...).
             work: what a batch costs, for the cost table.
+            operations: a closer count, of (rows, tokens, supervised tokens, squared tokens), where the work is not a
+                whole pass; called after ``start``.
 
         Raises:
             StoreMismatch: the folder holds a stage made from something else.
@@ -212,16 +215,16 @@ class Task:
                 part = rows[first:stop]
                 columns = self._run(corpus, part, compute, limit, shard, advance)
                 writer.write_shard(shard, columns)
-                record_cost(
-                    writer.path,
-                    shard,
-                    time.perf_counter() - started,
-                    work=work,
-                    rows=len(part),
-                    tokens=int(corpus.lengths[part].sum()),
-                    supervised_tokens=int(corpus.supervised[part].sum()),
-                    squared_tokens=int((corpus.lengths[part] ** 2).sum()),
-                )
+                counts: dict[str, float] = {
+                    "rows": len(part),
+                    "tokens": int(corpus.lengths[part].sum()),
+                    "supervised_tokens": int(corpus.supervised[part].sum()),
+                    "squared_tokens": int((corpus.lengths[part] ** 2).sum()),
+                }
+                elapsed_s = time.perf_counter() - started
+                if operations is not None:
+                    counts["operations"] = operations(*counts.values())
+                record_cost(writer.path, shard, elapsed_s, work=work, **counts)
         finish(writer)
         return StageReader(writer.path)
 

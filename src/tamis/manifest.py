@@ -10,7 +10,7 @@ import numpy as np
 
 from tamis.collect import Task
 from tamis.corpora import Corpora
-from tamis.evaluate.flops import ModelShape, stage_tflops
+from tamis.model.flops import ModelShape, stage_tflops
 from tamis.model.limits import skeleton
 
 __all__ = ["costs", "describe_data", "versions"]
@@ -54,6 +54,8 @@ def costs(task: Task, method: str, *, scoring_s: float, elapsed_s: float) -> dic
         if cost.work != "none" and shape is None:
             shape = ModelShape.from_model(skeleton(task.model_settings))
         tflops = stage_tflops(shape, cost) if shape else 0.0
+        if cost.operations is not None:
+            tflops = cost.operations / 1e12
         counts = {"rows": cost.rows, "tokens": cost.tokens, "supervised_tokens": cost.supervised_tokens}
         seconds = round(cost.elapsed_s, 3)
         stages.append({"name": cost.name, "work": cost.work, **counts, "seconds": seconds, "tflops": tflops})

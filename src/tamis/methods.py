@@ -1,6 +1,7 @@
 """The selection methods as Python objects: ``tamis.select(..., method=tamis.methods.Less(lora_rank=16))``."""
 
 from tamis.score import METHODS
+from tamis.score.influence_distillation import InfluenceDistillation
 from tamis.score.length import Length
 from tamis.score.less import Less
 from tamis.score.lexical import Bm25
@@ -10,4 +11,15 @@ from tamis.score.representation import RdsPlus
 from tamis.score.tracin import TracIn
 from tamis.score.uniform import Uniform
 
-__all__ = ["METHODS", "Bm25", "Length", "Less", "LossDrop", "MidPpl", "RdsPlus", "TracIn", "Uniform"]
+__all__ = [
+    "METHODS",
+    "Bm25",
+    "InfluenceDistillation",
+    "Length",
+    "Less",
+    "LossDrop",
+    "MidPpl",
+    "RdsPlus",
+    "TracIn",
+    "Uniform",
+]

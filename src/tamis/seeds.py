@@ -11,7 +11,15 @@ import hashlib
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["child_seed", "random_permutation", "random_signs", "random_subset", "random_uniform", "raw_words"]
+__all__ = [
+    "child_seed",
+    "random_normal",
+    "random_permutation",
+    "random_signs",
+    "random_subset",
+    "random_uniform",
+    "raw_words",
+]
 
 
 def child_seed(root: int, *names: str | int) -> int:
@@ -38,6 +46,19 @@ def random_signs(seed: int, count: int) -> npt.NDArray[np.int8]:
 def random_uniform(seed: int, count: int) -> npt.NDArray[np.float64]:
     """``count`` uniform numbers in [0, 1), the top 53 bits of each word."""
     numbers: npt.NDArray[np.float64] = (raw_words(seed, count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return numbers
+
+
+def random_normal(seed: int, count: int) -> npt.NDArray[np.float64]:
+    """``count`` independent standard normal numbers, two from each pair of uniform ones (Box and Muller, 1958).
+
+    The words are the same everywhere; logarithm and cosine may differ in the last bit between mathematics libraries.
+    """
+    pairs = -(-count // 2)
+    uniform = random_uniform(seed, 2 * pairs)
+    radius = np.sqrt(-2 * np.log1p(-uniform[:pairs]))  # 1 - u is never 0
+    angle = 2 * np.pi * uniform[pairs:]
+    numbers: npt.NDArray[np.float64] = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
     return numbers
 
 

@@ -27,6 +27,7 @@ class StageCost:
     supervised_tokens: int
     squared_tokens: int  # sum over rows of length squared: what attention pays
     elapsed_s: float
+    operations: float | None = None  # counted where the work is not a whole forward or gradient pass
 
 
 def read_cost(stage: Path) -> StageCost | None:
@@ -50,6 +51,7 @@ def read_cost(stage: Path) -> StageCost | None:
         supervised_tokens=sum(r.get("supervised_tokens", 0) for r in records),
         squared_tokens=sum(r.get("squared_tokens", 0) for r in records),
         elapsed_s=sum(r["elapsed_s"] for r in records),
+        operations=sum(r["operations"] for r in records) if all("operations" in r for r in records) else None,
     )
 
 

@@ -127,6 +127,7 @@ class TargetScores:
     ``values[i, j]`` is the score of pool row ``rows[i]`` for target row ``j``; ``group[j]`` is the target (an index
     into ``target_names``) that target row ``j`` belongs to. Methods that know no single target rows give one column
     per target; methods that ignore the target give one column per target with equal values.
+    ``weights`` says what the selected rows are to weigh: all 1, or robust weights from their scores (see ``choose``).
     ``extra`` holds further per-row columns (``loss``, ``grad_norm``, ...) of the same length as ``rows``.
     """
 
@@ -136,6 +137,7 @@ class TargetScores:
     target_names: tuple[str, ...]
     extra: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # sentences the report must show, e.g. which form of a method ran
+    weights: Literal["equal", "first-order"] = "equal"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,11 @@ from tamis.errors import InvalidSettings
 from tamis.score import METHODS
 from tamis.types import TargetScores
 
-QUICK = {"less": {"warmup_epochs": 1, "warmup_share": 0.5}, "loss-drop": {"warmup_steps": 2}}
+QUICK = {
+    "less": {"warmup_epochs": 1, "warmup_share": 0.5},
+    "loss-drop": {"warmup_steps": 2},
+    "influence-distillation": {"landmarks": 4, "warmup_epochs": 1},
+}
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +79,8 @@ def test_settings_are_frozen_documented_and_named_by_the_user_s_word(name: str) 
         ("length", {"order": "middle"}),
         ("rds+", {"positions": "first"}),
         ("loss-drop", {"warmup_steps": 0}),
+        ("influence-distillation", {"landmarks": 1}),
+        ("influence-distillation", {"kernel": "sinc"}),
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(name: str, settings: dict[str, object]) -> None:

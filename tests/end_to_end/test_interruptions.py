@@ -18,6 +18,10 @@ from tiny_run import TinyRun, make_run
 SETTINGS = {
     "tracin": {"method": "tracin"},
     "less": {"method": "less", "set": ["warmup_epochs=2", "warmup_share=0.3"]},
+    "influence-distillation": {
+        "method": "influence-distillation",
+        "set": ["landmarks=20", "warmup_epochs=1", "warmup_batch_rows=4", "embedding_budget=0.5"],
+    },
 }
 
 
@@ -80,13 +84,14 @@ def test_a_run_killed_again_and_again_ends_in_the_same_bytes(run: TinyRun, tmp_p
     assert results(out) == results(tmp_path / "whole")
 
 
-def test_two_processes_give_the_bytes_of_one(run: TinyRun, tmp_path: Path) -> None:
-    alone = start(command(run, tmp_path / "one", "tracin"))
+@pytest.mark.parametrize("method", ["tracin", "influence-distillation"])
+def test_two_processes_give_the_bytes_of_one(run: TinyRun, tmp_path: Path, method: str) -> None:
+    alone = start(command(run, tmp_path / "one", method))
     assert alone.wait(timeout=300) == 0
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     launched = subprocess.run(
-        [*launcher, "-m", "tamis", *command(run, tmp_path / "two", "tracin")],
+        [*launcher, "-m", "tamis", *command(run, tmp_path / "two", method)],
         env=environment(),
         capture_output=True,
         timeout=300,

@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 
 import tamis
 from tamis.cli.main import app
+from tamis.data.examples import read_examples
+from tamis.embeddings import save_embeddings
 from tamis.errors import InvalidInput, InvalidSettings
 from tiny_run import CHATML, TinyRun, make_run
 
@@ -165,6 +167,49 @@ def test_moments_may_move_but_not_change(run: TinyRun, tmp_path: Path) -> None:
     save_file({name: tensor * 2 for name, tensor in state.items()}, moved / "optimizer.safetensors")
     with pytest.raises(InvalidSettings, match=r"holds another run: inputs\.moments was"):
         again(moved)
+
+
+def test_embeddings_from_elsewhere_may_move_but_not_change(run: TinyRun, tmp_path: Path) -> None:
+    ids = [*read_examples([str(run.pool)], kind="pool").ids, *read_examples([str(run.target)], kind="target").ids]
+    values = torch.randn(len(ids), 4, generator=torch.Generator().manual_seed(0)).numpy()
+    save_embeddings(tmp_path / "here", ids, values)
+
+    def again(given: Path, **more: Any) -> None:
+        asked = {"warmup": "none", "landmarks": 8, "embedding": "given", "given": str(given)}
+        select(run, tmp_path / "out", method="influence-distillation", set=asked, **more)
+
+    again(tmp_path / "here")
+    before = results(tmp_path / "out")
+    stages = sorted(path.name for path in (tmp_path / "out" / "store").iterdir())
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    again(tmp_path / "there")
+    assert results(tmp_path / "out") == before
+    assert sorted(path.name for path in (tmp_path / "out" / "store").iterdir()) == stages
+    save_embeddings(tmp_path / "there", ids, values[::-1])
+    with pytest.raises(InvalidSettings, match=r"holds another run: inputs\.given\.vectors was"):
+        again(tmp_path / "there")
+
+
+def test_embeddings_from_elsewhere_follow_the_ids_of_the_rows(run: TinyRun, tmp_path: Path) -> None:
+    pool, target = ([json.loads(line) for line in file.read_text().splitlines()] for file in (run.pool, run.target))
+    for row, place in zip([*pool, *target], range(len(pool) + len(target)), strict=True):
+        row["id"] = str(place)
+    ids = [str(place) for place in range(len(pool) + len(target))]
+    save_embeddings(
+        tmp_path / "given", ids, torch.randn(len(ids), 4, generator=torch.Generator().manual_seed(0)).numpy()
+    )
+    asked = {"warmup": "none", "landmarks": 8, "embedding": "given", "given": str(tmp_path / "given")}
+
+    def scores(out: str) -> list[float]:
+        rows = {"pool": pool, "target": target, "store": str(tmp_path / "store")}
+        selection = select(run, tmp_path / out, method="influence-distillation", set=asked, **rows)
+        found: list[float] = selection.table["score"].to_pylist()
+        return found
+
+    first = scores("first")
+    for row, place in zip(pool, reversed(range(len(pool))), strict=True):
+        row["id"] = str(place)  # the same tokens and gradients, other vectors
+    assert scores("second") != first
 
 
 def scale_weights(folder: Path, factor: float) -> None:

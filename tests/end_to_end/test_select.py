@@ -21,10 +21,11 @@ from tamis.score import tracin
 from tamis.types import Batch
 from tiny_run import TinyRun, chat, make_run, write_rows
 
-METHODS = ["uniform", "length", "bm25", "mid-ppl", "rds+", "tracin", "less", "loss-drop"]
+METHODS = ["uniform", "length", "bm25", "mid-ppl", "rds+", "tracin", "less", "loss-drop", "influence-distillation"]
 QUICK = {
     "less": {"warmup_epochs": 1, "warmup_share": 0.3},
     "loss-drop": {"warmup_steps": 2},
+    "influence-distillation": {"landmarks": 24, "warmup_epochs": 1},
 }
 
 
@@ -68,11 +69,23 @@ def test_arguments_of_the_wrong_kind_are_named(
         select(run, tmp_path / "out", **wrong)
 
 
-@pytest.mark.parametrize("method", ["tracin", "less", "bm25"])
+@pytest.mark.parametrize("method", ["tracin", "less", "bm25", "influence-distillation"])
 def test_planted_rows_rank_above_the_rest(run: TinyRun, tmp_path: Path, method: str) -> None:
     selection = select(run, tmp_path / "out", method=method, set=QUICK.get(method, {}))
     hits = len(set(selection.order.tolist()) & {*run.relevant, run.copies[0][1]})
     assert hits >= 9, f"{hits} of 10 selected rows are of the planted kind"
+
+
+def test_robust_weights_reach_both_files_and_average_one(run: TinyRun, tmp_path: Path) -> None:
+    asked = {**QUICK["influence-distillation"], "weights": "first-order"}
+    selection = select(run, tmp_path / "out", method="influence-distillation", set=asked, aggregate="mean")
+    lines = (tmp_path / "out" / "selected.jsonl").read_text().splitlines()
+    weights = np.array([json.loads(line)["_tamis"]["weight"] for line in lines])
+    table = np.array(selection.table["weight"].to_pylist())
+    np.testing.assert_allclose(table[selection.order], weights)
+    assert weights.mean() == pytest.approx(1, rel=1e-5)
+    assert (np.diff(weights) <= 0).all() and weights[0] > weights[-1] > 0
+    assert np.count_nonzero(table) == 10
 
 
 def test_selected_rows_are_the_users_rows_plus_a_mark(run: TinyRun, tmp_path: Path) -> None:

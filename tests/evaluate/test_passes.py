@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from tamis.errors import InvalidSettings
 from tamis.evaluate.devices import ASSUMED_UTILISATION, DEVICES, Rate, assumed_rate
-from tamis.evaluate.flops import Matrix, ModelShape
 from tamis.evaluate.inputs import CorpusSize
 from tamis.evaluate.passes import MethodPlan, MethodQuestion, landmark_tflops, method_plan
+from tamis.model.flops import Matrix, ModelShape
 from tamis.score import METHODS
 
 # A 7B model in round figures: 32 blocks of one 14000 x 15625 matrix each, no head, no attention.
@@ -84,6 +84,26 @@ def test_passes_are_those_that_the_methods_make() -> None:
     assert sum(p.tflops for p in less.passes) / plan("mid-ppl").tflops == pytest.approx(4 * 0.05 * 2 + 4 * 2, rel=0.02)
     assert [p.work for p in less.passes].count("gradient") == 1 + 4 * 2
     assert len(plan("less", moments="folder").passes) == 2
+
+
+def test_landmarks_cost_gradients_of_a_few_rows_and_an_embedding_of_all() -> None:
+    found = plan("influence-distillation", landmarks=1000, warmup="none", embedding="hidden-error")
+    names = [p.name for p in found.passes]
+    assert names == [
+        "gradients (target)",
+        "gradients (landmarks)",
+        "hidden-error (landmarks)",
+        "hidden-error (pool)",
+    ]
+    model_work = sum(p.tflops for p in found.passes) / plan("mid-ppl").tflops
+    assert model_work == pytest.approx(2 * 0.1 + 2 * 0.004 + 0.1 + 1, rel=0.02)
+    jvp = plan("influence-distillation", landmarks=1000, warmup="none", embedding="jvp", depth=4)
+    assert jvp.passes[-1].tflops / plan("mid-ppl").tflops == pytest.approx(3 * 4 / 32, rel=0.02)
+    assert len(plan("influence-distillation", landmarks=POOL.rows, warmup="none").passes) == 2
+    warmed = plan("influence-distillation", landmarks=1000, embedding="tfidf")
+    assert [p.name for p in warmed.passes] == ["warm-up (lora)", "gradients (target)", "gradients (landmarks)"]
+    tried = plan("influence-distillation", landmarks=1000, warmup="none", embedding_budget=0.5)
+    assert tried.passes[-1].tflops < 0.6 * plan("mid-ppl").tflops
 
 
 def test_loss_drop_pays_for_every_target() -> None:

@@ -8,23 +8,25 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tamis.model.processes import barrier, is_main, local_rank, rank, world_size
+from tamis.model.processes import barrier, counts_of_all, is_main, local_rank, rank, world_size
 
 _SCRIPT = """
-from tamis.model.processes import barrier, is_main, local_rank, rank, world_size
+from tamis.model.processes import barrier, counts_of_all, is_main, local_rank, rank, world_size
 import sys, time
 from pathlib import Path
 here = Path(sys.argv[1])
 time.sleep(rank())  # the second comes late, and the first has to wait for it
 (here / f"came-{rank()}").touch()
 barrier()
-print(rank(), local_rank(), world_size(), is_main(), sorted(p.name for p in here.glob("came-*")), flush=True)
+print(rank(), local_rank(), world_size(), is_main(), sorted(p.name for p in here.glob("came-*")), end=" ")
+print(counts_of_all(7 + rank()), flush=True)
 """
 
 
 def test_unlaunched_script_is_the_only_process() -> None:
     barrier()
     assert (rank(), local_rank(), world_size(), is_main()) == (0, 0, 1, True)
+    assert counts_of_all(7) == [7]
 
 
 def test_two_gloo_processes_wait_for_each_other(tmp_path: Path) -> None:
@@ -48,5 +50,5 @@ def test_two_gloo_processes_wait_for_each_other(tmp_path: Path) -> None:
     outputs = [process.communicate(timeout=120) for process in running]
     assert [process.returncode for process in running] == [0, 0], outputs
     came = "['came-0', 'came-1']"
-    assert outputs[0][0].strip() == f"0 0 2 True {came}"
-    assert outputs[1][0].strip() == f"1 1 2 False {came}"
+    assert outputs[0][0].strip() == f"0 0 2 True {came} [7, 8]"
+    assert outputs[1][0].strip() == f"1 1 2 False {came} [7, 8]"

@@ -271,7 +271,7 @@ def test_tilt_looks_at_no_pair() -> None:
 def test_a_solver_that_gives_up_leaves_equal_weights_and_its_reason(
     method: Any, status: Status, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unsolved = Solution(value=np.ones(2), status=status, residual=1.0, steps=1)
+    unsolved = Solution(value=np.ones(2), status=status, stats={})
     monkeypatch.setattr(weights, "solve_nnls", lambda *args, **kwargs: unsolved)
     monkeypatch.setattr(baselines, "match_orthogonally", lambda *args, **kwargs: (np.array([0, 1]), unsolved))
     choice = method.choose(seen_as(np.ones(2), np.eye(2)))

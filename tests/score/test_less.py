@@ -19,9 +19,10 @@ from tamis.model.load import load_model
 from tamis.projection import make_projector, project_gradients
 from tamis.score import less
 from tamis.score.less import Less
-from tamis.train.checkpoints import complete_checkpoints
-from tamis.train.loop import fine_tune, learning_rate_at, run_identity
-from tamis.train.lora import add_lora
+from tamis.seeds import child_seed
+from tamis.training.checkpoints import complete_checkpoints
+from tamis.training.loop import fine_tune, learning_rate_at, run_identity
+from tamis.training.lora import add_lora
 
 SHORT = {
     "warmup_epochs": 2,
@@ -131,7 +132,7 @@ def test_the_warmup_is_plain_fine_tuning_of_a_random_part_of_the_pool(tmp_path: 
     rows = settings.warmup_rows(task)
     assert len(rows) == 4  # four updates' worth, more than 20 % of 7
     assert set(rows) < set(range(len(POOL)))
-    seed = less.child_seed(task.seed, "less warm-up")
+    seed = child_seed(task.seed, "less warm-up")
     model = add_lora(load_model(task.model_settings).model, rank=2, alpha=4, seed=seed, base=str(llama))
     fine_tune(model, task.pool, rows, settings.warmup_settings(), seed=seed, folder=tmp_path / "by hand")
     assert file_bytes(warmup_folder(task)) == file_bytes(tmp_path / "by hand")
@@ -230,7 +231,7 @@ def test_given_moments_replace_the_warmup(tmp_path: Path, llama: Path) -> None:
             Less(**SHORT).warmup_settings(),
             task.pool,
             Less(**SHORT).warmup_rows(task),
-            seed=less.child_seed(0, "less warm-up"),
+            seed=child_seed(0, "less warm-up"),
         ),
     )
     alone = make_task(tmp_path / "alone", last.folder)

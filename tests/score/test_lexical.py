@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import tamis.score.lexical as lexical
 from fake_task import FakeCorpus, FakeTask, random_tokens
 from tamis.errors import InvalidSettings
-from tamis.score.lexical import Bm25, WordIndex, words
+from tamis.score.lexical import Bm25, WordIndex
 
 texts = st.lists(st.sampled_from(["the", "cat", "sat", "on", "a", "mat", "dog", "the"]), max_size=9).map(" ".join)
 
@@ -74,22 +74,6 @@ def test_by_hand():
     # N = 2, "x" in one document: ln(1 + 1.5 / 1.5) = ln 2. L = 2 of mean 1.5, f = 2: 2 * 2 / (2 + 0.5 + 0.5 * 2 / 1.5).
     scores = scores_of(["x x", "y"], ["x"], k1=1, b=0.5)
     np.testing.assert_allclose(scores[0, 0], math.log(2) * 4 / (2 + 0.5 + 2 / 3), rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("Don't STOP, x_1 = 3.5!", ["don", "t", "stop", "x_1", "3", "5"]),
-        ("naïve NAI\u0308VE Straße", ["naïve", "naïve", "strasse"]),
-        ("ﬁt ２", ["fit", "2"]),  # a ligature and a full-width digit
-        ("東京へ行く ok", ["東", "京", "へ", "行", "く", "ok"]),
-        ("Привет, мир", ["привет", "мир"]),
-        ("", []),
-        (" \n\t…", []),
-    ],
-)
-def test_words_are_found_in_any_script(text, expected):
-    assert words(text) == expected
 
 
 def test_scores_have_one_column_per_target_row_and_stream_the_pool(tmp_path):

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from fake_task import FakeCorpus, FakeTask, padded_batch, random_tokens
 from tamis.errors import InvalidSettings, NonFinite
-from tamis.score.representation import RdsPlus, last_hidden_states, weighted_mean_states
+from tamis.model.states import last_hidden_states, weighted_mean_states
+from tamis.score.representation import RdsPlus
 from tiny_models import FAMILIES, padded_by, permuted, random_batch, tiny_model
 
 
@@ -62,7 +63,7 @@ def test_state_of_one_token_is_its_own_mean():
 
 def test_weights_by_hand(monkeypatch):
     states = torch.eye(3)[None].repeat(2, 1, 1)  # the t-th state is the t-th unit vector
-    monkeypatch.setattr("tamis.score.representation.last_hidden_states", lambda model, batch: states)
+    monkeypatch.setattr("tamis.model.states.last_hidden_states", lambda model, batch: states)
     batch = random_batch([3, 2])
     batch = replace(batch, supervised=torch.tensor([[False, True, True], [False, True, False]]))
     torch.testing.assert_close(

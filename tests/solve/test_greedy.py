@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tamis.errors import InvalidInput
 from tamis.solve.greedy import greedy_residual, top
 
 
@@ -44,7 +45,7 @@ def test_ties_go_to_the_lowest_index() -> None:
 
 
 def test_more_than_there_are_is_refused() -> None:
-    with pytest.raises(ValueError, match="cannot choose 3 of 2"):
+    with pytest.raises(InvalidInput, match="cannot choose 3 of 2"):
         greedy_residual(np.eye(2), np.ones(2), count=3)
-    with pytest.raises(ValueError, match="cannot choose 3 of 2"):
+    with pytest.raises(InvalidInput, match="cannot choose 3 of 2"):
         top(np.ones(2), count=3)

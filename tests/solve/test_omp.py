@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tamis.errors import InvalidInput, InvalidSettings
 from tamis.solve.omp import match_orthogonally
 
 
@@ -44,7 +45,7 @@ def test_nothing_asked_gives_nothing() -> None:
 
 
 def test_bad_input_is_refused_with_its_reason() -> None:
-    with pytest.raises(ValueError, match="positive ridge, got 0"):
-        match_orthogonally(np.eye(2), np.ones(2), count=1, ridge=0)
-    with pytest.raises(ValueError, match="cannot choose 4 of 2"):
-        match_orthogonally(np.eye(2), np.ones(2), count=4, ridge=1)
+    with pytest.raises(InvalidSettings, match="positive ridge, got 0"):
+        match_orthogonally(np.eye(2), np.ones(2), count=1, ridge=0.0)
+    with pytest.raises(InvalidInput, match="cannot choose 4 of 2"):
+        match_orthogonally(np.eye(2), np.ones(2), count=4, ridge=1.0)

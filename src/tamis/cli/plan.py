@@ -157,8 +157,9 @@ def print_plan(console: Console, result: PlanResult) -> None:
     console.print(_table(result))
     console.print(
         Text(
-            "passes: in units of one forward pass over the pool. memory: within a factor of two. Landmarks (4,096 "
-            f"rows, 4 blocks; not in this version) would take {_number(result.landmark_tflops)} TFLOP.",
+            "passes: in units of one forward pass over the pool. memory: within a factor of two. Influence "
+            "distillation as its paper counts it (4,096 landmarks, 4 blocks; no warm-up) would take "
+            f"{_number(result.landmark_tflops)} TFLOP.",
             style="dim",
         ),
         soft_wrap=True,

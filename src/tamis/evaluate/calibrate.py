@@ -10,9 +10,9 @@ import torch
 
 from tamis.data.batches import collate, plan_batches
 from tamis.evaluate.devices import Rate
-from tamis.evaluate.flops import FACTORIZED_SIDE, ModelShape, feature_flops, stage_flops
 from tamis.evaluate.inputs import SampledCorpus
 from tamis.gradients.per_sample import per_sample_features
+from tamis.model.flops import FACTORIZED_SIDE, ModelShape, feature_flops, stage_flops
 from tamis.model.load import ModelSettings, load_model
 from tamis.model.loss import per_sample_losses
 from tamis.model.targets import gradient_layers

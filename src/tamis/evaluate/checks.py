@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from tamis.data.batches import collate
-from tamis.evaluate.flops import FACTORIZED_SIDE
 from tamis.gradients.layers import inner_products, per_sample_gradient
 from tamis.gradients.per_sample import Alignments, mean_gradient, per_sample_features, run_batch
+from tamis.model.flops import FACTORIZED_SIDE
 from tamis.model.loss import per_sample_losses
 from tamis.model.targets import has_routed_experts
 from tamis.projection import AnyProjector, make_projector

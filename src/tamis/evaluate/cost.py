@@ -20,9 +20,9 @@ from tamis.data.render import Renderer
 from tamis.errors import InvalidInput
 from tamis.evaluate.calibrate import measured_rate
 from tamis.evaluate.devices import Rate, assumed_rate
-from tamis.evaluate.flops import ModelShape, stage_tflops
 from tamis.evaluate.inputs import CorpusSize, read_sample
 from tamis.evaluate.passes import MethodPlan, MethodQuestion, landmark_tflops, method_plan
+from tamis.model.flops import ModelShape, stage_tflops
 from tamis.model.limits import model_limits, skeleton
 from tamis.model.load import load_tokenizer
 from tamis.progress import NoProgress

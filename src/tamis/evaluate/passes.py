@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from tamis.embeddings import Given, ModelEmbedding, TfIdf
 from tamis.evaluate.devices import Rate
-from tamis.evaluate.flops import (
+from tamis.evaluate.inputs import CorpusSize
+from tamis.model.flops import (
     FACTORIZED_SIDE,
     ModelShape,
     feature_dim,
@@ -20,7 +22,9 @@ from tamis.evaluate.flops import (
     stage_flops,
     weight_gradient_flops,
 )
-from tamis.evaluate.inputs import CorpusSize
+from tamis.score.embedding_candidates import embeddings_within, nominal_passes
+from tamis.score.influence_distillation import InfluenceDistillation
+from tamis.score.row_embeddings import work_of
 
 __all__ = ["MethodPlan", "MethodQuestion", "PassPlan", "landmark_tflops", "method_plan"]
 
@@ -148,6 +152,53 @@ def _less(question: MethodQuestion) -> list[PassPlan]:
     return passes
 
 
+def _influence_distillation(question: MethodQuestion) -> list[PassPlan]:
+    method = InfluenceDistillation(**question.values)
+    lora = method.moments is None and method.warmup == "lora"
+    shape = question.with_lora(method.lora_rank) if lora else question.shape
+    passes = []
+    if method.moments is None and method.warmup != "none":
+        wanted = max(math.ceil(method.warmup_share * question.pool.rows), 4 * method.warmup_batch_rows)
+        rows = min(wanted if method.warmup_rows is None else method.warmup_rows, question.pool.rows)
+        seen = question.pool.times(rows * method.warmup_epochs / question.pool.rows)
+        warmup = question.model_pass(f"warm-up ({method.warmup})", "gradient", seen, shape=shape)
+        if not lora:
+            every_weight = weight_gradient_flops(shape, seen.tokens) / 1e12
+            warmup = replace(warmup, feature_tflops=every_weight)
+        passes.append(warmup)
+    few = question.scored.times(min(1.0, method.landmarks / question.scored.rows))
+    passes.append(question.feature_pass("gradients (target)", question.target, shape=shape, kept=True))
+    passes.append(question.feature_pass("gradients (landmarks)", few, shape=shape, kept=True))
+    if few.rows == question.scored.rows:
+        return passes
+    tried = [e for e in embeddings_within(method.embedding_settings(), shape.blocks, 0) if not isinstance(e, _FREE)]
+    passes += [_embedding_pass(f"{e.name} (landmarks)", e, few, shape, kept=True) for e in tried]
+    if tried:
+        # Which one leave-one-out will choose is not known: the dearest, which it mostly is.
+        dearest = max(tried, key=lambda e: nominal_passes(e, shape.blocks))
+        kept = method.keep_embeddings
+        passes.append(_embedding_pass(f"{dearest.name} (pool)", dearest, question.scored, shape, kept=kept))
+    return passes
+
+
+def _embedding_pass(
+    name: str, embedding: ModelEmbedding, size: CorpusSize, shape: ModelShape, *, kept: bool
+) -> PassPlan:
+    flops = embedding.operations(
+        shape,
+        rows=size.rows,
+        tokens=size.tokens,
+        supervised_tokens=size.supervised_tokens,
+        sum_sq_len=size.squared_tokens,
+    )
+    work: Literal["forward", "gradient"] = "gradient" if work_of(embedding) == "gradient" else "forward"
+    # Most are two or fewer vectors of the model's width; sketches are as many numbers or a few times more.
+    disk = 2.0 * 2 * shape.hidden * size.rows if kept else 0.0
+    return PassPlan(name=name, work=work, size=size, tflops=flops / 1e12, disk_bytes=disk)
+
+
+_FREE = (TfIdf, Given)  # embeddings without the model
+
 _PASSES: dict[str, Callable[[MethodQuestion], list[PassPlan]]] = {
     "uniform": _without_model,
     "length": _without_model,
@@ -157,6 +208,7 @@ _PASSES: dict[str, Callable[[MethodQuestion], list[PassPlan]]] = {
     "loss-drop": _loss_drop,
     "tracin": _tracin,
     "less": _less,
+    "influence-distillation": _influence_distillation,
 }
 
 

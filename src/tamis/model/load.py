@@ -28,6 +28,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "model_fingerprint",
+    "no_progress_bars",
     "pad_token_id",
     "resolved_dtype",
     "template_text",
@@ -196,7 +197,7 @@ def _load_weights(source: ModelSource, settings: ModelSettings, dtype: torch.dty
         options["device_map"] = settings.device_map
     if source.gguf_file is not None:
         options.update(gguf_file=source.gguf_file, **_gguf_options(settings.name))
-    with _as_tamis_errors(settings.name, "model"), _no_progress_bars():
+    with _as_tamis_errors(settings.name, "model"), no_progress_bars():
         model, info = AutoModelForCausalLM.from_pretrained(source.name, **options)
     missing = sorted(info["missing_keys"])
     if missing:
@@ -297,8 +298,11 @@ def _as_tamis_errors(name: str, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Progress bars belong to the command line. The GGUF reader's own ignores Transformers' switch (seen in 5.23)."""
+def no_progress_bars() -> Iterator[None]:
+    """Transformers reads and writes weights in silence: progress bars belong to the command line.
+
+    The GGUF reader's own ignores Transformers' switch (seen in 5.23).
+    """
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     bar = getattr(modeling_gguf_pytorch_utils, "tqdm", None)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 
-__all__ = ["barrier", "is_main", "local_rank", "rank", "world_size"]
+__all__ = ["barrier", "collective_device", "counts_of_all", "is_main", "local_rank", "rank", "world_size"]
 
 
 def rank() -> int:
@@ -33,6 +34,21 @@ def is_main() -> bool:
 def barrier() -> None:
     """Wait until every process is here."""
     _state().wait_for_everyone()
+
+
+def counts_of_all(mine: int) -> list[int]:
+    """A number of every process, in the order of processes. Each process must call it."""
+    if world_size() == 1:
+        return [mine]
+    there = torch.tensor([mine], dtype=torch.int64, device=collective_device())
+    parts = [torch.empty_like(there) for _ in range(world_size())]
+    dist.all_gather(parts, there)
+    return [int(part) for part in parts]
+
+
+def collective_device() -> torch.device:
+    """Where a tensor must lie for the backend of a launched run to see it."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 def _state() -> PartialState:

@@ -151,7 +151,7 @@ class GradMatch:
         if not unit > 0:
             return replace(unweighted(top(b, count=min(self.keep, len(b)))), fallback="all gradients are zero")
         rows, solution = match_orthogonally(gram / unit, b / unit, count=min(self.keep, len(b)), ridge=self.ridge)
-        if solution.status is not Status.SOLVED:
+        if solution.status is not Status.OPTIMAL:
             return replace(unweighted(rows), fallback=solution.status.value)
         return weighted(rows, np.maximum(solution.value, 0.0), scale=1.0, normalise=True)
 

@@ -168,7 +168,7 @@ class FilterThenWeight:
             assert scale is not None
             ridge = LEAST_RIDGE if self.ridge is None else self.ridge
             solution = matching_weights(b, gram, scale=scale, ridge=ridge, bounded=self.weights == "nnls")
-        if solution.status is not Status.SOLVED:
+        if solution.status is not Status.OPTIMAL:
             return replace(unweighted(rows), scale=scale, fallback=solution.status.value)
         return weighted(rows, solution.value, scale=scale, normalise=self.normalise)
 
@@ -215,7 +215,7 @@ class Anchored:
         if scale is None:
             return replace(unweighted(rows), fallback="no candidate is aligned with the target")
         solution = anchored_weights(evidence.alignments, evidence.gram, scale=scale, ridge=self.ridge)
-        if solution.status is not Status.SOLVED:
+        if solution.status is not Status.OPTIMAL:
             return replace(unweighted(rows), scale=scale, fallback=solution.status.value)
         return weighted(rows, solution.value, scale=scale, normalise=True)
 

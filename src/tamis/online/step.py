@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from tamis.errors import InvalidInput, InvalidSettings, NonFinite, Unsupported
 from tamis.gradients.parameters import param_matrices
 from tamis.gradients.rows import RowGradients, hold_gradients, summed_gradient
-from tamis.model.processes import rank
+from tamis.model.processes import counts_of_all, rank
 from tamis.model.trainable import trainable_layers
 from tamis.online.adam_state import AdamMoments, learning_rate, read_adam
 from tamis.online.batches import supervised_tokens, take_rows
 from tamis.online.choice import Choice, Evidence, InteractionForm, Lengths, Method, Vector, everything, unweighted
 from tamis.online.measure import exact_interactions, measure_alignments, measure_lengths, sketched_interactions
 from tamis.online.shadow import ShadowMoments
-from tamis.online.together import add_up, as_first, counts_of_all, gather_rows, offset_of
+from tamis.online.together import add_up, as_first, gather_rows, offset_of
 from tamis.projection.factorized import FactorizedProjector
 from tamis.seeds import random_permutation
 from tamis.types import Batch, IntArray

@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback
 
 from tamis.errors import InvalidInput, InvalidSettings, Unsupported
 from tamis.model.loss import per_sample_losses
-from tamis.model.processes import is_main, rank, world_size
+from tamis.model.processes import counts_of_all, is_main, rank, world_size
 from tamis.online.adam_state import AdamMoments, learning_rate, read_adam
 from tamis.online.baselines import TargetOnly
 from tamis.online.batches import target_positions, to_batches
@@ -32,7 +32,7 @@ from tamis.online.forecast import clip_factor, predicted_drop
 from tamis.online.meter import Meter
 from tamis.online.numbered import ROWS, NumberedCollator, NumberedRows
 from tamis.online.step import OnlineStep, Proposal, StepSettings
-from tamis.online.together import add_up, counts_of_all, gather_rows
+from tamis.online.together import add_up, gather_rows
 from tamis.seeds import child_seed
 from tamis.types import Batch, IntArray
 

@@ -47,7 +47,7 @@ def positive_scale(b: Vector, known: Vector | Lengths) -> float | None:
     return target_scale(b, known, np.flatnonzero(b > 0).astype(np.int64))
 
 
-def matching_weights(b: Vector, gram: Vector, *, scale: float, ridge: float, bounded: bool) -> Solution:
+def matching_weights(b: Vector, gram: Vector, *, scale: float, ridge: float, bounded: bool) -> Solution[Vector]:
     """``argmin w^T (G + λI) w - 2 c b^T w`` with ``λ = ridge · mean diag G``; over ``w >= 0`` if ``bounded``.
 
     Equation 6 of *Filter-then-Weight* in Gram form. The weights as they come, not normalised.
@@ -57,7 +57,7 @@ def matching_weights(b: Vector, gram: Vector, *, scale: float, ridge: float, bou
     return solve(gram / unit, scale * b / unit, ridge=ridge)
 
 
-def anchored_weights(b: Vector, gram: Vector, *, scale: float, ridge: float) -> Solution:
+def anchored_weights(b: Vector, gram: Vector, *, scale: float, ridge: float) -> Solution[Vector]:
     """``argmin_{w >= 0} w^T (G + λI) w - 2 (c b + λ 1)^T w``, ``λ = ridge · mean diag G``: a ridge towards 1.
 
     ``scale`` is ``c_P``. Large ridges leave every candidate near weight 1, small ones approach plain matching.

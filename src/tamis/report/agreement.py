@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tamis.maths.ranks import mean_ranks
+from tamis.maths.ranks import correlation_of_ranks, mean_ranks
 from tamis.report.columns import Columns, DoubleArray
 from tamis.types import FloatArray, IntArray
 
@@ -88,8 +88,4 @@ def spearman(x: DoubleArray, y: DoubleArray) -> float | None:
 
 
 def _correlation(x: npt.NDArray[Any], y: npt.NDArray[Any]) -> float | None:
-    if len(x) < 3:
-        return None
-    x, y = x - x.mean(), y - y.mean()
-    scale = float(np.sqrt((x @ x) * (y @ y)))
-    return float(x @ y) / scale if scale > 0 else None
+    return None if len(x) < 3 else correlation_of_ranks(x, y)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tamis.score.influence_distillation import InfluenceDistillation
 from tamis.score.length import Length
 from tamis.score.less import Less
 from tamis.score.lexical import Bm25
@@ -20,4 +21,5 @@ METHODS = {
     "rds+": RdsPlus,
     "tracin": TracIn,
     "less": Less,
+    "influence-distillation": InfluenceDistillation,
 }

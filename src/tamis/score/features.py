@@ -29,7 +29,9 @@ __all__ = [
     "FeatureSpec",
     "RowScores",
     "add_scores",
+    "collect_features",
     "parts_of",
+    "read_features",
     "rows_with_gradient",
     "scores_of_features",
 ]
@@ -113,17 +115,17 @@ def scores_of_features(
             scores are stored, and the pool is passed through the model once per ``memory_bytes`` of target features.
         memory_bytes: bound on target features held at once.
     """
-    target_reader = _collect(task, task.target, task.target_rows, *target)
+    target_reader = collect_features(task, task.target, task.target_rows, *target)
     width = target_reader.row_shape("feature")[0]
     columns = max(1, memory_bytes // (4 * width))
     values = empty_scores(task, len(task.target_rows))
     loss = grad_norm = largest = np.zeros(0, dtype=np.float32)
     for start in range(0, len(task.target_rows), columns):
         stop = min(start + columns, len(task.target_rows))
-        part = _read_features(target_reader, start, stop)
+        part = read_features(target_reader, start, stop)
         part = unit_rows(part) if cosine else part
         if keep_features:
-            reader = _collect(task, task.pool, task.rows, *pool)
+            reader = collect_features(task, task.pool, task.rows, *pool)
             _score_stored(reader, part, values[:, start:stop], cosine=cosine)
         else:
             reader = _stream_scores(task, *pool, target_reader, part, (start, stop), cosine=cosine)
@@ -171,10 +173,14 @@ def rows_with_gradient(task: Task, is_zero: npt.NDArray[np.bool_], is_zero_targe
     return kept
 
 
-def _collect(
+def collect_features(
     task: Task, corpus: Corpus, rows: IntArray, spec: FeatureSpec, start: Callable[[], FeatureFunction]
 ) -> StageReader:
-    """Store features: float16 entries in units of each row's largest one, or float32."""
+    """Store features: float16 entries in units of each row's largest one, or float32.
+
+    Raises:
+        NonFinite: a feature is NaN or infinite.
+    """
 
     def begin() -> Callable[[Batch], dict[str, Tensor]]:
         compute = start()
@@ -191,7 +197,8 @@ def _collect(
     return task.map_rows(corpus, rows, name=spec.name, spec={**spec.identity, "dtype": spec.dtype}, start=begin)
 
 
-def _read_features(reader: StageReader, start: int, stop: int) -> Float[Tensor, "m K"]:
+def read_features(reader: StageReader, start: int, stop: int) -> Float[Tensor, "m K"]:
+    """Rows of a feature stage as they were before storage, in float32; rows without gradient are zero."""
     scale = torch.from_numpy(reader.read("scale")[start:stop])
     _, block = next(iter(reader.blocks("feature", rows=stop - start, start=start, stop=stop)))
     return torch.from_numpy(block).float() * scale[:, None]

@@ -10,13 +10,11 @@ learning rate. Both vectors are of the LoRA factors, projected alike.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -37,16 +35,14 @@ from tamis.score.features import (
     scores_of_features,
 )
 from tamis.score.matrix import with_columns
-from tamis.score.warmup import warmup_points, warmup_training
-from tamis.seeds import child_seed, random_subset
-from tamis.train.checkpoints import Moments, read_moments
-from tamis.train.loop import TrainSettings
+from tamis.score.warmup import random_warmup_rows, warmup_points, warmup_training
+from tamis.training.checkpoints import Moments, read_moments
+from tamis.training.loop import TrainSettings
 from tamis.types import Batch, IntArray, LayerSpec, TargetScores
 
-__all__ = ["Less", "moment_vectors"]
+__all__ = ["Less", "moment_vectors", "moments_digest", "transformed_features"]
 
 _MAX_ENTRIES = 1 << 26  # gradient numbers formed at once: 256 MB of float32, and a few times that for Adam's terms
-_WARMUP_BATCHES = 4  # updates that the smallest warm-up makes in an epoch, if the pool has the rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +120,7 @@ class Less:
 
     def by_content(self, model: ModelSettings) -> dict[str, Any]:
         """``moments`` by the bytes of the optimizer's state; the model they belong to is the run's own."""
-        return {} if self.moments is None else {"moments": _digest(Path(self.moments))}
+        return {} if self.moments is None else {"moments": moments_digest(Path(self.moments))}
 
     def warmup_rows(self, task: Task) -> IntArray:
         """The random part of the pool that the warm-up trains on, ascending.
@@ -132,12 +128,7 @@ class Less:
         Raises:
             InvalidInput: the pool has no usable row.
         """
-        usable = np.flatnonzero(task.pool.usable)
-        if not len(usable):
-            raise InvalidInput("no row of the pool has a supervised token, so there is nothing to warm up on")
-        wanted = max(math.ceil(self.warmup_share * len(usable)), _WARMUP_BATCHES * self.warmup_batch_rows)
-        chosen = random_subset(child_seed(task.seed, "less warm-up"), len(usable), min(wanted, len(usable)))
-        return usable[chosen].astype(np.int64)
+        return random_warmup_rows(task, self.name, share=self.warmup_share, batch_rows=self.warmup_batch_rows)
 
     def score(self, task: Task) -> TargetScores:
         """Scores of ``task.rows``, one column per target row that has a gradient.
@@ -188,11 +179,16 @@ class Less:
         """Scores at one checkpoint, whose model is the task's and whose moments lie in ``folder``."""
         projector = make_projector(self.projection, dim=self.projection_dim, seed=task.seed)
         gradient = {"algorithm": "gradients-v1", "projection": projector.identity}
-        direction = {**gradient, "algorithm": "adam-directions-v1", "form": self.form, "moments": _digest(folder)}
+        direction = {
+            **gradient,
+            "algorithm": "adam-directions-v1",
+            "form": self.form,
+            "moments": moments_digest(folder),
+        }
 
         def gradients() -> FeatureFunction:
             layers = task.layers()
-            return _features(task.loaded.model, layers, projector, lambda grads: grads)
+            return transformed_features(task.loaded.model, layers, projector, lambda grads: grads)
 
         def directions() -> FeatureFunction:
             model, layers = task.loaded.model, task.layers()
@@ -212,7 +208,7 @@ class Less:
                     form=self.form,
                 )
 
-            return _features(model, layers, projector, advance)
+            return transformed_features(model, layers, projector, advance)
 
         return scores_of_features(
             task,
@@ -258,7 +254,7 @@ def _layout(layers: tuple[LayerSpec, ...], by_name: Mapping[str, Tensor]) -> Ten
     return torch.cat(parts)
 
 
-def _features(
+def transformed_features(
     model: nn.Module,
     layers: tuple[LayerSpec, ...],
     projector: AnyProjector,
@@ -282,7 +278,7 @@ def _features(
     return compute
 
 
-def _digest(folder: Path) -> str:
+def moments_digest(folder: Path) -> str:
     """Identity of a checkpoint's optimizer state, from its bytes."""
     for name in ("optimizer.safetensors", "optimizer.pt"):
         path = folder / name

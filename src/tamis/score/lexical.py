@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -15,29 +13,15 @@ import numpy.typing as npt
 from scipy import sparse
 
 from tamis.collect import Task
+from tamis.data.words import words
 from tamis.errors import InvalidSettings
 from tamis.score.matrix import empty_scores
 from tamis.types import FloatArray, IntArray, TargetScores
 
-__all__ = ["Bm25", "WordIndex", "words"]
-
-# Scripts written without spaces: their letters count as words of their own, or every sentence would be one rare word.
-_UNSPACED = (
-    "\u0e00-\u0eff"  # Thai, Lao
-    "\u1000-\u109f"  # Myanmar
-    "\u1780-\u17ff"  # Khmer
-    "\u3040-\u30ff"  # Hiragana, Katakana
-    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"  # Chinese characters
-)
-_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+__all__ = ["Bm25", "WordIndex"]
 
 _DENSE_NUMBERS = 8_000_000  # of the target's term counts held dense at a time
 _BLOCK_ROWS = 4096
-
-
-def words(text: str) -> list[str]:
-    """The words of a text: runs of letters, digits and underscores, without case, compatibility forms unified."""
-    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from tamis.collect import Task
 from tamis.corpus import Corpus
-from tamis.errors import InvalidSettings, NonFinite, Unsupported
+from tamis.errors import InvalidSettings
 from tamis.maths.similarity import cosines
-from tamis.model.loss import evaluation_mode
-from tamis.model.targets import output_embeddings
+from tamis.model.states import weighted_mean_states
 from tamis.score.matrix import empty_scores
 from tamis.store.reader import StageReader
 from tamis.types import Batch, IntArray, TargetScores
 
-__all__ = ["RdsPlus", "last_hidden_states", "weighted_mean_states"]
+__all__ = ["RdsPlus"]
 
 _BLOCK_ROWS = 4096
 
@@ -56,55 +54,3 @@ class RdsPlus:
 
         spec = {"algorithm": "hidden-states-v1", "embedding": "rds+", "positions": self.positions}
         return task.map_rows(corpus, rows, name="hidden-states", spec=spec, start=start, work="forward")
-
-
-def weighted_mean_states(
-    model: nn.Module, batch: Batch, positions: Literal["all", "supervised"]
-) -> Float[Tensor, "B hidden"]:
-    """Each row's mean of its last hidden states, weighted by position (from 1), in float32.
-
-    Raises:
-        NonFinite: a state is NaN or infinite (names the rows).
-    """
-    hidden = last_hidden_states(model, batch).float()  # (B, T, hidden)
-    counted = (batch.supervised if positions == "supervised" else batch.attention_mask).to(hidden.device)
-    weights = torch.arange(1, hidden.shape[1] + 1, device=hidden.device) * counted  # rows are padded on the right
-    mean = torch.einsum("bt,bth->bh", weights / weights.sum(dim=1, keepdim=True), hidden)
-    good = torch.isfinite(mean).all(dim=1).cpu()
-    if not bool(good.all()):
-        rows = tuple(batch.rows.cpu()[~good].tolist())
-        raise NonFinite(
-            f"hidden states of rows {', '.join(map(str, rows[:5]))} are NaN or infinite; "
-            "check the weights, or load the model with another --dtype",
-            rows=rows,
-        )
-    return mean
-
-
-def last_hidden_states(model: nn.Module, batch: Batch) -> Float[Tensor, "B T hidden"]:
-    """The states that the LM head reads, after the final norm, without dropout or gradient.
-
-    Caught on their way into the head, which then gets a single position: neither the other blocks' states nor the
-    logits of all positions are kept. Where a model scales the states before the head, a cosine does not notice.
-
-    Raises:
-        Unsupported: the head is not fed ``(B, T, hidden)``.
-    """
-    caught: list[Tensor] = []
-
-    def catch(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden = args[0] if args else None
-        if not isinstance(hidden, Tensor) or hidden.shape[:-1] != batch.input_ids.shape:
-            got = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
-            expected = f"{tuple(batch.input_ids.shape)} tokens x hidden"
-            raise Unsupported(f"the LM head of {type(model).__name__} is fed {got}; expected {expected}")
-        caught.append(hidden)
-        return (hidden[:, -1:], *args[1:])
-
-    handle = output_embeddings(model).register_forward_pre_hook(catch)
-    try:
-        with torch.no_grad(), evaluation_mode(model):
-            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    finally:
-        handle.remove()
-    return caught[0]

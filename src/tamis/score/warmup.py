@@ -1,27 +1,34 @@
-"""A method's own short fine-tuning run: LoRA on the task's model, or the adapter given, kept in the store."""
+"""A method's own short fine-tuning run: LoRA on the task's model, all of it, or the adapter given; in the store."""
 
 from __future__ import annotations
 
 import hashlib
+import math
+import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from tamis.collect import Task
 from tamis.corpus import Corpus
-from tamis.errors import InvalidSettings
-from tamis.model.load import ModelSettings
+from tamis.disk import disk_errors
+from tamis.errors import InvalidInput, InvalidSettings
+from tamis.model.load import ModelSettings, load_tokenizer
+from tamis.model.processes import barrier, is_main
 from tamis.model.source import resolve_source
 from tamis.model.targets import has_adapter
-from tamis.seeds import child_seed
-from tamis.train.loop import Spent, TrainSettings, num_steps
-from tamis.train.lora import add_lora, train_adapter
-from tamis.train.warmup import warmup
+from tamis.seeds import child_seed, random_subset
+from tamis.training.loop import Spent, TrainSettings, num_steps
+from tamis.training.lora import add_lora, train_adapter
+from tamis.training.warmup import warmup
 from tamis.types import IntArray
 
-__all__ = ["WarmupPoint", "warmup_points", "warmup_training"]
+__all__ = ["WarmupPoint", "random_warmup_rows", "warmup_points", "warmup_training"]
+
+_FEWEST_BATCHES = 4  # updates that the smallest warm-up makes in an epoch, if the pool has the rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +38,27 @@ class WarmupPoint:
     model_settings: ModelSettings
     folder: Path
     learning_rate: float  # mean over the updates since the checkpoint before it
+
+
+def random_warmup_rows(task: Task, method: str, *, share: float, batch_rows: int, rows: int | None = None) -> IntArray:
+    """A random part of the pool's usable rows for a warm-up, ascending; it does not depend on the target.
+
+    Args:
+        task: its whole pool counts, not only a shortlist.
+        method: names the random stream.
+        share: of the usable rows, though never fewer than four updates' worth while there are any.
+        batch_rows: rows of one update.
+        rows: their number, in place of the share; all if there are fewer.
+
+    Raises:
+        InvalidInput: the pool has no usable row.
+    """
+    usable = np.flatnonzero(task.pool.usable)
+    if not len(usable):
+        raise InvalidInput("no row of the pool has a supervised token, so there is nothing to warm up on")
+    wanted = max(math.ceil(share * len(usable)), _FEWEST_BATCHES * batch_rows) if rows is None else rows
+    chosen = random_subset(child_seed(task.seed, f"{method} warm-up"), len(usable), min(wanted, len(usable)))
+    return usable[chosen].astype(np.int64)
 
 
 def warmup_training(**settings: Any) -> TrainSettings:
@@ -52,7 +80,7 @@ def warmup_points(
     settings: TrainSettings,
     *,
     method: str,
-    lora_rank: int,
+    lora_rank: int | None,
     lora_alpha: float,
     target_name: str | None = None,
 ) -> list[WarmupPoint]:
@@ -64,23 +92,32 @@ def warmup_points(
         rows: what to train on, positions in ``corpus``.
         settings: of the training.
         method: names the folder, the notes and the random stream.
-        lora_rank: of the fresh adapter; a model that is an adapter already is trained as it is.
+        lora_rank: of the fresh adapter; a model that is an adapter already is trained as it is. None: no adapter, all
+            weights of the model train.
         lora_alpha: the fresh adapter's scale is ``lora_alpha / lora_rank``.
         target_name: the target that the rows belong to; None for rows of the pool, whose run all targets share.
 
     Raises:
+        InvalidSettings: all weights are to train, but the model is an adapter, or its weights have 16 bits.
         NonFinite: a loss or gradient is NaN or infinite.
         Unsupported: the adapter given cannot be trained, or a row does not fit in memory.
         StoreCorrupted: a checkpoint's bytes are not what was written.
     """
     base, seed = task.model_settings, child_seed(task.seed, f"{method} warm-up")
     source = resolve_source(base.name, base.revision)
+    if lora_rank is None and source.is_adapter:
+        raise InvalidSettings(
+            f"{method} was to warm up all weights, but '{base.name}' is an adapter; give the whole model, or warm up "
+            "the adapter (lora)"
+        )
     if source.is_adapter:
         task.note(f"{method} warmed up the adapter given, from where it stands; its LoRA settings were not used")
 
     def open_model() -> nn.Module:
         model = task.at_model(base).loaded.model  # not the task's own: training would change it
-        if has_adapter(model):
+        if lora_rank is None:
+            model.requires_grad_(True)
+        elif has_adapter(model):
             train_adapter(model, base=source.base)
         else:
             model = add_lora(model, rank=lora_rank, alpha=lora_alpha, seed=seed, base=base.name, revision=base.revision)
@@ -115,6 +152,10 @@ def warmup_points(
             advance=advance,
             on_checkpoint=record,
         )
+    if lora_rank is None and is_main():
+        for point in checkpoints:
+            _save_tokenizer(base, point.folder)
+    barrier()  # the folders open as whole models, everywhere
     return [
         WarmupPoint(
             model_settings=replace(base, name=str(point.folder), revision=None),
@@ -123,3 +164,18 @@ def warmup_points(
         )
         for point in checkpoints
     ]
+
+
+def _save_tokenizer(settings: ModelSettings, folder: Path) -> None:
+    """Put the model's tokenizer beside trained weights, so that the folder opens like any other model's."""
+    if (folder / "tokenizer_config.json").is_file():
+        return
+    partial = folder / "tokenizer.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
+    tokenizer = load_tokenizer(settings)
+    with disk_errors(folder):
+        tokenizer.save_pretrained(partial)
+        # The file by which a tokenizer is known comes last: a folder that has it has all of them.
+        for path in sorted(partial.iterdir(), key=lambda path: path.name == "tokenizer_config.json"):
+            path.rename(folder / path.name)
+        partial.rmdir()

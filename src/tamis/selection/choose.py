@@ -18,6 +18,7 @@ from tamis.budget import describe_budget, rows_for, tokens_for
 from tamis.errors import InvalidSettings, NonFinite
 from tamis.selection.round_robin import Copies, Picks, take_turns
 from tamis.selection.top import BLOCK_VALUES, block_length
+from tamis.selection.weights import robust_weights
 from tamis.types import Budget, FloatArray, IntArray, TargetScores
 
 __all__ = ["Aggregate", "Choice", "choose", "target_means", "target_shares"]
@@ -36,7 +37,7 @@ class Choice:
     score: FloatArray  # (n,) mean over targets, by share, of ``target_scores``; higher helps more
     target_scores: FloatArray  # (n, G) mean over the target's columns
     rank: IntArray  # (n,) 1 .. n: selected rows by pick, then the others by falling score, ties by lower row
-    example_weights: FloatArray  # (n,) 1 for selected rows, 0 for the others
+    example_weights: FloatArray  # (n,) of selected rows 1, or on average 1; 0 for the others
     target_names: tuple[str, ...]
     shares: tuple[float, ...]  # (G,) summing to 1
     tokens: int  # tokens of the selected rows together
@@ -68,6 +69,9 @@ def choose(
     * A share of the pool is a share of all ``N`` rows. A token budget ends at the first row that does not fit: the
       selection is a prefix of the order without a budget, and misses the budget by less than one row. (Going on with
       shorter rows would fill it, but with rows taken for being short.)
+
+    * Selected rows weigh 1, or, if ``scores.weights`` says "first-order", as ``robust_weights`` has it for the scores
+      of the target row (of the target, with ``mean``) that took them.
 
     ``scores.values`` may be a memmap larger than memory: it is read in blocks, from start to end. Target rows without
     a gradient must not be among its columns.
@@ -117,6 +121,19 @@ def choose(
     score = _weighted_mean(means, fractions)
     example_weights = np.zeros(len(rows), np.float32)
     example_weights[picks.rows] = 1
+    if scores.weights == "first-order":
+        left_out = available.copy()
+        left_out[picks.rows] = False
+        if copies is not None:
+            for row in picks.rows[copies.has_copy[picks.rows]]:
+                left_out[copies.of(int(row))] = False  # not worse than the bound: the same row again
+        example_weights[picks.rows] = robust_weights(
+            scores.values if per_row else means,
+            picks.rows,
+            picks.column if per_row else picks.target,
+            left_out,
+            block_values=block_values,
+        )
     return Choice(
         rows=rows,
         order=rows[picks.rows],

@@ -1,1 +1,1 @@
-"""Small dense problems in Gram form, solved in float64: which candidates, and with which weights."""
+"""Optimisation and regression on arrays: value, status and certificate out; no model, no disk, no settings."""

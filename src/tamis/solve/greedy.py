@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from tamis.solve.solution import as_gram
+from tamis.errors import InvalidInput
+from tamis.solve.gram import as_gram
 
 __all__ = ["greedy_residual", "top"]
 
@@ -18,7 +19,8 @@ def greedy_residual(gram: npt.ArrayLike, scores: npt.ArrayLike, *, count: int) -
     does to the inner products with ``r``.
 
     Raises:
-        ValueError: shapes that do not fit, numbers that are not finite, or more candidates asked for than there are.
+        InvalidInput: the shapes do not fit, or more candidates are asked for than there are.
+        NonFinite: a number is NaN or infinite.
     """
     matrix, gain = as_gram(gram, scores)
     _check_count(count, len(gain))
@@ -35,7 +37,7 @@ def top(scores: npt.ArrayLike, *, count: int) -> npt.NDArray[np.int64]:
     """The ``count`` largest, best first; the lowest index wins a tie.
 
     Raises:
-        ValueError: more candidates asked for than there are.
+        InvalidInput: more candidates are asked for than there are.
     """
     values = np.asarray(scores, dtype=np.float64)
     _check_count(count, len(values))
@@ -44,4 +46,4 @@ def top(scores: npt.ArrayLike, *, count: int) -> npt.NDArray[np.int64]:
 
 def _check_count(count: int, candidates: int) -> None:
     if not 0 <= count <= candidates:
-        raise ValueError(f"cannot choose {count} of {candidates} candidates")
+        raise InvalidInput(f"cannot choose {count} of {candidates} candidates")

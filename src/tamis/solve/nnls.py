@@ -6,38 +6,45 @@ import numpy as np
 import numpy.typing as npt
 from scipy import linalg
 
-from tamis.solve.solution import Solution, Status, Vector, as_gram
+from tamis.errors import InvalidSettings
+from tamis.solve.gram import Vector, as_gram
+from tamis.solve.solution import Solution, Status
 
 __all__ = ["solve_nnls", "solve_ridge"]
 
 _TOLERANCE = 1e-12  # of the linear term's largest entry: float64 with a few digits to spare
 
 
-def solve_nnls(gram: npt.ArrayLike, target: npt.ArrayLike, *, ridge: float = 0.0) -> Solution:
+def solve_nnls(gram: npt.ArrayLike, target: npt.ArrayLike, *, ridge: float = 0.0) -> Solution[Vector]:
     """``argmin_{w >= 0} w^T (G + ridge I) w - 2 b^T w``, by the active-set method of Lawson and Hanson (1974, ch. 23).
 
     With ``G = X X^T`` and ``b = X y`` this is ``min ||y - X^T w||^2 + ridge ||w||^2``, the weights of
     *Filter-then-Weight*, equation 6. ``gram`` is used as its symmetric part and should be positive definite together
-    with the ridge. ``residual`` is the largest violation of the conditions of the optimum, ``w >= 0``,
-    ``(G + ridge I) w - b >= 0``, and their product zero, relative to ``max |b|``.
+    with the ridge.
+
+    Stats: ``residual``, the largest violation of the conditions of the optimum, ``w >= 0``,
+    ``(G + ridge I) w - b >= 0``, and their product zero, relative to ``max |b|``; ``solves`` of linear systems that
+    took a candidate in.
 
     Raises:
-        ValueError: shapes that do not fit, numbers that are not finite, or a negative ridge.
+        InvalidInput: the shapes do not fit.
+        InvalidSettings: the ridge is negative.
+        NonFinite: a number is NaN or infinite.
     """
     matrix, b = _problem(gram, target, ridge)
     n = len(b)
     weights, passive, blocked = np.zeros(n), np.zeros(n, dtype=bool), np.zeros(n, dtype=bool)
     tolerance = _TOLERANCE * float(np.abs(b).max(initial=0.0))
-    status, steps = Status.SOLVED, 0
+    status, solves = Status.OPTIMAL, 0
     while True:
         slope = b - matrix @ weights  # minus half the gradient of the objective
         open_ = ~passive & ~blocked
         if not open_.any() or float(slope[open_].max()) <= tolerance:
             break
-        if steps >= 10 * n:
+        if solves >= 10 * n:
             status = Status.MAX_STEPS
             break
-        steps += 1
+        solves += 1
         entering = int(np.argmax(np.where(open_, slope, -np.inf)))
         passive[entering] = True
         found = _solve_on(matrix, b, passive)
@@ -59,33 +66,34 @@ def solve_nnls(gram: npt.ArrayLike, target: npt.ArrayLike, *, ridge: float = 0.0
             weights, status = last, Status.INDEFINITE
             break
         weights = found
-        if status is Status.SOLVED:
+        if status is Status.OPTIMAL:
             blocked[:] = False
-    return Solution(value=weights, status=status, residual=_violation(matrix, b, weights), steps=steps)
+    stats = {"residual": _violation(matrix, b, weights), "solves": solves}
+    return Solution(value=weights, status=status, stats=stats)
 
 
-def solve_ridge(gram: npt.ArrayLike, target: npt.ArrayLike, *, ridge: float = 0.0) -> Solution:
-    """``(G + ridge I)^{-1} b``: the same objective with weights of either sign.
+def solve_ridge(gram: npt.ArrayLike, target: npt.ArrayLike, *, ridge: float = 0.0) -> Solution[Vector]:
+    """``(G + ridge I)^{-1} b``: the same objective with weights of either sign, zero if there is no single optimum.
+
+    Stats: ``residual``, the largest entry of ``(G + ridge I) w - b`` relative to ``max |b|``; ``solves``, 1.
 
     Raises:
-        ValueError: shapes that do not fit, numbers that are not finite, or a negative ridge.
+        InvalidInput: the shapes do not fit.
+        InvalidSettings: the ridge is negative.
+        NonFinite: a number is NaN or infinite.
     """
     matrix, b = _problem(gram, target, ridge)
     found = _solve_on(matrix, b, np.ones(len(b), dtype=bool))
     if found is None:
-        return Solution(value=np.zeros(len(b)), status=Status.SINGULAR, residual=1.0, steps=0)
+        return Solution(value=np.zeros(len(b)), status=Status.SINGULAR, stats={"residual": 1.0, "solves": 1})
     scale = float(np.abs(b).max(initial=0.0)) or 1.0
-    return Solution(
-        value=found,
-        status=Status.SOLVED,
-        residual=float(np.abs(matrix @ found - b).max(initial=0.0)) / scale,
-        steps=1,
-    )
+    residual = float(np.abs(matrix @ found - b).max(initial=0.0)) / scale
+    return Solution(value=found, status=Status.OPTIMAL, stats={"residual": residual, "solves": 1})
 
 
 def _problem(gram: npt.ArrayLike, target: npt.ArrayLike, ridge: float) -> tuple[Vector, Vector]:
     if not ridge >= 0:
-        raise ValueError(f"the ridge must be 0 or more, got {ridge}")
+        raise InvalidSettings(f"the ridge must be 0 or more, got {ridge}")
     matrix, b = as_gram(gram, target)
     return matrix + ridge * np.eye(len(b)), b
 

@@ -1,46 +1,43 @@
-"""What every solver returns: a value, how it ended, and how well the conditions of an optimum hold."""
+"""What every solver returns: a value, how it ended, and the numbers that say how far to trust it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import Generic, TypeVar
 
-import numpy as np
-import numpy.typing as npt
+__all__ = ["Solution", "Status"]
 
-__all__ = ["Solution", "Status", "Vector", "as_gram"]
-
-Vector = npt.NDArray[np.float64]
+V = TypeVar("V")
 
 
 class Status(Enum):
-    """How a solver ended, in sentences that say what to try next."""
+    """How a solver ended, in sentences for the report that say what to try next."""
 
-    SOLVED = "solved to the stated tolerance"
+    OPTIMAL = "optimal to the stated tolerance, as its certificate shows"
+    INACCURATE = (
+        "stopped short of the wanted accuracy: the gap bounds what is missing; a larger lambda or float64 gets closer"
+    )
     SINGULAR = "the Gram matrix is singular on the set solved on; add a ridge"
     INDEFINITE = "the Gram matrix is not positive semi-definite; symmetrise it and add a ridge"
     MAX_STEPS = "stopped at the step limit before the optimum; raise the limit or add a ridge"
+    TIED = "rows tie at the budget, so no lambda leaves exactly that many: the tied rows were not told apart"
+    TIES_BROKEN = "rows tie at the budget: the first of them by index were kept, the others left out"
+    COUNT_MISSED = "no lambda tried leaves exactly the wanted number of weights: the largest weights were kept"
+
+    def __str__(self) -> str:
+        return self.value
 
 
 @dataclass(frozen=True, kw_only=True)
-class Solution:
-    """``value`` is usable if ``status`` is ``SOLVED``; otherwise it is the best point found."""
+class Solution(Generic[V]):
+    """The answer of a solver: the optimum if ``status`` is ``OPTIMAL``, else the best point found.
 
-    value: Vector
-    status: Status
-    residual: float  # largest violation of the optimality conditions, in units of the linear term
-    steps: int
-
-
-def as_gram(gram: npt.ArrayLike, target: npt.ArrayLike) -> tuple[Vector, Vector]:
-    """Both in float64, the matrix made symmetric: projections and half precision leave it slightly off.
-
-    Raises:
-        ValueError: the shapes do not fit, or a number is not finite.
+    ``stats`` holds plain numbers under the names that the solver's docstring lists, its certificate among them: a
+    ``gap`` bounds what the objective misses, a ``residual`` is the largest violation of the optimality conditions.
     """
-    matrix, vector = np.asarray(gram, dtype=np.float64), np.asarray(target, dtype=np.float64)
-    if vector.ndim != 1 or matrix.shape != (len(vector), len(vector)):
-        raise ValueError(f"expected a Gram matrix (n, n) and a vector (n,), got {matrix.shape} and {vector.shape}")
-    if not (np.isfinite(matrix).all() and np.isfinite(vector).all()):
-        raise ValueError("the Gram matrix or the vector holds NaN or infinity; drop those candidates first")
-    return (matrix + matrix.T) / 2, vector
+
+    value: V
+    status: Status
+    stats: Mapping[str, float | int | str]

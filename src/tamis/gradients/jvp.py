@@ -1,0 +1,115 @@
+"""Jacobian-vector products: how a model's states change when its weights move along a direction, by forward mode.
+
+One pass carries every value together with its change, so that nothing is kept for a backward pass. A direction has the
+form of every other gradient here: ``{layer name: (O, I)}``, a trainable bias as one more column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tamis.errors import Unsupported
+from tamis.model.loss import supervised_positions
+from tamis.model.states import mean_by_row, states_before_head
+from tamis.seeds import child_seed, random_normal
+from tamis.types import Batch, LayerSpec
+
+__all__ = ["gaussian_direction", "hidden_tangents", "mean_direction"]
+
+_ALGORITHM = "jvp-gaussian-v1"
+
+
+def gaussian_direction(
+    layers: Sequence[LayerSpec], *, seed: int, index: int = 0, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Independent normal entries for every layer, divided by ``√P`` so that the whole direction has about length 1.
+
+    The common factor cancels in every cosine and keeps half-precision tangents in range. A layer's entries depend on
+    the seed, the index of the direction, and the layer's name and shape: not on which other layers there are, but for
+    the factor.
+    """
+    scale = sum(layer.numel for layer in layers) ** -0.5
+    direction = {}
+    for layer in layers:
+        numbers = random_normal(child_seed(seed, _ALGORITHM, layer.name, index), layer.numel)
+        numbers *= scale
+        direction[layer.name] = torch.from_numpy(numbers).to(dtype).view(layer.shape)
+    return direction
+
+
+def mean_direction(directions: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean: its tangent is the mean of the directions' tangents, for the price of one (a JVP is linear)."""
+    return {name: torch.stack([each[name] for each in directions]).mean(dim=0) for name in directions[0]}
+
+
+def hidden_tangents(
+    model: nn.Module,
+    batch: Batch,
+    layers: Sequence[LayerSpec],
+    direction: Mapping[str, Tensor],
+    *,
+    positions: Literal["last", "mean"],
+) -> Float[Tensor, "B hidden"]:
+    """``d h / d theta . v``: the change of the state that the head reads, per row.
+
+    Args:
+        model: a causal language model, often one of only the first blocks.
+        batch: right-padded rows.
+        layers: the layers of ``direction``.
+        direction: ``v``, by layer name.
+        positions: "last", at each row's last token, as published; "mean", averaged over the positions that predict
+            supervised tokens. After an end-of-text token nothing is predicted, so the last state says little.
+
+    Raises:
+        InvalidInput: with "mean", a row has no supervised token.
+        Unsupported: the model computes something that has no forward-mode rule.
+    """
+    supervised = supervised_positions(batch) if positions == "mean" else None
+
+    def take(hidden: Tensor) -> Tensor:
+        found: Tensor | None = forward_ad.unpack_dual(hidden).tangent  # type: ignore[no-untyped-call]
+        tangent = torch.zeros_like(hidden) if found is None else found  # (B, T, hidden)
+        if supervised is None:
+            last = batch.attention_mask.sum(dim=1).to(tangent.device) - 1
+            return tangent[torch.arange(len(tangent), device=tangent.device), last]
+        picked = tangent.flatten(0, 1).index_select(0, supervised.flat.to(tangent.device))
+        return mean_by_row(picked, supervised)
+
+    # The fused attention kernels have no forward-mode rule; the plain one has, and every "sdpa" model can use it.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+        params = _dual_params(model, layers, direction)
+        try:
+            return states_before_head(model, batch, take=take, params=params)
+        except NotImplementedError as error:
+            raise Unsupported(
+                f"{type(model).__name__} cannot be run in forward mode ({str(error).splitlines()[0]}); load it with "
+                "attention 'sdpa' or 'eager', or choose another embedding than jvp"
+            ) from error
+
+
+def _dual_params(model: nn.Module, layers: Sequence[LayerSpec], direction: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The layers' parameters, each with its part of the direction as tangent; only inside a dual level."""
+    params: dict[str, Tensor] = {}
+    for layer in layers:
+        module = model.get_submodule(layer.name)
+        weight, bias = module.weight, module.bias
+        assert isinstance(weight, Tensor)
+        matrix = direction[layer.name].to(weight.device, weight.dtype)
+        tangent = matrix[:, : layer.in_features]
+        params[f"{layer.name}.weight"] = _dual(weight, tangent.T if layer.kind == "conv1d" else tangent)
+        if layer.has_bias:
+            assert isinstance(bias, Tensor)
+            params[f"{layer.name}.bias"] = _dual(bias, matrix[:, -1])
+    return params
+
+
+def _dual(param: Tensor, tangent: Tensor) -> Tensor:
+    dual: Tensor = forward_ad.make_dual(param.detach(), tangent.contiguous())  # type: ignore[no-untyped-call]
+    return dual

@@ -1,0 +1,27 @@
+"""Decisions of a run that its later work hangs on: taken once, kept in the store, the same in every process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tamis.disk import replace_atomically
+from tamis.model.processes import barrier, counts_of_all, is_main
+
+__all__ = ["kept_once"]
+
+
+def kept_once(path: Path, decide: Callable[[], Any]) -> Any:
+    """What ``decide`` gives, through JSON: decided now by all processes, or read from where an earlier run wrote it.
+
+    What the main process decided counts everywhere: machines may round differently, and work must be shared out alike.
+    """
+    # All processes or none: deciding may have barriers.
+    if not all(counts_of_all(int(path.exists()))):
+        decided = decide()
+        if is_main():
+            replace_atomically(path, (json.dumps(decided, indent=1).encode(),))
+    barrier()
+    return json.loads(path.read_text(encoding="utf-8"))

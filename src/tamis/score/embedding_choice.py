@@ -1,0 +1,250 @@
+"""Which embedding carries the landmarks' scores to the other rows, and through which kernel: tried on landmarks alone.
+
+Leave-one-out over the landmarks says how well gradients of unseen rows would be rebuilt, so every embedding within the
+budget is computed for a few thousand rows at most, and only the best one for the pool.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tamis.collect import Task
+from tamis.embeddings import EMBEDDINGS, Given, TfIdf, forward_passes
+from tamis.errors import InvalidSettings
+from tamis.model.flops import ModelShape
+from tamis.score.decisions import kept_once
+from tamis.score.embedding_candidates import EmbeddingSettings, candidate_embeddings, label_of
+from tamis.score.landmark_gradients import LandmarkGradients
+from tamis.score.row_embeddings import AnyEmbedding, RowEmbeddings
+from tamis.seeds import child_seed, random_subset
+from tamis.solve.kernels import Kernel, KernelName
+from tamis.solve.leave_one_out import Candidate, try_candidates
+
+__all__ = ["Choice", "KernelSettings", "Tried", "choose_embedding"]
+
+_COMPARED = 1024  # landmarks that embeddings and kernels are compared on; the winner's figures are of all
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelSettings:
+    """What the user says of the transfer; None and "auto" leave it to leave-one-out."""
+
+    name: KernelName | Literal["auto"]
+    scale: float | None
+    damping: float | None
+    centred: bool | None
+    half_whitening: bool
+    residual: bool | Literal["auto"]
+
+    def grid(self) -> tuple[Candidate, ...]:
+        """Every kernel to try, the default first."""
+        names: tuple[KernelName, ...] = ("rbf", "linear") if self.name == "auto" else (self.name,)
+        dampings = (0.1, 0.01, 1.0) if self.damping is None else (self.damping,)
+        found = []
+        for name in names:
+            scales = (2.0,) if name == "linear" else (2.0, 0.5, 8.0) if self.scale is None else (self.scale,)
+            centred = name != "linear" if self.centred is None else self.centred
+            for kernel in (Kernel(name=name, scale=scale) for scale in scales):
+                found += [Candidate(kernel=kernel, damping=damping, centred=centred) for damping in dampings]
+        whitened = [dataclasses.replace(c, half_whitened=True) for c in found if c.kernel.name != "linear"]
+        return (*found, *(whitened if self.half_whitening else ()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tried:
+    """An embedding on the landmarks."""
+
+    label: str
+    recovery: float  # the best over the kernels
+    passes: float | None  # counted, in forward passes a row; None: without the model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What the transfer uses, and what is to be expected of it on rows that are no landmarks."""
+
+    embedding: AnyEmbedding
+    candidate: Candidate
+    residual: bool
+    recovery: float  # mean cosine of rebuilt and true gradients
+    spearman: tuple[float, ...]  # rank correlation of scores, one per target
+    with_half: float | None  # its mean over targets with half the landmarks; None if they are too few to tell
+    tried: tuple[Tried, ...]
+
+    @property
+    def mean_spearman(self) -> float:
+        """Over targets."""
+        return sum(self.spearman) / len(self.spearman)
+
+    def to_plain(self) -> dict[str, Any]:
+        """As JSON keeps it; of given embeddings without the place where they lie."""
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        settings = dataclasses.asdict(self.embedding)  # type: ignore[arg-type]  # all embeddings are dataclasses
+        settings.pop("path", None)  # a folder may move
+        return {
+            **plain,
+            "embedding": {"name": self.embedding.name, **settings},
+            "candidate": dataclasses.asdict(self.candidate),
+            "tried": [dataclasses.asdict(tried) for tried in self.tried],
+        }
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any], *, given: str | None = None) -> Choice:
+        """The inverse of ``to_plain``; ``given`` is where given embeddings lie now."""
+        settings = dict(plain["embedding"])
+        if settings["name"] == Given.name:
+            settings["path"] = given
+        kernel = Kernel(**plain["candidate"]["kernel"])
+        return cls(
+            embedding=EMBEDDINGS[settings.pop("name")](**settings),
+            candidate=Candidate(**{**plain["candidate"], "kernel": kernel}),
+            residual=plain["residual"],
+            recovery=plain["recovery"],
+            spearman=tuple(plain["spearman"]),
+            with_half=plain["with_half"],
+            tried=tuple(Tried(**tried) for tried in plain["tried"]),
+        )
+
+
+def choose_embedding(
+    task: Task,
+    embeddings: RowEmbeddings,
+    gradients: LandmarkGradients,
+    groups: Sequence[Tensor],
+    *,
+    settings: EmbeddingSettings,
+    kernels: KernelSettings,
+) -> Choice:
+    """Try every embedding and kernel on the landmarks, once; kept in the store, so that a resumed run takes the same.
+
+    Args:
+        task: at the model whose gradients were taken.
+        embeddings: of its rows.
+        gradients: of the landmarks.
+        groups: for each target, its columns in ``gradients.scores``.
+        settings: which embeddings.
+        kernels: which kernels.
+
+    Raises:
+        InvalidSettings: no embedding is within the budget.
+        Unsupported: the model cannot be embedded in the way that was named.
+    """
+    spec = {
+        "algorithm": "embedding-choice-v2",
+        **gradients.identity,
+        "embedding": settings.identity(task.pool, task.target),
+        "kernels": dataclasses.asdict(kernels),
+        "groups": [group.tolist() for group in groups],
+        "seed": task.seed,
+    }
+    path = task.workdir("embedding-choice", spec) / "choice.json"
+
+    def decide() -> dict[str, Any]:
+        earlier = set(task.notes)
+        choice = _tried_out(task, embeddings, gradients, groups, settings, kernels)
+        return {**choice.to_plain(), "notes": [sentence for sentence in task.notes if sentence not in earlier]}
+
+    plain = kept_once(path, decide)
+    for sentence in plain["notes"]:  # a resumed run says what the first one said
+        task.note(sentence)
+    return Choice.from_plain(plain, given=settings.given)
+
+
+def _tried_out(
+    task: Task,
+    embeddings: RowEmbeddings,
+    gradients: LandmarkGradients,
+    groups: Sequence[Tensor],
+    settings: EmbeddingSettings,
+    kernels: KernelSettings,
+) -> Choice:
+    candidates = candidate_embeddings(settings, task)
+    if not candidates:
+        raise InvalidSettings(f"no embedding is within embedding_budget={settings.budget:g}; raise it, or name one")
+    count = len(gradients.rows)
+    compared = torch.arange(count)
+    if count > _COMPARED:
+        compared = torch.from_numpy(random_subset(child_seed(task.seed, "compared landmarks"), count, _COMPARED))
+    gram = gradients.gram[compared][:, compared]
+    tried: list[Tried] = []
+    best: tuple[float, AnyEmbedding, Candidate] | None = None
+    for embedding in candidates:
+        rows = embeddings.of(embedding, task.pool, gradients.rows)(0, count)
+        first = try_candidates(rows[compared], gram=gram, grid=kernels.grid())[0]
+        recovery = float(first.recovery or 0.0)
+        tried.append(Tried(label=label_of(embedding), recovery=recovery, passes=_counted_passes(task, embedding)))
+        if best is None or recovery > best[0]:
+            best = (recovery, embedding, first.candidate)
+    assert best is not None
+    return _expected(task, embeddings, gradients, groups, best[1], best[2], kernels, tuple(tried))
+
+
+def _expected(
+    task: Task,
+    embeddings: RowEmbeddings,
+    gradients: LandmarkGradients,
+    groups: Sequence[Tensor],
+    embedding: AnyEmbedding,
+    candidate: Candidate,
+    kernels: KernelSettings,
+    tried: tuple[Tried, ...],
+) -> Choice:
+    """Figures of the winner from all landmarks, with and without the direct score of its own embeddings."""
+    count = len(gradients.rows)
+    rows = embeddings.of(embedding, task.pool, gradients.rows)(0, count)
+    scores = torch.stack([gradients.scores[:, group].mean(1) for group in groups], dim=1)
+    targets: list[Float[Tensor, "m E"]] | None = None
+    if kernels.residual is not False:
+        columns = task.target_rows[gradients.columns]
+        whole = embeddings.of(embedding, task.target, columns)(0, len(columns))
+        targets = [whole[group] for group in groups]
+    plain = try_candidates(rows, gram=gradients.gram, scores=scores, grid=[candidate])[0]
+    found, residual = plain, False
+    if targets is not None:
+        direct = try_candidates(rows, gram=gradients.gram, scores=scores, targets=targets, grid=[candidate])[0]
+        if kernels.residual is True or _mean(direct.spearman) >= _mean(plain.spearman):
+            found, residual = direct, True
+    with_half = None
+    if count >= 16:
+        half = torch.from_numpy(random_subset(child_seed(task.seed, "half the landmarks"), count, count // 2))
+        known = targets if residual else None
+        with_half = _mean(try_candidates(rows[half], scores=scores[half], targets=known, grid=[candidate])[0].spearman)
+    if found.times_raised:
+        task.note(
+            f"The kernel of the landmarks could not be factorised with damping {candidate.damping:g}; "
+            f"{found.damping:g} was used"
+        )
+    return Choice(
+        embedding=embedding,
+        candidate=candidate,
+        residual=residual,
+        recovery=float(found.recovery or 0.0),
+        spearman=found.spearman,
+        with_half=with_half,
+        tried=tried,
+    )
+
+
+def _counted_passes(task: Task, embedding: AnyEmbedding) -> float | None:
+    if isinstance(embedding, (TfIdf, Given)):
+        return None
+    lengths = task.pool.lengths[task.rows]
+    return forward_passes(
+        embedding,
+        ModelShape.from_model(task.loaded.model),
+        rows=len(lengths),
+        tokens=float(lengths.sum()),
+        supervised_tokens=float(task.pool.supervised[task.rows].sum()),
+        sum_sq_len=float((lengths**2).sum()),
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,151 @@
+"""Exact gradients of the landmarks, projected: their scores for every target row, and their inner products.
+
+Nothing else of them is kept in memory: the features lie in the store and are read in blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tamis.collect import Task
+from tamis.errors import InvalidInput
+from tamis.gradients.per_sample import per_sample_features
+from tamis.maths.second_order import adam_scale
+from tamis.maths.similarity import inner_products, row_norms, unit_rows
+from tamis.projection import AnyProjector, make_projector
+from tamis.score.features import FeatureFunction, FeatureSpec, collect_features, read_features, rows_with_gradient
+from tamis.score.less import moment_vectors, moments_digest, transformed_features
+from tamis.store.reader import StageReader
+from tamis.training.checkpoints import read_moments
+from tamis.types import Batch, IntArray
+
+__all__ = ["LandmarkGradients", "landmark_gradients"]
+
+_BLOCK_NUMBERS = 1 << 26  # gradient numbers held at once: 256 MB, and as many again of the block beside
+
+
+@dataclass(frozen=True, kw_only=True)
+class LandmarkGradients:
+    """What the transfer needs of the landmarks' gradients, all scaled to length 1 after the projection."""
+
+    rows: IntArray  # (L,) pool rows, ascending; those without gradient are left out
+    without_gradient: IntArray  # pool rows
+    columns: IntArray  # (M,) positions in ``task.target_rows``; target rows without gradient are left out
+    scores: Float[Tensor, "L M"]
+    gram: Float[Tensor, "L L"]
+    identity: dict[str, Any]  # of the two stages
+
+
+def landmark_gradients(
+    task: Task,
+    rows: IntArray,
+    *,
+    form: Literal["raw", "adam"],
+    moments: Path | None,
+    projection: str,
+    projection_dim: int | None,
+    dtype: Literal["float16", "float32"],
+) -> LandmarkGradients:
+    """Gradients of landmarks and target rows, computed as far as they are not in the store, and their products.
+
+    Args:
+        task: at the model whose gradients are taken; ``task.rows`` are the landmarks.
+        rows: the landmarks, ascending.
+        form: "adam" multiplies the landmarks' gradients by Adam's preconditioner at ``moments``; the target stays raw.
+        moments: a checkpoint folder with the optimizer's state; read only with "adam".
+        projection: a name of ``PROJECTIONS``.
+        projection_dim: numbers of a feature, None for the projection's own.
+        dtype: of the stored features.
+
+    Raises:
+        InvalidInput: no row of a target has a gradient, fewer than two landmarks have one, or moments do not fit.
+        NonFinite: a loss or gradient is NaN or infinite.
+    """
+    projector = make_projector(projection, dim=projection_dim, seed=task.seed)
+    raw = {"algorithm": "gradients-v1", "projection": projector.identity, "include_head": False}
+    target = collect_features(
+        task,
+        task.target,
+        task.target_rows,
+        FeatureSpec(name="gradients", identity=raw, dtype=dtype),
+        lambda: _raw(task, projector),
+    )
+    if form == "raw":
+        spec = FeatureSpec(name="gradients", identity=raw, dtype=dtype)
+        pool = collect_features(task, task.pool, rows, spec, lambda: _raw(task, projector))
+    else:
+        assert moments is not None
+        scaled = {**raw, "algorithm": "adam-gradients-v1", "moments": moments_digest(moments)}
+        spec = FeatureSpec(name="adam-gradients", identity=scaled, dtype=dtype)
+        pool = collect_features(task, task.pool, rows, spec, lambda: _scaled(task, projector, moments))
+    is_zero = pool.read("scale") == 0
+    kept = np.flatnonzero(~is_zero)
+    if len(kept) < 2:
+        raise InvalidInput(
+            f"only {len(kept)} of {len(rows)} landmarks have a gradient; at least two are needed: the model predicts "
+            "the others' answers with a loss of 0; take more landmarks, other pool rows or another model"
+        )
+    columns = rows_with_gradient(task, is_zero, target.read("scale") == 0)
+    return LandmarkGradients(
+        rows=rows[kept],
+        without_gradient=rows[is_zero],
+        columns=columns,
+        scores=_products(pool, target)[kept][:, torch.from_numpy(columns)],
+        gram=_gram(pool)[kept][:, torch.from_numpy(kept)],
+        identity={"landmarks": pool.fingerprint, "target": target.fingerprint},
+    )
+
+
+def _raw(task: Task, projector: AnyProjector) -> FeatureFunction:
+    model, layers = task.loaded.model, task.layers()
+
+    def features(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        losses, found, norms = per_sample_features(model, batch, layers, projector)
+        return losses, found, row_norms(found) if norms is None else norms
+
+    return features
+
+
+def _scaled(task: Task, projector: AnyProjector, moments: Path) -> FeatureFunction:
+    model, layers = task.loaded.model, task.layers()
+    state = read_moments(moments, model)
+    _, v = moment_vectors(layers, state)
+    # One layer at a time: which coordinates have never had a gradient is judged within a layer.
+    scale = torch.cat(
+        [
+            adam_scale(part, step=state.step, beta1=state.beta1, beta2=state.beta2, eps=state.eps)
+            for part in torch.split(v, [layer.numel for layer in layers])
+        ]
+    ).to(task.loaded.device)
+    return transformed_features(model, layers, projector, lambda grads: grads * scale)
+
+
+def _unit_blocks(reader: StageReader) -> Iterator[tuple[int, Tensor]]:
+    step = max(1, _BLOCK_NUMBERS // max(1, reader.row_shape("feature")[0]))
+    for start in range(0, reader.num_rows, step):
+        yield start, unit_rows(read_features(reader, start, min(start + step, reader.num_rows)))
+
+
+def _products(pool: StageReader, target: StageReader) -> Float[Tensor, "L M"]:
+    found = torch.empty(pool.num_rows, target.num_rows)
+    for column, directions in _unit_blocks(target):
+        for row, block in _unit_blocks(pool):
+            part = inner_products(block, directions).clamp_(-1, 1)
+            found[row : row + len(block), column : column + len(directions)] = part
+    return found
+
+
+def _gram(pool: StageReader) -> Float[Tensor, "L L"]:
+    found = torch.empty(pool.num_rows, pool.num_rows)
+    for column, directions in _unit_blocks(pool):
+        for row, block in _unit_blocks(pool):
+            found[row : row + len(block), column : column + len(directions)] = inner_products(block, directions)
+    return found

@@ -1,0 +1,386 @@
+"""Oracles: exact `tracin` scores, Adam's form by autograd, and the transfer written out by dense inverses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from score_task import batch_of, file_bytes, loop_gradients_of, make_task, models_alive, save_tiny, unit
+from tamis.embeddings import HiddenError, save_embeddings
+from tamis.errors import InvalidInput, InvalidSettings, Unsupported
+from tamis.score import landmark_gradients
+from tamis.score.influence_distillation import InfluenceDistillation
+from tamis.score.tracin import TracIn
+from tamis.solve.leave_one_out import spearman
+
+WORDS = (
+    *("one", "two", "plus", "four", "rain", "stone", "wind", "sea", "cold"),
+    *("roof", "nine", "six", "word", "more", "night"),
+)
+
+
+def random_pool(rows: int = 60) -> list[tuple[str, str]]:
+    draw = random.Random(0)
+    return [
+        (" ".join(draw.choices(WORDS, k=3)), " ".join(draw.choices(WORDS, k=draw.randint(1, 5)))) for _ in range(rows)
+    ]
+
+
+POOL = random_pool()
+COLD = {"warmup": "none", "projection": "none", "feature_dtype": "float32"}
+WARM = {"warmup_rows": 8, "warmup_batch_rows": 4, "warmup_epochs": 2, "lora_rank": 2, "warmup_learning_rate": 5e-3}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("model") / "llama")
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> np.ndarray:
+    """Unprojected gradient cosines of every row with every target row."""
+    return TracIn(projection="none").score(make_task(tmp_path_factory.mktemp("exact"), llama, pool=POOL)).values
+
+
+def unseen_correlation(scores, exact: np.ndarray) -> float:
+    """Rank correlation of mean scores, landmarks left aside: theirs are exact."""
+    rows = ~scores.extra["is_landmark"]
+    found, wanted = (torch.from_numpy(values[rows].mean(axis=1, keepdims=True)) for values in (scores.values, exact))
+    return spearman(found, wanted)[0]
+
+
+@pytest.mark.parametrize(("projection", "dim"), [("none", None), ("factorized", 4), ("hadamard", 64)])
+def test_with_every_row_a_landmark_scores_are_those_of_tracin(
+    tmp_path: Path, llama: Path, projection: str, dim: int | None
+) -> None:
+    settings = {**COLD, "projection": projection, "projection_dim": dim}
+    task = make_task(tmp_path / "a", llama, pool=POOL, groups=[0, 1, 1])
+    scores = InfluenceDistillation(**settings).score(task)
+    wanted = TracIn(projection=projection, projection_dim=dim, feature_dtype="float32").score(
+        make_task(tmp_path / "b", llama, pool=POOL, groups=[0, 1, 1])
+    )
+    np.testing.assert_allclose(scores.values, wanted.values, rtol=0, atol=2e-6)  # float32 in two orders of summing
+    np.testing.assert_array_equal(scores.group, wanted.group)
+    assert scores.extra["is_landmark"].all()
+    assert any("all 60 rows to score are landmarks" in note for note in task.notes)
+    assert any("all scores are exact" in note for note in task.notes)
+
+
+def test_landmarks_keep_exact_scores_and_others_are_carried(tmp_path: Path, llama: Path, exact: np.ndarray) -> None:
+    task = make_task(tmp_path, llama, pool=POOL)
+    scores = InfluenceDistillation(**COLD, landmarks=20, embedding="gradient", side=8).score(task)
+    landmarks = scores.extra["is_landmark"]
+    assert landmarks.sum() == 20
+    np.testing.assert_allclose(scores.values[landmarks], exact[landmarks], rtol=0, atol=2e-6)
+    assert unseen_correlation(scores, exact) > 0.85
+
+
+def test_residual_form_of_the_gradient_itself_is_exact(tmp_path: Path, llama: Path, exact: np.ndarray) -> None:
+    # A sketch as wide as the layers is a rotation: its cosines are the scores, and nothing is left to be carried.
+    settings = {**COLD, "landmarks": 12, "embedding": "gradient", "side": 64, "kernel": "linear", "residual": True}
+    scores = InfluenceDistillation(**settings).score(make_task(tmp_path, llama, pool=POOL))
+    np.testing.assert_allclose(scores.values, exact, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_scores_equal_the_transfer_written_out(tmp_path: Path, llama: Path, residual: bool) -> None:
+    task = make_task(tmp_path, llama, pool=POOL)
+    settings = {**COLD, "landmarks": 15, "embedding": "hidden-error", "kernel": "rbf", "scale": 2.0, "damping": 0.1}
+    scores = InfluenceDistillation(**settings, residual=residual).score(task)
+    embed = HiddenError().start(task.loaded.model)
+    pool, target = (
+        embed(batch_of(corpus, range(len(corpus))))["embedding"].double() for corpus in (task.pool, task.target)
+    )
+    marks = torch.from_numpy(scores.extra["is_landmark"])
+    mean = pool[marks].mean(0)
+    pool, target = unit(pool - mean), unit(target - mean)
+    squares = torch.cdist(pool, pool[marks]) ** 2
+    among = squares[marks]
+    median = among[torch.triu_indices(15, 15, 1).unbind()].median()  # 105 pairs: an odd number
+    kernel, kernel_among = (-squares / (2 * median)).exp(), (-among / (2 * median)).exp()
+    _, grads, wanted_grads = loop_gradients_of(task, task.loaded.model, task.layers())
+    known = unit(grads)[marks] @ unit(wanted_grads).T
+    fitted = torch.zeros(len(pool), known.shape[1], dtype=torch.float64)
+    if residual:
+        direct = pool @ target.T
+        for j in range(known.shape[1]):
+            slope, intercept = np.polyfit(direct[marks, j].numpy(), known[:, j].numpy(), 1)
+            fitted[:, j] = intercept + slope * direct[:, j]
+    fitted += kernel @ torch.linalg.inv(kernel_among + 0.1 * torch.eye(15)) @ (known - fitted[marks])
+    fitted[marks] = known
+    # Embeddings are float32, so are kernels of small differences of unit rows.
+    np.testing.assert_allclose(scores.values, fitted.numpy(), rtol=0, atol=2e-4)
+
+
+def test_adam_s_form_scales_landmarks_and_leaves_the_target_raw(tmp_path: Path, llama: Path) -> None:
+    task = make_task(tmp_path, llama)
+    scores = InfluenceDistillation(**{**COLD, "warmup": "lora"}, **WARM, form="adam").score(task)
+    *_, folder = sorted(task.store.glob("influence-distillation-warm-up-*/step-*"))
+    at = task.at_model(dataclasses.replace(task.model_settings, name=str(folder)))
+    _, pool, target = loop_gradients_of(at, at.loaded.model, at.layers())
+    saved = load_file(folder / "optimizer.safetensors")
+    step = json.loads((folder / "training.json").read_text())["step"]
+    v = torch.cat([saved[f"exp_avg_sq/{layer.name}.weight"].flatten() for layer in at.layers()]).double()
+    scale = 0.1 / ((1 - 0.9**step) * ((v / (1 - 0.999**step)).sqrt() + 1e-8))
+    wanted = unit(pool * scale) @ unit(target).T
+    assert step == 4
+    np.testing.assert_allclose(scores.values, wanted.numpy(), rtol=0, atol=2e-4)  # Adam divides by small numbers
+    raw = unit(pool) @ unit(target).T
+    assert np.abs(raw.numpy() - wanted.numpy()).max() > 0.02  # so that the two can be told apart
+
+
+@pytest.mark.parametrize("embedding", ["auto", "tfidf", "error-outer", "jvp", "lens-gradient", "tail-gradient", "rds"])
+def test_every_embedding_carries_scores_and_says_how_well(tmp_path: Path, llama: Path, embedding: str) -> None:
+    task = make_task(tmp_path, llama, pool=POOL)
+    settings = InfluenceDistillation(warmup="none", landmarks=20, embedding=embedding)
+    values = settings.score(task).values
+    assert np.isfinite(values).all()
+    notes = " ".join(task.notes + task.warnings)
+    assert "Expected on rows that are no landmarks" in notes
+    assert "Verdict: " in notes
+    again = make_task(tmp_path / "again", llama, pool=POOL)
+    np.testing.assert_array_equal(settings.score(again).values, values)
+    assert again.notes == task.notes and again.warnings == task.warnings
+
+
+def test_auto_takes_what_rebuilds_left_out_landmarks_best_within_its_budget(
+    tmp_path: Path, llama: Path, exact: np.ndarray
+) -> None:
+    found = {}
+    for budget in (0.0, 2.0):
+        task = make_task(tmp_path / str(budget), llama, pool=POOL)
+        scores = InfluenceDistillation(**COLD, landmarks=20, embedding_budget=budget).score(task)
+        (choice,) = (json.loads(path.read_text()) for path in task.store.glob("embedding-choice-*/choice.json"))
+        recoveries = [tried["recovery"] for tried in choice["tried"]]
+        named = next(t["label"] for t in choice["tried"] if t["recovery"] == max(recoveries))
+        assert named.startswith(choice["embedding"]["name"])
+        found[budget] = (choice, unseen_correlation(scores, exact))
+    cheap, dear = found[0.0][0], found[2.0][0]
+    assert [tried["label"] for tried in cheap["tried"]] == ["tfidf", "error-outer of no block"]
+    assert {"gradient", "jvp of 1 block", "hidden-error"} <= {tried["label"] for tried in dear["tried"]}
+    assert dear["recovery"] > cheap["recovery"]
+    assert found[2.0][1] > found[0.0][1]
+
+
+def test_leave_one_out_foretells_the_order_of_unseen_rows(tmp_path: Path, llama: Path, exact: np.ndarray) -> None:
+    task = make_task(tmp_path, llama, pool=POOL)
+    scores = InfluenceDistillation(**COLD, landmarks=30, embedding="hidden-error").score(task)
+    (choice,) = (json.loads(path.read_text()) for path in task.store.glob("embedding-choice-*/choice.json"))
+    # Both are correlations of 30 rows: standard errors of about 0.1 each where they are near 0.7.
+    assert choice["spearman"][0] == pytest.approx(unseen_correlation(scores, exact), abs=0.3)
+
+
+def test_the_mean_target_is_one_column_each(tmp_path: Path, llama: Path, exact: np.ndarray) -> None:
+    task = make_task(tmp_path, llama, pool=POOL, groups=[0, 1, 1], aggregate="mean")
+    scores = InfluenceDistillation(**COLD, landmarks=20).score(task)
+    marks = scores.extra["is_landmark"]
+    wanted = np.stack([exact[:, 0], exact[:, 1:].mean(axis=1)], axis=1)
+    assert scores.values.shape == (60, 2)
+    np.testing.assert_allclose(scores.values[marks], wanted[marks], rtol=0, atol=2e-6)
+
+
+def test_rows_scored_as_they_pass_get_the_scores_of_stored_embeddings(tmp_path: Path, llama: Path) -> None:
+    settings = InfluenceDistillation(warmup="none", landmarks=20, embedding="hidden-error")
+    kept = settings.score(make_task(tmp_path / "a", llama, pool=POOL)).values
+    task = make_task(tmp_path / "b", llama, pool=POOL)
+    passed = dataclasses.replace(settings, keep_embeddings=False).score(task).values
+    np.testing.assert_allclose(passed, kept, rtol=0, atol=1e-4)
+    stored = list(task.store.glob("embedding-hidden-error-pool-*/manifest.json"))
+    assert len(stored) == 1  # the landmarks' own
+
+
+def test_embeddings_from_elsewhere_are_used_by_id(tmp_path: Path, llama: Path, exact: np.ndarray) -> None:
+    task = make_task(tmp_path, llama, pool=POOL)
+    _, pool, target = loop_gradients_of(task, task.loaded.model, task.layers())
+    ids = [*task.target.examples.ids, *task.pool.examples.ids]
+    save_embeddings(tmp_path / "vectors", ids, torch.cat([unit(target), unit(pool)]).numpy())
+    settings = {**COLD, "landmarks": 20, "given": str(tmp_path / "vectors")}
+    chosen = InfluenceDistillation(**settings, kernel="linear").score(task)
+    assert any("by the embedding given" in note for note in task.notes)  # they are the gradients: none is better
+    np.testing.assert_allclose(chosen.values, exact, rtol=0, atol=0.05)
+    with pytest.raises(InvalidInput, match="has no embedding for"):
+        save_embeddings(tmp_path / "few", ids[:10], np.ones((10, 4)))
+        few = InfluenceDistillation(**{**settings, "given": str(tmp_path / "few")}, embedding="given")
+        few.score(make_task(tmp_path / "b", llama, pool=POOL))
+
+
+@pytest.mark.parametrize("rule", ["k-means++", "leverage"])
+def test_landmarks_by_their_embeddings_are_kept_for_the_next_call(
+    tmp_path: Path, llama: Path, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = InfluenceDistillation(warmup="none", landmarks=10, landmark_rule=rule, embedding="hidden-mean")
+    first = settings.score(make_task(tmp_path, llama, pool=POOL))
+    assert first.extra["is_landmark"].sum() == 10
+    monkeypatch.setattr("tamis.collect.load_model", lambda settings: pytest.fail("the model was loaded again"))
+    second = settings.score(make_task(tmp_path, llama, pool=POOL))
+    np.testing.assert_array_equal(second.values, first.values)
+
+
+def test_a_resumed_run_says_what_the_first_one_said(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(model: object) -> None:
+        raise Unsupported("its head is not known")
+
+    settings = InfluenceDistillation(warmup="none", landmarks=20)
+    first, second = make_task(tmp_path, llama, pool=POOL), make_task(tmp_path, llama, pool=POOL)
+    with monkeypatch.context() as patched:
+        patched.setattr("tamis.score.embedding_candidates.head_of", refuse)
+        settings.score(first)
+    assert any("was not tried: its head is not known" in note for note in first.notes)
+    settings.score(second)
+    assert second.notes == first.notes and second.warnings == first.warnings
+
+
+def test_only_the_rows_to_score_become_landmarks(tmp_path: Path, llama: Path) -> None:
+    rows = range(5, 45)
+    scores = InfluenceDistillation(warmup="none", landmarks=12).score(make_task(tmp_path, llama, pool=POOL, rows=rows))
+    np.testing.assert_array_equal(scores.rows, np.arange(5, 45))
+    assert scores.extra["is_landmark"].sum() == 12
+
+
+@pytest.mark.parametrize("warmup", ["lora", "full"])
+def test_the_warmup_changes_scores_and_leaves_the_model_alone(tmp_path: Path, llama: Path, warmup: str) -> None:
+    settings = InfluenceDistillation(landmarks=20, embedding="hidden-mean", warmup=warmup, **WARM)
+    task = make_task(tmp_path, llama, pool=POOL)
+    before = {name: p.clone() for name, p in task.loaded.model.named_parameters()}
+    values = settings.score(task).values
+    assert all(torch.equal(before[name], p) for name, p in task.loaded.model.named_parameters())
+    cold = dataclasses.replace(settings, warmup="none").score(make_task(tmp_path / "cold", llama, pool=POOL))
+    assert np.abs(values - cold.values).max() > 0.05
+    (cost,) = [c for c in task.costs() if c.name == "influence-distillation-warm-up"]
+    assert cost.rows == 2 * len(settings.rows_for_warmup(task)) == 16
+    resumed = make_task(tmp_path, llama, pool=POOL)
+    folder = next(task.store.glob("influence-distillation-warm-up-*"))
+    written = file_bytes(folder)
+    np.testing.assert_array_equal(settings.score(resumed).values, values)
+    assert file_bytes(folder) == written
+
+
+def test_a_tokenizer_half_written_beside_a_full_warmup_is_written_again(tmp_path: Path, llama: Path) -> None:
+    settings = InfluenceDistillation(landmarks=20, embedding="hidden-mean", warmup="full", **WARM)
+    values = settings.score(make_task(tmp_path, llama, pool=POOL)).values
+    for folder in tmp_path.glob("store/influence-distillation-warm-up-*/step-*"):
+        (folder / "tokenizer_config.json").unlink()
+        (folder / "tokenizer.partial").mkdir()
+        (folder / "tokenizer.partial" / "tokenizer.json").write_text("{")
+    np.testing.assert_array_equal(settings.score(make_task(tmp_path, llama, pool=POOL)).values, values)
+
+
+def test_a_full_warmup_of_an_adapter_is_refused(tmp_path: Path, llama: Path) -> None:
+    task = make_task(tmp_path, llama, pool=POOL)
+    InfluenceDistillation(landmarks=20, embedding="hidden-mean", **WARM).score(task)
+    *_, adapter = sorted(task.store.glob("influence-distillation-warm-up-*/step-*"))
+    with pytest.raises(InvalidSettings, match="is an adapter; give the whole model"):
+        InfluenceDistillation(warmup="full").score(make_task(tmp_path / "b", adapter, pool=POOL))
+
+
+def test_given_moments_replace_the_warmup(tmp_path: Path, llama: Path) -> None:
+    settings = InfluenceDistillation(**{**COLD, "warmup": "lora"}, **WARM, form="adam")
+    task = make_task(tmp_path, llama)
+    warmed = settings.score(task).values
+    *_, last = sorted(task.store.glob("influence-distillation-warm-up-*/step-*"))
+    alone = make_task(tmp_path / "alone", last)
+    np.testing.assert_allclose(
+        dataclasses.replace(settings, moments=str(last)).score(alone).values, warmed, rtol=0, atol=1e-6
+    )
+    assert not list(alone.store.glob("influence-distillation-warm-up-*"))
+
+
+def test_one_checkpoint_s_model_exists_at_a_time(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = make_task(tmp_path, llama, pool=POOL)
+    alive = models_alive(monkeypatch)
+    InfluenceDistillation(landmarks=20, **WARM).score(task)
+    assert alive[:1] == [0] and len(alive) <= 3
+    assert max(alive) <= 1
+
+
+def test_the_paper_s_preset_runs_as_published(tmp_path: Path, llama: Path) -> None:
+    published = InfluenceDistillation(preset="paper")
+    assert (published.landmarks, published.depth, published.directions, published.damping) == (4096, 4, 2, 0.01)
+    assert (published.positions, published.combine, published.form, published.warmup) == (
+        "last",
+        "mean",
+        "adam",
+        "full",
+    )
+    assert published.projection_dim == 131072 and not published.residual and published.weights == "none"
+    task = make_task(tmp_path, llama, pool=POOL)
+    few = InfluenceDistillation(preset="paper", landmarks=20, warmup_rows=12, warmup_batch_rows=4)
+    assert few.landmarks == 20 and few.damping == 0.01
+    scores = few.score(task)
+    assert np.isfinite(scores.values).all()
+    assert any("jvp of 2 blocks" in note and "not centred" in note for note in task.notes)  # all that it has
+
+
+def test_landmarks_without_gradient_are_left_out_and_marked(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = landmark_gradients.per_sample_features
+
+    def silent(model, batch, layers, projector):
+        losses, features, norms = original(model, batch, layers, projector)
+        for row in (3, 7):
+            features[batch.rows == row] = 0
+        return losses, features, norms
+
+    monkeypatch.setattr(landmark_gradients, "per_sample_features", silent)
+    target = [*[("one plus five?", "six")] * 3, ("sing", "la la la")]  # row 3 of the target has no gradient either
+    task = make_task(tmp_path, llama, pool=POOL[:20], target=target)
+    scores = InfluenceDistillation(warmup="none", landmarks=19).score(task)
+    silenced = np.flatnonzero(scores.extra["zero_gradient"])
+    assert set(silenced) <= {3, 7} and len(silenced) >= 1
+    assert (scores.values[silenced] == 0).all()
+    assert scores.values.shape == (20, 3)
+    assert [sum("exactly zero" in said for said in kind) for kind in (task.notes, task.warnings)] == [1, 1]
+
+
+def test_weights_are_asked_of_the_choice(tmp_path: Path, llama: Path) -> None:
+    for weights, wanted in (("none", "equal"), ("first-order", "first-order")):
+        settings = InfluenceDistillation(warmup="none", landmarks=20, embedding="tfidf", weights=weights)
+        assert settings.score(make_task(tmp_path / weights, llama, pool=POOL)).weights == wanted
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"preset": "thesis"}, "preset='thesis' is unknown; there is paper"),
+        ({"landmarks": 1}, "landmarks must be at least 2, got 1"),
+        ({"landmark_rule": "best"}, "landmark_rule='best': expected one of uniform, k-means"),
+        ({"landmark_rule": "leverage"}, "name an embedding, or take uniform landmarks"),
+        ({"embedding": "bert"}, "embedding='bert': expected one of auto, error-outer"),
+        ({"embedding": "given"}, "embedding=given needs given"),
+        ({"embedding": "rds", "given": "x"}, "embedding='rds' does not use"),
+        ({"embedding_budget": -1.0}, "embedding_budget must be at least 0"),
+        ({"depth": -1}, "depth must be at least 0"),
+        ({"directions": 0}, "directions must be at least 1"),
+        ({"positions": "first"}, "positions='first': expected one of mean, last"),
+        ({"kernel": "sinc"}, "kernel='sinc': expected one of auto, rbf"),
+        ({"damping": 0.0}, "damping must be positive"),
+        ({"scale": -1.0}, "scale must be positive"),
+        ({"residual": "yes"}, "residual='yes': expected one of auto, True, False"),
+        ({"form": "sgd"}, "form='sgd': expected one of raw, adam"),
+        ({"form": "adam", "warmup": "none"}, "form=adam needs Adam's moments"),
+        ({"warmup": "short"}, "warmup='short': expected one of lora, full, none"),
+        ({"warmup_share": 0.0}, "warmup_share must be above 0"),
+        ({"warmup_epochs": 0}, "^warmup_epochs must be at least 1"),
+        ({"projection": "pca"}, "projection 'pca' is unknown"),
+        ({"weights": "second-order"}, "weights='second-order': expected one of none, first-order"),
+        ({"feature_dtype": "int8"}, "feature_dtype='int8'"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(InvalidSettings, match=message):
+        InfluenceDistillation(**settings)
+
+
+def test_one_row_cannot_be_carried_to(tmp_path: Path, llama: Path) -> None:
+    with pytest.raises(InvalidInput, match="at least two rows to score, got 1"):
+        InfluenceDistillation(warmup="none").score(make_task(tmp_path, llama, rows=[2]))
