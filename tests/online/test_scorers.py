@@ -308,8 +308,9 @@ def test_table_of_methods_is_named_as_the_methods_are() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"keep": 0}, "keep must be at least 1, got 0"),
+        ({"keep": 0}, "keep must be at least 1, a whole number, got 0"),
         ({"oversample": 0}, "oversample must be at least 1"),
+        ({"cold_start": 2.5}, "cold_start must be at least 0, a whole number, got 2.5"),
         ({"cold_start": 0}, "cold_start to 1 or more"),
         ({"alignment": "adm"}, "alignment='adm' is unknown; choose one of adam"),
         ({"interactions": "x"}, "interactions='x' is unknown"),

@@ -194,8 +194,8 @@ def check_sizes(keep: int, oversample: int, cold_start: int | None) -> None:
         InvalidSettings: naming the setting.
     """
     for name, value, least in (("keep", keep, 1), ("oversample", oversample, 1), ("cold_start", cold_start, 0)):
-        if value is not None and value < least:
-            raise InvalidSettings(f"{name} must be at least {least}, got {value}")
+        if value is not None and (value < least or value != int(value)):
+            raise InvalidSettings(f"{name} must be at least {least}, a whole number, got {value}")
 
 
 def check_forms(alignment: str, interactions: str, cold_start: int | None) -> None:
