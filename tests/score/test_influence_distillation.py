@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 import random
 from pathlib import Path
 
@@ -15,9 +16,12 @@ from safetensors.torch import load_file
 from score_task import batch_of, file_bytes, loop_gradients_of, make_task, models_alive, save_tiny, unit
 from tamis.embeddings import HiddenError, save_embeddings
 from tamis.errors import InvalidInput, InvalidSettings, Unsupported
+from tamis.pipeline import make_method
 from tamis.score import landmark_gradients
-from tamis.score.influence_distillation import InfluenceDistillation
+from tamis.score.embedding_candidates import embeddings_within
+from tamis.score.influence_distillation import PRESETS, InfluenceDistillation
 from tamis.score.tracin import TracIn
+from tamis.settings import SelectSettings
 from tamis.solve.leave_one_out import spearman
 
 WORDS = (
@@ -302,22 +306,51 @@ def test_one_checkpoint_s_model_exists_at_a_time(tmp_path: Path, llama: Path, mo
     assert max(alive) <= 1
 
 
-def test_the_paper_s_preset_runs_as_published(tmp_path: Path, llama: Path) -> None:
-    published = InfluenceDistillation(preset="paper")
-    assert (published.landmarks, published.depth, published.directions, published.damping) == (4096, 4, 2, 0.01)
-    assert (published.positions, published.combine, published.form, published.warmup) == (
-        "last",
-        "mean",
-        "adam",
-        "full",
-    )
-    assert published.projection_dim == 131072 and not published.residual and published.weights == "none"
+PAPER = PRESETS["paper"]
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(InfluenceDistillation)}
+
+
+def test_the_paper_s_preset_is_what_sections_4_and_5_publish() -> None:
+    published = dataclasses.asdict(InfluenceDistillation(preset="paper"))
+    assert published == {
+        **DEFAULTS,
+        **{"preset": "paper", "landmarks": 4096, "landmark_rule": "uniform"},
+        **{"embedding": "jvp", "depth": 4, "directions": 2, "positions": "last", "combine": "mean"},
+        **{"kernel": "rbf", "scale": 2.0, "damping": 0.01, "centred": False, "residual": False},
+        **{"form": "adam", "projection": "hadamard", "projection_dim": 131_072, "weights": "none"},
+        **{"warmup": "full", "warmup_rows": 10_000, "warmup_epochs": 2, "warmup_batch_rows": 128},
+        **{"warmup_learning_rate": 2e-5},
+    }
+
+
+@pytest.mark.parametrize("name", list(PAPER))
+def test_a_setting_beside_a_preset_wins_even_where_it_is_the_default(name: str) -> None:
+    wanted = {**DEFAULTS, **PAPER, "preset": "paper", name: DEFAULTS[name]}
+    made = InfluenceDistillation(preset="paper", **{name: DEFAULTS[name]})
+    assert dataclasses.asdict(made) == wanted
+    # As a run's YAML, a plan and a resumed run give it: all settings at once.
+    assert InfluenceDistillation(**wanted) == made == pickle.loads(pickle.dumps(made))
+    asked = {"preset": "paper", name: DEFAULTS[name]}
+    settings = SelectSettings(model="m", pool=("p",), target=("t",), method="influence-distillation", set=asked)
+    assert make_method(settings) == made
+    assert dataclasses.replace(made, lora_rank=3) == InfluenceDistillation(**{**wanted, "lora_rank": 3})
+
+
+def test_the_paper_s_preset_runs(tmp_path: Path, llama: Path) -> None:
     task = make_task(tmp_path, llama, pool=POOL)
     few = InfluenceDistillation(preset="paper", landmarks=20, warmup_rows=12, warmup_batch_rows=4)
     assert few.landmarks == 20 and few.damping == 0.01
     scores = few.score(task)
     assert np.isfinite(scores.values).all()
-    assert any("jvp of 2 blocks" in note and "not centred" in note for note in task.notes)  # all that it has
+    assert any("jvp of 2 blocks" in note and "not centred" in note for note in task.notes)
+    assert "depth=4 was asked for, but the model has 2 blocks; all are used" in task.notes
+
+
+@pytest.mark.parametrize("embedding", ["jvp", "lens-gradient"])
+def test_an_embedding_of_no_block_is_refused_where_it_needs_one(embedding: str) -> None:
+    settings = InfluenceDistillation(embedding=embedding, depth=0).embedding_settings()
+    with pytest.raises(InvalidSettings, match=f"depth=0: embedding='{embedding}' runs through at least one block"):
+        embeddings_within(settings, blocks=8, seed=0)
 
 
 def test_landmarks_without_gradient_are_left_out_and_marked(

@@ -20,7 +20,12 @@ from tamis.embeddings import EMBEDDINGS, Given, TfIdf, forward_passes
 from tamis.errors import InvalidSettings
 from tamis.model.flops import ModelShape
 from tamis.score.decisions import kept_once
-from tamis.score.embedding_candidates import EmbeddingSettings, candidate_embeddings, label_of
+from tamis.score.embedding_candidates import (
+    EmbeddingSettings,
+    blocks_beyond_the_model,
+    candidate_embeddings,
+    label_of,
+)
 from tamis.score.landmark_gradients import LandmarkGradients
 from tamis.score.row_embeddings import AnyEmbedding, RowEmbeddings
 from tamis.seeds import child_seed, random_subset
@@ -168,6 +173,8 @@ def _tried_out(
     candidates = candidate_embeddings(settings, task)
     if not candidates:
         raise InvalidSettings(f"no embedding is within embedding_budget={settings.budget:g}; raise it, or name one")
+    for sentence in blocks_beyond_the_model(settings, task):
+        task.note(sentence)
     count = len(gradients.rows)
     compared = torch.arange(count)
     if count > _COMPARED:

@@ -82,7 +82,8 @@ class InfluenceDistillation:
     those of ``tracin`` at the warmed-up model as well as the embedding lets them be rebuilt; the notes say how well.
 
     Args:
-        preset: "paper": as published; settings given beside it count in place of its own.
+        preset: "paper": as published where this library can; settings given beside it count in place of its own.
+            ``dataclasses.replace`` gives every setting, so it changes nothing but what it names.
         landmarks: rows with exact gradients, at most all rows to score.
         landmark_rule: "uniform"; or "k-means++" or "leverage", which need the named embedding of every row in memory.
         embedding: "auto" tries all within the budget on the landmarks; or "error-outer", "error", "hidden-error",
@@ -157,9 +158,16 @@ class InfluenceDistillation:
     keep_embeddings: bool = True
     feature_dtype: Literal["float16", "float32"] = "float16"
 
+    def __new__(cls, **given: Any) -> InfluenceDistillation:
+        """Note which settings are given: one that equals its default wins over a preset too."""
+        made = super().__new__(cls)
+        made.__dict__["_given"] = frozenset(given)
+        return made
+
     def __post_init__(self) -> None:
+        given: frozenset[str] = self.__dict__.pop("_given")
         if self.preset is not None:
-            self._fill_in(self.preset)
+            self._fill_in(self.preset, given)
         for field, choices in (
             ("landmark_rule", tuple(LANDMARK_RULES)),
             ("embedding", EMBEDDING_NAMES),
@@ -194,12 +202,11 @@ class InfluenceDistillation:
         self.warmup_settings()  # checks the others
         make_projector(self.projection, dim=self.projection_dim)
 
-    def _fill_in(self, preset: str) -> None:
+    def _fill_in(self, preset: str, given: frozenset[str]) -> None:
         if preset not in PRESETS:
             raise InvalidSettings(f"preset={preset!r} is unknown; there is {', '.join(PRESETS)}")
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name, value in PRESETS[preset].items():
-            if getattr(self, name) == defaults[name]:
+            if name not in given:
                 object.__setattr__(self, name, value)
 
     def _check_together(self) -> None:
