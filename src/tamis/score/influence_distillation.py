@@ -111,7 +111,8 @@ class InfluenceDistillation:
         warmup_learning_rate: the peak; None: 2e-4 for LoRA, 2e-5 for all weights.
         lora_rank: rank of the adapter.
         lora_alpha: its scale is ``lora_alpha / lora_rank``; None: twice the rank.
-        moments: a Trainer checkpoint folder whose ``optimizer.pt`` belongs to the model given: there is no warm-up.
+        moments: with form "adam", a Trainer checkpoint folder whose ``optimizer.pt`` belongs to the model given, which
+            must be that checkpoint: there is no warm-up.
         projection: of landmark and target gradients: "hadamard", "factorized", "rademacher", "mask" or "none".
         projection_dim: numbers of a feature (8192); per side of a layer for "factorized" (16).
         weights: what selected rows weigh: "none", all 1; "first-order", robust weights from their scores.
@@ -221,6 +222,11 @@ class InfluenceDistillation:
                 f"landmark_rule={self.landmark_rule!r} looks at embeddings of all rows before any is chosen; name an "
                 "embedding, or take uniform landmarks"
             )
+        if self.moments is not None and self.form != "adam":
+            raise InvalidSettings(
+                f"moments are read for form=adam only, and form={self.form!r}; set form=adam, or drop moments and set "
+                "warmup=none to take the model as it is"
+            )
         if self.form == "adam" and self.warmup == "none" and self.moments is None:
             raise InvalidSettings("form=adam needs Adam's moments: warm up, or give a checkpoint folder as moments")
 
@@ -311,7 +317,7 @@ class InfluenceDistillation:
         else:
             columns, group = [torch.tensor([j]) for j in range(len(of_target))], of_target
         exact = torch.stack([gradients.scores[:, column].mean(1) for column in columns], dim=1)
-        values = self._carried(task, embeddings, gradients, exact, columns, targets)
+        values = self._carried(task, embeddings, gradients, exact, columns, group)
         places = np.searchsorted(task.rows, gradients.rows)
         values[places] = exact.numpy()
         zero = np.searchsorted(task.rows, gradients.without_gradient)
@@ -334,7 +340,7 @@ class InfluenceDistillation:
         gradients: LandmarkGradients,
         exact: Tensor,
         columns: Sequence[Tensor],
-        targets: Sequence[Tensor],
+        of_target: IntArray,
     ) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Scores of all rows; those of landmarks are written over them later."""
         if len(gradients.rows) + len(gradients.without_gradient) == len(task.rows):
@@ -344,13 +350,20 @@ class InfluenceDistillation:
             task,
             embeddings,
             gradients,
-            targets,
+            columns,
+            of_target,
             settings=self.embedding_settings(),
             kernels=self.kernel_settings(),
         )
-        for sentence in notes_of_choice(choice, landmarks=len(gradients.rows), target_names=task.target_names):
+        for sentence in notes_of_choice(
+            choice,
+            landmarks=len(gradients.rows),
+            rule=self.landmark_rule,
+            target_names=task.target_names,
+            per_row=task.aggregate == "round-robin",
+        ):
             task.note(sentence)
-        (task.note if is_trusted(choice) else task.warn)(verdict(choice))
+        (task.note if is_trusted(choice) else task.warn)(verdict(choice, task.target_names))
         return transferred_scores(
             task, embeddings, choice, gradients, exact, columns, keep_embeddings=self.keep_embeddings
         )
@@ -358,6 +371,12 @@ class InfluenceDistillation:
     def _warmed_up(self, task: Task) -> tuple[Task, Path | None]:
         """The task at the model whose gradients are taken, and where its optimizer's moments lie."""
         if self.moments is not None:
+            model = task.model_settings.name
+            if Path(self.moments).resolve() != Path(model).resolve():
+                task.warn(
+                    f"Adam's moments are those of {self.moments}, but gradients are taken at {model}; "
+                    "give that checkpoint as the model, unless it is a copy of it"
+                )
             return task, Path(self.moments)
         if self.warmup == "none":
             return task, None

@@ -24,6 +24,7 @@ __all__ = [
     "CandidateResult",
     "candidate_basis",
     "default_grid",
+    "foretelling",
     "leave_one_out_coefficients",
     "leave_one_out_scores",
     "recovery_cosines",
@@ -91,6 +92,15 @@ def default_grid(*, half_whitening: bool = False) -> tuple[Candidate, ...]:
     linear = [Candidate(kernel=Kernel(name="linear"), damping=damping, centred=False) for damping in (0.1, 0.01, 1.0)]
     whitened = [Candidate(kernel=c.kernel, damping=c.damping, half_whitened=True) for c in grid]
     return (*grid, *linear, *(whitened if half_whitening else ()))
+
+
+def foretelling(grid: Sequence[Candidate], *, landmarks: int, numbers: int) -> tuple[Candidate, ...]:
+    """The candidates that leave-one-out can judge: half-whitened ones only from two landmarks per number of a row.
+
+    Whitening fitted on the landmarks has seen the one that is left out, and with few of them it fits each one by a
+    direction of its own: the figures then promise more than unseen rows will keep.
+    """
+    return tuple(candidate for candidate in grid if not candidate.half_whitened or landmarks >= 2 * numbers)
 
 
 def leave_one_out_coefficients(factor: Float[Tensor, "L L"]) -> Float[Tensor, "L L"]:
@@ -173,7 +183,8 @@ def try_candidates(
         gram: inner products of the landmarks' gradients.
         scores: exact scores of the landmarks, one column per target.
         targets: raw embeddings of each target's rows: scores are then fitted in residual form.
-        sample: raw rows for half-whitening, better of the pool; by default the landmarks.
+        sample: raw rows for half-whitening, better of the pool; by default the landmarks, which flatters unless they
+            are many (``foretelling``).
         grid: by default ``default_grid()``.
 
     Raises:
