@@ -27,7 +27,7 @@ SETTINGS = {
 KILLED_IN = {
     "tracin": ("gradients-target-*/shard-00000.*", "gradients-pool-*/shard-00003.*"),
     "less": ("less-warm-up-*/step-*", "*adam*-pool-*/shard-00003.*"),
-    "influence-distillation": ("gradients-pool-*/shard-00001.*", "landmark-scores-*/shard-00000.*"),
+    "influence-distillation": ("gradients-pool-*/shard-00001.*", "embedding-choice-*/choice.json"),
 }
 
 

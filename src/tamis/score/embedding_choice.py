@@ -31,7 +31,7 @@ from tamis.score.landmark_gradients import LandmarkGradients
 from tamis.score.row_embeddings import AnyEmbedding, RowEmbeddings
 from tamis.seeds import child_seed, random_subset
 from tamis.solve.kernels import Kernel, KernelName
-from tamis.solve.leave_one_out import Candidate, CandidateResult, foretelling, try_candidates
+from tamis.solve.leave_one_out import Candidate, CandidateResult, candidate_grid, foretelling, try_candidates
 from tamis.types import IntArray
 
 __all__ = ["Choice", "KernelSettings", "Tried", "choose_embedding"]
@@ -52,16 +52,13 @@ class KernelSettings:
 
     def grid(self) -> tuple[Candidate, ...]:
         """Every kernel to try, the default first."""
-        names: tuple[KernelName, ...] = ("rbf", "linear") if self.name == "auto" else (self.name,)
-        dampings = (0.1, 0.01, 1.0) if self.damping is None else (self.damping,)
-        found = []
-        for name in names:
-            scales = (2.0,) if name == "linear" else (2.0, 0.5, 8.0) if self.scale is None else (self.scale,)
-            centred = name != "linear" if self.centred is None else self.centred
-            for kernel in (Kernel(name=name, scale=scale) for scale in scales):
-                found += [Candidate(kernel=kernel, damping=damping, centred=centred) for damping in dampings]
-        whitened = [dataclasses.replace(c, half_whitened=True) for c in found if c.kernel.name != "linear"]
-        return (*found, *(whitened if self.half_whitening else ()))
+        return candidate_grid(
+            None if self.name == "auto" else self.name,
+            scale=self.scale,
+            damping=self.damping,
+            centred=self.centred,
+            half_whitening=self.half_whitening,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
