@@ -19,7 +19,8 @@ from tamis.embeddings import HiddenError, save_embeddings
 from tamis.errors import InvalidInput, InvalidSettings, Unsupported
 from tamis.pipeline import make_method
 from tamis.score import landmark_gradients
-from tamis.score.embedding_candidates import embeddings_within
+from tamis.score.embedding_candidates import embeddings_within, label_of
+from tamis.score.embedding_choice import Choice
 from tamis.score.influence_distillation import PRESETS, InfluenceDistillation
 from tamis.score.tracin import TracIn
 from tamis.settings import SelectSettings
@@ -166,7 +167,7 @@ def test_auto_takes_what_rebuilds_left_out_landmarks_best_within_its_budget(
         (choice,) = (json.loads(path.read_text()) for path in task.store.glob("embedding-choice-*/choice.json"))
         recoveries = [tried["recovery"] for tried in choice["tried"]]
         named = next(t["label"] for t in choice["tried"] if t["recovery"] == max(recoveries))
-        assert named.startswith(choice["embedding"]["name"])
+        assert named == label_of(Choice.from_plain(choice).embedding)
         found[budget] = (choice, unseen_correlation(scores, exact))
     cheap, dear = found[0.0][0], found[2.0][0]
     assert [tried["label"] for tried in cheap["tried"]] == ["tfidf", "error-outer of no block"]

@@ -46,7 +46,9 @@ __all__ = ["PRESETS", "InfluenceDistillation"]
 
 Warmup = Literal["lora", "full", "none"]
 
-# Settings of the paper (sections 4 and 5.1, appendix J). It names no bandwidth: ours is twice the median distance.
+# Settings of the paper (sections 4 and 5.1, appendix J). It names no bandwidth: ours is twice the median distance. What
+# is done otherwise whatever the settings, from landmarks that keep their own scores to the clipping of the warm-up, is
+# listed under "As published" in docs/methods.md.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "landmarks": 4096,
@@ -76,7 +78,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class InfluenceDistillation:
-    """Gradient cosine with the target rows: exact for landmarks, carried to all other rows by cheap embeddings.
+    """Gradient cosine with the target rows: landmarks' own, up to the projection; carried to others by embeddings.
 
     Cost: the warm-up, a gradient pass over landmarks and target rows, and one cheap embedding of every row. Scores are
     those of ``tracin`` at the warmed-up model as well as the embedding lets them be rebuilt; the notes say how well.
@@ -84,7 +86,7 @@ class InfluenceDistillation:
     Args:
         preset: "paper": as published where this library can; settings given beside it count in place of its own.
             ``dataclasses.replace`` gives every setting, so it changes nothing but what it names.
-        landmarks: rows with exact gradients, at most all rows to score.
+        landmarks: rows with gradients of their own, at most all rows to score.
         landmark_rule: "uniform"; or "k-means++" or "leverage", which need the named embedding of every row in memory.
         embedding: "auto" tries all within the budget on the landmarks; or "error-outer", "error", "hidden-error",
             "hidden-mean", "rds", "jvp", "lens-gradient", "tail-gradient", "gradient", "tfidf", "given".
@@ -100,7 +102,8 @@ class InfluenceDistillation:
         scale: of the kernel, in median squared distances; None: the best of 0.5, 2 and 8.
         damping: δ; None: the best of 0.01, 0.1 and 1.
         centred: take the landmarks' mean embedding off; None: for all but the linear kernel.
-        half_whitening: also try every kernel on half-whitened embeddings.
+        half_whitening: also try every kernel but the linear on half-whitened embeddings, if the landmarks are at least
+            twice as many as an embedding has numbers.
         residual: carry only what the embedding's own cosine with the target leaves; "auto": if that is no worse.
         form: gradients of landmarks "raw", or "adam": times Adam's preconditioner at the end of the warm-up.
         warmup: "lora", "full" (all weights, in float32) or "none".
@@ -116,7 +119,8 @@ class InfluenceDistillation:
         projection: of landmark and target gradients: "hadamard", "factorized", "rademacher", "mask" or "none".
         projection_dim: numbers of a feature (8192); per side of a layer for "factorized" (16).
         weights: what selected rows weigh: "none", all 1; "first-order", robust weights from their scores.
-        keep_embeddings: store the pool's embeddings for other targets. False: only scores are stored.
+        keep_embeddings: store the pool's embeddings from a model, which other targets may use. False: rows are scored
+            as they are embedded, and only landmarks' and target rows' embeddings are stored.
         feature_dtype: "float16" or "float32", of stored gradients and embeddings.
 
     Raises:
@@ -286,8 +290,9 @@ class InfluenceDistillation:
     def score(self, task: Task) -> TargetScores:
         """Scores of ``task.rows``: one column per target row that has a gradient, or per target with the mean target.
 
-        ``extra`` marks landmarks (``is_landmark``), whose scores are exact, and those of them without a gradient
-        (``zero_gradient``); their score of 0 says nothing.
+        ``extra`` marks landmarks (``is_landmark``), whose scores are exact up to the projection, and those of them
+        without a gradient (``zero_gradient``); their score of 0 says nothing. Whether another row has a gradient is not
+        known.
 
         Raises:
             InvalidInput: no row of a target has a gradient, or fewer than two landmarks have one.
@@ -344,7 +349,10 @@ class InfluenceDistillation:
     ) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Scores of all rows; those of landmarks are written over them later."""
         if len(gradients.rows) + len(gradients.without_gradient) == len(task.rows):
-            task.note("Every row to score is a landmark, so all scores are exact and no embedding was needed")
+            task.note(
+                "Every row to score is a landmark, so all scores are exact up to the projection, and no embedding was "
+                "needed"
+            )
             return empty_scores(task, len(columns))
         choice = choose_embedding(
             task,

@@ -142,8 +142,7 @@ def fit_kernel_ridge(
     """Fit the landmarks' exact ``scores``, one column per target: ``A = (K + δI)^{-1} P_L``.
 
     With ``directions`` (``mean_directions``) in residual form: the direct score ``s = <e, mean target e>`` is scaled
-    to P_L by least squares, and only what it leaves is transferred. Never worse in the measurements, and it lifts
-    embeddings that are near the gradients themselves.
+    to P_L by least squares, and only what it leaves is transferred. It lifts embeddings near the gradients themselves.
 
     Raises:
         InvalidInput: a landmark has no row of scores, or a target no direction.
