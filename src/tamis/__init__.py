@@ -18,21 +18,24 @@ __all__ = [
     "SelectSettings",
     "Selection",
     "TamisError",
+    "TrainResult",
+    "TrainRunSettings",
     "__version__",
     "doctor",
     "methods",
     "online",
     "plan",
     "select",
+    "train",
 ]
 
 if TYPE_CHECKING:
     from tamis import methods, online
-    from tamis.api import Selection, doctor, plan, select
+    from tamis.api import Selection, TrainResult, doctor, plan, select, train
     from tamis.errors import TamisError
     from tamis.online.sft import OnlineSFTTrainer
     from tamis.online.trainer import OnlineTrainer
-    from tamis.settings import DoctorSettings, PlanSettings, SelectSettings
+    from tamis.settings import DoctorSettings, PlanSettings, SelectSettings, TrainRunSettings
 
 _HOMES = {
     "DoctorSettings": "tamis.settings",
@@ -42,9 +45,12 @@ _HOMES = {
     "SelectSettings": "tamis.settings",
     "Selection": "tamis.api",
     "TamisError": "tamis.errors",
+    "TrainResult": "tamis.api",
+    "TrainRunSettings": "tamis.settings",
     "doctor": "tamis.api",
     "plan": "tamis.api",
     "select": "tamis.api",
+    "train": "tamis.api",
 }
 
 

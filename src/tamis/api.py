@@ -11,11 +11,23 @@ from tamis.data.rows import Rows, are_rows, checked_rows, held_name
 from tamis.errors import InvalidSettings
 from tamis.evaluate.cost import PlanResult, estimate_plan
 from tamis.evaluate.doctor import DoctorResult, examine
+from tamis.online.by_name import plain_settings as online_settings
+from tamis.online.choice import Method as OnlineMethod
 from tamis.pipeline import Selection, select_from_settings
 from tamis.protocols import Method, Progress
-from tamis.settings import DoctorSettings, PlanSettings, SelectSettings, from_dict
+from tamis.settings import DoctorSettings, PlanSettings, SelectSettings, TrainRunSettings, from_dict
+from tamis.train_run import TrainResult, train_from_settings
 
-__all__ = ["Selection", "doctor", "plan", "select", "select_from_settings"]
+__all__ = [
+    "Selection",
+    "TrainResult",
+    "doctor",
+    "plan",
+    "select",
+    "select_from_settings",
+    "train",
+    "train_from_settings",
+]
 
 
 def select(
@@ -53,18 +65,8 @@ def select(
         Unsupported: the model has no layers that tamis can take gradients of.
     """
     held: dict[str, Rows] = {}
-    targets: list[str] = []
-    if isinstance(target, Mapping):
-        for key, given in target.items():
-            targets += [f"{key}={path}" for path in _paths(given, f"target {key}", held)]
-    else:
-        texts = _paths(target, "target", held)
-        targets = [f"target={text}" if text in held else text for text in texts]
-    named: Any = method  # of whatever type a caller passes
-    if not isinstance(named, str) and (isinstance(named, type) or not dataclasses.is_dataclass(named)):
-        raise InvalidSettings(
-            f"method: expected a name or a method object such as tamis.methods.Less(), got {type(method).__name__}"
-        )
+    targets = _targets(target, "target", held)
+    _check_method(method, "tamis.methods.Less()")
     name = method if isinstance(method, str) else method.name
     chosen: dict[str, Any] = {} if isinstance(method, str) else _plain_settings(method)
     for name_of_setting in ("set", "projection", "projection_dim"):
@@ -96,6 +98,87 @@ def doctor(settings: DoctorSettings, *, progress: Progress | None = None) -> Doc
 def plan(settings: PlanSettings, *, progress: Progress | None = None) -> PlanResult:
     """What each method would cost on this pool."""
     return estimate_plan(settings, progress=progress)
+
+
+def train(
+    *,
+    model: str | Path,
+    pool: str | Path | Sequence[str | Path] | Rows,
+    target: str | Path | Sequence[str | Path] | Rows | Mapping[str, str | Path | Rows],
+    method: str | OnlineMethod = "filter-then-weight",
+    steps: int | None = None,
+    out: str | Path = "tamis-train",
+    eval_target: str | Path | Sequence[str | Path] | Rows | Mapping[str, str | Path | Rows] = (),
+    progress: Progress | None = None,
+    **settings: Any,
+) -> TrainResult:
+    """Train ``model`` on ``pool``, choosing and weighting its rows at every update for the task that ``target`` shows.
+
+    The loop is ``tamis.OnlineTrainer``, which takes any data set and arguments of Transformers' Trainer.
+
+    Args:
+        model: hub id, local folder, PEFT adapter folder (which is trained on) or GGUF file.
+        pool: files, globs or hub ids of the rows to choose from, or the rows themselves; as for ``tamis.select``.
+        target: rows of the task, in the same forms. A fifth of them only measures, unless ``eval_target`` or
+            ``held_out`` says otherwise.
+        method: a name from ``tamis.online.METHODS``, or a method object such as
+            ``tamis.online.FilterThenWeight(keep=8, oversample=4)``.
+        steps: updates; or give ``epochs``.
+        out: folder for the result; an interrupted run with the same arguments resumes there.
+        eval_target: rows of the task that only measure, in the same forms as ``target``.
+        progress: where to say how far it is; by default nowhere.
+        settings: any other field of ``tamis.settings.TrainRunSettings``.
+
+    Returns:
+        Where the model lies, the log, and what the run did.
+
+    Raises:
+        InvalidInput: the data cannot be used (which file, row and field, and what to do).
+        InvalidSettings: settings contradict each other, the data, or the folder's earlier run.
+        NonFinite: every candidate of a choice, or the target, has a loss or gradient that is not finite.
+        Unsupported: the model has parameters whose gradients cannot be told apart by rows.
+    """
+    held: dict[str, Rows] = {}
+    _check_method(method, "tamis.online.FilterThenWeight()")
+    chosen: dict[str, Any] = {"method": method}
+    if not isinstance(method, str):
+        for name in ("set", "keep", "oversample"):
+            if settings.get(name) is not None:
+                raise InvalidSettings(f"{name}: the method object has settings of its own; give it there")
+        chosen = {"method": method.name, "keep": method.keep, "oversample": method.oversample}
+        chosen["set"] = online_settings(method)
+    values = {
+        "model": str(model),
+        "pool": _paths(pool, "pool", held),
+        "target": _targets(target, "target", held),
+        "eval_target": _targets(eval_target, "eval_target", held),
+        "steps": steps,
+        "out": str(out),
+        **chosen,
+        **{key: str(value) if isinstance(value, Path) else value for key, value in settings.items()},
+    }
+    return train_from_settings(
+        from_dict(TrainRunSettings, values, origin="tamis.train"),
+        method=None if isinstance(method, str) else method,
+        progress=progress,
+        held=held,
+    )
+
+
+def _check_method(method: Any, example: str) -> None:
+    if not isinstance(method, str) and (isinstance(method, type) or not dataclasses.is_dataclass(method)):
+        raise InvalidSettings(
+            f"method: expected a name or a method object such as {example}, got {type(method).__name__}"
+        )
+
+
+def _targets(
+    given: str | Path | Sequence[str | Path] | Rows | Mapping[str, str | Path | Rows], what: str, held: dict[str, Rows]
+) -> list[str]:
+    """``NAME=PATH`` or paths; rows go to ``held``."""
+    if isinstance(given, Mapping):
+        return [f"{key}={path}" for key, one in given.items() for path in _paths(one, f"{what} {key}", held)]
+    return [f"target={text}" if text in held else text for text in _paths(given, what, held)]
 
 
 def _paths(given: str | Path | Sequence[str | Path] | Rows, what: str, held: dict[str, Rows]) -> list[str]:

@@ -21,17 +21,20 @@ from tamis.fit import check_fit
 from tamis.model.limits import model_limits
 from tamis.model.load import ModelSettings, load_tokenizer
 from tamis.protocols import Progress
-from tamis.settings import DoctorSettings, PlanSettings, SelectSettings, target_parts
+from tamis.settings import DoctorSettings, PlanSettings, SelectSettings, TrainRunSettings, target_parts
 from tamis.types import IntArray
 
 __all__ = [
     "Corpora",
+    "Rendered",
     "SkippedRow",
     "Sources",
     "dropped_sentence",
+    "leaked_rows",
     "model_settings",
     "read_corpora",
     "read_sources",
+    "render_corpora",
     "write_skipped",
 ]
 
@@ -61,6 +64,18 @@ class Sources:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rendered:
+    """The rows as tokens and labels, those that cannot be used left out."""
+
+    pool: Corpus
+    target: Corpus
+    target_rows: IntArray  # usable target rows
+    target_group: IntArray  # for each of them, which target it stands for
+    skipped: tuple[SkippedRow, ...]
+    warnings: tuple[str, ...]  # what is done to the rows that one does not expect
+
+
+@dataclass(frozen=True, kw_only=True)
 class Corpora:
     """The pool and the target rows, and how they relate."""
 
@@ -77,7 +92,7 @@ class Corpora:
     warnings: tuple[str, ...]  # those the console must show too: what is done to the rows is not what one expects
 
 
-def model_settings(settings: SelectSettings | DoctorSettings | PlanSettings) -> ModelSettings:
+def model_settings(settings: SelectSettings | DoctorSettings | PlanSettings | TrainRunSettings) -> ModelSettings:
     """The part of a run's settings that says how to load the model."""
     return ModelSettings(
         name=settings.model,
@@ -88,11 +103,11 @@ def model_settings(settings: SelectSettings | DoctorSettings | PlanSettings) -> 
         trust_remote_code=settings.trust_remote_code,
         chat_template=settings.chat_template,
         gradient_checkpointing=settings.gradient_checkpointing,
-        device_map=settings.device_map,
+        device_map=None if isinstance(settings, TrainRunSettings) else settings.device_map,
     )
 
 
-def read_sources(settings: SelectSettings, held: Mapping[str, Rows] | None = None) -> Sources:
+def read_sources(settings: SelectSettings | TrainRunSettings, held: Mapping[str, Rows] | None = None) -> Sources:
     """Read and check every row the user named. Nothing is written and no tokenizer is needed.
 
     ``held`` has the rows in memory that ``settings`` name, by their names.
@@ -111,8 +126,10 @@ def read_sources(settings: SelectSettings, held: Mapping[str, Rows] | None = Non
     return Sources(pool=pool, target=target, target_names=tuple(name for name, _ in targets), target_group=group)
 
 
-def read_corpora(sources: Sources, settings: SelectSettings, *, store: Path, progress: Progress) -> Corpora:
-    """Render the rows to tokens and labels, leave out what cannot be used, and find copies and leaks.
+def render_corpora(
+    sources: Sources, settings: SelectSettings | TrainRunSettings, *, store: Path, progress: Progress
+) -> Rendered:
+    """Render the rows to tokens and labels, and leave out what cannot be used.
 
     Raises:
         InvalidInput: nothing usable is left in the pool or in a target.
@@ -136,9 +153,7 @@ def read_corpora(sources: Sources, settings: SelectSettings, *, store: Path, pro
         if not (target_group == index).any():
             raise InvalidInput(f"target '{name}' has no row with a supervised token; give it usable rows")
 
-    first_copy = exact_duplicates(sources.pool)
-    first_near_copy = first_copy
-    notes, warnings = list[str](), [*renderer.notes]
+    warnings = [*renderer.notes]
     for corpus in (pool, target):
         rows = np.flatnonzero(corpus.usable).astype(np.int64)
         lengths = corpus.lengths[rows]
@@ -147,6 +162,28 @@ def read_corpora(sources: Sources, settings: SelectSettings, *, store: Path, pro
         )
         if corpus.dropped.any():
             warnings.append(dropped_sentence(corpus.name, int(corpus.dropped.sum()), len(corpus)))
+    return Rendered(
+        pool=pool,
+        target=target,
+        target_rows=target_rows,
+        target_group=target_group,
+        skipped=tuple(skipped),
+        warnings=tuple(warnings),
+    )
+
+
+def read_corpora(sources: Sources, settings: SelectSettings, *, store: Path, progress: Progress) -> Corpora:
+    """Render the rows, leave out what cannot be used, and find copies and leaks.
+
+    Raises:
+        InvalidInput: nothing usable is left in the pool or in a target.
+        BadRow: a row cannot be rendered or has no supervised token, and ``on_bad_row`` is "fail".
+    """
+    rendered = render_corpora(sources, settings, store=store, progress=progress)
+    pool = rendered.pool
+    first_copy = exact_duplicates(sources.pool)
+    first_near_copy = first_copy
+    notes = list[str]()
     if settings.duplicates == "near" or len(pool) <= _NEAR_COPIES_SOUGHT:
         with progress.stage("near copies (pool)", len(pool), "rows") as advance:
             first_near_copy = near_duplicates(sources.pool, threshold=settings.near_threshold)
@@ -156,23 +193,28 @@ def read_corpora(sources: Sources, settings: SelectSettings, *, store: Path, pro
             f"Near copies were not sought among {len(pool)} rows, which takes minutes; --duplicates near "
             "seeks them and takes one of each."
         )
-    leaks = find_leaks(sources.pool, sources.target)
-    leaked = np.zeros(len(pool), dtype=np.bool_)
-    leaked[leaks.exact] = True
-    leaked[leaks.same_prompt] = True
     return Corpora(
         pool=pool,
-        target=target,
+        target=rendered.target,
         target_names=sources.target_names,
-        target_rows=target_rows,
-        target_group=target_group,
-        skipped=tuple(skipped),
+        target_rows=rendered.target_rows,
+        target_group=rendered.target_group,
+        skipped=rendered.skipped,
         first_copy=first_copy,
         first_near_copy=first_near_copy,
-        leaked=leaked,
+        leaked=leaked_rows(sources),
         notes=tuple(notes),
-        warnings=tuple(warnings),
+        warnings=rendered.warnings,
     )
+
+
+def leaked_rows(sources: Sources) -> npt.NDArray[np.bool_]:
+    """For each pool row, whether it or its prompt is also a target row."""
+    leaks = find_leaks(sources.pool, sources.target)
+    leaked = np.zeros(len(sources.pool), dtype=np.bool_)
+    leaked[leaks.exact] = True
+    leaked[leaks.same_prompt] = True
+    return leaked
 
 
 def _skipped(corpus: Corpus, on_bad_row: str) -> list[SkippedRow]:

@@ -11,8 +11,10 @@ from tamis.values import nearest
 __all__ = [
     "GRADIENT_METHODS",
     "METHOD_SUMMARIES",
+    "ONLINE_SUMMARIES",
     "PROJECTION_NAMES",
     "check_method",
+    "check_online_method",
     "check_projection",
     "shortlist_parts",
     "target_parts",
@@ -32,6 +34,19 @@ METHOD_SUMMARIES: dict[str, str] = {
     "influence-distillation": "exact gradients of a few landmark rows, carried to all others by cheap embeddings",
 }
 GRADIENT_METHODS = ("tracin", "less")
+# The methods of ``tamis.online.METHODS``, likewise.
+ONLINE_SUMMARIES: dict[str, str] = {
+    "filter-then-weight": "greedy filter by what is left of the target, then weights near 1 (the default)",
+    "tilt": "keeps all candidates, weighted by alignment with the target",
+    "anchored": "keeps all candidates, weighted by matching the target, pulled towards 1",
+    "tracin": "largest inner products with the target's gradient",
+    "less": "largest cosines of a candidate's own Adam step with the target's gradient",
+    "greats": "greedy by inner products, less those with candidates taken",
+    "grad-match": "orthogonal matching pursuit of the target's gradient",
+    "uniform": "a random draw: what every other method has to beat",
+    "full": "plain training on all candidates: what every other method has to beat at equal compute",
+    "target-only": "trains on the target rows themselves: a warning, small targets are memorised",
+}
 PROJECTION_NAMES = ("none", "factorized", "rademacher", "hadamard", "mask")
 
 
@@ -83,6 +98,17 @@ def check_method(name: str, *, setting: str = "method") -> None:
         raise InvalidSettings(
             f"{setting}: unknown method {name!r}{nearest(name, METHOD_SUMMARIES)} (methods: {listed})"
         )
+
+
+def check_online_method(name: str) -> None:
+    """Refuse a name that is no online method's.
+
+    Raises:
+        InvalidSettings: it is not; the nearest known one is suggested.
+    """
+    if name not in ONLINE_SUMMARIES:
+        listed = ", ".join(ONLINE_SUMMARIES)
+        raise InvalidSettings(f"method: unknown method {name!r}{nearest(name, ONLINE_SUMMARIES)} (methods: {listed})")
 
 
 def check_projection(name: str | None) -> None:

@@ -15,8 +15,10 @@ from tamis.errors import InvalidSettings
 from tamis.notation import (
     GRADIENT_METHODS,
     METHOD_SUMMARIES,
+    ONLINE_SUMMARIES,
     PROJECTION_NAMES,
     check_method,
+    check_online_method,
     check_projection,
     shortlist_parts,
     target_parts,
@@ -26,10 +28,12 @@ from tamis.values import check_plain, check_types, from_dict, nearest, to_dict
 __all__ = [
     "GRADIENT_METHODS",
     "METHOD_SUMMARIES",
+    "ONLINE_SUMMARIES",
     "PROJECTION_NAMES",
     "DoctorSettings",
     "PlanSettings",
     "SelectSettings",
+    "TrainRunSettings",
     "from_dict",
     "nearest",
     "shortlist_parts",
@@ -209,6 +213,143 @@ class PlanSettings:
             *("model", "assume_device", "compare", "out"),
             *("device", "attention", "revision", "chat_template", "device_map"),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRunSettings:
+    """Everything that determines a training run that chooses its data. ``tamis train`` and ``tamis.train`` share it.
+
+    Raises:
+        InvalidSettings: a value is of the wrong type, out of its range, or contradicts another one.
+    """
+
+    model: str
+    pool: tuple[str, ...]
+    target: tuple[str, ...]  # "path" or "name=path"; several are one target, in which every row counts alike
+    method: str = "filter-then-weight"
+    set: Mapping[str, Any] = field(default_factory=dict)  # settings of the method, by name; preset: "paper"
+    keep: int = 8  # candidates of a hard choice
+    oversample: int = 4  # candidates looked at per candidate kept
+    steps: int | None = None  # updates; give these or epochs
+    epochs: float | None = None  # passes over the pool's rows as candidates
+    out: str = "tamis-train"
+    target_rows: int | None = None  # target rows looked at per choice; None: half as many as candidates
+    eval_target: tuple[str, ...] = ()  # rows that only measure; like target
+    held_out: float | None = None  # share of every target's rows that only measure; None: 0.2, or 0 with eval_target
+    eval_steps: int | None = None  # updates between measurements; None: only before and after
+    patience: int | None = None  # stop after that many measurements without a better one, and keep the best weights
+    tune: Literal["lora", "full"] = "lora"
+    lora_rank: int | None = None  # None: 16; for a model that is an adapter: its own
+    lora_alpha: float | None = None  # None: twice the rank
+    lora_targets: tuple[str, ...] = ()  # names of linear layers; empty: all but the head
+    learning_rate: float | None = None  # None: 2e-4 with LoRA, 2e-5 without
+    scheduler: Literal["linear", "cosine", "constant", "inverse_sqrt"] = "linear"
+    warmup_share: float = 0.03  # of the updates
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    clip: float = 1.0  # largest norm of an update's gradient; 0: none
+    batch_rows: int = 8  # rows of one forward pass
+    accumulation: int = 1  # choices per update
+    reduction: Literal["rows", "tokens"] = "rows"  # what counts alike in an update
+    drop_leaks: bool = False
+    save_steps: int | None = None  # updates between checkpoints; None: 100, or eval_steps with patience
+    log_steps: int = 10
+    forecast_every: int = 10  # updates between comparisons of predicted and realised drop; 0: never
+    report_to: tuple[str, ...] = ()
+    seed: int = 0
+    max_length: int = 2048
+    dtype: Dtype = "auto"
+    device: str = "auto"
+    attention: str = "sdpa"
+    revision: str | None = None
+    chat_template: str | None = None
+    trust_remote_code: bool = False
+    gradient_checkpointing: bool = False
+    row_format: Format | None = None
+    on_bad_row: Literal["fail", "skip"] = "fail"
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        _check_sources("pool", self.pool)
+        _check_targets(self.target, required=True)
+        _check_targets(self.eval_target, required=False)
+        check_online_method(self.method)
+        _check_method_settings(self.set)
+        for name in ("keep", "oversample"):
+            if name in self.set:
+                raise InvalidSettings(f"set.{name}: {name} belongs to every method; write --{name} {self.set[name]}")
+        for name in ("keep", "oversample", "steps", "target_rows", "eval_steps", "patience", "lora_rank"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("batch_rows", "accumulation", "save_steps", "log_steps"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("forecast_every", self.forecast_every, 0)
+        _at_least("seed", self.seed, 0)
+        _at_least("max_length", self.max_length, 2)
+        self._check_length()
+        self._check_measuring()
+        self._check_optimizer()
+        self._check_place()
+        _check_not_empty(self, "model", "out", "device", "attention", "revision", "chat_template")
+
+    @property
+    def held_out_share(self) -> float:
+        """Of every target's rows."""
+        if self.held_out is not None:
+            return self.held_out
+        return 0.0 if self.eval_target else 0.2
+
+    def _check_length(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            given = "neither" if self.steps is None else "both"
+            raise InvalidSettings(f"steps, epochs: expected one of them, got {given}; pass --steps or --epochs")
+        if self.epochs is not None and self.epochs <= 0:
+            raise InvalidSettings(f"epochs={self.epochs}: expected a number above zero")
+
+    def _check_measuring(self) -> None:
+        if self.held_out is not None and not 0 <= self.held_out < 1:
+            raise InvalidSettings(f"held_out={self.held_out}: expected a share of the target rows, at least 0, below 1")
+        if self.eval_target and self.held_out:
+            raise InvalidSettings("held_out, eval_target: rows that measure come from one of them; give one")
+        measured = bool(self.eval_target) or self.held_out_share > 0
+        if self.eval_steps is not None and not measured:
+            raise InvalidSettings("eval_steps: no row measures; pass --eval-target, or --held-out above 0")
+        if self.patience is not None and self.eval_steps is None:
+            raise InvalidSettings("patience: counts measurements, and none is made on the way; pass --eval-steps")
+        if self.patience is not None and self.save_steps not in (None, self.eval_steps):
+            raise InvalidSettings(
+                f"patience: the weights of every measurement must be on disk, but save_steps={self.save_steps} and "
+                f"eval_steps={self.eval_steps}; leave --save-steps out"
+            )
+
+    def _check_optimizer(self) -> None:
+        if self.learning_rate is not None and self.learning_rate <= 0:
+            raise InvalidSettings(f"learning_rate={self.learning_rate}: expected a number above zero")
+        if self.lora_alpha is not None and self.lora_alpha <= 0:
+            raise InvalidSettings(f"lora_alpha={self.lora_alpha}: expected a number above zero")
+        for name in ("weight_decay", "clip"):
+            if getattr(self, name) < 0:
+                raise InvalidSettings(f"{name}={getattr(self, name)}: expected at least 0")
+        for name in ("warmup_share", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InvalidSettings(f"{name}={getattr(self, name)}: expected at least 0 and below 1")
+        adapter = (self.lora_rank, self.lora_alpha) != (None, None) or bool(self.lora_targets)
+        if self.tune == "full" and adapter:
+            raise InvalidSettings("tune='full' trains no adapter; leave lora_rank, lora_alpha and lora_targets out")
+
+    def _check_place(self) -> None:
+        for name in self.report_to:
+            if name not in ("tensorboard", "wandb"):
+                raise InvalidSettings(
+                    f"report_to={name!r}: expected tensorboard or wandb{nearest(name, ('tensorboard', 'wandb'))}"
+                )
+        if self.dtype == "float16":
+            raise InvalidSettings("dtype='float16': online selection does not scale losses; choose bfloat16 or float32")
+        if self.device.startswith("cuda:"):
+            raise InvalidSettings(
+                f"device={self.device!r}: training takes the first device it sees; pass --device cuda and set "
+                f"CUDA_VISIBLE_DEVICES={self.device.removeprefix('cuda:')}"
+            )
 
 
 def _budget_text(value: Any) -> str:

@@ -216,6 +216,8 @@ def test_an_interrupt_exits_130_and_says_how_to_resume(
         ("select --config none.yaml", "none.yaml: No such file"),
         ("plan --model m --pool p --budget nothing", "budget"),
         ("doctor --model m --pool p --check-rows 1", "check_rows=1: expected at least 2"),
+        ("train --model m --pool p --target t", "expected one of them, got neither; pass --steps or --epochs"),
+        ("train --model m --pool p --target t --steps 5 --set keep=3", "keep belongs to every method; write --keep 3"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_2(
@@ -234,9 +236,10 @@ def test_wrong_usage_is_one_line_and_exit_2(
 def test_help_version_and_wrong_settings_do_not_import_pytorch() -> None:
     program = (
         "import sys\nfrom tamis.cli.main import run\n"
-        "codes = [run(['--help']), run(['--version']), run(['select', '--help']),\n"
-        "         run('select --model m --pool p --target t --method x'.split())]\n"
-        "assert codes == [0, 0, 0, 2], codes\n"
+        "codes = [run(['--help']), run(['--version']), run(['select', '--help']), run(['train', '--help']),\n"
+        "         run('select --model m --pool p --target t --method x'.split()),\n"
+        "         run('train --model m --pool p --target t --steps 5 --method x'.split())]\n"
+        "assert codes == [0, 0, 0, 0, 2, 2], codes\n"
         "heavy = [m for m in ('torch', 'transformers', 'datasets', 'pyarrow') if m in sys.modules]\n"
         "assert not heavy, heavy\n"
     )

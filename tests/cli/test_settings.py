@@ -17,6 +17,7 @@ from tamis.settings import (
     DoctorSettings,
     PlanSettings,
     SelectSettings,
+    TrainRunSettings,
     from_dict,
     nearest,
     shortlist_parts,
@@ -75,6 +76,50 @@ def test_a_wrong_value_is_refused_by_name(setting: str, value: Any, message: str
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "anchord"}, "unknown method 'anchord', did you mean 'anchored'? (methods: filter-then-weight"),
+        ({"set": {"keep": 4}}, "set.keep: keep belongs to every method; write --keep 4"),
+        ({"set": {"two words": 1}}, "'two words' is not the name of a method setting"),
+        ({"steps": None}, "steps, epochs: expected one of them, got neither; pass --steps or --epochs"),
+        ({"epochs": 1}, "steps, epochs: expected one of them, got both"),
+        ({"steps": None, "epochs": 0}, "epochs=0.0: expected a number above zero"),
+        ({"steps": 0}, "steps=0: expected at least 1"),
+        ({"keep": 0}, "keep=0: expected at least 1"),
+        ({"forecast_every": -1}, "forecast_every=-1: expected at least 0"),
+        ({"held_out": 1.0}, "held_out=1.0: expected a share of the target rows"),
+        ({"held_out": 0.1, "eval_target": ("e",)}, "held_out, eval_target: rows that measure come from one of them"),
+        ({"held_out": 0.0, "eval_steps": 5}, "eval_steps: no row measures; pass --eval-target, or --held-out"),
+        ({"patience": 2}, "patience: counts measurements, and none is made on the way; pass --eval-steps"),
+        ({"patience": 2, "eval_steps": 5, "save_steps": 10}, "but save_steps=10 and eval_steps=5"),
+        ({"eval_target": ("a/e.jsonl", "b/e.jsonl")}, "two targets are called 'e'"),
+        ({"learning_rate": 0}, "learning_rate=0.0: expected a number above zero"),
+        ({"warmup_share": 1}, "warmup_share=1.0: expected at least 0 and below 1"),
+        ({"beta2": 1.0}, "beta2=1.0: expected at least 0 and below 1"),
+        ({"clip": -1}, "clip=-1.0: expected at least 0"),
+        ({"scheduler": "cosin"}, "did you mean 'cosine'?"),
+        ({"tune": "full", "lora_rank": 4}, "tune='full' trains no adapter; leave lora_rank"),
+        ({"lora_alpha": 0}, "lora_alpha=0.0: expected a number above zero"),
+        ({"report_to": ("wand",)}, "report_to='wand': expected tensorboard or wandb, did you mean 'wandb'?"),
+        ({"dtype": "float16"}, "dtype='float16': online selection does not scale losses"),
+        ({"device": "cuda:1"}, "pass --device cuda and set CUDA_VISIBLE_DEVICES=1"),
+        ({"reduction": "row"}, "did you mean 'rows'?"),
+    ],
+)
+def test_a_training_run_that_cannot_be_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidSettings) as caught:
+        TrainRunSettings(**{**REQUIRED, "steps": 5, **changes})
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_fifth_of_the_target_measures_unless_other_rows_do() -> None:
+    assert TrainRunSettings(**REQUIRED, steps=5).held_out_share == 0.2
+    assert TrainRunSettings(**REQUIRED, steps=5, eval_target="e").held_out_share == 0.0  # type: ignore[arg-type]
+    assert TrainRunSettings(**REQUIRED, steps=5, held_out=0).held_out_share == 0.0
+
+
 def test_missing_shares_are_named() -> None:
     with pytest.raises(InvalidSettings, match="b has no share"):
         SelectSettings(**{**REQUIRED, "target": ("a=x", "b=y")}, shares={"a": 1.0})
@@ -120,6 +165,11 @@ def test_a_shortlist_is_a_method_and_a_multiple() -> None:
 def test_settings_survive_a_round_trip_through_plain_values(cls: type[Any]) -> None:
     settings = cls(**REQUIRED)
     assert from_dict(cls, to_dict(settings)) == settings
+
+
+def test_a_training_runs_settings_survive_it_too() -> None:
+    settings = TrainRunSettings(**REQUIRED, epochs=2, lora_targets=("q", "v"), set={"ridge": 2.0})
+    assert from_dict(TrainRunSettings, to_dict(settings)) == settings
 
 
 def test_an_unknown_setting_suggests_the_nearest() -> None:

@@ -23,10 +23,10 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
 CODE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PUBLIC = {
-    *("select", "doctor", "plan", "methods"),
+    *("select", "doctor", "plan", "train", "methods"),
     *("OnlineTrainer", "OnlineSFTTrainer", "online"),
-    *("SelectSettings", "DoctorSettings", "PlanSettings"),
-    *("Selection", "TamisError", "__version__"),
+    *("SelectSettings", "DoctorSettings", "PlanSettings", "TrainRunSettings"),
+    *("Selection", "TrainResult", "TamisError", "__version__"),
 }
 
 
@@ -129,7 +129,7 @@ def test_links_between_documents_lead_somewhere(name: str) -> None:
 def test_flags_in_the_documents_exist(name: str) -> None:
     """Every --flag in running text belongs to a verb, except where another program is spoken of."""
     others = {"--num_processes", "--nproc-per-node", "--version", "--help", "--no-deps", "--constraint"}
-    known = {flag for verb in ("select", "doctor", "plan") for flag in flags_of(verb)}
+    known = {flag for verb in ("select", "doctor", "plan", "train") for flag in flags_of(verb)}
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", TEXTS[name]))
     assert mentioned - known - others == set()
 
@@ -174,7 +174,7 @@ def test_names_that_are_not_public_are_refused_by_name() -> None:
 
 
 def test_every_verb_has_help_that_names_its_flags() -> None:
-    for verb in ("select", "doctor", "plan"):
+    for verb in ("select", "doctor", "plan", "train"):
         result = CliRunner().invoke(cli.app, [verb, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
         assert result.exit_code == 0
         assert "--model" in result.output

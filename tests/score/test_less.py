@@ -20,9 +20,9 @@ from tamis.projection import make_projector, project_gradients
 from tamis.score import less
 from tamis.score.less import Less
 from tamis.seeds import child_seed
-from tamis.train.checkpoints import complete_checkpoints
-from tamis.train.loop import fine_tune, learning_rate_at, run_identity
-from tamis.train.lora import add_lora
+from tamis.training.checkpoints import complete_checkpoints
+from tamis.training.loop import fine_tune, learning_rate_at, run_identity
+from tamis.training.lora import add_lora
 
 SHORT = {
     "warmup_epochs": 2,

@@ -15,7 +15,7 @@ from tamis.errors import InvalidInput, InvalidSettings, NonFinite
 from tamis.gradients.per_sample import run_batch
 from tamis.projection import make_projector, project_gradients
 from tamis.score.tracin import TracIn
-from tamis.train.lora import add_lora
+from tamis.training.lora import add_lora
 
 FLOAT32 = {"rtol": 2e-4, "atol": 2e-6}  # two float32 passes with sums in different orders
 HALF = {"rtol": 0, "atol": 1e-3}  # cosines of features whose entries carry 2^-11 of the row's largest each

@@ -32,7 +32,7 @@ from tamis.online.scorers import TargetOnly
 from tamis.online.step import OnlineStep, Proposal, StepSettings
 from tamis.online.together import add_up, gather_rows
 from tamis.seeds import child_seed
-from tamis.types import Batch
+from tamis.types import Batch, IntArray
 
 __all__ = ["OnlineMixin", "OnlineTrainer"]
 
@@ -214,20 +214,27 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
 
     def _record(self, proposal: Proposal, candidates: list[Batch], number: int) -> None:
         places = gather_rows(torch.cat([batch.rows.cpu() for batch in candidates])).numpy()
-        names = self.train_dataset.column_names if isinstance(self.train_dataset, datasets.Dataset) else []
-        known = self.train_dataset["source"] if "source" in names else None
-        sources = [None if known is None else str(known[int(place)]) for place in places]
+        numbers, sources = self._in_the_log(places)
         self._meter.add(proposal, sources)
         seen = min((number + 1) * self._target_count, len(self.target_dataset))
         if proposal.target_loss is not None:
             self._meter.note("target_rows_seen", float(seen))
         if proposal.choice.fallback is not None:
-            logger.info("update %d: %s; weights are equal", self.state.global_step + 1, proposal.choice.fallback)
+            logger.debug("update %d: %s; weights are equal", self.state.global_step + 1, proposal.choice.fallback)
         if self._log_candidates and is_main():
             step = self.state.global_step + 1
             if self._candidates is None:
-                self._candidates = CandidateLog(Path(self.args.output_dir, _CANDIDATES), first_step=step)
-            self._candidates.add(proposal, step=step, choice=number, rows=places, sources=sources)
+                self._candidates = CandidateLog(self._candidates_folder(), first_step=step)
+            self._candidates.add(proposal, step=step, choice=number, rows=numbers, sources=sources)
+
+    def _in_the_log(self, places: IntArray) -> tuple[IntArray, list[str | None]]:
+        """Under which numbers rows of the training data are logged, and where they come from, as far as it says so."""
+        names = self.train_dataset.column_names if isinstance(self.train_dataset, datasets.Dataset) else []
+        known = self.train_dataset["source"] if "source" in names else None
+        return places, [None if known is None else str(known[int(place)]) for place in places]
+
+    def _candidates_folder(self) -> Path:
+        return Path(self.args.output_dir, _CANDIDATES)
 
     def _target_batches(self, number: int) -> list[Batch]:
         """This process's share of the target rows of a choice."""

@@ -39,7 +39,7 @@ from tamis.score.row_embeddings import RowEmbeddings
 from tamis.score.warmup import random_warmup_rows, warmup_points, warmup_training
 from tamis.solve.kernels import KernelName
 from tamis.solve.landmarks import LANDMARK_RULES, LandmarkRule
-from tamis.train.loop import TrainSettings
+from tamis.training.loop import TrainSettings
 from tamis.types import IntArray, TargetScores
 
 __all__ = ["PRESETS", "InfluenceDistillation"]

@@ -24,7 +24,7 @@ from tamis.projection import AnyProjector, make_projector
 from tamis.score.features import FeatureFunction, FeatureSpec, collect_features, read_features, rows_with_gradient
 from tamis.score.less import moment_vectors, moments_digest, transformed_features
 from tamis.store.reader import StageReader
-from tamis.train.checkpoints import read_moments
+from tamis.training.checkpoints import read_moments
 from tamis.types import Batch, IntArray
 
 __all__ = ["LandmarkGradients", "landmark_gradients"]

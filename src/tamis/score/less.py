@@ -36,8 +36,8 @@ from tamis.score.features import (
 )
 from tamis.score.matrix import with_columns
 from tamis.score.warmup import random_warmup_rows, warmup_points, warmup_training
-from tamis.train.checkpoints import Moments, read_moments
-from tamis.train.loop import TrainSettings
+from tamis.training.checkpoints import Moments, read_moments
+from tamis.training.loop import TrainSettings
 from tamis.types import Batch, IntArray, LayerSpec, TargetScores
 
 __all__ = ["Less", "moment_vectors", "moments_digest", "transformed_features"]

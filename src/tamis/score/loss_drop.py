@@ -18,7 +18,7 @@ from tamis.errors import InvalidSettings
 from tamis.score.losses import row_losses
 from tamis.score.matrix import scores_of_targets
 from tamis.score.warmup import warmup_points, warmup_training
-from tamis.train.loop import TrainSettings
+from tamis.training.loop import TrainSettings
 from tamis.types import FloatArray, IntArray, TargetScores
 
 __all__ = ["LossDrop", "relative_drops"]

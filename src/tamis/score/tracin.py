@@ -32,7 +32,7 @@ from tamis.score.features import (
     scores_of_features,
 )
 from tamis.score.matrix import with_columns
-from tamis.train.checkpoints import learning_rates_of
+from tamis.training.checkpoints import learning_rates_of
 from tamis.types import Batch, TargetScores
 
 __all__ = ["TracIn"]

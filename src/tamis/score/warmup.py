@@ -21,9 +21,9 @@ from tamis.model.processes import barrier, is_main
 from tamis.model.source import resolve_source
 from tamis.model.targets import has_adapter
 from tamis.seeds import child_seed, random_subset
-from tamis.train.loop import Spent, TrainSettings, num_steps
-from tamis.train.lora import add_lora, train_adapter
-from tamis.train.warmup import warmup
+from tamis.training.loop import Spent, TrainSettings, num_steps
+from tamis.training.lora import add_lora, train_adapter
+from tamis.training.warmup import warmup
 from tamis.types import IntArray
 
 __all__ = ["WarmupPoint", "random_warmup_rows", "warmup_points", "warmup_training"]

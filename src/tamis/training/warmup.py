@@ -12,8 +12,8 @@ from pathlib import Path
 from torch import nn
 
 from tamis.model.processes import barrier, is_main
-from tamis.train.checkpoints import Checkpoint, complete_checkpoints
-from tamis.train.loop import Spent, TrainSettings, fine_tune, num_steps, run_identity
+from tamis.training.checkpoints import Checkpoint, complete_checkpoints
+from tamis.training.loop import Spent, TrainSettings, fine_tune, num_steps, run_identity
 from tamis.types import IntArray, TokenizedExample
 
 __all__ = ["warmup"]

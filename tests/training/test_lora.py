@@ -12,7 +12,7 @@ from tamis.errors import InvalidSettings, Unsupported
 from tamis.model.load import ModelSettings, load_model
 from tamis.model.source import ModelSource
 from tamis.seeds import child_seed, random_uniform
-from tamis.train.lora import add_lora, train_adapter
+from tamis.training.lora import add_lora, train_adapter
 from tiny_models import FAMILIES, random_batch, tiny_model
 
 

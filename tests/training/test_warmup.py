@@ -15,9 +15,9 @@ from torch import nn
 
 from fake_task import random_tokens
 from score_task import file_bytes
-from tamis.train.loop import TrainSettings, fine_tune
-from tamis.train.lora import add_lora
-from tamis.train.warmup import warmup
+from tamis.training.loop import TrainSettings, fine_tune
+from tamis.training.lora import add_lora
+from tamis.training.warmup import warmup
 from tiny_models import tiny_model
 
 TOKENS = random_tokens([9, 5, 12, 7, 4, 10, 6], seed=1)

@@ -24,7 +24,7 @@ from tamis.errors import InvalidInput, InvalidSettings, NonFinite, Unsupported
 from tamis.model.loss import evaluation_mode, per_sample_losses
 from tamis.model.memory import TokenLimit, is_out_of_memory
 from tamis.seeds import child_seed, random_permutation
-from tamis.train.checkpoints import (
+from tamis.training.checkpoints import (
     Checkpoint,
     StepRecord,
     complete_checkpoints,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,16 +19,24 @@ __all__ = ["add_lora", "train_adapter"]
 
 
 def add_lora(
-    model: nn.Module, *, rank: int, alpha: float, seed: int, base: str | None = None, revision: str | None = None
+    model: nn.Module,
+    *,
+    rank: int,
+    alpha: float,
+    seed: int,
+    targets: Sequence[str] = (),
+    base: str | None = None,
+    revision: str | None = None,
 ) -> PeftModel:
     """Wrap ``model`` (changed in place) with LoRA of ``rank`` on all its linear layers but the head; only that trains.
 
     ``A`` is uniform in ±1/√I, PEFT's own default, drawn from ``seed`` and the factor's name in place of PyTorch's
     generator, whose stream may change between versions and devices; ``B`` is zero. No dropout, scale ``alpha/rank``.
+    ``targets`` are ends of names of layers (``q_proj``), in place of all linear ones.
     ``base`` and ``revision`` are what the saved adapter names as its base model.
 
     Raises:
-        InvalidSettings: the rank is below 1, or the model carries an adapter already.
+        InvalidSettings: the rank is below 1, the model carries an adapter already, or has no layer of such a name.
     """
     if rank < 1:
         raise InvalidSettings(f"lora_rank must be at least 1, got {rank}")
@@ -40,11 +49,15 @@ def add_lora(
         lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
         lora_dropout=0.0,
         bias="none",
-        target_modules="all-linear",
+        target_modules=list(targets) or "all-linear",
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2 stores W transposed
         task_type="CAUSAL_LM",
         revision=revision,
     )
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name, _ in model.named_modules()):
+            leaves = {name.rpartition(".")[2] for name, module in model.named_modules() if _takes_lora(module)}
+            raise InvalidSettings(f"lora_targets: no layer is called {target!r} (linear layers: {_listed(leaves)})")
     adapted = get_peft_model(model, config)
     config.base_model_name_or_path = base or config.base_model_name_or_path
     with torch.no_grad():
@@ -83,6 +96,14 @@ def train_adapter(model: nn.Module, *, base: ModelSource | None = None) -> None:
         param.requires_grad_(_is_adapter(name))
         if param.requires_grad and param.dtype.itemsize < 4:
             param.data = param.data.float()
+
+
+def _takes_lora(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(sorted(names))
 
 
 def _is_adapter(name: str) -> bool:

@@ -25,10 +25,10 @@ from fake_task import random_tokens
 from score_task import file_bytes
 from tamis.errors import InvalidInput, InvalidSettings, NonFinite, StoreCorrupted, StoreMismatch, Unsupported
 from tamis.model.loss import per_sample_losses
-from tamis.train import loop
-from tamis.train.checkpoints import complete_checkpoints, read_moments
-from tamis.train.loop import Spent, TrainSettings, fine_tune, learning_rate_at, num_steps, rows_of_step, run_identity
-from tamis.train.lora import add_lora
+from tamis.training import loop
+from tamis.training.checkpoints import complete_checkpoints, read_moments
+from tamis.training.loop import Spent, TrainSettings, fine_tune, learning_rate_at, num_steps, rows_of_step, run_identity
+from tamis.training.lora import add_lora
 from tamis.types import Batch, IntArray, TokenizedExample
 from tiny_models import tiny_model
 
@@ -297,8 +297,8 @@ from pathlib import Path
 import numpy as np, torch
 torch.set_num_threads(1)
 from fake_task import random_tokens
-from tamis.train.loop import TrainSettings, fine_tune
-from tamis.train.lora import add_lora
+from tamis.training.loop import TrainSettings, fine_tune
+from tamis.training.lora import add_lora
 from tiny_models import tiny_model
 
 folder, pause = Path(sys.argv[1]), float(sys.argv[2])

@@ -12,9 +12,9 @@ from transformers import Trainer, TrainingArguments
 
 from fake_task import random_tokens
 from tamis.errors import InvalidInput, Unsupported
-from tamis.train.checkpoints import learning_rates_of, read_moments
-from tamis.train.loop import TrainSettings, fine_tune
-from tamis.train.lora import add_lora
+from tamis.training.checkpoints import learning_rates_of, read_moments
+from tamis.training.loop import TrainSettings, fine_tune
+from tamis.training.lora import add_lora
 from tiny_models import tiny_model
 
 TOKENS = random_tokens([9, 5, 12, 7], seed=1)

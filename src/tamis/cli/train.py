@@ -1,0 +1,260 @@
+"""``tamis train``: parse, call the library, print what was trained and where it lies."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from tamis.cli import options as opt
+from tamis.cli.command import clean_output, plain, print_json, typed_flags
+from tamis.cli.config import merge_settings
+from tamis.cli.progress import choose_progress, is_main_rank
+from tamis.cli.select import print_summary
+from tamis.settings import ONLINE_SUMMARIES, TrainRunSettings
+
+__all__ = ["EPILOG", "train"]
+
+HOW, MEASURE, OPTIMIZER, TUNE, RESULTS = "How to choose", "Measuring", "The optimizer", "What is trained", "Results"
+
+_METHODS = "\n\n".join(f"[cyan]{name}[/cyan]  {summary}" for name, summary in ONLINE_SUMMARIES.items())
+
+EPILOG = f"""
+[bold]Methods[/bold]
+
+{_METHODS}
+
+[bold]Examples[/bold]
+
+[cyan]tamis train --model Qwen/Qwen2.5-0.5B --pool pool/*.jsonl --target gsm8k.jsonl --steps 500[/cyan]
+
+[cyan]tamis train --model M --pool P --target T --steps 500 --method tilt --eval-steps 50 --patience 3[/cyan]
+
+[cyan]tamis train --model M --pool P --target T --epochs 1 --set preset=paper --keep 16 --out paper[/cyan]
+
+[cyan]accelerate launch --num_processes 2 -m tamis train --model M --pool P --target T --steps 500[/cyan]
+
+[cyan]tamis train --config run1/run.yaml --method full --out run2[/cyan]   the same run without choosing
+
+Killed or interrupted runs resume with the same command. Always compare with [cyan]full[/cyan] and [cyan]uniform[/cyan].
+"""
+
+
+def train(
+    ctx: typer.Context,
+    model: opt.Model = None,
+    pool: opt.Pool = None,
+    target: opt.Target = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Updates.", rich_help_panel=opt.WHAT, show_default=False),
+    ] = None,
+    epochs: Annotated[
+        float | None,
+        typer.Option(
+            help="In place of --steps: how often every pool row is a candidate.",
+            rich_help_panel=opt.WHAT,
+            show_default=False,
+        ),
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="One of the methods below.",
+            metavar="METHOD",
+            rich_help_panel=HOW,
+            autocompletion=lambda: list(ONLINE_SUMMARIES),
+        ),
+    ] = TrainRunSettings.method,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="A setting of the method, read as YAML; [cyan]preset=paper[/cyan] is filter-then-weight as published. "
+            "Repeat for several.",
+            metavar="NAME=VALUE",
+            rich_help_panel=HOW,
+            show_default=False,
+        ),
+    ] = None,
+    keep: Annotated[
+        int, typer.Option(help="Candidates that a hard choice keeps.", rich_help_panel=HOW)
+    ] = TrainRunSettings.keep,
+    oversample: Annotated[
+        int,
+        typer.Option(
+            help="Candidates per candidate kept: keep x oversample rows, of all processes together, per choice.",
+            rich_help_panel=HOW,
+        ),
+    ] = TrainRunSettings.oversample,
+    target_rows: Annotated[
+        int | None,
+        typer.Option(
+            help="Target rows per choice, fresh ones every time; half as many as candidates when left out.",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    reduction: Annotated[
+        str,
+        typer.Option(
+            help="What counts alike in an update: rows, or tokens (as in plain training).",
+            metavar="rows|tokens",
+            rich_help_panel=HOW,
+        ),
+    ] = TrainRunSettings.reduction,
+    drop_leaks: Annotated[
+        bool,
+        typer.Option(
+            "--drop-leaks/--keep-leaks", help="Leave out pool rows that are target rows.", rich_help_panel=HOW
+        ),
+    ] = TrainRunSettings.drop_leaks,
+    eval_target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Rows of the task that only measure, like --target.",
+            metavar="TARGET...",
+            rich_help_panel=MEASURE,
+            show_default=False,
+        ),
+    ] = None,
+    held_out: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of every target's rows that only measures; 0.2 when left out, 0 with --eval-target.",
+            rich_help_panel=MEASURE,
+        ),
+    ] = None,
+    eval_steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Updates between measurements; only before and after when left out.", rich_help_panel=MEASURE
+        ),
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            help="Stop after that many measurements without a better one, and keep the best weights.",
+            rich_help_panel=MEASURE,
+        ),
+    ] = None,
+    forecast_every: Annotated[
+        int,
+        typer.Option(
+            help="Updates between comparisons of predicted and realised drop of the target loss (0: none).",
+            rich_help_panel=MEASURE,
+        ),
+    ] = TrainRunSettings.forecast_every,
+    tune: Annotated[
+        str,
+        typer.Option(
+            help="lora: a fresh adapter, or the one that MODEL is; full: all weights.",
+            metavar="lora|full",
+            rich_help_panel=TUNE,
+        ),
+    ] = TrainRunSettings.tune,
+    lora_rank: Annotated[
+        int | None, typer.Option(help="Of the fresh adapter; 16 when left out.", rich_help_panel=TUNE)
+    ] = None,
+    lora_alpha: Annotated[
+        float | None,
+        typer.Option(help="Its scale is alpha over rank; twice the rank when left out.", rich_help_panel=TUNE),
+    ] = None,
+    lora_targets: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Layers it stands on, by the end of their names ([cyan]q_proj v_proj[/cyan]); all linear ones but the "
+            "head when left out.",
+            metavar="NAME...",
+            rich_help_panel=TUNE,
+            show_default=False,
+        ),
+    ] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(help="The peak; 2e-4 with LoRA and 2e-5 without when left out.", rich_help_panel=OPTIMIZER),
+    ] = None,
+    scheduler: Annotated[
+        str,
+        typer.Option(
+            help="What the rate does after its warm-up.",
+            metavar="linear|cosine|constant|inverse_sqrt",
+            rich_help_panel=OPTIMIZER,
+        ),
+    ] = TrainRunSettings.scheduler,
+    warmup_share: Annotated[
+        float, typer.Option(help="Of the updates, in which the rate rises.", rich_help_panel=OPTIMIZER)
+    ] = TrainRunSettings.warmup_share,
+    weight_decay: Annotated[
+        float, typer.Option(help="Decoupled, as in AdamW.", rich_help_panel=OPTIMIZER)
+    ] = TrainRunSettings.weight_decay,
+    beta1: Annotated[
+        float, typer.Option(help="Of AdamW's first moments.", rich_help_panel=OPTIMIZER)
+    ] = TrainRunSettings.beta1,
+    beta2: Annotated[
+        float, typer.Option(help="Of AdamW's second moments.", rich_help_panel=OPTIMIZER)
+    ] = TrainRunSettings.beta2,
+    clip: Annotated[
+        float, typer.Option(help="Largest norm of an update's gradient (0: any).", rich_help_panel=OPTIMIZER)
+    ] = TrainRunSettings.clip,
+    accumulation: Annotated[
+        int, typer.Option(help="Choices per update.", rich_help_panel=OPTIMIZER)
+    ] = TrainRunSettings.accumulation,
+    out: Annotated[
+        str, typer.Option(help="Folder for the results.", metavar="DIR", rich_help_panel=RESULTS)
+    ] = TrainRunSettings.out,
+    save_steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Updates between checkpoints, the most a kill can lose; 100 when left out, with --patience those of "
+            "--eval-steps.",
+            rich_help_panel=RESULTS,
+        ),
+    ] = None,
+    log_steps: Annotated[
+        int, typer.Option(help="Updates between log entries.", rich_help_panel=RESULTS)
+    ] = TrainRunSettings.log_steps,
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="tensorboard or wandb, beside log.jsonl.",
+            metavar="NAME...",
+            rich_help_panel=RESULTS,
+            show_default=False,
+        ),
+    ] = None,
+    revision: opt.Revision = None,
+    dtype: opt.Dtype = TrainRunSettings.dtype,
+    device: opt.Device = TrainRunSettings.device,
+    attention: opt.Attention = TrainRunSettings.attention,
+    chat_template: opt.ChatTemplate = None,
+    trust_remote_code: opt.TrustRemoteCode = TrainRunSettings.trust_remote_code,
+    gradient_checkpointing: opt.GradientCheckpointing = TrainRunSettings.gradient_checkpointing,
+    max_length: opt.MaxLength = TrainRunSettings.max_length,
+    row_format: opt.RowFormat = None,
+    on_bad_row: opt.OnBadRow = TrainRunSettings.on_bad_row,
+    batch_rows: Annotated[
+        int, typer.Option(help="Rows of one forward pass: what fits in memory.", rich_help_panel=opt.RUN)
+    ] = TrainRunSettings.batch_rows,
+    seed: opt.Seed = TrainRunSettings.seed,
+    config: opt.Config = None,
+    quiet: opt.Quiet = False,
+    as_json: opt.JsonOutput = False,
+) -> None:
+    """Train a model on a pool, choosing and weighting its rows at every update by AdamW's own state and a target.
+
+    Writes to the --out folder: [bold]model[/bold] (the trained model or adapter, with its tokenizer),
+    [bold]log.jsonl[/bold], [bold]candidates[/bold] (Parquet: the fate of every candidate), [bold]checkpoints[/bold],
+    [bold]manifest.json[/bold], and [bold]run.yaml[/bold], which repeats the run.
+    """
+    settings = merge_settings(TrainRunSettings, typed_flags(ctx), config)
+    with clean_output(quiet=quiet or as_json) as console:
+        from tamis import api  # imports PyTorch; help and wrong settings must not wait for it
+
+        result = api.train_from_settings(settings, progress=choose_progress(console, quiet=quiet))
+        summary = plain(result.summary())
+    if as_json:
+        print_json(summary)
+        return
+    if not quiet and is_main_rank():
+        print_summary(Console(), summary)

@@ -1,0 +1,346 @@
+"""A training run that chooses its data, from top to bottom: claim, read, load, train, measure, write.
+
+The loop itself is ``OnlineTrainer``, a Transformers Trainer. What is here makes a run of it that owns a folder: called
+again after an interruption it goes on from the last whole checkpoint, and called again when finished it says so.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from transformers import PrinterCallback
+
+from tamis.config import write_config
+from tamis.corpora import Rendered, model_settings, read_sources, render_corpora, write_skipped
+from tamis.data.rows import Rows
+from tamis.disk import check_writable, disk_errors
+from tamis.errors import InvalidSettings
+from tamis.identity import file_sha256, text_sha256
+from tamis.manifest import versions
+from tamis.model.load import model_fingerprint, no_progress_bars, template_text
+from tamis.model.memory import is_out_of_memory
+from tamis.model.processes import barrier, is_main, world_size
+from tamis.online.account import fallback_share, forecast_correlation, read_account
+from tamis.online.by_name import make_method
+from tamis.online.choice import Method
+from tamis.online.resume import WholeCheckpoint, append_log, cut_log, read_log, remove_after, whole_checkpoints
+from tamis.online.rows import PaddingCollator, TokenRows
+from tamis.online.run_trainer import HeldOut, RunCallback, RunTrainer, is_stopped
+from tamis.online.step import StepSettings
+from tamis.outputs import check_claim, claim_folder, write_json
+from tamis.progress import NoProgress
+from tamis.protocols import Progress
+from tamis.settings import TrainRunSettings, to_dict
+from tamis.train_rows import RunRows, check_candidates, measuring_targets, num_updates, split_rows
+from tamis.train_setup import (
+    check_device,
+    check_reports,
+    check_tuning,
+    compute_dtype,
+    open_model,
+    training_arguments,
+)
+
+__all__ = ["TrainResult", "train_from_settings"]
+
+logger = logging.getLogger(__name__)
+
+# Settings that cannot change the weights; all others make a folder the folder of one run.
+_FREE_SETTINGS = ("out", "save_steps", "log_steps", "forecast_every", "report_to", "on_bad_row")
+_KNOWN_BY_CONTENT = ("model", "revision", "chat_template")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What was trained, also on disk under ``out``."""
+
+    out: Path
+    model: Path  # folder of the trained model, or of its adapter
+    log: tuple[Mapping[str, Any], ...]  # every entry of log.jsonl
+    warnings: tuple[str, ...]
+    manifest: Mapping[str, Any]
+    was_finished: bool  # before this call, which trained nothing
+
+    def summary(self) -> dict[str, Any]:
+        """The result in a few plain values, as ``tamis train --json`` prints it."""
+        done, cost = self.manifest["training"], self.manifest["cost"]
+        return {
+            "method": self.manifest["method"]["name"],
+            "was_finished": self.was_finished,
+            **{key: done[key] for key in ("steps", "stopped_early", "candidates", "distinct_rows", "fallback_share")},
+            "held_out_loss": done["held_out_loss"],
+            "predicted_vs_realised_drop": done["predicted_vs_realised_drop"],
+            "share_by_source": done["share_by_source"],
+            "seconds": cost["seconds"],
+            "tokens": cost["candidate_tokens"] + cost["target_tokens"],
+            "warnings": list(self.warnings),
+            "model": str(self.model),
+            "log": str(self.out / "log.jsonl"),
+            "candidates_log": str(self.out / "candidates"),
+        }
+
+
+def train_from_settings(
+    settings: TrainRunSettings,
+    *,
+    method: Method | None = None,
+    progress: Progress | None = None,
+    held: Mapping[str, Rows] | None = None,
+) -> TrainResult:
+    """The run that ``settings`` describe; see ``tamis.train``.
+
+    ``method`` stands in for the one they name, and ``held`` has the rows in memory that they name.
+    """
+    held, progress = held or {}, progress or NoProgress()
+    method = method or make_method(settings.method, settings.set, keep=settings.keep, oversample=settings.oversample)
+    out = Path(settings.out)
+    check_reports(settings)
+    if is_main():  # what takes no time is tried before files are read and weights are hashed
+        check_writable(out)
+    dtype = compute_dtype(settings)  # refuses a device that is not there
+    check_device(settings)
+    check_tuning(settings)
+    fingerprint = model_fingerprint(model_settings(settings))
+    # Rows that measure are read like target rows, as targets of their own.
+    sources = read_sources(replace(settings, target=(*settings.target, *measuring_targets(settings))), held)
+    identity = {
+        "tamis": metadata.version("tamis"),
+        "model": fingerprint,
+        "data": {"pool": sources.pool.identity, "target": sources.target.identity},
+        "libraries": {n: metadata.version(n) for n in ("torch", "transformers", "accelerate", "peft", "tokenizers")},
+        "dtype": dtype,
+        "processes": world_size(),
+        **_settings_identity(settings),
+    }
+    if is_main():
+        claim_folder(out, identity)
+        write_config("train", settings, out / "run.yaml", held=list(held))
+    barrier()
+    if (out / "manifest.json").is_file() and (out / "model").is_dir():
+        logger.info("%s holds this run already, finished; nothing is trained again", out)
+        return _result(out, was_finished=True)
+
+    rendered = render_corpora(sources, settings, store=out / "store", progress=progress)
+    rows = split_rows(sources, rendered, settings)
+    check_candidates(rows.pool, method)
+    total = num_updates(settings, pool_rows=len(rows.pool), candidates=method.keep * method.oversample)
+    warnings = [*rendered.warnings, *rows.warnings]
+    if method.cold_start >= total:
+        warnings.append(
+            f"{method.name} never starts: it waits for {method.cold_start} updates and the run has {total}; give more "
+            "steps, or lower its cold_start"
+        )
+    for sentence in warnings:
+        logger.warning("%s", sentence)
+    if method.name == "target-only":  # the trainer says so when it starts
+        warnings.append("target-only trains on the target rows themselves, which memorises small targets")
+    if is_main():
+        write_skipped(out / "skipped.jsonl", rendered.skipped)
+    run = _Run(settings=settings, method=method, dtype=dtype, out=out, rendered=rendered, rows=rows, total=total)
+    done = run.train(progress)
+    if is_main():
+        check_claim(out, identity)
+        manifest = {
+            **identity,
+            "command": _command(out, held),
+            "versions": versions(),
+            "method": {"name": method.name, **vars(method)},
+            "settings": to_dict(settings),
+            "data_files": {
+                c.name: {"files": list(c.examples.files), "content_hash": c.examples.content_hash, "rows": len(c)}
+                for c in (rendered.pool, rendered.target)
+            },
+            "rows": {name: len(getattr(rows, name)) for name in ("pool", "target", "held_out", "leaked")},
+            **done,
+            "warnings": warnings,
+            "files": {p.name: file_sha256(p) for p in sorted((out / "model").glob("*.safetensors"))},
+        }
+        write_json(out / "manifest.json", manifest)  # last: its presence says that the run is complete
+    barrier()
+    return _result(out, was_finished=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """The part of a run that needs the model."""
+
+    settings: TrainRunSettings
+    method: Method
+    dtype: str
+    out: Path
+    rendered: Rendered
+    rows: RunRows
+    total: int  # updates
+
+    def train(self, progress: Progress) -> dict[str, Any]:
+        """Train to the end from wherever the folder stands, write the model; the manifest's part about it.
+
+        Raises:
+            InvalidSettings: a forward pass does not fit in memory.
+        """
+        settings, total, checkpoints = self.settings, self.total, self.out / "checkpoints"
+        found = whole_checkpoints(checkpoints)
+        start = found[-1] if found else None
+        barrier()  # everybody has looked
+        if is_main():
+            remove_after(checkpoints, start.step if start else -1)
+            cut_log(self.out / "log.jsonl", start.step if start else -1)
+        barrier()
+        opened = open_model(settings, dtype=self.dtype)
+        with progress.stage("train", total, "updates") as advance:
+            callback = RunCallback(
+                log=self.out / "log.jsonl",
+                checkpoints=checkpoints,
+                seconds=start.seconds if start else 0.0,
+                patience=settings.patience,
+                advance=advance,
+            )
+            trainer = self._trainer(opened.model, opened.pad_id, callback)
+            if start is None:
+                before = trainer.held_out_losses()
+                if is_main():
+                    append_log(self.out / "log.jsonl", {**before, "step": 0})
+            else:
+                logger.info("going on from update %d of %d", start.step, total)
+                advance(start.step)
+            try:
+                steps, stopped = self._to_the_end(trainer, start)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise InvalidSettings(
+                    f"out of memory with {settings.batch_rows} rows in a forward pass; run again with a smaller "
+                    "--batch-rows, --gradient-checkpointing, a smaller --max-length, or a smaller keep or oversample"
+                ) from error
+        after = trainer.held_out_losses()
+        if is_main():
+            if after:
+                append_log(self.out / "log.jsonl", {**{f"final_{k}": v for k, v in after.items()}, "step": steps})
+            self._write_model(trainer, opened.tokenizer)
+        barrier()
+        return {
+            "models": [opened.description],
+            "training": self._account(steps, stopped, after),
+            "cost": self._cost(trainer, callback.seconds),
+        }
+
+    def _trainer(self, model: Any, pad_id: int, callback: RunCallback) -> RunTrainer:
+        settings, rows, rendered = self.settings, self.rows, self.rendered
+        examples = rendered.pool.examples
+        index = examples.source_index[rows.pool]
+        held_out = None
+        if len(rows.held_out):
+            held_out = HeldOut(
+                rows=TokenRows(rendered.target, rows.held_out), group=rows.held_out_group, names=rows.names
+            )
+        trainer = RunTrainer(
+            model=model,
+            args=training_arguments(settings, total=self.total, dtype=self.dtype, out=self.out),
+            train_dataset=TokenRows(rendered.pool, rows.pool),
+            target_dataset=TokenRows(rendered.target, rows.target),
+            data_collator=PaddingCollator(pad_id),
+            selection=self.method,
+            step_settings=StepSettings(reduction=settings.reduction),
+            target_rows=settings.target_rows,
+            forecast_every=settings.forecast_every,
+            candidates_folder=self.out / "candidates",
+            sources=[examples.source_names[i] for i in index],
+            held_out=held_out,
+            callbacks=[callback],
+        )
+        trainer.remove_callback(PrinterCallback)  # it prints every entry, which the log has
+        return trainer
+
+    def _to_the_end(self, trainer: RunTrainer, start: WholeCheckpoint | None) -> tuple[int, bool]:
+        """Updates done, and whether the run stopped before all were."""
+        total = self.total
+        if start is not None:
+            state = json.loads((start.folder / "trainer_state.json").read_text(encoding="utf-8"))
+            stopped = is_stopped(state["log_history"], self.settings.patience)
+            if start.step >= total or stopped:  # killed after training: the Trainer would do one more update
+                best = state["best_model_checkpoint"] if self.settings.patience is not None else None
+                trainer._load_from_checkpoint(str(start.folder if best is None else best))
+                return start.step, start.step < total
+        with no_progress_bars():
+            trainer.train(resume_from_checkpoint=None if start is None else str(start.folder))
+        return trainer.state.global_step, trainer.state.global_step < total
+
+    def _write_model(self, trainer: RunTrainer, tokenizer: Any) -> None:
+        folder, partial = self.out / "model", self.out / ".model.tmp"
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        with disk_errors(folder), no_progress_bars():
+            for old in (folder, partial):
+                shutil.rmtree(old, ignore_errors=True)
+            options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
+            model.save_pretrained(partial, **options)
+            tokenizer.save_pretrained(partial)
+            partial.replace(folder)
+
+    def _account(self, steps: int, stopped: bool, after: Mapping[str, float]) -> dict[str, Any]:
+        log, account = read_log(self.out / "log.jsonl"), read_account(self.out / "candidates")
+        before = next(entry for entry in log if entry["step"] == 0)
+        correlation, pairs = forecast_correlation(log)
+        measured = {
+            name.removeprefix("eval_loss").removeprefix("/") or "all": {"before": before[name], "after": value}
+            for name, value in after.items()
+        }
+        return {
+            "steps": steps,
+            "stopped_early": stopped,
+            "candidates": account.candidates,
+            "distinct_candidates": account.distinct_candidates,
+            "kept": account.kept,
+            "distinct_rows": account.distinct_rows,
+            "fallback_share": fallback_share(log),
+            "share_by_source": account.share_by_source,
+            "held_out_loss": measured["all"] if measured else None,
+            "held_out_loss_by_target": {name: value for name, value in measured.items() if name != "all"},
+            "predicted_vs_realised_drop": {"correlation": correlation, "pairs": pairs},
+        }
+
+    def _cost(self, trainer: RunTrainer, seconds: float) -> dict[str, Any]:
+        """Tokens that went forward and backward through the model; measurements and forecasts are not among them."""
+        account = read_account(self.out / "candidates")
+        lengths, target = self.rendered.pool.lengths, self.rendered.target.lengths[self.rows.target]
+        needs = self.method.needs
+        looked = account.warm_choices if needs.alignment is not None or needs.target_only else ()
+        return {
+            "seconds": round(seconds, 3),
+            "candidate_tokens": int(lengths[account.computed].sum()),
+            "target_tokens": sum(int(target[trainer.target_rows_of(int(choice))].sum()) for choice in looked),
+        }
+
+
+def _result(out: Path, *, was_finished: bool) -> TrainResult:
+    manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    return TrainResult(
+        out=out,
+        model=out / "model",
+        log=tuple(read_log(out / "log.jsonl")),
+        warnings=tuple(manifest["warnings"]),
+        manifest=manifest,
+        was_finished=was_finished,
+    )
+
+
+def _settings_identity(settings: TrainRunSettings) -> dict[str, Any]:
+    """``settings`` as far as they can change the weights, and what the files hold that they name."""
+    plain = {k: v for k, v in to_dict(settings).items() if k not in (*_FREE_SETTINGS, *_KNOWN_BY_CONTENT)}
+    inputs = {}
+    if settings.chat_template is not None:
+        inputs["chat_template"] = text_sha256(template_text(settings.chat_template))
+    return {"settings": plain, "inputs": inputs}
+
+
+def _command(out: Path, held: Mapping[str, Rows]) -> str:
+    """What repeats the run."""
+    if held:
+        return f"tamis.train(...) in Python with the same rows: run.yaml cannot bring back {' and '.join(held)}"
+    return f"tamis train --config {out / 'run.yaml'}"

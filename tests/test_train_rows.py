@@ -1,0 +1,44 @@
+"""How long a run is, and which rows of the target only measure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tamis.errors import InvalidSettings
+from tamis.online import Tilt
+from tamis.settings import TrainRunSettings
+from tamis.train_rows import check_candidates, measuring_targets, num_updates
+
+
+def settings(**changes: Any) -> TrainRunSettings:
+    return TrainRunSettings(**{"model": "m", "pool": ("p",), "target": ("t",), **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "updates"),
+    [
+        ({"steps": 7}, 7),
+        ({"epochs": 1}, 5),  # 33 rows, 8 at a time: four full choices and one row
+        ({"epochs": 1, "accumulation": 2}, 3),  # two choices each, one for the last
+        ({"epochs": 2, "accumulation": 2}, 6),
+        ({"epochs": 0.5}, 3),
+    ],
+)
+def test_epochs_count_every_row_once_as_a_candidate(changes: dict[str, Any], updates: int) -> None:
+    assert num_updates(settings(**changes), pool_rows=33, candidates=8) == updates
+
+
+def test_a_pool_must_fill_one_choice() -> None:
+    check_candidates(np.arange(32), Tilt(keep=8, oversample=4))
+    with pytest.raises(InvalidSettings, match="the pool has 31 usable rows, fewer than the 8 x 4 candidates"):
+        check_candidates(np.arange(31), Tilt(keep=8, oversample=4))
+
+
+def test_rows_that_measure_are_targets_with_names_of_their_own() -> None:
+    assert measuring_targets(settings(steps=1, eval_target=("t", "x=b.jsonl"))) == (
+        "t (measures)=t",
+        "x (measures)=b.jsonl",
+    )

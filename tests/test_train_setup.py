@@ -1,0 +1,56 @@
+"""What the Trainer is told, and what is refused before it starts."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tamis.errors import InvalidSettings
+from tamis.settings import TrainRunSettings
+from tamis.train_setup import check_device, training_arguments
+
+
+def settings(**changes: Any) -> TrainRunSettings:
+    return TrainRunSettings(**{"model": "m", "pool": ("p",), "target": ("t",), "steps": 50, "device": "cpu", **changes})
+
+
+def test_arguments_say_what_the_settings_say(tmp_path: Path) -> None:
+    given = settings(warmup_share=0.1, beta2=0.98, clip=0.0, batch_rows=3, accumulation=4, weight_decay=0.2, seed=5)
+    args = training_arguments(given, total=50, dtype="float32", out=tmp_path)
+    assert (args.max_steps, args.warmup_steps, args.adam_beta2, args.max_grad_norm) == (50, 5, 0.98, 0.0)
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.seed) == (3, 4, 5)
+    assert (args.weight_decay, args.bf16, args.report_to, args.disable_tqdm) == (0.2, False, [], True)
+    assert (args.learning_rate, args.save_steps, args.load_best_model_at_end) == (2e-4, 100, False)
+    assert training_arguments(given, total=50, dtype="bfloat16", out=tmp_path).bf16
+
+
+def test_full_fine_tuning_has_a_smaller_rate_and_a_constant_one_may_warm_up(tmp_path: Path) -> None:
+    def args(**changes: Any) -> Any:
+        return training_arguments(settings(**changes), total=50, dtype="float32", out=tmp_path)
+
+    assert args(tune="full").learning_rate == 2e-5
+    assert args(tune="full", learning_rate=1e-3).learning_rate == 1e-3
+    assert args(scheduler="constant").lr_scheduler_type == "constant_with_warmup"
+    assert args(scheduler="constant", warmup_share=0).lr_scheduler_type == "constant"
+    stopping = args(eval_steps=7, patience=2)
+    assert (stopping.eval_steps, stopping.save_steps, stopping.metric_for_best_model) == (7, 7, "eval_loss")
+    assert stopping.load_best_model_at_end and not stopping.greater_is_better
+
+
+def test_the_setting_says_the_precision_whatever_the_launcher_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    args = training_arguments(settings(), total=50, dtype="float32", out=tmp_path)
+    assert not args.bf16 and os.environ["ACCELERATE_MIXED_PRECISION"] == "no"
+    assert getattr(args, "mixed_precision", "no") == "no"
+
+
+def test_one_process_with_several_gpus_is_told_how_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    with pytest.raises(InvalidSettings, match="one process sees 4 GPUs; start one for each: accelerate launch"):
+        check_device(settings(device="cuda"))
+    check_device(settings())
