@@ -180,7 +180,7 @@ def select_from_settings(
         "models": task.model_descriptions(),
         "data_files": describe_data(corpora, scored=len(scores.rows)),
         "selected": {"rows": len(choice.order), "tokens": choice.tokens},
-        "notes": [*task.notes, *scores.notes],
+        "notes": [*task.notes, *scores.notes, *choice.notes, *_landmark_share(scores, choice)],
         "cost": costs(task, method.name, scoring_s=scoring_s, elapsed_s=time.perf_counter() - started),
     }
     content = build_content(
@@ -234,6 +234,18 @@ def _settings_identity(settings: SelectSettings, method: Method) -> dict[str, An
     if settings.chat_template is not None:
         inputs["chat_template"] = text_sha256(template_text(settings.chat_template))
     return {"settings": plain, "inputs": inputs}
+
+
+def _landmark_share(scores: TargetScores, choice: Choice) -> tuple[str, ...]:
+    """Transferred scores shrink towards their mean, so landmarks may fill more of a selection than of the pool."""
+    if "is_landmark" not in scores.extra:
+        return ()
+    marks = scores.extra["is_landmark"]
+    taken = int(np.isin(choice.order, scores.rows[marks]).sum())
+    return (
+        f"{taken} of {len(choice.order)} selected rows ({taken / len(choice.order):.0%}) are landmarks, which have a "
+        f"gradient of their own; of all scored rows {marks.mean():.0%} are",
+    )
 
 
 def _what_ran(models: Sequence[Mapping[str, Any]]) -> str | None:

@@ -80,6 +80,31 @@ def test_operations_are_those_that_pytorch_counts(embedding, difference):
     assert counted == expected + difference
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    "embedding",
+    [
+        HiddenMean(),
+        Rds(),
+        ErrorMean(depth=0),
+        HiddenError(depth=1),
+        ErrorOuter(depth=0, side=5),
+        ErrorOuter(depth=0, side=99),  # wider than the model
+        Jvp(depth=1, directions=2),
+        Jvp(depth=1, directions=2, combine="concat"),
+        LensGradient(depth=3, side=5),
+        TailGradient(blocks=1, side=99),
+        Gradient(side=5),
+        Gradient(side=10),  # wider than the keys' and values' outputs of the Llama
+    ],
+    ids=str,
+)
+def test_a_row_has_as_many_numbers_as_foretold(family, embedding):
+    model = tiny_model(family, blocks=4, dtype=torch.float32)
+    found = embedding.start(model)(random_batch([8, 6]))["embedding"]
+    assert found.shape[1] == embedding.numbers(ModelShape.from_model(model))
+
+
 def test_operations_of_a_jvp_are_at_most_those_promised():
     # Where nothing has changed yet (the input of the first block) no product with a change is made.
     counted, expected = counted_and_expected(Jvp(depth=3))

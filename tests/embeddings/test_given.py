@@ -1,14 +1,16 @@
 """Given vectors are found by id, and everything that does not fit has its own message."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from tamis.embeddings import Given, save_embeddings
+from tamis.embeddings import Given, given, save_embeddings
 from tamis.errors import InvalidInput, InvalidSettings, NonFinite
+from tamis.identity import file_sha256
 
 IDS = ["a", "b", "c"]
 VALUES = np.array([[3.0, 4.0], [0.0, 2.0], [0.0, 0.0]])
@@ -40,6 +42,19 @@ def test_identity_follows_the_bytes(folder):
     after = Given(path=str(folder)).identity
     save_embeddings(folder, IDS[::-1], VALUES + 1)
     assert len({str(before), str(after), str(Given(path=str(folder)).identity)}) == 3
+
+
+def test_files_are_hashed_once_in_a_process_until_they_change(folder, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(given, "file_sha256", lambda file: hashed.append(file.name) or file_sha256(file))
+    for name in ("ids.json", "embeddings.npy"):
+        os.utime(folder / name, (1e9, 1e9))
+    before = Given(path=str(folder)).identity
+    assert Given(path=str(folder)).identity == before
+    assert sorted(hashed) == ["embeddings.npy", "ids.json"]
+    save_embeddings(folder, IDS, VALUES + 1)
+    os.utime(folder / "embeddings.npy", (1e9 + 1, 1e9 + 1))
+    assert Given(path=str(folder)).identity["vectors"] == file_sha256(folder / "embeddings.npy") != before["vectors"]
 
 
 def test_missing_row_is_named(folder):

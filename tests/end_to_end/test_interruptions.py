@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -22,6 +21,13 @@ SETTINGS = {
         "method": "influence-distillation",
         "set": ["landmarks=20", "warmup_epochs=1", "warmup_batch_rows=4", "embedding_budget=0.5"],
     },
+}
+
+# What each of two runs is in the midst of when it is killed: the first file that it writes there.
+KILLED_IN = {
+    "tracin": ("gradients-target-*/shard-00000.*", "gradients-pool-*/shard-00003.*"),
+    "less": ("less-warm-up-*/step-*", "*adam*-pool-*/shard-00003.*"),
+    "influence-distillation": ("gradients-pool-*/shard-00001.*", "embedding-choice-*/choice.json"),
 }
 
 
@@ -63,22 +69,14 @@ def files_in_store(out: Path) -> int:
 def test_a_run_killed_again_and_again_ends_in_the_same_bytes(run: TinyRun, tmp_path: Path, method: str) -> None:
     whole = start(command(run, tmp_path / "whole", method))
     assert whole.wait(timeout=300) == 0, whole.stderr.read() if whole.stderr else ""
-    steps = files_in_store(tmp_path / "whole")
     out = tmp_path / "killed"
-    draw = random.Random(0)
-    killed = 0
-    for _ in range(3):
-        before = files_in_store(out)
+    for stage in KILLED_IN[method]:
         process = start(command(run, out, method))
-        wanted = before + draw.randint(2, max(3, steps // 4))
-        while process.poll() is None and files_in_store(out) < wanted:
+        while process.poll() is None and not list((out / "store").glob(stage)):
             time.sleep(0.005)
-        time.sleep(draw.random() * 0.05)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            killed += 1
+        assert process.poll() is None, f"the run ended before it was seen to write {stage}"
+        process.send_signal(signal.SIGKILL)
         process.wait()
-    assert killed >= 2, "the run ended before it could be killed"
     last = start(command(run, out, method))
     assert last.wait(timeout=300) == 0, last.stderr.read() if last.stderr else ""
     assert results(out) == results(tmp_path / "whole")

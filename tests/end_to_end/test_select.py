@@ -86,6 +86,11 @@ def test_robust_weights_reach_both_files_and_average_one(run: TinyRun, tmp_path:
     assert weights.mean() == pytest.approx(1, rel=1e-5)
     assert (np.diff(weights) <= 0).all() and weights[0] > weights[-1] > 0
     assert np.count_nonzero(table) == 10
+    notes = selection.manifest["notes"]
+    assert any(note.startswith("Robust weights for target ") for note in notes)
+    assert any(
+        "selected rows" in note and "are landmarks, which have a gradient of their own" in note for note in notes
+    )
 
 
 def test_selected_rows_are_the_users_rows_plus_a_mark(run: TinyRun, tmp_path: Path) -> None:

@@ -93,10 +93,11 @@ def test_landmarks_cost_gradients_of_a_few_rows_and_an_embedding_of_all() -> Non
         "gradients (target)",
         "gradients (landmarks)",
         "hidden-error (landmarks)",
+        "hidden-error (target)",
         "hidden-error (pool)",
     ]
     model_work = sum(p.tflops for p in found.passes) / plan("mid-ppl").tflops
-    assert model_work == pytest.approx(2 * 0.1 + 2 * 0.004 + 0.1 + 1, rel=0.02)
+    assert model_work == pytest.approx(2 * 0.1 + 2 * 0.004 + 0.1 + 0.004 + 1, rel=0.02)
     jvp = plan("influence-distillation", landmarks=1000, warmup="none", embedding="jvp", depth=4)
     assert jvp.passes[-1].tflops / plan("mid-ppl").tflops == pytest.approx(3 * 4 / 32, rel=0.02)
     assert len(plan("influence-distillation", landmarks=POOL.rows, warmup="none").passes) == 2
@@ -104,6 +105,30 @@ def test_landmarks_cost_gradients_of_a_few_rows_and_an_embedding_of_all() -> Non
     assert [p.name for p in warmed.passes] == ["warm-up (lora)", "gradients (target)", "gradients (landmarks)"]
     tried = plan("influence-distillation", landmarks=1000, warmup="none", embedding_budget=0.5)
     assert tried.passes[-1].tflops < 0.6 * plan("mid-ppl").tflops
+
+
+@pytest.mark.parametrize(("dtype", "entry"), [("float16", 2), ("float32", 4)])
+@pytest.mark.parametrize(
+    ("embedding", "numbers"),
+    [
+        ({"embedding": "hidden-error"}, 2 * 4096),
+        ({"embedding": "gradient", "side": 8}, 64 * 32),
+        ({"embedding": "jvp", "directions": 3, "combine": "concat"}, 3 * 4096),
+    ],
+)
+def test_embeddings_take_as_much_of_the_disk_as_they_have_numbers(
+    embedding: dict[str, Any], numbers: int, dtype: str, entry: int
+) -> None:
+    settings = {**embedding, "landmarks": 1000, "warmup": "none", "feature_dtype": dtype}
+
+    def disk(**more: Any) -> list[float]:
+        passes = plan("influence-distillation", **settings, **more).passes
+        return [p.disk_bytes for p in passes if not p.name.startswith("gradients")]
+
+    rows = [1000, TARGET.rows, POOL.rows]
+    assert disk() == [entry * numbers * count for count in rows]
+    assert disk(residual=False) == [entry * numbers * count for count in (1000, POOL.rows)]
+    assert disk(keep_embeddings=False) == [*(entry * numbers * count for count in rows[:2]), 0]
 
 
 def test_loss_drop_pays_for_every_target() -> None:

@@ -6,7 +6,7 @@ from hypothesis.extra import numpy as hnp
 
 from tamis.budget import parse_budget
 from tamis.selection.choose import choose
-from tamis.selection.weights import best_left_out, robust_weights
+from tamis.selection.weights import best_left_out, notes_of_weights, robust_weights
 from tamis.solve.simplex_closed_form import weights_for_count
 from tamis.types import TargetScores
 
@@ -14,7 +14,7 @@ from tamis.types import TargetScores
 def picked_by_hand(values, picked, column, left_out):
     return robust_weights(
         np.asarray(values, np.float32), np.asarray(picked), np.asarray(column), np.asarray(left_out, np.bool_)
-    ).tolist()
+    ).weights.tolist()
 
 
 def test_weights_by_hand_are_margins_over_the_best_row_left_out() -> None:
@@ -32,6 +32,32 @@ def test_ties_and_nothing_left_out_give_no_row_the_weight_zero() -> None:
     assert all_taken == pytest.approx([4 / 3, 1.0, 2 / 3])
 
 
+def test_a_last_pick_that_ties_with_the_best_row_left_out_is_the_limit_of_one_that_does_not() -> None:
+    def weights(left_out: float) -> list[float]:
+        return picked_by_hand([[5.0], [3.0], [2.0], [left_out], [1.0]], [0, 1, 2], [0] * 3, [False] * 3 + [True] * 2)
+
+    assert weights(1.9999) == pytest.approx([2.25, 0.75, 0.0], abs=1e-3)
+    tied = weights(2.0)
+    assert tied == pytest.approx([2.25, 0.75, 0.0], abs=1e-5) and tied[2] > 0
+    assert tied == pytest.approx(weights(1.99999), abs=1e-4)
+    assert sum(tied) == pytest.approx(3)
+
+
+def test_notes_give_lambda_its_interval_and_ties_of_each_target() -> None:
+    # Target maths: row 0 picks 0 and 1 over 2.0 (margins 3 and 1, sum 4, over 2 rows: 2; less the last one's: 1).
+    # Target code: row 1 picks row 2, and row 3 is as good: a tie. Target more picks nothing.
+    values = np.array([[5.0, 0.0, 0], [3.0, 1.0, 0], [1.0, 4.0, 0], [2.0, 4.0, 0]], np.float32)
+    left_out = np.array([False, False, False, True])
+    found = robust_weights(values, np.array([0, 2, 1]), np.array([0, 1, 0]), left_out)
+    assert found.lambdas[0] == pytest.approx(2.0) and found.intervals[0] == pytest.approx([1.0, 2.0])
+    assert found.ties.tolist() == [0, 1]
+    maths, code = notes_of_weights(found, np.array([0, 1, 2]), ("maths", "code", "more"))
+    assert maths.startswith("Robust weights for target maths: lambda 2, ") and maths.endswith("begins at 1")
+    assert "target code" in code and "1 pick ties with the best row left out" in code
+    both, *rest = notes_of_weights(found, np.array([0, 0, 0]), ("maths", "code"))
+    assert "target maths (by 2 target rows): lambda" in both and not rest
+
+
 @given(
     hnp.arrays(np.float32, st.tuples(st.integers(4, 30), st.just(1)), elements=st.floats(-5, 5, width=16)),
     st.integers(1, 29),
@@ -41,7 +67,7 @@ def test_one_taker_of_the_best_rows_gets_the_solution_of_the_whole_problem(value
     order = np.argsort(-values[:, 0], kind="stable")
     picked, left_out = order[:count], np.ones(len(values), np.bool_)
     left_out[picked] = False
-    weights = robust_weights(values, picked, np.zeros(count, np.int64), left_out, block_values=3)
+    weights = robust_weights(values, picked, np.zeros(count, np.int64), left_out, block_values=3).weights
     assert weights.sum() == pytest.approx(count, rel=1e-4)
     assert (weights >= 0).all()
     if values[order[count], 0] < values[order[count - 1], 0]:  # no tie at the end
@@ -82,3 +108,4 @@ def test_a_choice_weighs_its_rows_when_the_scores_ask_for_it(aggregate: str) -> 
     np.testing.assert_array_equal(weighted.order, plain.order)
     assert plain.example_weights.tolist() == [1, 1, 0, 0, 0]
     assert weighted.example_weights.tolist() == [1.5, 0.5, 0, 0, 0]
+    assert not plain.notes and "target maths: lambda 2," in weighted.notes[0]

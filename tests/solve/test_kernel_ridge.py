@@ -12,7 +12,6 @@ from tamis.solve.kernel_ridge import (
     landmark_kernel,
     line_fit,
     mean_directions,
-    predict_pool,
 )
 from tamis.solve.kernels import EmbeddingMap, Kernel, kernel_matrix
 
@@ -65,9 +64,6 @@ def test_predictions_are_coefficients_times_scores(count: int, targets: int, nam
     coefficients = kernel_matrix(e, landmarks, basis.kernel, basis.median) @ torch.linalg.inv(among)
     fit = fit_kernel_ridge(basis, scores)
     torch.testing.assert_close(fit.predict(pool), coefficients @ scores, rtol=1e-8, atol=1e-8)
-    torch.testing.assert_close(
-        basis.to_landmarks(pool), kernel_matrix(e, landmarks, basis.kernel, basis.median), rtol=1e-12, atol=1e-14
-    )
 
 
 @settings(max_examples=40)
@@ -124,23 +120,6 @@ def test_a_constant_direct_score_has_slope_zero() -> None:
     assert intercepts.tolist() == [3.0] and slopes.tolist() == [0.0]
 
 
-@pytest.mark.parametrize("size", [1, 2, 4, 6])
-def test_streamed_scores_are_the_fit_with_exact_scores_on_the_landmarks(size: int) -> None:
-    fit = circle_fit()
-    streamed = torch.cat(list(predict_pool(fit, torch.split(CIRCLE, size), LANDMARKS)))
-    expected = fit.predict(CIRCLE)
-    expected[LANDMARKS] = KNOWN
-    torch.testing.assert_close(streamed, expected, rtol=1e-13, atol=1e-13)
-
-
-def test_landmarks_may_stand_in_any_order_in_the_pool() -> None:
-    order = torch.tensor([5, 0, 2])
-    basis = landmark_kernel(CIRCLE[order], transform=EmbeddingMap(), kernel=Kernel(), damping=0.01)
-    fit = fit_kernel_ridge(basis, KNOWN[[2, 0, 1]])
-    streamed = torch.cat(list(predict_pool(fit, torch.split(CIRCLE, 2), order)))
-    torch.testing.assert_close(streamed[LANDMARKS], KNOWN, rtol=0, atol=0)
-
-
 def test_float32_pools_are_predicted_in_float32_from_a_float64_solve() -> None:
     embeddings, pool, scores = normal(0, 60, 30).float(), normal(1, 40, 30).float(), normal(2, 60, 3).float()
     basis = landmark_kernel(embeddings, transform=EmbeddingMap(), kernel=Kernel(), damping=0.01)
@@ -179,11 +158,3 @@ def test_what_cannot_be_fitted_is_refused() -> None:
         fit_kernel_ridge(basis, torch.tensor([[0.0], [0.0], [float("inf")]]))
     with pytest.raises(InvalidInput, match="2 targets need one mean embedding of 3 numbers each, got 1 of 3"):
         fit_kernel_ridge(basis, torch.zeros(3, 2), directions=torch.zeros(1, 3))
-
-
-def test_a_pool_that_ends_early_or_positions_that_do_not_fit_are_refused() -> None:
-    fit = circle_fit()
-    with pytest.raises(InvalidInput, match="ended after 4 rows, before the landmark in row 5"):
-        list(predict_pool(fit, [CIRCLE[:4]], LANDMARKS))
-    with pytest.raises(InvalidInput, match="has 3 landmarks, but 2 positions were given"):
-        list(predict_pool(fit, [CIRCLE], LANDMARKS[:2]))

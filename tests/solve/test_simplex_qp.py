@@ -179,6 +179,15 @@ def test_equal_scores_and_rows_are_cut_by_index() -> None:
     assert solve_simplex_qp_for_count(p, LowRankQuadratic(u), 5).value.tolist() == pytest.approx([1] * 5)
 
 
+@pytest.mark.parametrize("score", [0.0, 2.0, -1e-6])
+def test_equal_scores_without_a_second_order_are_cut_by_index_too(score: float) -> None:
+    p, none = torch.full((5,), score, dtype=F64), torch.zeros(5, 1, dtype=F64)
+    for quadratic in (LowRankQuadratic(none), DenseQuadratic(none @ none.T)):
+        solution = solve_simplex_qp_for_count(p, quadratic, 2)
+        assert solution.status is Status.COUNT_MISSED
+        assert solution.value.tolist() == [2.5, 2.5, 0, 0, 0] and float(solution.stats["lambda"]) > 0
+
+
 def test_float32_is_certified_to_its_own_digits() -> None:
     rng = np.random.default_rng(0)
     u, p = rng.standard_normal((800, 20)) * 0.05, rng.standard_normal(800)

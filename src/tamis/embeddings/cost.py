@@ -9,7 +9,15 @@ from __future__ import annotations
 from tamis.embeddings.kinds import ModelEmbedding
 from tamis.model.flops import Matrix, ModelShape, forward_flops
 
-__all__ = ["backward_flops", "block_flops", "forward_passes", "gradient_flops", "head_flops", "sketch_flops"]
+__all__ = [
+    "backward_flops",
+    "block_flops",
+    "forward_passes",
+    "gradient_flops",
+    "head_flops",
+    "sketch_flops",
+    "sketch_numbers",
+]
 
 
 def forward_passes(
@@ -63,6 +71,12 @@ def gradient_flops(
 def sketch_flops(shape: ModelShape, blocks: int | None, side: int, tokens: float) -> float:
     """Both sides of every captured layer projected to ``side`` numbers, and their product."""
     return 2 * tokens * _share(shape, blocks) * sum(m.count * _sketch(m, side) for m in shape.gradient_matrices)
+
+
+def sketch_numbers(shape: ModelShape, blocks: int | None, side: int) -> int:
+    """What is kept of them for a row; blocks count as equal."""
+    whole = sum(m.count * min(side, m.out_features) * min(side, m.in_features) for m in shape.gradient_matrices)
+    return round(_share(shape, blocks) * whole)
 
 
 def _sketch(matrix: Matrix, side: int) -> float:

@@ -65,6 +65,10 @@ class ErrorMean:
 
         return embed
 
+    def numbers(self, shape: ModelShape) -> int:
+        """``hidden``."""
+        return shape.hidden
+
     def operations(
         self, shape: ModelShape, *, rows: float, tokens: float, supervised_tokens: float, sum_sq_len: float
     ) -> float:
@@ -107,6 +111,10 @@ class HiddenError:
             return as_result(torch.cat([unit_rows(states), unit_rows(errors).to(states.device)], dim=1), batch)
 
         return embed
+
+    def numbers(self, shape: ModelShape) -> int:
+        """``2 hidden``."""
+        return 2 * shape.hidden
 
     def operations(
         self, shape: ModelShape, *, rows: float, tokens: float, supervised_tokens: float, sum_sq_len: float
@@ -168,6 +176,10 @@ class ErrorOuter:
         numbers = random_normal(child_seed(self.seed, _OUTER, which), hidden * self.side)
         matrix: Tensor = torch.from_numpy(numbers).view(hidden, self.side) / self.side**0.5
         return matrix
+
+    def numbers(self, shape: ModelShape) -> int:
+        """``side * side``, no more than ``hidden`` a side."""
+        return min(self.side, shape.hidden) ** 2
 
     def operations(
         self, shape: ModelShape, *, rows: float, tokens: float, supervised_tokens: float, sum_sq_len: float

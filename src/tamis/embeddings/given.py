@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +25,8 @@ from tamis.maths.similarity import unit_rows
 __all__ = ["Given", "save_embeddings"]
 
 _IDS = "ids.json"
+# A file written so lately may be written again without a clock of the file system noticing.
+_FRESH_NS = 2 * 10**9
 _FILES = ("embeddings.npy", "embeddings.safetensors")
 
 
@@ -54,7 +57,7 @@ class Given:
             InvalidInput: one of them is not there.
         """
         vectors = self._file
-        return {"algorithm": "given-v1", "vectors": file_sha256(vectors), "ids": file_sha256(vectors.with_name(_IDS))}
+        return {"algorithm": "given-v1", "vectors": _sha256(vectors), "ids": _sha256(vectors.with_name(_IDS))}
 
     def rows(self, ids: Sequence[str]) -> Float[Tensor, "n d"]:
         """The vectors of these rows, in this order, scaled to length 1.
@@ -120,6 +123,19 @@ class Given:
             twice = next(id for place, id in enumerate(ids) if places[id] != place)
             raise InvalidInput(f"{file} names row {twice!r} more than once; an id must stand for one row")
         return places
+
+
+def _sha256(file: Path) -> str:
+    """Read once in a process, as long as the file is not written: a run asks for it at every stage."""
+    found = file.stat()
+    if time.time_ns() - found.st_mtime_ns < _FRESH_NS:
+        return file_sha256(file)
+    return _sha256_of_state(file.resolve(), found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+@lru_cache(maxsize=32)
+def _sha256_of_state(file: Path, size: int, modified: int, inode: int) -> str:
+    return file_sha256(file)
 
 
 def save_embeddings(folder: str | Path, ids: Sequence[str], values: npt.ArrayLike) -> None:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from tamis.embeddings.cost import gradient_flops, sketch_flops
+from tamis.embeddings.cost import gradient_flops, sketch_flops, sketch_numbers
 from tamis.embeddings.kinds import RowFunction, as_result
 from tamis.embeddings.states import require_depth_setting
 from tamis.errors import InvalidSettings
@@ -56,6 +56,10 @@ class LensGradient:
         """Embeddings of ``side * side`` numbers for every layer."""
         shallow = first_blocks(model, self.depth)
         return _sketches(shallow, gradient_layers(shallow), side=self.side, seed=self.seed)
+
+    def numbers(self, shape: ModelShape) -> int:
+        """``side * side`` for every layer of the first blocks, no side larger than the layer's."""
+        return sketch_numbers(shape, self.depth, self.side)
 
     def operations(
         self, shape: ModelShape, *, rows: float, tokens: float, supervised_tokens: float, sum_sq_len: float
@@ -109,6 +113,10 @@ class TailGradient:
 
         return embed_tail
 
+    def numbers(self, shape: ModelShape) -> int:
+        """``side * side`` for every layer of the last blocks, no side larger than the layer's."""
+        return sketch_numbers(shape, self.blocks, self.side)
+
     def operations(
         self, shape: ModelShape, *, rows: float, tokens: float, supervised_tokens: float, sum_sq_len: float
     ) -> float:
@@ -148,6 +156,10 @@ class Gradient:
     def start(self, model: nn.Module) -> RowFunction:
         """Embeddings of ``side * side`` numbers for every layer."""
         return _sketches(model, gradient_layers(model), side=self.side, seed=self.seed)
+
+    def numbers(self, shape: ModelShape) -> int:
+        """``side * side`` for every layer, no side larger than the layer's."""
+        return sketch_numbers(shape, None, self.side)
 
     def operations(
         self, shape: ModelShape, *, rows: float, tokens: float, supervised_tokens: float, sum_sq_len: float

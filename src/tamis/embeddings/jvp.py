@@ -98,6 +98,10 @@ class Jvp:
 
         return embed
 
+    def numbers(self, shape: ModelShape) -> int:
+        """``hidden``, for each direction that is concatenated."""
+        return shape.hidden * (1 if self.combine == "mean" else self.directions)
+
     def operations(
         self, shape: ModelShape, *, rows: float, tokens: float, supervised_tokens: float, sum_sq_len: float
     ) -> float:

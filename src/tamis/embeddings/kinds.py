@@ -40,6 +40,10 @@ class ModelEmbedding(Protocol):
         """Prepare what all batches share; the function may be called with batches in any order."""
         ...
 
+    def numbers(self, shape: ModelShape) -> int:
+        """How many numbers a row has."""
+        ...
+
     def operations(
         self, shape: ModelShape, *, rows: float, tokens: float, supervised_tokens: float, sum_sq_len: float
     ) -> float:

@@ -50,6 +50,10 @@ class HiddenMean:
 
         return embed
 
+    def numbers(self, shape: ModelShape) -> int:
+        """``hidden``."""
+        return shape.hidden
+
     def operations(
         self, shape: ModelShape, *, rows: float, tokens: float, supervised_tokens: float, sum_sq_len: float
     ) -> float:
@@ -85,6 +89,10 @@ class Rds:
             return as_result(weighted_mean_states(model, batch, self.positions), batch)
 
         return embed
+
+    def numbers(self, shape: ModelShape) -> int:
+        """``hidden``."""
+        return shape.hidden
 
     def operations(
         self, shape: ModelShape, *, rows: float, tokens: float, supervised_tokens: float, sum_sq_len: float

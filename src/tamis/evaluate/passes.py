@@ -172,18 +172,24 @@ def _influence_distillation(question: MethodQuestion) -> list[PassPlan]:
     if few.rows == question.scored.rows:
         return passes
     tried = [e for e in embeddings_within(method.embedding_settings(), shape.blocks, 0) if not isinstance(e, _FREE)]
-    passes += [_embedding_pass(f"{e.name} (landmarks)", e, few, shape, kept=True) for e in tried]
+    entry = _BYTES[method.feature_dtype]
+    passes += [_embedding_pass(f"{e.name} (landmarks)", e, few, shape, entry_bytes=entry) for e in tried]
     if tried:
         # Which one leave-one-out will choose is not known: the dearest, which it mostly is.
         dearest = max(tried, key=lambda e: nominal_passes(e, shape.blocks))
-        kept = method.keep_embeddings
-        passes.append(_embedding_pass(f"{dearest.name} (pool)", dearest, question.scored, shape, kept=kept))
+        if method.residual is not False:  # the embedding's own score needs the target's embeddings
+            passes.append(
+                _embedding_pass(f"{dearest.name} (target)", dearest, question.target, shape, entry_bytes=entry)
+            )
+        kept = entry if method.keep_embeddings else 0
+        passes.append(_embedding_pass(f"{dearest.name} (pool)", dearest, question.scored, shape, entry_bytes=kept))
     return passes
 
 
 def _embedding_pass(
-    name: str, embedding: ModelEmbedding, size: CorpusSize, shape: ModelShape, *, kept: bool
+    name: str, embedding: ModelEmbedding, size: CorpusSize, shape: ModelShape, *, entry_bytes: int
 ) -> PassPlan:
+    """``entry_bytes`` is what a number takes on disk; 0 where rows are scored as they pass."""
     flops = embedding.operations(
         shape,
         rows=size.rows,
@@ -192,8 +198,7 @@ def _embedding_pass(
         sum_sq_len=size.squared_tokens,
     )
     work: Literal["forward", "gradient"] = "gradient" if work_of(embedding) == "gradient" else "forward"
-    # Most are two or fewer vectors of the model's width; sketches are as many numbers or a few times more.
-    disk = 2.0 * 2 * shape.hidden * size.rows if kept else 0.0
+    disk = float(entry_bytes) * embedding.numbers(shape) * size.rows
     return PassPlan(name=name, work=work, size=size, tflops=flops / 1e12, disk_bytes=disk)
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 __all__ = ["fwht", "hadamard_matrix"]
 
-# Largest Kronecker factor, as a power of two. Measured on one CPU core at 2^22 and 2^24: factors of 16 and 32 are 8
-# times faster than butterflies and far faster than two large factors; each pass over memory does 32 multiply-adds.
+# Largest Kronecker factor, as a power of two. Every factor is a pass over memory: butterflies make one for each bit and
+# have little to do in it, two large factors make two and do far more than they must; 32 lies between.
 _MAX_FACTOR_BITS = 5
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from tamis.collect import Task
 from tamis.corpus import Corpus
 from tamis.embeddings import EMBEDDINGS, ErrorOuter, Given
-from tamis.errors import Unsupported
+from tamis.errors import InvalidSettings, Unsupported
 from tamis.model.blocks import Decoder
 from tamis.model.head import head_of
 from tamis.score.row_embeddings import AnyEmbedding, identity_of, is_model_embedding
@@ -19,6 +19,7 @@ from tamis.seeds import child_seed
 __all__ = [
     "EMBEDDING_NAMES",
     "EmbeddingSettings",
+    "blocks_beyond_the_model",
     "candidate_embeddings",
     "embeddings_within",
     "label_of",
@@ -65,10 +66,25 @@ def candidate_embeddings(settings: EmbeddingSettings, task: Task) -> tuple[AnyEm
     Raises:
         InvalidSettings: a setting is out of an embedding's range.
     """
-    config: Any = task.loaded.model.config
     seed = child_seed(task.seed, "embedding") % 2**31
-    found = embeddings_within(settings, int(config.get_text_config().num_hidden_layers), seed)
+    found = embeddings_within(settings, _blocks_of(task), seed)
     return _possible(task, found) if settings.name == "auto" else found
+
+
+def blocks_beyond_the_model(settings: EmbeddingSettings, task: Task) -> tuple[str, ...]:
+    """A sentence for each setting that asks for more blocks than the task's model has."""
+    blocks = _blocks_of(task)
+    tail = settings.tail_blocks if settings.name == "tail-gradient" else None
+    return tuple(
+        f"{name}={asked} was asked for, but the model has {blocks} block{'s' if blocks > 1 else ''}; all are used"
+        for name, asked in (("depth", settings.depth), ("tail_blocks", tail))
+        if asked is not None and asked > blocks
+    )
+
+
+def _blocks_of(task: Task) -> int:
+    config: Any = task.loaded.model.config
+    return int(config.get_text_config().num_hidden_layers)
 
 
 def embeddings_within(settings: EmbeddingSettings, blocks: int, seed: int) -> tuple[AnyEmbedding, ...]:
@@ -113,7 +129,13 @@ def embeddings_within(settings: EmbeddingSettings, blocks: int, seed: int) -> tu
         "given": {"path": settings.given or ""},
     }
     if settings.name != "auto":
-        return (EMBEDDINGS[settings.name](**(named[settings.name] or {})),)
+        fields = named[settings.name]
+        if fields is None:
+            raise InvalidSettings(
+                f"depth={settings.depth}: embedding={settings.name!r} runs through at least one block; raise depth, or "
+                "name error-outer, which needs none"
+            )
+        return (EMBEDDINGS[settings.name](**fields),)
     found: list[tuple[str, dict[str, Any] | None]] = [
         ("tfidf", named["tfidf"]),
         ("given", named["given"] if settings.given else None),

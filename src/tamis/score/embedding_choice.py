@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -20,12 +21,18 @@ from tamis.embeddings import EMBEDDINGS, Given, TfIdf, forward_passes
 from tamis.errors import InvalidSettings
 from tamis.model.flops import ModelShape
 from tamis.score.decisions import kept_once
-from tamis.score.embedding_candidates import EmbeddingSettings, candidate_embeddings, label_of
+from tamis.score.embedding_candidates import (
+    EmbeddingSettings,
+    blocks_beyond_the_model,
+    candidate_embeddings,
+    label_of,
+)
 from tamis.score.landmark_gradients import LandmarkGradients
 from tamis.score.row_embeddings import AnyEmbedding, RowEmbeddings
 from tamis.seeds import child_seed, random_subset
 from tamis.solve.kernels import Kernel, KernelName
-from tamis.solve.leave_one_out import Candidate, try_candidates
+from tamis.solve.leave_one_out import Candidate, CandidateResult, candidate_grid, foretelling, try_candidates
+from tamis.types import IntArray
 
 __all__ = ["Choice", "KernelSettings", "Tried", "choose_embedding"]
 
@@ -45,16 +52,13 @@ class KernelSettings:
 
     def grid(self) -> tuple[Candidate, ...]:
         """Every kernel to try, the default first."""
-        names: tuple[KernelName, ...] = ("rbf", "linear") if self.name == "auto" else (self.name,)
-        dampings = (0.1, 0.01, 1.0) if self.damping is None else (self.damping,)
-        found = []
-        for name in names:
-            scales = (2.0,) if name == "linear" else (2.0, 0.5, 8.0) if self.scale is None else (self.scale,)
-            centred = name != "linear" if self.centred is None else self.centred
-            for kernel in (Kernel(name=name, scale=scale) for scale in scales):
-                found += [Candidate(kernel=kernel, damping=damping, centred=centred) for damping in dampings]
-        whitened = [dataclasses.replace(c, half_whitened=True) for c in found if c.kernel.name != "linear"]
-        return (*found, *(whitened if self.half_whitening else ()))
+        return candidate_grid(
+            None if self.name == "auto" else self.name,
+            scale=self.scale,
+            damping=self.damping,
+            centred=self.centred,
+            half_whitening=self.half_whitening,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +78,7 @@ class Choice:
     candidate: Candidate
     residual: bool
     recovery: float  # mean cosine of rebuilt and true gradients
-    spearman: tuple[float, ...]  # rank correlation of scores, one per target
+    spearman: tuple[float, ...]  # rank correlation of scores, per target: mean over the columns it selects by
     with_half: float | None  # its mean over targets with half the landmarks; None if they are too few to tell
     tried: tuple[Tried, ...]
 
@@ -82,6 +86,11 @@ class Choice:
     def mean_spearman(self) -> float:
         """Over targets."""
         return sum(self.spearman) / len(self.spearman)
+
+    @property
+    def worst_target(self) -> int:
+        """The target whose scores are the least to be trusted."""
+        return self.spearman.index(min(self.spearman))
 
     def to_plain(self) -> dict[str, Any]:
         """As JSON keeps it; of given embeddings without the place where they lie."""
@@ -117,7 +126,8 @@ def choose_embedding(
     task: Task,
     embeddings: RowEmbeddings,
     gradients: LandmarkGradients,
-    groups: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    of_target: IntArray,
     *,
     settings: EmbeddingSettings,
     kernels: KernelSettings,
@@ -128,7 +138,8 @@ def choose_embedding(
         task: at the model whose gradients were taken.
         embeddings: of its rows.
         gradients: of the landmarks.
-        groups: for each target, its columns in ``gradients.scores``.
+        columns: for each column that the run selects by, the columns of ``gradients.scores`` that it is the mean of.
+        of_target: the target of each of these columns.
         settings: which embeddings.
         kernels: which kernels.
 
@@ -137,18 +148,19 @@ def choose_embedding(
         Unsupported: the model cannot be embedded in the way that was named.
     """
     spec = {
-        "algorithm": "embedding-choice-v2",
+        "algorithm": "embedding-choice-v3",
         **gradients.identity,
         "embedding": settings.identity(task.pool, task.target),
         "kernels": dataclasses.asdict(kernels),
-        "groups": [group.tolist() for group in groups],
+        "columns": [column.tolist() for column in columns],
+        "of_target": of_target.tolist(),
         "seed": task.seed,
     }
     path = task.workdir("embedding-choice", spec) / "choice.json"
 
     def decide() -> dict[str, Any]:
         earlier = set(task.notes)
-        choice = _tried_out(task, embeddings, gradients, groups, settings, kernels)
+        choice = _tried_out(task, embeddings, gradients, columns, of_target, settings, kernels)
         return {**choice.to_plain(), "notes": [sentence for sentence in task.notes if sentence not in earlier]}
 
     plain = kept_once(path, decide)
@@ -161,13 +173,16 @@ def _tried_out(
     task: Task,
     embeddings: RowEmbeddings,
     gradients: LandmarkGradients,
-    groups: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    of_target: IntArray,
     settings: EmbeddingSettings,
     kernels: KernelSettings,
 ) -> Choice:
     candidates = candidate_embeddings(settings, task)
     if not candidates:
         raise InvalidSettings(f"no embedding is within embedding_budget={settings.budget:g}; raise it, or name one")
+    for sentence in blocks_beyond_the_model(settings, task):
+        task.note(sentence)
     count = len(gradients.rows)
     compared = torch.arange(count)
     if count > _COMPARED:
@@ -177,20 +192,27 @@ def _tried_out(
     best: tuple[float, AnyEmbedding, Candidate] | None = None
     for embedding in candidates:
         rows = embeddings.of(embedding, task.pool, gradients.rows)(0, count)
-        first = try_candidates(rows[compared], gram=gram, grid=kernels.grid())[0]
+        grid = foretelling(kernels.grid(), landmarks=count, numbers=rows.shape[1])
+        if len(grid) < len(kernels.grid()):
+            task.note(
+                f"Half-whitened kernels of {label_of(embedding)} were not tried: with fewer landmarks ({count}) than "
+                f"twice the {rows.shape[1]} numbers of its rows leave-one-out would flatter them"
+            )
+        first = try_candidates(rows[compared], gram=gram, sample=rows, grid=grid)[0]
         recovery = float(first.recovery or 0.0)
         tried.append(Tried(label=label_of(embedding), recovery=recovery, passes=_counted_passes(task, embedding)))
         if best is None or recovery > best[0]:
             best = (recovery, embedding, first.candidate)
     assert best is not None
-    return _expected(task, embeddings, gradients, groups, best[1], best[2], kernels, tuple(tried))
+    return _expected(task, embeddings, gradients, columns, of_target, best[1], best[2], kernels, tuple(tried))
 
 
 def _expected(
     task: Task,
     embeddings: RowEmbeddings,
     gradients: LandmarkGradients,
-    groups: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    of_target: IntArray,
     embedding: AnyEmbedding,
     candidate: Candidate,
     kernels: KernelSettings,
@@ -199,23 +221,33 @@ def _expected(
     """Figures of the winner from all landmarks, with and without the direct score of its own embeddings."""
     count = len(gradients.rows)
     rows = embeddings.of(embedding, task.pool, gradients.rows)(0, count)
-    scores = torch.stack([gradients.scores[:, group].mean(1) for group in groups], dim=1)
+    scores = torch.stack([gradients.scores[:, column].mean(1) for column in columns], dim=1)
     targets: list[Float[Tensor, "m E"]] | None = None
     if kernels.residual is not False:
-        columns = task.target_rows[gradients.columns]
-        whole = embeddings.of(embedding, task.target, columns)(0, len(columns))
-        targets = [whole[group] for group in groups]
+        target_rows = task.target_rows[gradients.columns]
+        whole = embeddings.of(embedding, task.target, target_rows)(0, len(target_rows))
+        targets = [whole[column] for column in columns]
+
+    def by_target(result: CandidateResult) -> tuple[float, ...]:
+        # Not of a target's mean scores, which are smoother than the single rows that round robin selects by.
+        ranks = np.array(result.spearman)
+        return tuple(float(ranks[of_target == target].mean()) for target in range(len(task.target_names)))
+
+    def overall(result: CandidateResult) -> float:
+        return float(np.mean(by_target(result)))
+
     plain = try_candidates(rows, gram=gradients.gram, scores=scores, grid=[candidate])[0]
     found, residual = plain, False
     if targets is not None:
         direct = try_candidates(rows, gram=gradients.gram, scores=scores, targets=targets, grid=[candidate])[0]
-        if kernels.residual is True or _mean(direct.spearman) >= _mean(plain.spearman):
+        if kernels.residual is True or overall(direct) >= overall(plain):
             found, residual = direct, True
     with_half = None
     if count >= 16:
         half = torch.from_numpy(random_subset(child_seed(task.seed, "half the landmarks"), count, count // 2))
         known = targets if residual else None
-        with_half = _mean(try_candidates(rows[half], scores=scores[half], targets=known, grid=[candidate])[0].spearman)
+        fewer = try_candidates(rows[half], scores=scores[half], targets=known, sample=rows, grid=[candidate])[0]
+        with_half = overall(fewer)
     if found.times_raised:
         task.note(
             f"The kernel of the landmarks could not be factorised with damping {candidate.damping:g}; "
@@ -226,7 +258,7 @@ def _expected(
         candidate=candidate,
         residual=residual,
         recovery=float(found.recovery or 0.0),
-        spearman=found.spearman,
+        spearman=by_target(found),
         with_half=with_half,
         tried=tried,
     )
@@ -244,7 +276,3 @@ def _counted_passes(task: Task, embedding: AnyEmbedding) -> float | None:
         supervised_tokens=float(task.pool.supervised[task.rows].sum()),
         sum_sq_len=float((lengths**2).sum()),
     )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -46,7 +46,9 @@ __all__ = ["PRESETS", "InfluenceDistillation"]
 
 Warmup = Literal["lora", "full", "none"]
 
-# Settings of the paper (sections 4 and 5.1, appendix J). It names no bandwidth: ours is twice the median distance.
+# Settings of the paper (sections 4 and 5.1, appendix J). It names no bandwidth: ours is twice the median distance. What
+# is done otherwise whatever the settings, from landmarks that keep their own scores to the clipping of the warm-up, is
+# listed under "As published" in docs/methods.md.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "landmarks": 4096,
@@ -76,14 +78,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class InfluenceDistillation:
-    """Gradient cosine with the target rows: exact for landmarks, carried to all other rows by cheap embeddings.
+    """Gradient cosine with the target rows: landmarks' own, up to the projection; carried to others by embeddings.
 
     Cost: the warm-up, a gradient pass over landmarks and target rows, and one cheap embedding of every row. Scores are
     those of ``tracin`` at the warmed-up model as well as the embedding lets them be rebuilt; the notes say how well.
 
     Args:
-        preset: "paper": as published; settings given beside it count in place of its own.
-        landmarks: rows with exact gradients, at most all rows to score.
+        preset: "paper": as published where this library can; settings given beside it count in place of its own.
+            ``dataclasses.replace`` gives every setting, so it changes nothing but what it names.
+        landmarks: rows with gradients of their own, at most all rows to score.
         landmark_rule: "uniform"; or "k-means++" or "leverage", which need the named embedding of every row in memory.
         embedding: "auto" tries all within the budget on the landmarks; or "error-outer", "error", "hidden-error",
             "hidden-mean", "rds", "jvp", "lens-gradient", "tail-gradient", "gradient", "tfidf", "given".
@@ -99,7 +102,8 @@ class InfluenceDistillation:
         scale: of the kernel, in median squared distances; None: the best of 0.5, 2 and 8.
         damping: δ; None: the best of 0.01, 0.1 and 1.
         centred: take the landmarks' mean embedding off; None: for all but the linear kernel.
-        half_whitening: also try every kernel on half-whitened embeddings.
+        half_whitening: also try every kernel but the linear on half-whitened embeddings, if the landmarks are at least
+            twice as many as an embedding has numbers.
         residual: carry only what the embedding's own cosine with the target leaves; "auto": if that is no worse.
         form: gradients of landmarks "raw", or "adam": times Adam's preconditioner at the end of the warm-up.
         warmup: "lora", "full" (all weights, in float32) or "none".
@@ -110,11 +114,13 @@ class InfluenceDistillation:
         warmup_learning_rate: the peak; None: 2e-4 for LoRA, 2e-5 for all weights.
         lora_rank: rank of the adapter.
         lora_alpha: its scale is ``lora_alpha / lora_rank``; None: twice the rank.
-        moments: a Trainer checkpoint folder whose ``optimizer.pt`` belongs to the model given: there is no warm-up.
+        moments: with form "adam", a Trainer checkpoint folder whose ``optimizer.pt`` belongs to the model given, which
+            must be that checkpoint: there is no warm-up.
         projection: of landmark and target gradients: "hadamard", "factorized", "rademacher", "mask" or "none".
         projection_dim: numbers of a feature (8192); per side of a layer for "factorized" (16).
         weights: what selected rows weigh: "none", all 1; "first-order", robust weights from their scores.
-        keep_embeddings: store the pool's embeddings for other targets. False: only scores are stored.
+        keep_embeddings: store the pool's embeddings from a model, which other targets may use. False: rows are scored
+            as they are embedded, and only landmarks' and target rows' embeddings are stored.
         feature_dtype: "float16" or "float32", of stored gradients and embeddings.
 
     Raises:
@@ -157,9 +163,16 @@ class InfluenceDistillation:
     keep_embeddings: bool = True
     feature_dtype: Literal["float16", "float32"] = "float16"
 
+    def __new__(cls, **given: Any) -> InfluenceDistillation:
+        """Note which settings are given: one that equals its default wins over a preset too."""
+        made = super().__new__(cls)
+        made.__dict__["_given"] = frozenset(given)
+        return made
+
     def __post_init__(self) -> None:
+        given: frozenset[str] = self.__dict__.pop("_given")
         if self.preset is not None:
-            self._fill_in(self.preset)
+            self._fill_in(self.preset, given)
         for field, choices in (
             ("landmark_rule", tuple(LANDMARK_RULES)),
             ("embedding", EMBEDDING_NAMES),
@@ -194,12 +207,11 @@ class InfluenceDistillation:
         self.warmup_settings()  # checks the others
         make_projector(self.projection, dim=self.projection_dim)
 
-    def _fill_in(self, preset: str) -> None:
+    def _fill_in(self, preset: str, given: frozenset[str]) -> None:
         if preset not in PRESETS:
             raise InvalidSettings(f"preset={preset!r} is unknown; there is {', '.join(PRESETS)}")
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name, value in PRESETS[preset].items():
-            if getattr(self, name) == defaults[name]:
+            if name not in given:
                 object.__setattr__(self, name, value)
 
     def _check_together(self) -> None:
@@ -213,6 +225,11 @@ class InfluenceDistillation:
             raise InvalidSettings(
                 f"landmark_rule={self.landmark_rule!r} looks at embeddings of all rows before any is chosen; name an "
                 "embedding, or take uniform landmarks"
+            )
+        if self.moments is not None and self.form != "adam":
+            raise InvalidSettings(
+                f"moments are read for form=adam only, and form={self.form!r}; set form=adam, or drop moments and set "
+                "warmup=none to take the model as it is"
             )
         if self.form == "adam" and self.warmup == "none" and self.moments is None:
             raise InvalidSettings("form=adam needs Adam's moments: warm up, or give a checkpoint folder as moments")
@@ -273,8 +290,9 @@ class InfluenceDistillation:
     def score(self, task: Task) -> TargetScores:
         """Scores of ``task.rows``: one column per target row that has a gradient, or per target with the mean target.
 
-        ``extra`` marks landmarks (``is_landmark``), whose scores are exact, and those of them without a gradient
-        (``zero_gradient``); their score of 0 says nothing.
+        ``extra`` marks landmarks (``is_landmark``), whose scores are exact up to the projection, and those of them
+        without a gradient (``zero_gradient``); their score of 0 says nothing. Whether another row has a gradient is not
+        known.
 
         Raises:
             InvalidInput: no row of a target has a gradient, or fewer than two landmarks have one.
@@ -304,7 +322,7 @@ class InfluenceDistillation:
         else:
             columns, group = [torch.tensor([j]) for j in range(len(of_target))], of_target
         exact = torch.stack([gradients.scores[:, column].mean(1) for column in columns], dim=1)
-        values = self._carried(task, embeddings, gradients, exact, columns, targets)
+        values = self._carried(task, embeddings, gradients, exact, columns, group)
         places = np.searchsorted(task.rows, gradients.rows)
         values[places] = exact.numpy()
         zero = np.searchsorted(task.rows, gradients.without_gradient)
@@ -327,23 +345,33 @@ class InfluenceDistillation:
         gradients: LandmarkGradients,
         exact: Tensor,
         columns: Sequence[Tensor],
-        targets: Sequence[Tensor],
+        of_target: IntArray,
     ) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Scores of all rows; those of landmarks are written over them later."""
         if len(gradients.rows) + len(gradients.without_gradient) == len(task.rows):
-            task.note("Every row to score is a landmark, so all scores are exact and no embedding was needed")
+            task.note(
+                "Every row to score is a landmark, so all scores are exact up to the projection, and no embedding was "
+                "needed"
+            )
             return empty_scores(task, len(columns))
         choice = choose_embedding(
             task,
             embeddings,
             gradients,
-            targets,
+            columns,
+            of_target,
             settings=self.embedding_settings(),
             kernels=self.kernel_settings(),
         )
-        for sentence in notes_of_choice(choice, landmarks=len(gradients.rows), target_names=task.target_names):
+        for sentence in notes_of_choice(
+            choice,
+            landmarks=len(gradients.rows),
+            rule=self.landmark_rule,
+            target_names=task.target_names,
+            per_row=task.aggregate == "round-robin",
+        ):
             task.note(sentence)
-        (task.note if is_trusted(choice) else task.warn)(verdict(choice))
+        (task.note if is_trusted(choice) else task.warn)(verdict(choice, task.target_names))
         return transferred_scores(
             task, embeddings, choice, gradients, exact, columns, keep_embeddings=self.keep_embeddings
         )
@@ -351,6 +379,12 @@ class InfluenceDistillation:
     def _warmed_up(self, task: Task) -> tuple[Task, Path | None]:
         """The task at the model whose gradients are taken, and where its optimizer's moments lie."""
         if self.moments is not None:
+            model = task.model_settings.name
+            if Path(self.moments).resolve() != Path(model).resolve():
+                task.warn(
+                    f"Adam's moments are those of {self.moments}, but gradients are taken at {model}; "
+                    "give that checkpoint as the model, unless it is a copy of it"
+                )
             return task, Path(self.moments)
         if self.warmup == "none":
             return task, None

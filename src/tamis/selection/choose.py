@@ -18,7 +18,7 @@ from tamis.budget import describe_budget, rows_for, tokens_for
 from tamis.errors import InvalidSettings, NonFinite
 from tamis.selection.round_robin import Copies, Picks, take_turns
 from tamis.selection.top import BLOCK_VALUES, block_length
-from tamis.selection.weights import robust_weights
+from tamis.selection.weights import notes_of_weights, robust_weights
 from tamis.types import Budget, FloatArray, IntArray, TargetScores
 
 __all__ = ["Aggregate", "Choice", "choose", "target_means", "target_shares"]
@@ -42,6 +42,7 @@ class Choice:
     shares: tuple[float, ...]  # (G,) summing to 1
     tokens: int  # tokens of the selected rows together
     warnings: tuple[str, ...]  # where the budget could not be spent
+    notes: tuple[str, ...] = ()  # how weights came about, where they are not all 1
 
 
 def choose(
@@ -121,19 +122,22 @@ def choose(
     score = _weighted_mean(means, fractions)
     example_weights = np.zeros(len(rows), np.float32)
     example_weights[picks.rows] = 1
+    notes: tuple[str, ...] = ()
     if scores.weights == "first-order":
         left_out = available.copy()
         left_out[picks.rows] = False
         if copies is not None:
             for row in picks.rows[copies.has_copy[picks.rows]]:
                 left_out[copies.of(int(row))] = False  # not worse than the bound: the same row again
-        example_weights[picks.rows] = robust_weights(
+        robust = robust_weights(
             scores.values if per_row else means,
             picks.rows,
             picks.column if per_row else picks.target,
             left_out,
             block_values=block_values,
         )
+        example_weights[picks.rows] = robust.weights
+        notes = notes_of_weights(robust, scores.group if per_row else np.arange(len(fractions)), scores.target_names)
     return Choice(
         rows=rows,
         order=rows[picks.rows],
@@ -149,6 +153,7 @@ def choose(
         warnings=_shortfall(
             budget, len(picks.rows), None if max_tokens is not None else rows_for(budget, num_pool), picks
         ),
+        notes=notes,
     )
 
 

@@ -6,11 +6,11 @@ With ``C = k(E, E_L) (k(E_L, E_L) + δI)^{-1}`` the fit is ``p̂ = C P_L``. C wo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from tamis.errors import InvalidInput, InvalidSettings, NonFinite
@@ -25,7 +25,6 @@ __all__ = [
     "landmark_kernel",
     "line_fit",
     "mean_directions",
-    "predict_pool",
 ]
 
 # Damping is raised tenfold at most so often: from 1e-12 that reaches 1e8, beyond any kernel of unit rows.
@@ -43,11 +42,6 @@ class LandmarkKernel:
     damping: float  # δ used
     times_raised: int  # by a factor of ten each, because the Cholesky factorisation failed
     factor: Float[Tensor, "L L"]  # of K + δI, float64
-
-    def to_landmarks(self, embeddings: Float[Tensor, "N E"]) -> Float[Tensor, "N L"]:
-        """``k(x_i, landmark_j)`` for raw embeddings."""
-        x = self.transform.apply(embeddings)
-        return kernel_matrix(x, self.landmarks.to(x), self.kernel, self.median)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,8 +142,7 @@ def fit_kernel_ridge(
     """Fit the landmarks' exact ``scores``, one column per target: ``A = (K + δI)^{-1} P_L``.
 
     With ``directions`` (``mean_directions``) in residual form: the direct score ``s = <e, mean target e>`` is scaled
-    to P_L by least squares, and only what it leaves is transferred. Never worse in the measurements, and it lifts
-    embeddings that are near the gradients themselves.
+    to P_L by least squares, and only what it leaves is transferred. It lifts embeddings near the gradients themselves.
 
     Raises:
         InvalidInput: a landmark has no row of scores, or a target no direction.
@@ -194,29 +187,3 @@ def line_fit(x: Float[Tensor, "N M"], y: Float[Tensor, "N M"]) -> tuple[Float[Te
     slopes = (centred * y).sum(0) / torch.where(constant, torch.ones_like(spread), spread)
     slopes = torch.where(constant, torch.zeros_like(slopes), slopes)
     return y.mean(0) - slopes * x.mean(0), slopes
-
-
-def predict_pool(
-    fit: KernelRidge, chunks: Iterable[Float[Tensor, "_ E"]], landmark_rows: Int[Tensor, " L"]
-) -> Iterator[Float[Tensor, "_ M"]]:
-    """Scores of a pool whose raw embeddings arrive as chunks of consecutive rows; landmarks get their exact scores.
-
-    ``landmark_rows`` are positions in the pool, in the order of the fit. Besides a chunk it holds the chunk's kernel,
-    rows × ℓ numbers.
-
-    Raises:
-        InvalidInput: ``landmark_rows`` does not fit, or the chunks end before the last landmark.
-    """
-    if len(landmark_rows) != len(fit.scores):
-        raise InvalidInput(f"the fit has {len(fit.scores)} landmarks, but {len(landmark_rows)} positions were given")
-    start = 0
-    for chunk in chunks:
-        predicted = fit.predict(chunk)
-        here = (landmark_rows >= start) & (landmark_rows < start + len(chunk))
-        predicted[(landmark_rows[here] - start).to(predicted.device)] = fit.scores[here.to(fit.scores.device)].to(
-            predicted
-        )
-        start += len(chunk)
-        yield predicted
-    if len(landmark_rows) and int(landmark_rows.max()) >= start:
-        raise InvalidInput(f"the pool ended after {start} rows, before the landmark in row {int(landmark_rows.max())}")

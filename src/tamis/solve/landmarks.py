@@ -1,4 +1,4 @@
-"""Which rows of the pool become landmarks. Uniform is the default: the others were no better in any measurement."""
+"""Which rows of the pool become landmarks. Uniform is the default, as in the paper, which found others no better."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ and by them embedding, kernel, bandwidth and damping are chosen.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -17,13 +18,14 @@ from torch import Tensor
 from tamis.errors import InvalidInput
 from tamis.maths.ranks import rank_correlation
 from tamis.solve.kernel_ridge import LandmarkKernel, damped_cholesky, kernel_among, landmark_kernel, mean_directions
-from tamis.solve.kernels import Kernel, embedding_map, median_squared_distance
+from tamis.solve.kernels import Kernel, KernelName, embedding_map, median_squared_distance
 
 __all__ = [
     "Candidate",
     "CandidateResult",
     "candidate_basis",
-    "default_grid",
+    "candidate_grid",
+    "foretelling",
     "leave_one_out_coefficients",
     "leave_one_out_scores",
     "recovery_cosines",
@@ -77,20 +79,39 @@ def candidate_basis(
     return landmark_kernel(embeddings, transform=transform, kernel=candidate.kernel, damping=candidate.damping)
 
 
-def default_grid(*, half_whitening: bool = False) -> tuple[Candidate, ...]:
+def candidate_grid(
+    kernel: KernelName | None = None,
+    *,
+    scale: float | None = None,
+    damping: float | None = None,
+    centred: bool | None = None,
+    half_whitening: bool = False,
+) -> tuple[Candidate, ...]:
     """RBF at 0.5, 2 and 8 times the median and the uncentred linear kernel, each with damping 0.01, 0.1 and 1.
 
     The default, RBF at 2 with 0.1, comes first, so that it wins ties. The linear kernel is the best where the
-    embedding is the gradient. ``half_whitening`` adds every RBF once more after half-whitening.
+    embedding is the gradient. ``half_whitening`` adds every kernel but the linear once more after half-whitening. What
+    is given is not searched.
     """
-    grid = [
-        Candidate(kernel=Kernel(scale=scale), damping=damping)
-        for scale in (2.0, 0.5, 8.0)
-        for damping in (0.1, 0.01, 1.0)
-    ]
-    linear = [Candidate(kernel=Kernel(name="linear"), damping=damping, centred=False) for damping in (0.1, 0.01, 1.0)]
-    whitened = [Candidate(kernel=c.kernel, damping=c.damping, half_whitened=True) for c in grid]
-    return (*grid, *linear, *(whitened if half_whitening else ()))
+    names: tuple[KernelName, ...] = ("rbf", "linear") if kernel is None else (kernel,)
+    dampings = (0.1, 0.01, 1.0) if damping is None else (damping,)
+    found = []
+    for name in names:
+        scales = (2.0,) if name == "linear" else (2.0, 0.5, 8.0) if scale is None else (scale,)
+        shifted = name != "linear" if centred is None else centred
+        for each in (Kernel(name=name, scale=size) for size in scales):
+            found += [Candidate(kernel=each, damping=damped, centred=shifted) for damped in dampings]
+    whitened = [dataclasses.replace(c, half_whitened=True) for c in found if c.kernel.name != "linear"]
+    return (*found, *(whitened if half_whitening else ()))
+
+
+def foretelling(grid: Sequence[Candidate], *, landmarks: int, numbers: int) -> tuple[Candidate, ...]:
+    """The candidates that leave-one-out can judge: half-whitened ones only from two landmarks per number of a row.
+
+    Whitening fitted on the landmarks has seen the one that is left out, and with few of them it fits each one by a
+    direction of its own: the figures then promise more than unseen rows will keep.
+    """
+    return tuple(candidate for candidate in grid if not candidate.half_whitened or landmarks >= 2 * numbers)
 
 
 def leave_one_out_coefficients(factor: Float[Tensor, "L L"]) -> Float[Tensor, "L L"]:
@@ -156,12 +177,12 @@ def spearman(x: Float[Tensor, "N M"], y: Float[Tensor, "N M"]) -> tuple[float, .
 def try_candidates(
     embeddings: Float[Tensor, "L E"],
     *,
+    grid: Sequence[Candidate],
     mean: Float[Tensor, " E"] | None = None,
     gram: Float[Tensor, "L2 L2"] | None = None,
     scores: Float[Tensor, "L3 M"] | None = None,
     targets: Sequence[Float[Tensor, "_ E"]] | None = None,
     sample: Float[Tensor, "S E"] | None = None,
-    grid: Sequence[Candidate] | None = None,
 ) -> tuple[CandidateResult, ...]:
     """Leave-one-out results of every candidate, the best first: by recovery, without a Gram by mean Spearman.
 
@@ -169,12 +190,13 @@ def try_candidates(
 
     Args:
         embeddings: raw, of the landmarks.
+        grid: the candidates, in the order in which equal results stay.
         mean: of the pool's raw embeddings, for centred candidates; by default the landmarks' own.
         gram: inner products of the landmarks' gradients.
         scores: exact scores of the landmarks, one column per target.
         targets: raw embeddings of each target's rows: scores are then fitted in residual form.
-        sample: raw rows for half-whitening, better of the pool; by default the landmarks.
-        grid: by default ``default_grid()``.
+        sample: raw rows for half-whitening, better of the pool; by default the landmarks, which flatters unless they
+            are many (``foretelling``).
 
     Raises:
         InvalidInput: fewer than two landmarks, neither ``gram`` nor ``scores``, or sizes that do not fit.
@@ -189,7 +211,6 @@ def try_candidates(
     for name, values in (("gradient inner products", gram), ("scores", scores)):
         if values is not None and len(values) != count:
             raise InvalidInput(f"{count} landmarks need as many rows of {name}, got {len(values)}")
-    grid = default_grid() if grid is None else grid
     mean = embeddings.double().mean(0).to(embeddings.dtype) if mean is None else mean
     sample = embeddings if sample is None else sample
     results: dict[Candidate, CandidateResult] = {}

@@ -7,7 +7,6 @@ learning rate η is part of ``Q`` here: the objective is ``-p·w + w·Qw/2 + λ 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,15 +16,10 @@ from tamis.errors import InvalidInput, InvalidSettings
 
 __all__ = [
     "DenseQuadratic",
-    "Indefinite",
     "LandmarkRoot",
     "LowRankQuadratic",
-    "clip_negative",
     "landmark_root",
-    "require_convex",
 ]
-
-Indefinite = Literal["clip", "refuse"]
 
 # Rows of U multiplied at once: bounds the copies of gathered rows, and float32 sums within one product stay short.
 _BLOCK_ROWS = 16384
@@ -155,51 +149,31 @@ class LowRankQuadratic:
         return gram
 
 
-def clip_negative(q: Float[Tensor, "L L2"]) -> tuple[Float[Tensor, "L L2"], float]:
-    """The nearest positive semi-definite matrix to the symmetric part of ``q``, and the clipped share.
-
-    The share is ``Σ|negative eigenvalues| / Σ|eigenvalues|``: 0 for a positive semi-definite matrix, 1 for a negative
-    one. A Hessian of a network is not positive definite, so neither is ``Q``; its negative part has no minimum within
-    the reach of the expansion, and is left out.
-    """
-    _check_finite(q, "Q")
-    values, vectors = torch.linalg.eigh(((q + q.T) / 2).double())
-    kept = values.clamp(min=0)
-    clipped = (vectors * kept) @ vectors.T
-    return clipped.to(q.dtype), _negative_share(values)
-
-
 @dataclass(frozen=True, kw_only=True)
 class LandmarkRoot:
-    """``η Q̂ = U S U^T`` with ``U = C @ root``: what landmarks pass on to every row through coefficients C (n, ℓ)."""
+    """``η Q̂ = U U^T`` with ``U = C @ root``: what landmarks pass on to every row through coefficients C (n, ℓ)."""
 
     root: Float[Tensor, "L R"]
-    signs: Float[Tensor, " R"]  # S, all 1 unless negative eigenvalues were kept
     clipped_share: float  # Σ|clipped eigenvalues| / Σ|eigenvalues| of Q_L
 
 
-def landmark_root(
-    q_landmarks: Float[Tensor, "L L2"], *, eta: float, pool_size: int, indefinite: Indefinite = "clip"
-) -> LandmarkRoot:
+def landmark_root(q_landmarks: Float[Tensor, "L L2"], *, eta: float, pool_size: int) -> LandmarkRoot:
     """A root of ``η (ℓ/n) Q_L``, so that no more than (n, rank) numbers are ever needed for the pool's Q.
 
     Equation 11 of Influence Distillation: ``Q̂ = (ℓ/n) C Q_L C^T`` with ``Q_L = (1/ℓ) G_L H_T G_L^T = V E V^T``; then
-    ``root = √(ηℓ/n) V |E|^{1/2}``, eigenvalues that are zero left out. ``U = C root`` is kernel ridge regression with
-    the rows of ``root`` as the landmarks' values: stream it like scores.
+    ``root = √(ηℓ/n) V E^{1/2}``, eigenvalues that are not positive left out: a network's Hessian is indefinite, and its
+    negative part has no minimum within the reach of the expansion. ``U = C root`` is kernel ridge regression with the
+    rows of ``root`` as the landmarks' values: stream it like scores.
 
     Args:
         q_landmarks: Q_L; only its symmetric part acts.
         eta: the learning rate η, >= 0.
         pool_size: n.
-        indefinite: ``"clip"`` leaves the negative eigenvalues of ``Q_L`` out and reports their share; ``"refuse"``
-            keeps them, for ``require_convex`` to judge together with λ.
 
     Raises:
         InvalidInput: the matrix is not square or not finite.
-        InvalidSettings: η is negative or ``indefinite`` is unknown.
+        InvalidSettings: η is negative.
     """
-    if indefinite not in get_args(Indefinite):
-        raise InvalidSettings(f"indefinite={indefinite!r} is unknown; choose one of {', '.join(get_args(Indefinite))}")
     if not 0 <= eta < float("inf"):
         raise InvalidSettings(f"the learning rate eta must be 0 or more, got {eta}")
     landmarks = q_landmarks.shape[0]
@@ -207,38 +181,12 @@ def landmark_root(
         raise InvalidInput(f"Q of {landmarks} landmarks must be square, got {landmarks} x {q_landmarks.shape[1]}")
     _check_finite(q_landmarks, "Q")
     values, vectors = torch.linalg.eigh(((q_landmarks + q_landmarks.T) / 2).double())
-    kept = values.abs() > _RANK_CUTOFF * values.abs().max()
-    if indefinite == "clip":
-        kept &= values > 0
-    roots = values[kept].abs().sqrt() * (eta * landmarks / pool_size) ** 0.5
-    dtype = q_landmarks.dtype
+    kept = values > _RANK_CUTOFF * values.abs().max()
+    roots = values[kept].sqrt() * (eta * landmarks / pool_size) ** 0.5
     return LandmarkRoot(
-        root=(vectors[:, kept] * roots).to(dtype),
-        signs=values[kept].sign().to(dtype),
-        clipped_share=_negative_share(values) if indefinite == "clip" else 0.0,
+        root=(vectors[:, kept] * roots).to(q_landmarks.dtype),
+        clipped_share=_negative_share(values),
     )
-
-
-def require_convex(quadratic: LowRankQuadratic, lam: float) -> float:
-    """The smallest eigenvalue of ``Q`` (0 if none is negative), or an error unless Q plus λ is positive definite.
-
-    ``U S U^T`` has the non-zero eigenvalues of the small symmetric matrix ``G^{1/2} S G^{1/2}``, ``G = U^T U``.
-
-    Raises:
-        InvalidInput: ``λ_min(Q) + λ <= 0``.
-    """
-    smallest = 0.0
-    if quadratic.signs is not None:
-        gram = quadratic.gram(torch.arange(quadratic.size, device=quadratic.device))
-        values, vectors = torch.linalg.eigh(gram)
-        root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-        smallest = min(0.0, float(torch.linalg.eigvalsh((root * quadratic.signs.double()) @ root).min()))
-    if smallest + lam <= 0:
-        raise InvalidInput(
-            f"the second-order term is indefinite: its smallest eigenvalue {smallest:.3g} plus lambda {lam:.3g} must "
-            "be positive; clip the negative eigenvalues, or take a larger lambda or a smaller eta"
-        )
-    return smallest
 
 
 def _negative_share(values: Tensor) -> float:

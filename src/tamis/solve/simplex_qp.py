@@ -107,7 +107,9 @@ def solve_simplex_qp_for_count(
     n = len(p)
     if not 1 <= k <= n:
         raise InvalidInput(f"the number of positive weights must be between 1 and the {n} rows of the pool, got {k}")
-    lam, floor = _first_lambda(p, quadratic, k), _FLOOR[p.dtype] * quadratic.mean_diagonal
+    lam = _first_lambda(p, quadratic, k)
+    # Without Q, and scores all equal, nothing but the first λ has a size to hold it against.
+    floor = _FLOOR[p.dtype] * (quadratic.mean_diagonal or lam)
     below, above = 0.0, math.inf  # λ with fewer than k, with more than k
     step = 1.1  # squared at each: a small Q is done after one or two, any size is reached soon
     least: Solution[Tensor] | None = None
