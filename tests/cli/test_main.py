@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 import tamis
+from control_c import heed_control_c
 from tamis.cli.main import main, run
 from tamis.errors import BadRow, InvalidInput
 from tamis.settings import SelectSettings
@@ -290,7 +291,11 @@ def test_control_c_during_work_exits_130(tmp_path: Path) -> None:
         "main()\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", program, "select", *ARGUMENTS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", program, "select", *ARGUMENTS],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_control_c,
     )
     deadline = time.monotonic() + 60
     while not ready.exists() and time.monotonic() < deadline:

@@ -125,13 +125,26 @@ def test_links_between_documents_lead_somewhere(name: str) -> None:
             assert anchor in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
+FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+# A script of this repository with its arguments, over continued lines.
+SCRIPT_RUN = re.compile(r"python ((?:benchmarks|examples)/[\w/]+\.py)((?:[^\n`]*\\\n)*[^\n`]*)")
+
+
 @pytest.mark.parametrize("name", TEXTS)
 def test_flags_in_the_documents_exist(name: str) -> None:
     """Every --flag in running text belongs to a verb, except where another program is spoken of."""
     others = {"--num_processes", "--nproc-per-node", "--version", "--help", "--no-deps", "--constraint"}
     known = {flag for verb in ("select", "doctor", "plan", "train") for flag in flags_of(verb)}
-    mentioned = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", TEXTS[name]))
-    assert mentioned - known - others == set()
+    assert set(FLAG.findall(SCRIPT_RUN.sub("", TEXTS[name]))) - known - others == set()
+
+
+@pytest.mark.parametrize(
+    "run", [run for text in TEXTS.values() for run in SCRIPT_RUN.finditer(text)], ids=lambda run: run[1]
+)
+def test_flags_of_scripts_in_the_documents_exist(run: re.Match[str]) -> None:
+    source = (ROOT / run[1]).read_text(encoding="utf-8")
+    missing = [flag for flag in FLAG.findall(run[0]) if f'"{flag}"' not in source]
+    assert not missing, f"{run[1]} has no {missing}"
 
 
 def flags_of(verb: str) -> set[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import tamis
+from control_c import heed_control_c
 from tiny_run import TinyRun, make_run
 
 SETTINGS = {
@@ -52,7 +53,11 @@ def environment() -> dict[str, str]:
 
 def start(words: list[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-m", "tamis", *words], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-m", "tamis", *words],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=heed_control_c,
     )
 
 
