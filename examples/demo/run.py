@@ -85,7 +85,7 @@ def main() -> None:
     console.print(
         f"Pool: {len(rows)} chats in {len({row['source'] for row in rows})} skills. Target: word problems solved step "
         f"by step.\nPlanted in the pool: {budget} such problems, and each method may take {budget} rows. On two CPU "
-        "cores this takes about ten minutes."
+        "cores this takes ten to fifteen minutes."
     )
 
     methods: dict[str, object] = {
