@@ -128,9 +128,9 @@ def question(options: argparse.Namespace) -> Task:
     )  # fmt: skip
 
 
-def gradients_of(task: Task, clock: Clock, dim: int) -> tuple[Tensor, Tensor]:
-    """Unit gradients, projected, of pool and target rows."""
-    projector = make_projector("hadamard", dim=dim, seed=0)
+def gradients_of(task: Task, clock: Clock, projection: str, dim: int) -> tuple[Tensor, Tensor]:
+    """Inner products of the rows' unit gradients, projected: with one another, and with the target rows'."""
+    projector = make_projector(projection, dim=dim, seed=0)
 
     def start() -> Any:
         layers = task.layers()
@@ -146,7 +146,17 @@ def gradients_of(task: Task, clock: Clock, dim: int) -> tuple[Tensor, Tensor]:
         task.map_rows(corpus, rows, name="frontier-gradients", spec=spec, start=start)
         for corpus, rows in ((task.pool, task.rows), (task.target, task.target_rows))
     )
-    return read(pool, "feature"), read(target, "feature")
+    return products(pool, pool), products(pool, target)
+
+
+def products(left: StageReader, right: StageReader) -> Tensor:
+    """Inner products of all rows of two stages, a few rows of each in memory at a time."""
+    found = torch.empty(left.num_rows, right.num_rows)
+    for j, others in right.blocks("feature", rows=512):
+        columns = torch.from_numpy(others).float()
+        for i, rows in left.blocks("feature", rows=512):
+            found[i : i + len(rows), j : j + len(columns)] = torch.from_numpy(rows).float() @ columns.T
+    return found
 
 
 def embedded(task: Task, clock: Clock, embedding: AnyEmbedding) -> tuple[Tensor, Tensor]:
@@ -188,47 +198,47 @@ def forward_cost(task: Task, clock: Clock) -> None:
     task.map_rows(task.pool, task.rows, name="frontier-forward", spec={}, start=start, work="forward")
 
 
-def landmarks_of(gradients: Tensor, targets: Tensor, chosen: np.ndarray[Any, Any], task: Task, draw: int) -> Any:
-    known = gradients[torch.from_numpy(chosen)]
+def landmarks_of(gram: Tensor, exact: Tensor, chosen: IntArray, task: Task, draw: int) -> LandmarkGradients:
+    known = torch.from_numpy(chosen)
     return LandmarkGradients(
         rows=task.rows[chosen],
         without_gradient=task.rows[:0],
-        columns=np.arange(len(targets), dtype=np.int64),
-        scores=known @ targets.T,
-        gram=known @ known.T,
-        identity={"draw": draw, "count": len(chosen), "sample": len(gradients)},
+        columns=np.arange(exact.shape[1], dtype=np.int64),
+        scores=exact[known],
+        gram=gram[known][:, known],
+        identity={"draw": draw, "count": len(chosen), "sample": len(gram)},
     )
 
 
-def agreement(choice: Choice, embeddings: Known, gradients: Tensor, targets: Tensor, chosen: Any, task: Task) -> Any:
+def agreement(
+    choice: Choice, embeddings: Known, gram: Tensor, exact: Tensor, chosen: IntArray, task: Task
+) -> dict[str, float]:
     """Recovery of gradients and agreement of scores on the rows that are no landmarks, means over targets."""
     group = torch.from_numpy(task.target_group)
-    columns = [torch.tensor([j]) for j in range(len(targets))]
     rows = embeddings.of(choice.embedding, task.pool, task.rows)(0, len(task.rows))
-    target = embeddings.of(choice.embedding, task.target, task.target_rows)(0, len(targets))
-    others = np.setdiff1d(np.arange(len(gradients)), chosen)
-    of_landmarks, unseen = torch.from_numpy(chosen), torch.from_numpy(others)
-    known = gradients[of_landmarks]
-    basis = candidate_basis(choice.candidate, rows[of_landmarks], mean=rows[of_landmarks].double().mean(0).float())
-    directions = basis.transform.apply(target)[torch.cat(columns)] if choice.residual else None
-    predicted = fit_kernel_ridge(basis, known @ targets.T, directions=directions).predict(rows[unseen])
-    exact = gradients[unseen] @ targets.T
+    target = embeddings.of(choice.embedding, task.target, task.target_rows)(0, exact.shape[1])
+    known, unseen = torch.from_numpy(chosen), torch.from_numpy(np.setdiff1d(np.arange(len(gram)), chosen))
+    basis = candidate_basis(choice.candidate, rows[known], mean=rows[known].double().mean(0).float())
+    directions = basis.transform.apply(target) if choice.residual else None
+    predicted = fit_kernel_ridge(basis, exact[known], directions=directions).predict(rows[unseen])
     mapped = basis.transform.apply(rows[unseen]).double()
     kernel = kernel_matrix(mapped, basis.landmarks.double(), basis.kernel, basis.median)
-    coefficients = torch.cholesky_solve(kernel.T, basis.factor).T
-    products = (gradients[unseen] @ known.T).double()
-    norms = gradients[unseen].double().norm(dim=1)
-    recovery = recovery_cosines(coefficients, (known @ known.T).double(), products, norms)
-    ranks = torch.tensor(spearman(predicted, exact))
-    of_target = range(len(task.target_names))
-    mean = [torch.stack([x[:, group == g].mean(1) for g in of_target], 1) for x in (predicted, exact)]
-    count = max(1, len(others) // 20)
-    top = [set(np.argsort(-m.numpy(), axis=0, kind="stable")[:count, g].tolist()) for g in of_target for m in mean]
+    recovery = recovery_cosines(
+        torch.cholesky_solve(kernel.T, basis.factor).T,
+        gram[known][:, known].double(),
+        gram[unseen][:, known].double(),
+        gram.diagonal()[unseen].double().sqrt(),
+    )
+    ranks = torch.tensor(spearman(predicted, exact[unseen]))
+    targets = range(len(task.target_names))
+    mean = [torch.stack([x[:, group == g].mean(1) for g in targets], 1) for x in (predicted, exact[unseen])]
+    count = max(1, len(unseen) // 20)
+    top = [[set(m[:, g].topk(count).indices.tolist()) for m in mean] for g in targets]
     return {
         "recovery": float(recovery.mean()),
         "spearman": float(np.mean(spearman(*mean))),
-        "spearman_rows": float(np.mean([float(ranks[group == g].mean()) for g in of_target])),
-        "top5": float(np.mean([len(a & b) / count for a, b in zip(top[::2], top[1::2], strict=True)])),
+        "spearman_rows": float(np.mean([float(ranks[group == g].mean()) for g in targets])),
+        "top5": float(np.mean([len(a & b) / count for a, b in top])),
     }
 
 
@@ -268,7 +278,8 @@ def main() -> None:
     parser.add_argument("--landmarks", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 2048])
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.0, 0.5, 1.0, 2.0])
-    parser.add_argument("--projection-dim", type=int, default=32768)
+    parser.add_argument("--projection", default="factorized", help="of the exact gradients")
+    parser.add_argument("--projection-dim", type=int, default=32)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--attention", default="sdpa")
     parser.add_argument("--batch-tokens", type=int)
@@ -282,7 +293,7 @@ def main() -> None:
     print(
         f"{len(task.rows)} rows, {int(task.pool.lengths[task.rows].sum())} tokens, {len(task.target_rows)} target rows"
     )
-    gradients, targets = gradients_of(task, clock, options.projection_dim)
+    gram, exact = gradients_of(task, clock, options.projection, options.projection_dim)
     forward_cost(task, clock)
     seed = child_seed(task.seed, "embedding") % 2**31
     paper = Jvp(depth=4, directions=2, positions="last", seed=seed)
@@ -299,7 +310,7 @@ def main() -> None:
     known = Known(task, {k: v[0] for k, v in vectors.items()}, {k: v[1] for k, v in vectors.items()})
     with_paper = Known(task, {label_of(paper): published[0]}, {label_of(paper): published[1]})
 
-    pool_rows, exact = options.pool_rows or len(task.pool), clock.per_row("gradients")
+    pool_rows, of_gradient = options.pool_rows or len(task.pool), clock.per_row("gradients")
     config: Any = task.loaded.model.config
     blocks = int(config.num_hidden_layers)
     finished = done(options.csv)
@@ -310,12 +321,12 @@ def main() -> None:
         for draw in range(options.draws):
             for count in (n for n in options.landmarks if n < len(task.rows)):
                 chosen = np.sort(random_subset(child_seed(draw, "frontier landmarks", count), len(task.rows), count))
-                landmarks = landmarks_of(gradients, targets, chosen, task, draw)
+                landmarks = landmarks_of(gram, exact, chosen, task, draw)
                 for name, (settings, kernels) in cases(named, options.budgets).items():
                     if (name, str(count), str(draw)) in finished:
                         continue
                     tables = with_paper if name == "jvp as published" else known
-                    columns = [torch.tensor([j]) for j in range(len(targets))]
+                    columns = [torch.tensor([j]) for j in range(exact.shape[1])]
                     choice = choose_embedding(
                         task, tables, landmarks, columns, task.target_group, settings=settings, kernels=kernels
                     )
@@ -323,26 +334,23 @@ def main() -> None:
                     timer = of_paper if tables is with_paper else clock
                     own = timer.per_row(label_of(choice.embedding))
                     trying = sum(clock.per_row(label_of(e)) for e in tried) if tried else own
-                    cost = count * (exact + trying) + (pool_rows - count) * own
+                    cost = count * (of_gradient + trying) + (pool_rows - count) * own
                     writer.writerow(
                         {
                             "embedding": name,
                             "chosen": label_of(choice.embedding),
                             "landmarks": count,
                             "draw": draw,
-                            **{
-                                k: round(v, 4)
-                                for k, v in agreement(choice, tables, gradients, targets, chosen, task).items()
-                            },
+                            **{k: round(v, 4) for k, v in agreement(choice, tables, gram, exact, chosen, task).items()},
                             "expected_recovery": round(choice.recovery, 4),
                             "expected_spearman": round(choice.mean_spearman, 4),
                             "kernel": f"{choice.candidate.kernel.name} {choice.candidate.kernel.scale:g}",
                             "damping": choice.candidate.damping,
                             "residual": choice.residual,
                             "seconds_per_row": round(own, 4),
-                            "cost": round(cost / (pool_rows * exact), 4),
+                            "cost": round(cost / (pool_rows * of_gradient), 4),
                             "rows": len(task.rows),
-                            "target_rows": len(targets),
+                            "target_rows": exact.shape[1],
                         }
                     )
                     file.flush()
