@@ -16,13 +16,19 @@ METHODS = {
     "full": Full(keep=4, oversample=2),
     "filter-then-weight": FilterThenWeight(keep=3, oversample=2, cold_start=1),
     "sketched": Tilt(keep=4, oversample=2, cold_start=1),
+    "reused": FilterThenWeight(keep=2, oversample=4, cold_start=1),
 }
 
 
 def main(folder: Path, name: str, micro: int) -> None:
     """Train and save what came out."""
     model = tiny_model("gpt2", tied=True)
-    settings = StepSettings(reduction="tokens", interactions="sketch" if name == "sketched" else "exact", sketch_dim=8)
+    settings = StepSettings(
+        reduction="tokens",
+        interactions="sketch" if name == "sketched" else "exact",
+        sketch_dim=8,
+        candidates="reuse:2" if name == "reused" else "exact",
+    )
     trainer = OnlineTrainer(
         model=model,
         args=arguments(folder, max_steps=3, per_device_train_batch_size=micro, gradient_accumulation_steps=2),
