@@ -28,6 +28,7 @@ from tamis.data.render import Renderer
 from tamis.errors import InvalidSettings, Unsupported
 from tamis.online.fate import read_candidates
 from tamis.online.trainer import OnlineTrainer
+from tamis.run_report import write_report
 from tamis.training.lora import add_lora
 from tiny_run import TinyRun, chat, make_run, save_model, write_rows
 
@@ -367,3 +368,21 @@ def test_windows_fill_the_epochs_of_a_run(run: TinyRun, tmp_path: Path) -> None:
     result = train(run, tmp_path, candidates="reuse:2", method="tracin", steps=None, epochs=1)
     assert result.manifest["training"]["steps"] == 10  # 40 rows, five windows of eight, two choices of each
     assert result.manifest["rows"]["pool"] == 40
+
+
+def test_the_report_of_a_run_shows_its_rows_as_long_as_they_are_the_same(run: TinyRun, tmp_path: Path) -> None:
+    pool = tmp_path / "pool.jsonl"
+    shutil.copy(run.pool, pool)
+    result = train(run, tmp_path / "out", pool=pool, forecast_every=2, **CHOOSING)
+    page = write_report(tmp_path / "out").read_text()
+    assert "Predicted and realised drop" in page and "Most weight in updates" in page
+    assert '<details class="row"' in page
+    assert f'<dd class="value">{result.manifest["training"]["distinct_rows"]}</dd>' in page
+    with pool.open("a") as file:
+        file.write(json.dumps(chat("One more?", "One more.")) + "\n")
+    (tmp_path / "out" / "manifest.json").unlink()
+    page = write_report(tmp_path / "out", out=tmp_path / "other.html").read_text()
+    assert "pool&#39;s files have changed since the run" in page and '<details class="row"' not in page
+    assert "not finished yet" in page
+    pool.unlink()
+    assert "cannot be read from here" in write_report(tmp_path / "out").read_text()
