@@ -3,13 +3,14 @@
     python benchmarks/projection_variance.py
 
 The gradient of a linear layer is a sum over a row's tokens, ``X = sum_t g_t a_t^T``. What the two-sided projection does
-to ``<X, Y>`` has a variance in closed form (docs/methods.md), in which the length appears only through the spectra of
-``X`` and ``Y``. Here both are made from factors of our own, since the claim is about sketches of sums: nothing is read
-from a model, and every length is the same layer. Three kinds of rows:
+to ``<X, Y>`` has a variance in closed form (tests/projection_variance.py), in which the length appears only through the
+spectra of ``X`` and ``Y``. Here both are made from factors of our own, since the claim is about sketches of sums:
+nothing is read from a model, and every length is the same layer. Three kinds of rows:
 
 * ``parallel``: every token's factors are one direction of the row plus a little of their own, so gradients stay near
   rank one however long the row is. The worst case.
-* ``decaying``: factors have variances that fall as 1/i and a small mean, shared by both rows, as activations of trained models have.
+* ``decaying``: factors have variances that fall as 1/i and a small mean, shared by both rows, as activations of trained
+  models have.
 * ``independent``: Gaussian factors with nothing in common; the longer the row, the fuller the rank.
 
 For each: the standard deviation of the projected inner product over ``--draws`` seeds of the library's projector

@@ -28,10 +28,8 @@ from tamis.model.load import ModelSettings, model_fingerprint, no_progress_bars,
 from tamis.model.memory import is_out_of_memory
 from tamis.model.processes import barrier, is_main, world_size
 from tamis.notation import candidates_parts
-from tamis.online.account import fallback_share, forecast_correlation, read_account
 from tamis.online.by_name import make_method
 from tamis.online.choice import Method, cold_updates
-from tamis.online.cost import as_plain
 from tamis.online.resume import WholeCheckpoint, append_log, cut_log, read_log, remove_after, whole_checkpoints
 from tamis.online.rows import PaddingCollator, TokenRows
 from tamis.online.run_trainer import HeldOut, RunCallback, RunTrainer, is_stopped
@@ -40,6 +38,7 @@ from tamis.outputs import check_claim, claim_folder, write_json
 from tamis.progress import NoProgress
 from tamis.protocols import Progress
 from tamis.settings import TrainRunSettings, to_dict
+from tamis.train_account import describe_cost, describe_training
 from tamis.train_rows import RunRows, check_candidates, measuring_targets, num_updates, split_rows
 from tamis.train_setup import (
     check_device,
@@ -243,7 +242,7 @@ class _Run:
                     "--batch-rows, --gradient-checkpointing, a smaller --max-length, or a smaller keep or oversample"
                 ) from error
         after = trainer.held_out_losses()
-        cost = self._cost(trainer, callback.seconds)  # every process takes part
+        cost = describe_cost(trainer.work(), seconds=callback.seconds)  # every process takes part
         if is_main():
             if after:
                 append_log(self.out / "log.jsonl", {**{f"final_{k}": v for k, v in after.items()}, "step": steps})
@@ -251,7 +250,7 @@ class _Run:
         barrier()
         return {
             "models": [opened.description],
-            "training": self._account(steps, stopped, after),
+            "training": describe_training(self.out, after, steps=steps, stopped_early=stopped),
             "cost": cost,
         }
 
@@ -306,42 +305,6 @@ class _Run:
             model.save_pretrained(partial, **options)
             tokenizer.save_pretrained(partial)
             partial.replace(folder)
-
-    def _account(self, steps: int, stopped: bool, after: Mapping[str, float]) -> dict[str, Any]:
-        log, account = read_log(self.out / "log.jsonl"), read_account(self.out / "candidates")
-        before = next(entry for entry in log if entry["step"] == 0)
-        correlation, pairs = forecast_correlation(log)
-        measured = {
-            name.removeprefix("eval_loss").removeprefix("/") or "all": {"before": before[name], "after": value}
-            for name, value in after.items()
-        }
-        return {
-            "steps": steps,
-            "stopped_early": stopped,
-            "candidates": account.candidates,
-            "distinct_candidates": account.distinct_candidates,
-            "kept": account.kept,
-            "distinct_rows": account.distinct_rows,
-            "fallback_share": fallback_share(log),
-            "share_by_source": account.share_by_source,
-            "held_out_loss": measured["all"] if measured else None,
-            "held_out_loss_by_target": {name: value for name, value in measured.items() if name != "all"},
-            "predicted_vs_realised_drop": {"correlation": correlation, "pairs": pairs},
-        }
-
-    def _cost(self, trainer: RunTrainer, seconds: float) -> dict[str, Any]:
-        """Tokens through the model (and through a proxy) and operations; measurements and forecasts are not among them.
-
-        ``candidate_tokens`` are pool rows' tokens, for scores and for updates: twice for rows that ran for both.
-        """
-        parts = as_plain(trainer.work())
-        return {
-            "seconds": round(seconds, 3),
-            "candidate_tokens": parts["candidates"]["tokens"] + parts["update"]["tokens"],
-            "target_tokens": parts["target"]["tokens"],
-            "tflops": {name: part["tflops"] for name, part in parts.items()},
-            "total_tflops": sum(part["tflops"] for part in parts.values()),
-        }
 
 
 def _result(out: Path, *, was_finished: bool) -> TrainResult:
