@@ -17,10 +17,10 @@ way to score candidates behind it: ``tracin@reuse:2``, ``top-k@jvp``, ``ftw-raw@
 
 ``--pools`` makes the pool worse on purpose: ``noise`` gives half of the rows the answer of another row, ``copies``
 replaces half of the rows by copies of a twentieth, ``irrelevant`` makes nine tenths of it of one source that is no
-target's, ``clean`` leaves it. Every run is one line of the CSV file; interrupt it and run it again: it goes on where it
-was, and what was measured under other settings does not count. At the end come means over seeds, differences to
-``full`` and to ``uniform`` within each budget, and two-sided paired t-tests, as they are and corrected by Holm for all
-comparisons printed.
+target's (by name), ``clean`` leaves it. Every run is one line of the CSV file; interrupt it and run it again: it goes
+on where it was, and what was measured under other settings does not count. At the end come means over seeds,
+differences to ``full`` and to ``uniform`` within each budget, and two-sided paired t-tests, as they are and corrected
+by Holm for all comparisons printed.
 """
 
 from __future__ import annotations
@@ -109,7 +109,8 @@ class Data:
             row for row in (_tokens(renderer, e, arguments.window) for e in examples) if row is not None
         ]
         pool = list(read_examples([str(arguments.pool)], kind="pool"))
-        self._rows, self._taken = arguments.rows, {w.removeprefix("source:") for w in arguments.targets.values()}
+        self._rows = arguments.rows
+        self._taken = {where.removeprefix("source:") for where in arguments.targets.values()} | set(arguments.targets)
         order = random.Random(0).sample(range(len(pool)), len(pool))
         self._pool, self._rest = (
             [pool[i] for i in sorted(part)] for part in (order[: self._rows], order[self._rows :])
