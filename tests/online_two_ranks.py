@@ -17,6 +17,7 @@ METHODS = {
     "filter-then-weight": FilterThenWeight(keep=3, oversample=2, cold_start=1),
     "sketched": Tilt(keep=4, oversample=2, cold_start=1),
     "reused": FilterThenWeight(keep=2, oversample=4, cold_start=1),
+    "forward-only": FilterThenWeight(keep=4, oversample=2, cold_start=1, filter="top", weights="none"),
 }
 
 
@@ -27,7 +28,7 @@ def main(folder: Path, name: str, micro: int) -> None:
         reduction="tokens",
         interactions="sketch" if name == "sketched" else "exact",
         sketch_dim=8,
-        candidates="reuse:2" if name == "reused" else "exact",
+        candidates={"reused": "reuse:2", "forward-only": "jvp"}.get(name, "exact"),
     )
     trainer = OnlineTrainer(
         model=model,

@@ -109,6 +109,33 @@ def test_a_proxy_chooses_and_forecasts_are_the_trained_models(tmp_path: Path) ->
         made(tmp_path / "b", model, method, StepSettings(), proxy_model=proxy)
 
 
+def test_forward_only_scores_under_autocast_keep_bf16s_digits(tmp_path: Path) -> None:
+    seen = []
+    for candidates in ("exact", "jvp"):
+        model = tiny_model("llama", lora=True, dtype=torch.float32)
+        method = TracIn(keep=2, oversample=4)
+        made(tmp_path / candidates, model, method, StepSettings(candidates=candidates), max_steps=1, bf16=True).train()
+        seen.append(read_candidates(tmp_path / candidates / "candidates")["alignment"].to_numpy())
+    assert np.abs(seen[0] - seen[1]).max() < 0.05 * np.abs(seen[0]).max()
+
+
+def test_the_logged_loss_is_of_the_rows_that_were_run(tmp_path: Path) -> None:
+    """Weights may be zero, and rows of weight zero are not run when the choice came by another way."""
+    proxy = tiny_model("gpt2", seed=1, blocks=1)
+    method = FilterThenWeight(
+        keep=6, oversample=1, alignment="raw", interactions="raw", filter="top", weights="nnls", cold_start=0
+    )
+    settings = StepSettings(candidates="proxy")
+    trainer = made(tmp_path, tiny_model("gpt2", lora=True), method, settings, proxy_model=proxy, max_steps=5)
+    trainer.train()
+    seen = read_candidates(tmp_path / "candidates").to_pandas()
+    assert (seen["weight"] == 0).any()
+    for entry in trainer.state.log_history:
+        if "selection/effective_size" in entry:
+            own = seen[(seen["step"] == entry["step"]) & (seen["weight"] > 0)]
+            assert entry["loss"] == pytest.approx(np.average(own["loss"], weights=own["weight"]), rel=1e-5)
+
+
 def test_a_look_serves_two_choices_and_all_target_rows_have_their_turn(tmp_path: Path) -> None:
     model = tiny_model("gpt2", lora=True)
     settings = StepSettings(target_every=2)

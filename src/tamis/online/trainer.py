@@ -239,7 +239,8 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         weights = np.abs(choice.weights)
         if self._step_settings.reduction == "tokens":
             weights = weights * proposal.tokens[choice.rows]
-        return float(np.average(proposal.losses[choice.rows], weights=weights))
+        used = weights > 0  # others may not have been run
+        return float(np.average(proposal.losses[choice.rows][used], weights=weights[used]))
 
     def _compare_forecast(self) -> None:
         """What the last update that was forecast did to the target rows it was made for."""
