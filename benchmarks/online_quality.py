@@ -57,6 +57,7 @@ from tamis.data.render import Renderer
 from tamis.errors import BadRow
 from tamis.model.load import ModelSettings, load_model, load_tokenizer
 from tamis.online import METHODS, FilterThenWeight, StepSettings
+from tamis.online.choice import cold_updates
 from tamis.online.cost import as_plain
 from tamis.online.settings import check_combination
 from tamis.types import Example
@@ -278,10 +279,13 @@ class Runs:
         named = ("steps", "rows", "keep", "oversample", "max_length", "window")
         self._settings = " ".join(f"{name}={getattr(arguments, name)}" for name in named)
         if self._path.is_file():
+            text = self._path.read_bytes()
+            whole = text[: text.rfind(b"\n") + 1]
+            if whole != text:  # killed while it wrote: that run is done again
+                self._path.write_bytes(whole)
             with self._path.open(newline="") as file:
                 reader = csv.DictReader(file)
-                # A run killed while it wrote leaves a short line, which is done again.
-                self.lines = [line for line in reader if None not in line.values()]
+                self.lines = list(reader)
             if tuple(reader.fieldnames or ()) != FIELDS:
                 raise SystemExit(f"{self._path} has other columns than this script writes; name another --csv")
         else:
@@ -318,15 +322,25 @@ class Runs:
 
 
 def steps_of(runs: Runs, method: str, budget: str, arguments: argparse.Namespace) -> int:
-    """Updates that the budget pays for, from what the first tuning run of the method cost beside that of ``full``."""
+    """Updates that the budget pays for, from what the first tuning run of the method cost beside that of ``full``.
+
+    The updates before a method starts cost what ``uniform`` or ``full`` costs, so the later ones are counted apart.
+    """
     if budget == "steps" or method == "full":
         return int(arguments.steps)
-    target = next(iter(arguments.targets))
-    own, full = (
-        runs.get(name, "steps", "clean", target, arguments.rates[0], TUNING_SEEDS[0], "tune", arguments.steps)
-        for name in (method, "full")
-    )
-    return max(1, round(arguments.steps * float(full["tflops"]) / float(own["tflops"])))
+    target, steps = next(iter(arguments.targets)), int(arguments.steps)
+
+    def cost(name: str) -> float:
+        line = runs.get(name, "steps", "clean", target, arguments.rates[0], TUNING_SEEDS[0], "tune", steps)
+        return float(line["tflops"])
+
+    selection, _ = make_method(method, arguments.keep, arguments.oversample)
+    cold = cold_updates(selection)
+    if cold >= steps:
+        raise SystemExit(f"{method} starts after {cold} updates, and --steps is {steps}; give more")
+    before = cold * cost("full" if selection.keeps_all else "uniform") / steps if cold else 0.0
+    each = (cost(method) - before) / (steps - cold)
+    return max(1, cold + round((cost("full") - before) / each))
 
 
 def best_rate(runs: Runs, method: str, budget: str, steps: int, arguments: argparse.Namespace) -> float:
