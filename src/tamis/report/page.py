@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,23 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from tamis.report import figures, wording
+from tamis.report import figures, training_figures, wording
 from tamis.report.content import ReportContent
+from tamis.report.drawing import PALETTE, Figure
+from tamis.report.training import TrainingContent
 
-__all__ = ["render_page", "write_page"]
+__all__ = ["render_page", "render_training_page", "write_page", "write_text"]
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write_page(content: ReportContent, path: str | Path) -> None:
-    """Write the page to ``path`` (UTF-8), replacing what is there only when the whole page has been made."""
-    page = render_page(content)
+    """Write a selection's page to ``path``."""
+    write_text(render_page(content), path)
+
+
+def write_text(page: str, path: str | Path) -> None:
+    """Write a whole page to ``path`` (UTF-8), replacing what is there at once."""
     path = Path(path)
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_bytes(page.encode("utf-8"))
@@ -36,7 +42,16 @@ def write_page(content: ReportContent, path: str | Path) -> None:
 
 
 def render_page(content: ReportContent) -> str:
-    """The page as text."""
+    """The page of a selection as text."""
+    return _render("report.html.j2", content, figures.draw(content))
+
+
+def render_training_page(content: TrainingContent) -> str:
+    """The page of a training run as text."""
+    return _render("training.html.j2", content, training_figures.draw(content))
+
+
+def _render(template: str, content: ReportContent | TrainingContent, drawn: Sequence[Figure]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -52,13 +67,12 @@ def render_page(content: ReportContent) -> str:
         seconds=wording.seconds,
         short=lambda text: wording.one_line(text, 80),
     )
-    drawn = figures.draw(content)
     scripts = (_script(get_plotlyjs()), _script((_TEMPLATES / "page.js").read_text(encoding="utf-8")))
-    return environment.get_template("report.html.j2").render(
+    return environment.get_template(template).render(
         content=content,
         figures=drawn,
         figure_json=_json({figure.key: {**figure.spec, "height": figure.height} for figure in drawn}),
-        palette=figures.PALETTE,
+        palette=PALETTE,
         style=Markup((_TEMPLATES / "page.css").read_text(encoding="utf-8")),
         plotly_script=Markup(scripts[0]),
         page_script=Markup(scripts[1]),

@@ -14,6 +14,7 @@
         trace.marker.color = own;
         trace.textfont = { color: colour("ink"), size: 12 };
       } else if (trace.mode === "markers") {
+        trace.marker.color = own;
         trace.marker.line.color = own;
       } else if (trace.mode === "text") {
         trace.textfont = { color: own, size: 12 };
