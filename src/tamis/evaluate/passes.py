@@ -19,6 +19,7 @@ from tamis.model.flops import (
     feature_dim,
     feature_flops,
     forward_flops,
+    hessian_flops,
     stage_flops,
     weight_gradient_flops,
 )
@@ -166,9 +167,11 @@ def _influence_distillation(question: MethodQuestion) -> list[PassPlan]:
             every_weight = weight_gradient_flops(shape, seen.tokens) / 1e12
             warmup = replace(warmup, feature_tflops=every_weight)
         passes.append(warmup)
-    few = question.scored.times(min(1.0, method.landmarks / question.scored.rows))
+    landmarks = question.scored.rows if isinstance(method.landmarks, str) else method.landmarks
+    few = question.scored.times(min(1.0, landmarks / question.scored.rows))
     passes.append(question.feature_pass("gradients (target)", question.target, shape=shape, kept=True))
     passes.append(question.feature_pass("gradients (landmarks)", few, shape=shape, kept=True))
+    passes += _hessian_passes(question, method, few, shape)
     if few.rows == question.scored.rows:
         return passes
     tried = [e for e in embeddings_within(method.embedding_settings(), shape.blocks, 0) if not isinstance(e, _FREE)]
@@ -184,6 +187,19 @@ def _influence_distillation(question: MethodQuestion) -> list[PassPlan]:
         kept = entry if method.keep_embeddings else 0
         passes.append(_embedding_pass(f"{dearest.name} (pool)", dearest, question.scored, shape, entry_bytes=kept))
     return passes
+
+
+def _hessian_passes(
+    question: MethodQuestion, method: InfluenceDistillation, landmarks: CorpusSize, shape: ModelShape
+) -> list[PassPlan]:
+    """Products of the target's Hessian; their inner products with the landmarks take passes that memory decides."""
+    if method.weights != "second-order" and not method.hessian_ratio:
+        return []
+    drawn = landmarks.times(min(1.0, method.hessian_landmarks / landmarks.rows))
+    products = drawn.rows if method.weights == "second-order" else 1
+    target = question.target
+    flops = hessian_flops(shape, products, target.tokens, target.supervised_tokens, target.squared_tokens)
+    return [PassPlan(name="Hessian products (target)", work="gradient", size=target, tflops=flops / 1e12)]
 
 
 def _embedding_pass(
