@@ -153,6 +153,24 @@ def _less(question: MethodQuestion) -> list[PassPlan]:
     return passes
 
 
+def _influence_function(question: MethodQuestion) -> list[PassPlan]:
+    values, pool = question.values, question.pool
+    rows = pool.rows if values["factor_rows"] is None else min(int(values["factor_rows"]), pool.rows)
+    few, shape = pool.times(rows / pool.rows), question.shape
+    # a a^T and g g^T of every layer; EK-FAC turns both into the eigenbasis and forms each row's gradient there.
+    squares = sum(m.count * (m.out_features**2 + m.in_features**2) for m in shape.gradient_matrices)
+    made = question.model_pass("covariances (pool)", "gradient", few)
+    factors = 4.0 * 2 * squares
+    passes = [replace(made, feature_tflops=2 * few.tokens * squares / 1e12, disk_bytes=factors)]
+    if values["strategy"] == "ekfac":
+        formed = 2 * few.tokens * squares + weight_gradient_flops(shape, few.tokens)
+        again = question.model_pass("eigenvalues (pool)", "gradient", few)
+        passes.append(replace(again, feature_tflops=formed / 1e12, disk_bytes=4.0 * shape.gradient_numel))
+    passes.append(question.model_pass("gradients (target)", "gradient", question.target))
+    lots = max(1, math.ceil(4.0 * question.target.rows * shape.gradient_numel / (values["memory_gb"] * 2**30)))
+    return [*passes, *[question.model_pass("influence (pool)", "gradient", question.scored)] * lots]
+
+
 def _influence_distillation(question: MethodQuestion) -> list[PassPlan]:
     method = InfluenceDistillation(**question.values)
     lora = method.moments is None and method.warmup == "lora"
@@ -229,6 +247,7 @@ _PASSES: dict[str, Callable[[MethodQuestion], list[PassPlan]]] = {
     "loss-drop": _loss_drop,
     "tracin": _tracin,
     "less": _less,
+    "influence-function": _influence_function,
     "influence-distillation": _influence_distillation,
 }
 

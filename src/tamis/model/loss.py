@@ -5,9 +5,9 @@ Logits are formed at the supervised positions alone: with vocabularies of 50k-26
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -69,11 +69,15 @@ def supervised_positions(batch: Batch) -> SupervisedPositions:
 
 
 def per_sample_losses(
-    model: nn.Module, batch: Batch, positions: SupervisedPositions | None = None
+    model: nn.Module,
+    batch: Batch,
+    positions: SupervisedPositions | None = None,
+    *,
+    relabel: Callable[[Tensor], Tensor] | None = None,
 ) -> Float[Tensor, " B"]:
     """Mean cross-entropy of each row over its supervised tokens, in float32 (float64 for float64 models).
 
-    One forward pass without dropout. Differentiable once.
+    One forward pass without dropout. Differentiable once. ``relabel`` gives other labels, from the ``(n, V)`` logits.
 
     Raises:
         InvalidInput: a row has no supervised token.
@@ -81,6 +85,8 @@ def per_sample_losses(
     """
     positions = supervised_positions(batch) if positions is None else positions
     logits = _supervised_logits(model, batch, positions)
+    if relabel is not None:
+        positions = replace(positions, labels=relabel(logits))
     losses: Tensor = _MeanCrossEntropy.apply(logits, positions)  # type: ignore[no-untyped-call]
     return losses
 

@@ -24,7 +24,7 @@ from tamis.data.batches import collate, plan_batches
 from tamis.gradients.hessian import attention_for_hessians, hessian_products
 from tamis.gradients.per_sample import Alignments, MaterialisedGradients, WeightedGradient, run_batch
 from tamis.model.flops import ModelShape, hessian_flops, stage_flops
-from tamis.score.decisions import kept_once
+from tamis.score.decisions import gradient_size, kept_once
 from tamis.score.features import parts_of
 from tamis.score.landmark_gradients import adam_vectors
 from tamis.score.less import moments_digest
@@ -199,15 +199,13 @@ class LandmarkHessians:
             "moments": self._form(),
             "model": task.model_identity(),
         }
-        sizes = task.workdir("gradient-sizes", {"algorithm": "gradient-sizes-v1"}, uses_target=False) / "sizes.json"
-        numel = kept_once(sizes, lambda: sum(layer.numel for layer in task.layers()))
         # Directions vary slowest, so that a shard needs few of them.
         writer = StageWriter(
             task.store,
             f"{name}-{task.pool.name}",
             full,
             num_rows=count * columns,
-            shard_rows=max(1, min(_SHARD_PRODUCTS, self._memory // (4 * _COPIES * numel))),
+            shard_rows=max(1, min(_SHARD_PRODUCTS, self._memory // (4 * _COPIES * gradient_size(task)))),
         )
         task.stages.append(writer.path)
         with task.progress.stage(f"{name} ({task.pool.name})", count * columns, "products") as advance:
