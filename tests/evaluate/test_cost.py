@@ -44,7 +44,9 @@ def test_no_cascade_is_shown_where_it_would_keep_everything(tiny: TinyRun) -> No
 
 
 @pytest.mark.parametrize("shortlist", [None, "bm25:2x"])
-@pytest.mark.parametrize(("method", "chosen"), [("tracin", {}), ("mid-ppl", {}), ("rds+", {})])
+@pytest.mark.parametrize(
+    ("method", "chosen"), [("tracin", {}), ("mid-ppl", {}), ("rds+", {}), ("influence-function", {})]
+)
 def test_the_plan_agrees_with_what_a_run_has_spent(
     tiny: TinyRun, tmp_path: Path, method: str, chosen: dict[str, Any], shortlist: str | None
 ) -> None:

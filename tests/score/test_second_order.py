@@ -204,6 +204,26 @@ def test_copies_share_one_place_in_the_programme() -> None:
     )  # margins 2 and 1, but for lambda
 
 
+def test_rows_that_stand_in_for_rows_already_taken_weigh_something() -> None:
+    # Both columns want row 0 and, far behind, row 1; the second column must make do with rows 1 and 2 or 3.
+    values = np.array([[5.0, 5.0], [1.0, 1.0], [0.5, 0.4], [0.4, 0.5]], np.float32)
+    one = bent(np.eye(4), values[:, 0], 1e-6)
+    assert one.curvature is not None
+    products = np.repeat(one.curvature.products, 2, axis=0)
+    scores = dataclasses.replace(
+        one,
+        values=values,
+        group=np.zeros(2, np.int64),
+        curvature=dataclasses.replace(one.curvature, products=products, ratio=np.zeros(2, np.float32)),
+    )
+    found = choose(scores, budget=Budget(kind="rows", value=4), tokens=np.ones(4, np.int64))
+    assert sorted(found.order) == [0, 1, 2, 3] and (found.example_weights > 0).all()
+    for column in (0, 1):
+        mine = found.order[found.target_row == column]
+        assert found.example_weights[mine].mean() == pytest.approx(1)
+        assert np.argmax(found.example_weights[mine]) == np.argmax(values[mine, column])
+
+
 def test_curvature_of_other_columns_is_refused() -> None:
     scores = bent(np.eye(3), np.ones(3), 0.1)
     wide = dataclasses.replace(scores, values=np.ones((3, 2), np.float32), group=np.zeros(2, np.int64))

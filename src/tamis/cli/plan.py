@@ -171,12 +171,13 @@ def print_plan(console: Console, result: PlanResult) -> None:
 
 
 def _table(result: PlanResult) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("method")
-    for name in ("rows scored", "TFLOP", "paper's TFLOP", "passes", "time", "memory", "disk"):
+    # Eight columns in 80 characters: two lines of heads, and a cascade without its method's name, which is above it.
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
+    table.add_column("method", no_wrap=True)
+    for name in ("rows\nscored", "\nTFLOP", "paper's\nTFLOP", "\npasses", "\ntime", "\nmemory", "\ndisk"):
         table.add_column(name, justify="right", no_wrap=True)
     for method in result.methods:
-        name = f"  {method.shortlist} → {method.method}" if method.shortlist else method.method
+        name = f"  after {method.shortlist}" if method.shortlist else method.method
         used = bool(method.passes)
         table.add_row(
             Text(name, style="cyan" if method.shortlist else ""),

@@ -31,6 +31,7 @@ __all__ = ["KroneckerCurvature", "Strategy"]
 Strategy = Literal["ekfac", "kfac"]
 Sums = SecondMoments | SquaredCoordinates
 
+_BASES, _EIGENVALUES = "bases.safetensors", "eigenvalues.safetensors"
 _PART_ROWS = 1024  # what a kill can lose; a part takes the disk space of all factors until it is summed
 
 
@@ -67,9 +68,13 @@ class KroneckerCurvature:
         }
 
     def start(self) -> Callable[[str, Tensor], Tensor]:
-        """The damped inverse of a layer, applied to gradients ``(J, O, I)``; factors not in the store are made now."""
+        """The damped inverse of a layer, applied to gradients ``(J, O, I)``; after ``prepare``."""
         device = self.task.loaded.device
-        bases, eigenvalues = self._bases(), self._eigenvalues()
+        bases = self._bases()
+        if self.strategy == "kfac":
+            eigenvalues = {name: kfac_eigenvalues(basis) for name, basis in bases.items()}
+        else:
+            eigenvalues = load_file(self._folder() / _EIGENVALUES)
         on_device = {name: _moved(basis, device) for name, basis in bases.items()}
         there = {name: values.to(device) for name, values in eigenvalues.items()}
 
@@ -79,17 +84,20 @@ class KroneckerCurvature:
         return apply
 
     def prepare(self) -> None:
-        """Make what is missing, by all processes together, before any of them needs it alone."""
-        self._bases()
+        """Make what is missing, by all processes together: ``start`` is called by those alone that have work to do."""
+        self._make_bases()
         if self.strategy == "ekfac":
-            self._eigenvalues()
+            self._make_eigenvalues()
 
     def _folder(self) -> Path:
         return self.task.workdir("kronecker-factors", self._factors(), uses_target=False)
 
     def _bases(self) -> dict[str, KroneckerBasis]:
-        path = self._folder() / "bases.safetensors"
+        stored = load_file(self._folder() / _BASES)
+        names = [name.removeprefix("values_in/") for name in stored if name.startswith("values_in/")]
+        return {name: KroneckerBasis(**{field: stored[f"{field}/{name}"] for field in _FIELDS}) for name in names}
 
+    def _make_bases(self) -> None:
         def compute(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
             tokens = float(self.task.pool.lengths[self.rows].sum())
             found: dict[str, Tensor] = {}
@@ -99,27 +107,19 @@ class KroneckerCurvature:
                 found |= {f"{field}/{layer.name}": getattr(basis, field).float() for field in _FIELDS}
             return found
 
-        self._once(path, "covariances", SecondMoments, compute)
-        stored = load_file(path)
-        names = [name.removeprefix("values_in/") for name in stored if name.startswith("values_in/")]
-        return {name: KroneckerBasis(**{field: stored[f"{field}/{name}"] for field in _FIELDS}) for name in names}
+        self._once(self._folder() / _BASES, "covariances", SecondMoments, compute)
 
-    def _eigenvalues(self) -> dict[str, Tensor]:
-        bases = self._bases()
-        if self.strategy == "kfac":
-            return {name: kfac_eigenvalues(basis) for name, basis in bases.items()}
-        path = self._folder() / "eigenvalues.safetensors"
-
+    def _make_eigenvalues(self) -> None:
         def begin() -> SquaredCoordinates:
             device = self.task.loaded.device
-            return SquaredCoordinates({n: _moved(b, device) for n, b in bases.items()}, self.task.layers())
+            return SquaredCoordinates(
+                {name: _moved(basis, device) for name, basis in self._bases().items()}, self.task.layers()
+            )
 
         def compute(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {name.removeprefix("squares/"): total / len(self.rows) for name, total in sums.items()}
 
-        self._once(path, "eigenvalues", begin, compute)
-        stored: dict[str, Tensor] = load_file(path)
-        return stored
+        self._once(self._folder() / _EIGENVALUES, "eigenvalues", begin, compute)
 
     def _once(
         self,

@@ -152,7 +152,7 @@ def choose(
             columns, scores.curvature, solutions, picks.rows, picks.column, num_candidates=int(candidates.sum())
         )
         example_weights[picks.rows] = found
-        notes = notes_of_second_order(solutions, found, of_target, scores.target_names, eta=scores.curvature.eta)
+        notes = notes_of_second_order(solutions, of_target, scores.target_names, eta=scores.curvature.eta)
     return Choice(
         rows=rows,
         order=rows[picks.rows],

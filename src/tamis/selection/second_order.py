@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tamis.errors import InvalidInput
-from tamis.maths.second_order import TermRatio
+from tamis.maths.second_order import WORTH_HAVING, TermRatio
 from tamis.selection.top import block_length
 from tamis.solve.quadratic import LowRankQuadratic, landmark_root
 from tamis.solve.simplex_qp import solve_simplex_qp, solve_simplex_qp_for_count
@@ -111,8 +111,9 @@ def second_order_weights(
 ) -> FloatArray:
     """A weight for each picked row: the same programme at the same λ with only a column's own picks in play.
 
-    Where the picks are the rows with weights above zero, that is the programme's own solution; where others stand in
-    (a copy, a row that another column took first), the best that can be done with them. Weights of a column average 1.
+    Where the picks are the rows with weights above zero, that is the programme's own solution. Where others stand in,
+    since another column took a row first, some may get none at that λ: then it is the λ that leaves all of them some.
+    Weights of a column average 1.
     """
     weights = np.ones(len(picked), np.float32)
     for solution in solutions:
@@ -124,19 +125,22 @@ def second_order_weights(
         scale = num_candidates / len(mine)
         u = _mixed(curvature.coefficients, picked[mine], root).double() * scale**0.5
         p = torch.from_numpy(np.asarray(values[picked[mine], solution.column])).double()
-        weights[mine] = solve_simplex_qp(p, LowRankQuadratic(u), solution.lam * scale).value.float().numpy()
+        quadratic = LowRankQuadratic(u)
+        found = solve_simplex_qp(p, quadratic, solution.lam * scale).value
+        if not bool((found > 0).all()):
+            found = solve_simplex_qp_for_count(p, quadratic, len(mine)).value
+        weights[mine] = found.float().numpy()
     return weights
 
 
 def notes_of_second_order(
     solutions: Sequence[ColumnSolution],
-    weights: Float[np.ndarray, " k"],
     of_target: Int[np.ndarray, " M"],
     target_names: Sequence[str],
     *,
     eta: float,
 ) -> tuple[str, ...]:
-    """A sentence for each target whose rows were picked, and one on picks that weigh nothing."""
+    """A sentence for each target whose rows were picked."""
     sentences = []
     for target, name in enumerate(target_names):
         mine = [solution for solution in solutions if of_target[solution.column] == target]
@@ -154,15 +158,9 @@ def notes_of_second_order(
         )
         if missed:
             sentence += f"; for {missed} of them no lambda leaves exactly the rows wanted, and the largest were kept"
-        if not any(solution.terms.worth_having for solution in mine):
+        if not any(s.terms.worth_having or s.equal_ratio > WORTH_HAVING for s in mine):
             sentence += "; below 5 %, so first-order weights would have done"
         sentences.append(sentence)
-    idle = int((np.asarray(weights) == 0).sum())
-    if idle:
-        sentences.append(
-            f"{idle} selected rows have the weight 0: copies, or rows that other target rows had taken, left the "
-            "programme others than it had chosen"
-        )
     return tuple(sentences)
 
 
