@@ -66,7 +66,7 @@ def test_the_plan_agrees_with_what_a_run_has_spent(
     )
     plan = plan_of(tiny, budget=12, shortlist=shortlist or "bm25:5x", sample=0, compare=str(out))
     ratios = {c.quantity: c.ratio for c in plan.comparisons}
-    work = "gradient" if method == "tracin" else "forward"
+    work = "gradient" if method in ("tracin", "influence-function") else "forward"
     assert ratios[f"{work} rows"] == pytest.approx(1, abs=1e-9)
     # A shortlist's own lengths are known only when it has run; the plan takes the pool's mix.
     near = 1e-6 if shortlist is None else 0.5
