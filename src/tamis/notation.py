@@ -32,9 +32,10 @@ METHOD_SUMMARIES: dict[str, str] = {
     "rds+": "cosine of position-weighted mean hidden states with the target rows",
     "tracin": "gradient cosine with the target rows (the default)",
     "less": "Adam update of the row against the target gradient, over checkpoints of a LoRA warm-up",
+    "influence-function": "exact gradients through the inverse curvature of the loss, as EK-FAC or K-FAC has it",
     "influence-distillation": "exact gradients of a few landmark rows, carried to all others by cheap embeddings",
 }
-GRADIENT_METHODS = ("tracin", "less")
+GRADIENT_METHODS = ("tracin", "less", "influence-function")
 # The methods of ``tamis.online.METHODS``, likewise.
 ONLINE_SUMMARIES: dict[str, str] = {
     "filter-then-weight": "greedy filter by what is left of the target, then weights near 1 (the default)",
