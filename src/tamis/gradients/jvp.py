@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tamis.errors import Unsupported
 from tamis.model.loss import supervised_positions
+from tamis.model.lowrank import LowRankLinear, moved_products
 from tamis.model.states import mean_by_row, states_before_head
 from tamis.seeds import child_seed, random_normal
 from tamis.types import Batch, LayerSpec
@@ -84,14 +85,31 @@ def hidden_tangents(
 
     # The fused attention kernels have no forward-mode rule; the plain one has, and every "sdpa" model can use it.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
-        params = _dual_params(model, layers, direction)
+        plain, moves = _split(model, layers, direction)
+        params = _dual_params(model, plain, direction)
         try:
-            return states_before_head(model, batch, take=take, params=params)
+            with moved_products(model, moves):
+                return states_before_head(model, batch, take=take, params=params)
         except NotImplementedError as error:
             raise Unsupported(
                 f"{type(model).__name__} cannot be run in forward mode ({str(error).splitlines()[0]}); load it with "
                 "attention 'sdpa' or 'eager', or choose another embedding than jvp"
             ) from error
+
+
+def _split(
+    model: nn.Module, layers: Sequence[LayerSpec], direction: Mapping[str, Tensor]
+) -> tuple[list[LayerSpec], dict[str, Tensor]]:
+    """Layers whose weight is a parameter, and for those in factors a zero matrix with the direction as its tangent."""
+    plain, moves = list[LayerSpec](), {}
+    for layer in layers:
+        module = model.get_submodule(layer.name)
+        if isinstance(module, LowRankLinear):
+            tangent = direction[layer.name].to(module.A.weight)
+            moves[layer.name] = _dual(torch.zeros_like(tangent), tangent)
+        else:
+            plain.append(layer)
+    return plain, moves
 
 
 def _dual_params(model: nn.Module, layers: Sequence[LayerSpec], direction: Mapping[str, Tensor]) -> dict[str, Tensor]:
