@@ -18,7 +18,14 @@ from tamis.errors import InvalidInput, NonFinite, Unsupported
 from tamis.model.targets import output_embeddings
 from tamis.types import Batch
 
-__all__ = ["SupervisedPositions", "evaluation_mode", "per_sample_losses", "require_finite", "supervised_positions"]
+__all__ = [
+    "SupervisedPositions",
+    "evaluation_mode",
+    "per_sample_losses",
+    "require_finite",
+    "supervised_logits",
+    "supervised_positions",
+]
 
 # Logits handled at once: 1 MB of float32 that stays in each core's cache; on a GPU few launches matter more.
 _CPU_CHUNK, _GPU_CHUNK = 1 << 18, 1 << 26
@@ -73,11 +80,21 @@ def per_sample_losses(
         Unsupported: the model's LM head is not fed ``(B, T, hidden)``.
     """
     positions = supervised_positions(batch) if positions is None else positions
-    with evaluation_mode(model), _gathered_before_head(model, positions, tuple(batch.input_ids.shape)):
-        output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    logits = output.logits.view(-1, output.logits.shape[-1])  # (1, n, V) -> (n, V)
+    logits = supervised_logits(model, batch, positions)
     losses: Tensor = _MeanCrossEntropy.apply(logits, positions)  # type: ignore[no-untyped-call]
     return losses
+
+
+def supervised_logits(model: nn.Module, batch: Batch, positions: SupervisedPositions) -> Float[Tensor, "n V"]:
+    """The logits that predict the supervised tokens, in the order of ``positions``: one forward pass without dropout.
+
+    Raises:
+        Unsupported: the model's LM head is not fed ``(B, T, hidden)``.
+    """
+    with evaluation_mode(model), _gathered_before_head(model, positions, tuple(batch.input_ids.shape)):
+        output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    logits: Tensor = output.logits
+    return logits.view(-1, logits.shape[-1])  # (1, n, V) -> (n, V)
 
 
 def require_finite(losses: Tensor, batch: Batch) -> None:
