@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -31,7 +32,8 @@ __all__ = [
     "mean_correlation",
     "measure",
     "mixed_scores",
-    "top_overlap",
+    "resampled_correlation",
+    "resampled_overlap",
 ]
 
 TOP_SHARE = 0.05
@@ -107,34 +109,54 @@ def agreement(ours: FloatArray, full: FloatArray, names: Sequence[str], *, seed:
 
     A target whose scores are all equal on one side has no ranking to agree on and counts as 0.
     """
-    rows = len(full)
-    draws = (random_uniform(child_seed(seed, "resampled rows"), _RESAMPLES * rows) * rows).astype(np.int64)
-    by_target, spearmans, overlaps = {}, [], []
-    everything = np.arange(rows)
-    for sample in (everything, *draws.reshape(_RESAMPLES, rows)):
-        pairs = [(ours[sample, j], full[sample, j]) for j in range(full.shape[1])]
-        found = [rank_correlation(x, y) or 0.0 for x, y in pairs]
-        if sample is everything:
-            by_target = dict(zip(names, found, strict=True))
-        spearmans.append(float(np.mean(found)))
-        overlaps.append(float(np.mean([top_overlap(x, y) for x, y in pairs])))
-    return Agreement(spearman=_interval(spearmans), top_overlap=_interval(overlaps), by_target=by_target)
+    counts = _resampled_counts(len(full), seed)
+    pairs = [(ours[:, j], full[:, j]) for j in range(full.shape[1])]
+    by_target = {name: float(resampled_correlation(x, y, counts)[0]) for name, (x, y) in zip(names, pairs, strict=True)}
+    return Agreement(
+        spearman=_interval(np.mean([resampled_correlation(x, y, counts) for x, y in pairs], axis=0)),
+        top_overlap=_interval(np.mean([resampled_overlap(x, y, counts) for x, y in pairs], axis=0)),
+        by_target=by_target,
+    )
+
+
+def resampled_correlation(x: FloatArray, y: FloatArray, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Spearman's correlation of the rows as often as ``counts`` (R, n) has them: (R,); ties at their mean rank.
+
+    A row that is there ``c`` times is ``c`` equal rows, so its mean rank follows from how many rows are below it.
+    """
+    ranks = []
+    for values in (x, y):
+        _, place = np.unique(values, return_inverse=True)
+        together = np.zeros((len(counts), place.max() + 1))
+        np.add.at(together.T, place, counts.T)  # rows of one score are one
+        ranks.append((np.cumsum(together, axis=1) - (together - 1) / 2)[:, place])
+    total = counts.sum(axis=1, keepdims=True)
+    centred = [rank - (counts * rank).sum(axis=1, keepdims=True) / total for rank in ranks]
+    of_both, of_x, of_y = ((counts * centred[a] * centred[b]).sum(axis=1) for a, b in ((0, 1), (0, 0), (1, 1)))
+    scale = np.sqrt(of_x * of_y)
+    found: npt.NDArray[np.float64] = np.divide(of_both, scale, out=np.zeros_like(scale), where=scale > 0)
+    return found
+
+
+def resampled_overlap(
+    x: FloatArray, y: FloatArray, counts: npt.NDArray[np.int64], share: float = TOP_SHARE
+) -> npt.NDArray[np.float64]:
+    """The part of the best ``share`` of the rows, as often as ``counts`` (R, n) has them, that both put there: (R,)."""
+    wanted = max(1, round(share * len(x)))
+    taken = []
+    for values in (x, y):
+        order = np.argsort(-values, kind="stable")
+        before = np.cumsum(counts[:, order], axis=1) - counts[:, order]
+        copies = np.empty_like(counts)
+        copies[:, order] = np.clip(wanted - before, 0, counts[:, order])
+        taken.append(copies)
+    found: npt.NDArray[np.float64] = np.minimum(*taken).sum(axis=1) / wanted
+    return found
 
 
 def mean_correlation(ours: FloatArray, full: FloatArray) -> float:
     """Spearman's correlation of ``(n, G)`` scores, averaged over the targets; 0 for one without a ranking."""
     return float(np.mean([rank_correlation(ours[:, j], full[:, j]) or 0.0 for j in range(full.shape[1])]))
-
-
-def top_overlap(x: FloatArray, y: FloatArray, share: float = TOP_SHARE) -> float:
-    """The part of the best ``share`` of the rows (one at least) that both put there; equal scores in row order.
-
-    >>> top_overlap(np.float32([3, 2, 1, 0]), np.float32([3, 0, 1, 2]), share=0.5)
-    0.5
-    """
-    count = max(1, round(share * len(x)))
-    best = [set(np.argsort(-scores, kind="stable")[:count].tolist()) for scores in (x, y)]
-    return len(best[0] & best[1]) / count
 
 
 def _features(
@@ -159,7 +181,16 @@ def _scores(units: Tensor, target_units: Tensor, target: TargetRows) -> FloatArr
     return scores
 
 
-def _interval(values: Sequence[float]) -> Interval:
+def _resampled_counts(rows: int, seed: int) -> npt.NDArray[np.int64]:
+    """How often each row is drawn: once in the first line, with replacement in the others."""
+    drawn = (random_uniform(child_seed(seed, "resampled rows"), _RESAMPLES * rows) * rows).astype(np.int64)
+    counts = np.ones((_RESAMPLES + 1, rows), dtype=np.int64)
+    for line, sample in enumerate(drawn.reshape(_RESAMPLES, rows), start=1):
+        counts[line] = np.bincount(sample, minlength=rows)
+    return counts
+
+
+def _interval(values: npt.NDArray[np.float64]) -> Interval:
     """The first value is of all rows, the others are of resampled ones."""
     low, high = np.quantile(values[1:], [0.025, 0.975])
-    return Interval(value=values[0], low=float(low), high=float(high))
+    return Interval(value=float(values[0]), low=float(low), high=float(high))

@@ -150,19 +150,23 @@ def assign_roles(
         BadRow: a row that was drawn cannot be rendered and ``on_bad_row`` is "fail".
         InvalidInput: fewer than 40 distinct usable rows are there, or a target has none.
     """
+    if target:
+        sizes = replace(sizes, stand_ins=0)
     drawn = _draw(pool, renderer, sum(vars(sizes).values()), seed, on_bad_row)
     if len(drawn) < _LEAST_ROWS:
         raise InvalidInput(
             f"the pool has {len(drawn)} distinct rows with a supervised token; a proxy is built from some and measured "
             f"on others, so give at least {_LEAST_ROWS}"
         )
-    total = len(drawn)
+    # Where there are too few rows for all roles, each has its part of them and the rest aligns.
+    wanted, total = sum(vars(sizes).values()), len(drawn)
     parts = {"held_out": 4, "validation": 8, "stand_ins": 8, "probe": 4}
     taken: dict[str, list[Row]] = {}
     rest = drawn
     for role, part in parts.items():
-        wanted = 0 if role == "stand_ins" and target else getattr(sizes, role)
-        size = min(wanted, total // part)
+        size = getattr(sizes, role)
+        if total < wanted:
+            size = min(size, total // part)
         taken[role], rest = rest[:size], rest[size:]
     given = _given_targets(target, renderer, on_bad_row) if target else _stand_ins(taken["stand_ins"])
     return Roles(
