@@ -57,7 +57,7 @@ PROXY_SUMMARIES: dict[str, str] = {
     "paper": "IProX as published: core form, absolute damping, gradient alignment, influence over the factors",
     "layer-extraction": "baseline: the blocks that change their input most, whole",
     "sibling": "baseline: a smaller model of the family, as it is (--sibling)",
-    "influence-scorer": "baseline: a linear head on a smaller model's states, fitted to the scores (--sibling)",
+    "influence-scorer": "baseline: a head on a smaller model's states, fitted to scores; gives scores, no model",
 }
 PROJECTION_NAMES = ("none", "factorized", "rademacher", "hadamard", "mask")
 

@@ -44,17 +44,17 @@ from tamis.outputs import check_claim, claim_folder, write_json
 from tamis.progress import NoProgress
 from tamis.projection.factorized import FactorizedProjector
 from tamis.protocols import Progress
-from tamis.proxies.baselines import build_extraction, build_sibling
+from tamis.proxies.baselines import build_extraction, build_scorer, build_sibling
 from tamis.proxies.bench import Bench
 from tamis.proxies.build import build_low_rank
 from tamis.proxies.retention import Retention
-from tamis.proxies.rows import RowSizes, assign_roles
+from tamis.proxies.rows import RowSizes, assign_roles, usable_rows
 from tamis.proxy_settings import ProxySettings
 from tamis.report.retention_page import retention_page
 from tamis.types import Example
 from tamis.values import to_dict
 
-__all__ = ["ProxyResult", "proxy_from_settings"]
+__all__ = ["ProxyResult", "prepare", "proxy_from_settings", "read_rows"]
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def proxy_from_settings(
     check_writable(out)
     loading = _loading(settings)
     resolved_dtype(loading)  # refuses a device that is not there
-    pool, target = _read(settings, held)
+    pool, target = read_rows(settings, held)
     identity = _identity(settings, loading, pool, target)
     claim_folder(out, identity)
     write_config("proxy", settings, out / "run.yaml", held=list(held))
@@ -122,25 +122,10 @@ def proxy_from_settings(
         shutil.rmtree(out / "store", ignore_errors=True)
         return _result(out, was_finished=True)
 
-    names = [target_parts(text)[0] for text in settings.target]
-    groups = {name: _of_target(target, index) for index, name in enumerate(names)} if target is not None else {}
-    renderer = Renderer(load_tokenizer(loading), max_length=settings.max_length)
-    roles = assign_roles(
-        pool, groups, renderer, sizes=_sizes(settings), seed=settings.seed, on_bad_row=settings.on_bad_row
-    )
-    warnings = [*renderer.notes, *roles.check_fit(model_limits(loading), load_tokenizer(loading))]
+    loaded, bench, warnings = prepare(settings, pool, target)
     for sentence in warnings:
         logger.warning("%s", sentence)
-    loaded = _load(loading)
-    device = loaded.device.type
-    bench = Bench(
-        roles=roles,
-        projector=FactorizedProjector(dim=settings.projection_dim, seed=settings.seed),
-        batch_tokens=settings.batch_tokens or (2048 if device == "cpu" else 16384),
-        pad_id=loaded.pad_id,
-        seed=settings.seed,
-    )
-    retention = _build(settings, loaded, bench, out, progress)
+    retention = _build(settings, loaded, bench, pool, out, progress)
     check_claim(out, identity)
     plain = {
         **json.loads(json.dumps(dataclasses.asdict(retention))),
@@ -166,14 +151,63 @@ def proxy_from_settings(
     return _result(out, was_finished=False)
 
 
-def _build(settings: ProxySettings, loaded: LoadedModel, bench: Bench, out: Path, progress: Progress) -> Retention:
+def read_rows(settings: ProxySettings, held: Mapping[str, Rows] | None = None) -> tuple[Examples, Examples | None]:
+    """The pool's rows and the target's, None without a target.
+
+    Raises:
+        BadRow: a row cannot be used and ``on_bad_row`` is "fail".
+        InvalidInput: a file cannot be used.
+    """
+    how: dict[str, Any] = {"row_format": settings.row_format, "on_bad_row": settings.on_bad_row, "held": held}
+    pool = read_examples(settings.pool, kind="pool", **how)
+    warn_of(pool, "pool")
+    if not settings.target:
+        return pool, None
+    target = read_examples([target_parts(text)[1] for text in settings.target], kind="target", **how)
+    warn_of(target, "target")
+    return pool, target
+
+
+def prepare(settings: ProxySettings, pool: Examples, target: Examples | None) -> tuple[LoadedModel, Bench, list[str]]:
+    """The model, the bench with every row's role, and what to warn of.
+
+    Raises:
+        InvalidInput: there are too few rows, or the model cannot be read.
+        InvalidSettings: the model is a proxy already.
+    """
+    loading = _loading(settings)
+    names = [target_parts(text)[0] for text in settings.target]
+    groups = {name: _of_target(target, index) for index, name in enumerate(names)} if target is not None else {}
+    renderer = Renderer(load_tokenizer(loading), max_length=settings.max_length)
+    roles = assign_roles(
+        pool, groups, renderer, sizes=_sizes(settings), seed=settings.seed, on_bad_row=settings.on_bad_row
+    )
+    warnings = [*renderer.notes, *roles.check_fit(model_limits(loading), load_tokenizer(loading))]
+    loaded = _load(loading)
+    bench = Bench(
+        roles=roles,
+        projector=FactorizedProjector(dim=settings.projection_dim, seed=settings.seed),
+        batch_tokens=settings.batch_tokens or (2048 if loaded.device.type == "cpu" else 16384),
+        pad_id=loaded.pad_id,
+        seed=settings.seed,
+    )
+    return loaded, bench, warnings
+
+
+def _build(
+    settings: ProxySettings, loaded: LoadedModel, bench: Bench, pool: Examples, out: Path, progress: Progress
+) -> Retention:
     if settings.is_low_rank:
         return build_low_rank(loaded, settings, bench, work=out / "store", out=out, progress=progress)
     if settings.preset == "layer-extraction":
         return build_extraction(loaded, settings, bench, out=out)
     loading = replace(_loading(settings), name=cast(str, settings.sibling), revision=None)
     renderer = Renderer(load_tokenizer(loading), max_length=settings.max_length)
-    return build_sibling(loaded, _load(loading), bench.roles.rendered_by(renderer), settings, bench, out=out)
+    sibling, roles = _load(loading), bench.roles.rendered_by(renderer)
+    if settings.preset == "sibling":
+        return build_sibling(loaded, sibling, roles, settings, bench, out=out)
+    rows = usable_rows(pool, renderer, settings.on_bad_row)
+    return build_scorer(loaded, sibling, roles, settings, bench, pool=rows, out=out, progress=progress)
 
 
 def _loading(settings: ProxySettings) -> ModelSettings:
@@ -200,17 +234,6 @@ def _load(loading: ModelSettings) -> LoadedModel:
     for param in loaded.model.parameters():
         param.requires_grad_(True)
     return loaded
-
-
-def _read(settings: ProxySettings, held: Mapping[str, Rows]) -> tuple[Examples, Examples | None]:
-    how: dict[str, Any] = {"row_format": settings.row_format, "on_bad_row": settings.on_bad_row, "held": held}
-    pool = read_examples(settings.pool, kind="pool", **how)
-    warn_of(pool, "pool")
-    if not settings.target:
-        return pool, None
-    target = read_examples([target_parts(text)[1] for text in settings.target], kind="target", **how)
-    warn_of(target, "target")
-    return pool, target
 
 
 def _of_target(target: Examples | None, index: int) -> list[Example]:

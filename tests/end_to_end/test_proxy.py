@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -173,6 +174,21 @@ def test_baselines_are_folders_too(run: TinyRun, tmp_path: Path) -> None:
         model=sibling.out, pool=run.pool, target=run.target, budget=5, out=tmp_path / "by-sibling", device="cpu"
     )
     assert len(selection) == 5
+
+
+def test_a_score_head_gives_scores_and_no_model(run: TinyRun, tmp_path: Path) -> None:
+    small = save_model(tmp_path / "small-model", seed=3, hidden=16)
+    built = build(run, tmp_path / "head", preset="influence-scorer", sibling=small, steps=20)
+    found = built.retention
+    assert found["final"]["loss"] is None and found["final"]["agreement"]["spearman"]["value"] > 0.5
+    table = pq.read_table(built.out / "scores.parquet")
+    assert table.column_names == ["row", "id", "score:target"] and table.num_rows == 120
+    best = np.argsort(-table["score:target"].to_numpy(), kind="stable")[:10]
+    assert np.isin(table["row"].to_numpy()[best], [*run.relevant, 118]).mean() > 0.5
+    with pytest.raises(InvalidInput, match=r"has no config\.json"):
+        tamis.select(model=built.out, pool=run.pool, target=run.target, out=tmp_path / "x", device="cpu")
+    with pytest.raises(InvalidSettings, match="learns the scores for a target; pass --target"):
+        build(run, tmp_path / "y", preset="influence-scorer", sibling=small, target=())
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,10 @@ class Bench:
         """The rows by which alignment stops, against a few rows of every target."""
         return self._measure(model, self.roles.validation, self.few_targets())
 
+    def annotate(self, model: nn.Module) -> Measured:
+        """The rows for alignment, as examples of what the model scores."""
+        return self._measure(model, self.roles.align, self.roles.target)
+
     def few_targets(self) -> TargetRows:
         """The first rows of every target."""
         target = self.roles.target

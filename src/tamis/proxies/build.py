@@ -25,7 +25,13 @@ from tamis.proxies.retention import Kept, Retention, SweepPoint, advise
 from tamis.proxies.rows import batches_of
 from tamis.proxy_settings import SWEEP, ProxySettings, Recipe, recipe_of
 
-__all__ = ["achieved_sparsity", "build_low_rank", "require_own_class"]
+__all__ = [
+    "achieved_sparsity",
+    "align_settings",
+    "build_low_rank",
+    "require_own_class",
+    "validation_retention",
+]
 
 _TINY_HIDDEN = 256  # models up to here bear, and need, the larger learning rate
 
@@ -88,8 +94,8 @@ def build_low_rank(
     others = []
     if recipe.objective != "none" and settings.steps and ranks:
         others.append(before)
-        retention = _validation_retention(model, bench)
-        options = _align_settings(settings, recipe, model)
+        retention = validation_retention(model, bench)
+        options = align_settings(settings, recipe, model)
         if settings.control and recipe.objective != "kl":
             control, measured = _control(model, done.factors(ranks), options, retention, bench, work, full, progress)
             others.append(measured)
@@ -161,7 +167,8 @@ def _sweep(
     return points
 
 
-def _validation_retention(model: nn.Module, bench: Bench) -> Callable[[nn.Module], float]:
+def validation_retention(model: nn.Module, bench: Bench) -> Callable[[nn.Module], float]:
+    """How well a proxy ranks the validation rows: the mean rank correlation with ``model``, which is measured once."""
     full = bench.validation(model)
 
     def retention(proxy: nn.Module) -> float:
@@ -170,7 +177,8 @@ def _validation_retention(model: nn.Module, bench: Bench) -> Callable[[nn.Module
     return retention
 
 
-def _align_settings(settings: ProxySettings, recipe: Recipe, model: nn.Module) -> AlignSettings:
+def align_settings(settings: ProxySettings, recipe: Recipe, model: nn.Module) -> AlignSettings:
+    """How to align, with the learning rate that the size of ``model`` asks for unless one is given."""
     assert recipe.objective != "none"
     hidden = embedding_matrix(model).shape[1]
     return AlignSettings(

@@ -155,12 +155,12 @@ def total_tflops(model: nn.Module, rows: Sequence[Row]) -> float:
     return _tflops(ModelShape.from_model(model), rows)
 
 
-def block_tflops(model: nn.Module, rows: Sequence[Row]) -> float:
-    """The same without the LM head, which no proxy makes smaller."""
-    return _tflops(replace(ModelShape.from_model(model), vocabulary=0), rows)
+def block_tflops(model: nn.Module, rows: Sequence[Row], *, work: str = "gradient") -> float:
+    """The same without the LM head, which no proxy makes smaller; ``work`` may be "forward" alone."""
+    return _tflops(replace(ModelShape.from_model(model), vocabulary=0), rows, work)
 
 
-def _tflops(shape: ModelShape, rows: Sequence[Row]) -> float:
+def _tflops(shape: ModelShape, rows: Sequence[Row], work: str = "gradient") -> float:
     lengths = [len(row.tokens.input_ids) for row in rows]
     supervised = sum(row.tokens.num_supervised for row in rows)
-    return stage_flops(shape, "gradient", sum(lengths), supervised, sum(n * n for n in lengths)) / 1e12
+    return stage_flops(shape, work, sum(lengths), supervised, sum(n * n for n in lengths)) / 1e12

@@ -6,7 +6,7 @@ Rows are drawn from the pool in an order that depends on the seed alone, and ren
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -22,7 +22,7 @@ from tamis.model.limits import ModelLimits
 from tamis.seeds import child_seed, random_permutation
 from tamis.types import Batch, Example, IntArray, TokenizedExample
 
-__all__ = ["Roles", "Row", "RowSizes", "TargetRows", "assign_roles", "batches_of"]
+__all__ = ["Roles", "Row", "RowSizes", "TargetRows", "assign_roles", "batches_of", "usable_rows"]
 
 _MOST_STAND_INS = 5  # sources of the pool that stand in for targets
 _LEAST_ROWS = 40
@@ -152,14 +152,15 @@ def assign_roles(
     """
     if target:
         sizes = replace(sizes, stand_ins=0)
-    drawn = _draw(pool, renderer, sum(vars(sizes).values()), seed, on_bad_row)
-    if len(drawn) < _LEAST_ROWS:
+    wanted = sum(vars(sizes).values())
+    drawn = _draw(pool, renderer, wanted, seed, on_bad_row)
+    if len(drawn) < min(wanted, _LEAST_ROWS):
         raise InvalidInput(
             f"the pool has {len(drawn)} distinct rows with a supervised token; a proxy is built from some and measured "
             f"on others, so give at least {_LEAST_ROWS}"
         )
     # Where there are too few rows for all roles, each has its part of them and the rest aligns.
-    wanted, total = sum(vars(sizes).values()), len(drawn)
+    total = len(drawn)
     parts = {"held_out": 4, "validation": 8, "stand_ins": 8, "probe": 4}
     taken: dict[str, list[Row]] = {}
     rest = drawn
@@ -178,6 +179,18 @@ def assign_roles(
         pool_rows=len(pool),
         mean_tokens=float(np.mean([len(row.tokens.input_ids) for row in drawn])),
     )
+
+
+def usable_rows(examples: Examples, renderer: Renderer, on_bad_row: str) -> Iterator[tuple[int, Row]]:
+    """Every row with a supervised token, and its position.
+
+    Raises:
+        BadRow: a row cannot be rendered and ``on_bad_row`` is "fail".
+    """
+    for index, example in enumerate(examples):
+        row = _render(example, renderer, on_bad_row)
+        if row is not None:
+            yield index, row
 
 
 def batches_of(rows: Sequence[Row], *, batch_tokens: int, pad_id: int) -> list[Batch]:
