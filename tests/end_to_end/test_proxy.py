@@ -104,6 +104,14 @@ def test_lora_methods_and_training_run_on_a_proxy(run: TinyRun, built: tamis.Pro
         model=built.out, pool=run.pool, target=run.target, steps=2, keep=2, oversample=2, out=tmp_path / "train",
         device="cpu", held_out=0,
     )  # fmt: skip
+    whole = tamis.train(
+        model=built.out, pool=run.pool, target=run.target, steps=1, keep=2, oversample=2, out=tmp_path / "whole",
+        device="cpu", held_out=0, tune="full", method="uniform",
+    )  # fmt: skip
+    again = load_model(ModelSettings(name=str(whole.model), device="cpu")).model
+    before = load_model(ModelSettings(name=str(built.out), device="cpu")).model
+    changed = [not torch.equal(p, before.get_parameter(n)) for n, p in again.named_parameters()]
+    assert len(low_rank_layers(again)) == 14 and any(changed)
     source = resolve_source(str(trained.model))
     assert source.is_adapter and source.base is not None and source.base.proxy_layout() is not None
     assert low_rank_layers(load_model(ModelSettings(name=str(trained.model), device="cpu")).model)

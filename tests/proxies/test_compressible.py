@@ -56,6 +56,13 @@ def test_routed_experts_stay_and_are_named() -> None:
     assert any("experts" in entry.layers and "experts" in entry.reason for entry in found.left_out)
 
 
+def test_a_model_whose_blocks_are_nowhere_listed_is_compressed_and_says_so() -> None:
+    model: Any = proxy_case.model("llama")
+    model.config.num_hidden_layers = 7  # as if its list of blocks were another
+    found = find_compressible(model, random_batch([5, 8]))
+    assert len(found.layers) == 14 and "cannot be told apart" in found.notes[0]
+
+
 def test_a_model_without_such_layers_is_refused() -> None:
     model: Any = proxy_case.model("gpt2")
     for block in model.transformer.h:

@@ -16,9 +16,17 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from tamis.errors import InvalidInput, Unsupported
-from tamis.model.lowrank import Space, put_low_rank_layers
+from tamis.model.lowrank import Space, low_rank_layers, put_low_rank_layers
 
-__all__ = ["PROXY_FILE", "ProxyLayout", "has_own_class", "proxy_class", "read_layout"]
+__all__ = [
+    "PROXY_FILE",
+    "ProxyLayout",
+    "has_own_class",
+    "layout_of",
+    "proxy_class",
+    "read_layout",
+    "write_layout",
+]
 
 PROXY_FILE = "proxy.json"
 _FORMAT = "tamis-proxy-1"
@@ -58,6 +66,22 @@ def read_layout(path: Path) -> ProxyLayout:
     if space not in ("product", "factors"):
         raise InvalidInput(f"{path}: 'space' must be product or factors, found {space!r}; {todo}")
     return ProxyLayout(ranks=cast(dict[str, int], ranks), space=space)
+
+
+def layout_of(model: nn.Module) -> ProxyLayout | None:
+    """The layout of a model with factored layers, which its folder needs to be loaded; None for a model without."""
+    layers = low_rank_layers(model)
+    if not layers:
+        return None
+    return ProxyLayout(
+        ranks={name: layer.rank for name, layer in layers.items()}, space=next(iter(layers.values())).space
+    )
+
+
+def write_layout(layout: ProxyLayout, folder: Path) -> None:
+    """Write ``proxy.json`` into a folder that holds the weights already."""
+    text = json.dumps(layout.to_json(), indent=2, ensure_ascii=False) + "\n"
+    (folder / PROXY_FILE).write_text(text, encoding="utf-8")
 
 
 def has_own_class(model: nn.Module) -> bool:

@@ -6,7 +6,6 @@ The copy shares every tensor it does not replace with its target, so both togeth
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from tamis.disk import disk_errors
 from tamis.model.load import no_progress_bars
 from tamis.model.lowrank import LowRankLinear, Space
-from tamis.model.proxy_folder import PROXY_FILE, ProxyLayout
+from tamis.model.proxy_folder import ProxyLayout, write_layout
 
 __all__ = ["copy_with", "proxy_of", "write_folder"]
 
@@ -63,5 +62,4 @@ def write_folder(model: nn.Module, tokenizer: Any, layout: ProxyLayout, folder: 
         folder.mkdir(parents=True, exist_ok=True)
         saved.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        text = json.dumps(layout.to_json(), indent=2, ensure_ascii=False) + "\n"
-        (folder / PROXY_FILE).write_text(text, encoding="utf-8")
+        write_layout(layout, folder)  # last: without it the folder does not load

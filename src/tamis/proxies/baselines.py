@@ -45,7 +45,6 @@ def build_extraction(loaded: LoadedModel, settings: ProxySettings, bench: Bench,
     proxy = extract_blocks(model, kept)
     made_by = {
         "preset": settings.preset,
-        "base": settings.model,
         "base_fingerprint": loaded.fingerprint,
         "sparsity": settings.sparsity,
         "blocks": kept,
@@ -72,9 +71,7 @@ def build_sibling(
     require_own_class(sibling.model)
     made_by = {
         "preset": settings.preset,
-        "base": settings.model,
         "base_fingerprint": loaded.fingerprint,
-        "sibling": settings.sibling,
         "sibling_fingerprint": sibling.fingerprint,
     }
     write_folder(sibling.model, sibling.tokenizer, ProxyLayout(ranks={}, made_by=made_by), out)

@@ -135,7 +135,7 @@ def build_low_rank(
             sweep=sweep,
             control=next((entry for entry in others if entry.name.startswith("control")), None),
         ),
-        notes=(*roles.notes(), *done.notes, *_kept_whole(layers, ranks)),
+        notes=(*roles.notes(), *layers.notes, *done.notes, *_kept_whole(layers, ranks)),
     )
 
 
@@ -260,10 +260,9 @@ def _other_spaces(proxy: nn.Module, recipe: Recipe, ours: Measured, full: Measur
 def _layout(
     settings: ProxySettings, recipe: Recipe, ranks: Mapping[str, int], done: Decomposed, loaded: LoadedModel
 ) -> ProxyLayout:
-    """Nothing in it depends on time or machine: it is part of the proxy's identity."""
+    """Nothing in it depends on time, machine or the place of a file: it is part of the proxy's identity."""
     made_by = {
         "preset": settings.preset,
-        "base": settings.model,
         "base_fingerprint": loaded.fingerprint,
         "sparsity": settings.sparsity,
         "recipe": vars(recipe),

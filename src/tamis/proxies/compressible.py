@@ -38,6 +38,7 @@ class Compressible:
 
     layers: tuple[LayerSpec, ...]
     left_out: tuple[LeftOut, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -53,7 +54,7 @@ def find_compressible(model: nn.Module, batch: Batch) -> Compressible:
     """
     layers = gradient_layers(model)
     reasons: dict[str, str] = {}
-    inside = _names_inside_blocks(model)
+    inside, notes = _names_inside_blocks(model)
     seen = _uses(model, layers, batch)
     for layer in layers:
         if not layer.name.startswith(inside):
@@ -69,13 +70,19 @@ def find_compressible(model: nn.Module, batch: Batch) -> Compressible:
     if not kept:
         first = f" ('{layers[0].name}' {reasons[layers[0].name]})" if layers else ""
         raise Unsupported(f"{type(model).__name__} has no linear layer that can be put in factors{first}")
-    return Compressible(layers=kept, left_out=(*_grouped(layers, reasons), *_matrices_not_seen(model, layers)))
+    left_out = (*_grouped(layers, reasons), *_matrices_not_seen(model, layers))
+    return Compressible(layers=kept, left_out=left_out, notes=notes)
 
 
-def _names_inside_blocks(model: nn.Module) -> tuple[str, ...]:
-    decoder = Decoder.of(model)
+def _names_inside_blocks(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Beginnings of the names of layers in blocks, and what to say where blocks cannot be told apart."""
+    try:
+        decoder = Decoder.of(model)
+    except Unsupported:
+        said = f"The blocks of {type(model).__name__} cannot be told apart, so every linear layer but its head counts."
+        return ("",), (said,)
     blocks = {id(block) for block in decoder.blocks}
-    return tuple(f"{name}." for name, module in model.named_modules() if id(module) in blocks)
+    return tuple(f"{name}." for name, module in model.named_modules() if id(module) in blocks), ()
 
 
 def _uses(model: nn.Module, layers: Sequence[LayerSpec], batch: Batch) -> dict[str, list[bool]]:
