@@ -21,9 +21,9 @@ from tamis.proxies.assemble import write_folder
 from tamis.proxies.bench import Bench
 from tamis.proxies.build import require_own_class
 from tamis.proxies.influence import Measured, agreement
-from tamis.proxies.influence_scorer import fit_head, row_states, write_head
+from tamis.proxies.influence_scorer import fit_head, row_states, states_of, write_head
 from tamis.proxies.layer_extraction import block_importance, blocks_to_keep, extract_blocks
-from tamis.proxies.retention import Kept, Retention, advise, block_tflops
+from tamis.proxies.retention import Cost, Kept, Retention, advise, block_tflops
 from tamis.proxies.rows import Roles, Row, batches_of
 from tamis.proxy_settings import ProxySettings
 from tamis.types import FloatArray
@@ -57,7 +57,8 @@ def build_extraction(loaded: LoadedModel, settings: ProxySettings, bench: Bench,
         + ", ".join(f"{value:.3f}" for value in importance)
     )
     achieved = 1 - len(kept) / len(importance)
-    return _retention(settings, bench, model, proxy, full, ours, achieved=achieved, notes=(note,))
+    cost = bench.cost(model, proxy, build=0.0, align=0.0)
+    return _retention(settings, bench, model, proxy, full, ours, cost=cost, achieved=achieved, notes=(note,))
 
 
 def build_sibling(
@@ -75,11 +76,11 @@ def build_sibling(
         "sibling_fingerprint": sibling.fingerprint,
     }
     write_folder(sibling.model, sibling.tokenizer, ProxyLayout(ranks={}, made_by=made_by), out)
-    full = bench.held_out(loaded.model)
-    ours = replace(bench, roles=roles, pad_id=sibling.pad_id).held_out(sibling.model)
-    return _retention(
-        settings, bench, loaded.model, sibling.model, full, ours, achieved=_size_ratio(loaded.model, sibling.model)
-    )
+    full, theirs = bench.held_out(loaded.model), replace(bench, roles=roles, pad_id=sibling.pad_id)
+    ours = theirs.held_out(sibling.model)
+    cost = bench.cost(loaded.model, sibling.model, build=0.0, align=0.0, theirs=theirs)
+    achieved = _size_ratio(loaded.model, sibling.model)
+    return _retention(settings, bench, loaded.model, sibling.model, full, ours, cost=cost, achieved=achieved)
 
 
 def build_scorer(
@@ -114,19 +115,18 @@ def build_scorer(
     head = fit_head(row_states(sibling.model, roles.align, **how), torch.from_numpy(taught.scores))
     fit_seconds = time.perf_counter() - started
     full = bench.held_out(model)
-    started = time.perf_counter()
     scores = head.predict(row_states(sibling.model, roles.held_out, **how))
-    seconds = time.perf_counter() - started
     final = Kept(name="this head", loss=None, agreement=agreement(scores, full.scores, names, seed=bench.seed))
     write_head(head, names, out / "scorer.safetensors")
     rows = list(pool)
     with progress.stage("scores (pool)", len(rows), "rows") as advance:
         predicted = head.predict(row_states(sibling.model, [row for _, row in rows], **how, advance=advance))
     _write_scores(rows, predicted, names, out / "scores.parquet")
-    cost = bench.cost(model, sibling.model, full, replace(full, seconds=seconds), build=0.0, align=fit_seconds)
+    theirs = replace(bench, roles=roles, pad_id=sibling.pad_id)
     # The head needs a forward pass alone, and no logits.
     cost = replace(
-        cost,
+        bench.cost(model, sibling.model, build=0.0, align=fit_seconds, theirs=theirs),
+        seconds_proxy=min(theirs.timed(lambda batch: states_of(sibling.model, batch)) for _ in range(3)),
         tflops_proxy=block_tflops(sibling.model, roles.held_out, work="forward"),
         block_tflops_proxy=block_tflops(sibling.model, roles.held_out, work="forward"),
     )
@@ -134,10 +134,10 @@ def build_scorer(
         f"The head was fitted to {len(roles.align)} rows that the full model scored (ridge penalty {head.penalty:g} a "
         "row). It knows these targets alone, and the folder is no model: scores.parquet has its scores of the pool."
     )
-    made = _retention(settings, bench, model, sibling.model, full, full, achieved=0.0, notes=(note,))
+    made = _retention(settings, bench, model, sibling.model, full, full, cost=cost, achieved=0.0, notes=(note,))
     advice = advise(keep=settings.keep, sparsity=settings.sparsity, before=None, final=final, sweep=(), control=None)
     achieved = _size_ratio(model, sibling.model)
-    return replace(made, final=final, cost=cost, achieved=achieved, advice=advice)
+    return replace(made, final=final, achieved=achieved, advice=advice)
 
 
 def _write_scores(rows: list[tuple[int, Row]], scores: FloatArray, names: Sequence[str], path: Path) -> None:
@@ -164,6 +164,7 @@ def _retention(
     full: Measured,
     ours: Measured,
     *,
+    cost: Cost,
     achieved: float,
     notes: tuple[str, ...] = (),
 ) -> Retention:
@@ -187,7 +188,7 @@ def _retention(
         sweep=(),
         aligned=None,
         control=None,
-        cost=bench.cost(model, proxy, full, ours, build=0.0, align=0.0),
+        cost=cost,
         advice=advise(keep=settings.keep, sparsity=settings.sparsity, before=None, final=final, sweep=(), control=None),
         notes=(*bench.roles.notes(), *notes),
     )

@@ -126,7 +126,7 @@ def build_low_rank(
         sweep=tuple(sweep),
         aligned=aligned,
         control=control,
-        cost=bench.cost(model, proxy, full, ours, build=done.seconds, align=aligned.seconds if aligned else 0.0),
+        cost=bench.cost(model, proxy, build=done.seconds, align=aligned.seconds if aligned else 0.0),
         advice=advise(
             keep=settings.keep,
             sparsity=settings.sparsity,

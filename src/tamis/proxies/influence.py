@@ -6,7 +6,6 @@ does by default. A positive score means that training on the row lowers the targ
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,14 +41,12 @@ _RESAMPLES = 500
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What one model says of the rows, and what it cost to ask."""
+    """What one model says of the rows."""
 
     losses: FloatArray  # (n,)
     units: Tensor  # (n, K) features of length 1; zero where a row has no gradient
     target_units: Tensor  # (M, K)
     scores: FloatArray  # (n, G), one column per target
-    seconds: float  # of the pass over the rows, without the target's
-    tokens: int  # of that pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,16 +81,13 @@ def measure(
     Raises:
         NonFinite: a loss is NaN or infinite.
     """
-    target_units, _, _ = _features(model, target.rows, projector, batch_tokens, pad_id)  # first: it warms up, too
-    started = time.perf_counter()
-    units, losses, tokens = _features(model, rows, projector, batch_tokens, pad_id)
+    target_units, _ = _features(model, target.rows, projector, batch_tokens, pad_id)
+    units, losses = _features(model, rows, projector, batch_tokens, pad_id)
     return Measured(
         losses=losses,
         units=units,
         target_units=target_units,
         scores=_scores(units, target_units, target),
-        seconds=time.perf_counter() - started,
-        tokens=tokens,
     )
 
 
@@ -161,17 +155,15 @@ def mean_correlation(ours: FloatArray, full: FloatArray) -> float:
 
 def _features(
     model: nn.Module, rows: Sequence[Row], projector: FactorizedProjector, batch_tokens: int, pad_id: int
-) -> tuple[Tensor, FloatArray, int]:
+) -> tuple[Tensor, FloatArray]:
     layers = gradient_layers(model)
     units = torch.zeros(len(rows), projector.output_dim(layers))
     losses = np.zeros(len(rows), dtype=np.float32)
-    tokens = 0
     for batch in batches_of(rows, batch_tokens=batch_tokens, pad_id=pad_id):
         found, features, _ = per_sample_features(model, batch, layers, projector)
         units[batch.rows] = unit_rows(features.float()).cpu()
         losses[batch.rows.numpy()] = found.float().cpu().numpy()
-        tokens += int(batch.attention_mask.sum())
-    return units, losses, tokens
+    return units, losses
 
 
 def _scores(units: Tensor, target_units: Tensor, target: TargetRows) -> FloatArray:

@@ -21,9 +21,9 @@ from tamis.model.loss import supervised_positions
 from tamis.model.states import mean_by_row, supervised_states
 from tamis.model.targets import embedding_matrix
 from tamis.proxies.rows import Row, batches_of
-from tamis.types import FloatArray
+from tamis.types import Batch, FloatArray
 
-__all__ = ["ScoreHead", "fit_head", "row_states", "write_head"]
+__all__ = ["ScoreHead", "fit_head", "row_states", "states_of", "write_head"]
 
 _PENALTIES = tuple(10.0**power for power in range(-4, 5))
 
@@ -76,11 +76,16 @@ def row_states(
     """Each row's mean state over the positions that predict its supervised tokens: ``(n, H)``, one forward pass."""
     found = torch.zeros(len(rows), embedding_matrix(model).shape[1])
     for batch in batches_of(rows, batch_tokens=batch_tokens, pad_id=pad_id):
-        there = batch.to(embedding_matrix(model).device)
-        positions = supervised_positions(there)
-        found[batch.rows] = mean_by_row(supervised_states(model, there, positions), positions).float().cpu()
+        found[batch.rows] = states_of(model, batch)
         advance(len(batch.rows))
     return found
+
+
+def states_of(model: nn.Module, batch: Batch) -> Tensor:
+    """The same of one batch, on the CPU."""
+    there = batch.to(embedding_matrix(model).device)
+    positions = supervised_positions(there)
+    return mean_by_row(supervised_states(model, there, positions), positions).float().cpu()
 
 
 def write_head(head: ScoreHead, names: Sequence[str], path: Path) -> None:

@@ -44,7 +44,8 @@ class Cost:
     tflops_proxy: float
     block_tflops_full: float  # without the LM head
     block_tflops_proxy: float
-    seconds_full: float  # measured, of the same pass
+    timed_rows: int  # of the held-out ones
+    seconds_full: float  # of a pass over those, the best of three
     seconds_proxy: float
     build_seconds: float  # probes and factors
     align_seconds: float  # steps, without measurements
