@@ -136,10 +136,11 @@ def proxy_from_settings(
     }
     write_json(out / "retention.json", plain)
     if settings.report:
-        page = retention_page(retention, command=f"tamis proxy --config {out / 'run.yaml'}", warnings=warnings)
+        page = retention_page(retention, command=_command(out, held), warnings=warnings)
         replace_atomically(out / "report.html", (page.encode("utf-8"),))
     manifest = {
         **identity,
+        "command": _command(out, held),
         "versions": versions(),
         "settings": to_dict(settings),
         "models": [loaded.description],
@@ -208,6 +209,13 @@ def _build(
         return build_sibling(loaded, sibling, roles, settings, bench, out=out)
     rows = usable_rows(pool, renderer, settings.on_bad_row)
     return build_scorer(loaded, sibling, roles, settings, bench, pool=rows, out=out, progress=progress)
+
+
+def _command(out: Path, held: Mapping[str, Rows]) -> str:
+    """What repeats the build."""
+    if held:
+        return f"tamis.proxy(...) in Python with the same rows: run.yaml cannot bring back {' and '.join(held)}"
+    return f"tamis proxy --config {out / 'run.yaml'}"
 
 
 def _loading(settings: ProxySettings) -> ModelSettings:

@@ -58,6 +58,7 @@ _RECIPES: Mapping[str, Recipe] = {
         objective="align+kl",
     ),
 }
+_INVERSE_DAMPING = 0.1
 _NEEDS_SIBLING = ("sibling", "influence-scorer")
 
 
@@ -178,4 +179,8 @@ def recipe_of(settings: ProxySettings) -> Recipe:
     chosen: dict[str, Any] = {
         entry.name: value for entry in fields(Recipe) if (value := getattr(settings, entry.name, None)) is not None
     }
-    return replace(_RECIPES[settings.preset], **chosen)
+    recipe = _RECIPES[settings.preset]
+    if settings.weighting == "inverse" and recipe.damping == "relative":
+        # Inverse moments blow up just those directions that the probes did not measure.
+        chosen = {"damping_input": _INVERSE_DAMPING, "damping_output": _INVERSE_DAMPING, **chosen}
+    return replace(recipe, **chosen)

@@ -89,6 +89,13 @@ def test_presets_are_recipes_that_single_settings_change() -> None:
     assert changed == dataclasses.replace(paper, gauge="balanced", kl_weight=1.0)
 
 
+def test_the_inverse_weighting_is_damped_more_unless_told_otherwise() -> None:
+    found = recipe_of(ProxySettings(model="m", pool=("p",), weighting="inverse"))
+    assert (found.weighting, found.damping_input, found.damping_output) == ("inverse", 0.1, 0.1)
+    told = recipe_of(ProxySettings(model="m", pool=("p",), weighting="inverse", damping_output=0.5))
+    assert (told.damping_input, told.damping_output) == (0.1, 0.5)
+
+
 def _needs(preset: str) -> dict[str, str]:
     return {"sibling": "s"} if preset in ("sibling", "influence-scorer") else {}
 

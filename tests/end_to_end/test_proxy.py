@@ -275,6 +275,16 @@ def test_the_page_shows_hostile_names_as_text(run: TinyRun, tmp_path: Path) -> N
     assert page.tags.count("svg") == 2 and "NaN" not in text
 
 
+def test_rows_in_memory_build_the_same_proxy(run: TinyRun, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in run.pool.read_text().splitlines()]
+    target = [json.loads(line) for line in run.target.read_text().splitlines()]
+    found = build(run, tmp_path / "held", pool=rows, target={"target": target}, objective="none")
+    files = build(run, tmp_path / "files", objective="none")
+    assert (found.out / "model.safetensors").read_bytes() == (files.out / "model.safetensors").read_bytes()
+    assert found.manifest["command"].startswith("tamis.proxy(...) in Python")
+    assert files.manifest["command"] == f"tamis proxy --config {tmp_path / 'files' / 'run.yaml'}"
+
+
 def test_the_command_prints_one_json_object(run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = "--sparsity 0.5 --steps 0 --no-sweep --no-report --probe-rows 8 --held-out-rows 20 --device cpu --json"
     paths = [

@@ -113,6 +113,16 @@ def test_the_stored_error_is_the_weighted_norm_of_what_is_left_out(
         assert float(found) == pytest.approx(errors[layer.name], rel=1e-4)
 
 
+def test_the_inverse_weighting_is_another_proxy_of_the_same_ranks(tmp_path: Path) -> None:
+    model = proxy_case.model()
+    found = [decomposed(model, tmp_path / w, Recipe(weighting=w, damping_input=0.1)) for w in ("influence", "inverse")]  # type: ignore[arg-type]
+    assert found[0].ranks(0.5) == found[1].ranks(0.5)
+    ones, others = (done.factors(done.ranks(0.5)) for done in found)
+    for name, (left, right) in ones.items():
+        product, other = left @ right, others[name][0] @ others[name][1]
+        assert other.isfinite().all() and float((product - other).norm() / product.norm()) > 0.05
+
+
 def test_a_build_that_lost_layers_ends_in_the_same_bytes(tmp_path: Path) -> None:
     model = proxy_case.model()
     whole = decomposed(model, tmp_path / "whole", Recipe())
