@@ -25,6 +25,7 @@ from tamis.disk import make_folder, replace_atomically
 from tamis.errors import NonFinite
 from tamis.gradients.hooks import frozen
 from tamis.model.loss import supervised_logits, supervised_positions
+from tamis.model.lowrank import low_rank_layers
 from tamis.model.targets import embedding_matrix
 from tamis.proxies.objectives import (
     factor_params,
@@ -186,7 +187,7 @@ def _step(
         share = len(batch.rows) / len(rows)
         # The fused attention kernels cannot be differentiated twice; the plain one can, and every model may use it.
         kernel: Any = sdpa_kernel(SDPBackend.MATH) if matches else contextlib.nullcontext()
-        of_target = target_gradients(model, batch, _names(proxy)) if matches else {}
+        of_target = target_gradients(model, batch, low_rank_layers(proxy)) if matches else {}
         with kernel, frozen(proxy):
             for param in params:
                 param.requires_grad_(True)
@@ -204,10 +205,6 @@ def _step(
                 objective = objective + part
             torch.autograd.backward(share * objective, inputs=params)
     return divergence, distance
-
-
-def _names(proxy: nn.Module) -> dict[str, object]:
-    return {name.removesuffix(".A.weight"): None for name in factor_params(proxy) if name.endswith(".A.weight")}
 
 
 def _rows_of_step(rows: Sequence[Row], step: int, settings: AlignSettings) -> list[Row]:

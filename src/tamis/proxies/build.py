@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from tamis.errors import Unsupported
 from tamis.model.load import LoadedModel
@@ -97,7 +97,8 @@ def build_low_rank(
         retention = validation_retention(model, bench)
         options = align_settings(settings, recipe, model)
         if settings.control and recipe.objective != "kl":
-            control, measured = _control(model, done.factors(ranks), options, retention, bench, work, full, progress)
+            copy = proxy_of(model, done.factors(ranks), space=recipe.space)
+            control, measured = _control(copy, model, options, retention, bench, work / "control", full, progress)
             others.append(measured)
         aligned = _aligned(proxy, model, options, retention, bench, work / "alignment", progress)
     for param in factor_params(proxy).values():  # trained in float32; scored and saved in the model's own type
@@ -218,19 +219,18 @@ def _aligned(
 
 
 def _control(
+    proxy: nn.Module,
     model: nn.Module,
-    factors: Mapping[str, tuple[Tensor, Tensor]],
     options: AlignSettings,
     retention: Callable[[nn.Module], float],
     bench: Bench,
-    work: Path,
+    folder: Path,
     full: Measured,
     progress: Progress,
 ) -> tuple[Aligned, Kept]:
     """Outputs alone from the same start, as many steps as cost about the same: a step with gradients costs three."""
-    proxy = proxy_of(model, factors, space="product")
     options = replace(options, objective="kl", steps=3 * options.steps, measure_steps=3 * options.measure_steps)
-    done = _aligned(proxy, model, options, retention, bench, work / "control", progress)
+    done = _aligned(proxy, model, options, retention, bench, folder, progress)
     return done, bench.kept("control: outputs alone, three times the steps", bench.held_out(proxy), full)
 
 

@@ -6,7 +6,7 @@ row, then over the rows of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import cast
 
 import torch
@@ -48,7 +48,7 @@ def mean_loss(logits: Tensor, positions: SupervisedPositions) -> Tensor:
     return _mean_over_rows(each, positions)
 
 
-def target_gradients(model: nn.Module, batch: Batch, names: Mapping[str, object]) -> dict[str, Tensor]:
+def target_gradients(model: nn.Module, batch: Batch, names: Collection[str]) -> dict[str, Tensor]:
     """``grad_W`` of the batch's mean loss for the layers in ``names``, ``(O, I)``: one frozen pass of the target."""
     layers = [layer for layer in gradient_layers(model) if layer.name in names]
     consumer = WeightedGradient(torch.full((len(batch.rows),), 1 / len(batch.rows)))
