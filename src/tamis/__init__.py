@@ -15,6 +15,8 @@ __all__ = [
     "OnlineSFTTrainer",
     "OnlineTrainer",
     "PlanSettings",
+    "ProxyResult",
+    "ProxySettings",
     "SelectSettings",
     "Selection",
     "TamisError",
@@ -25,16 +27,18 @@ __all__ = [
     "methods",
     "online",
     "plan",
+    "proxy",
     "select",
     "train",
 ]
 
 if TYPE_CHECKING:
     from tamis import methods, online
-    from tamis.api import Selection, TrainResult, doctor, plan, select, train
+    from tamis.api import ProxyResult, Selection, TrainResult, doctor, plan, proxy, select, train
     from tamis.errors import TamisError
     from tamis.online.sft import OnlineSFTTrainer
     from tamis.online.trainer import OnlineTrainer
+    from tamis.proxy_settings import ProxySettings
     from tamis.settings import DoctorSettings, PlanSettings, SelectSettings, TrainRunSettings
 
 _HOMES = {
@@ -42,6 +46,8 @@ _HOMES = {
     "OnlineSFTTrainer": "tamis.online.sft",
     "OnlineTrainer": "tamis.online.trainer",
     "PlanSettings": "tamis.settings",
+    "ProxyResult": "tamis.api",
+    "ProxySettings": "tamis.proxy_settings",
     "SelectSettings": "tamis.settings",
     "Selection": "tamis.api",
     "TamisError": "tamis.errors",
@@ -49,6 +55,7 @@ _HOMES = {
     "TrainRunSettings": "tamis.settings",
     "doctor": "tamis.api",
     "plan": "tamis.api",
+    "proxy": "tamis.api",
     "select": "tamis.api",
     "train": "tamis.api",
 }

@@ -15,14 +15,19 @@ from tamis.online.by_name import plain_settings as online_settings
 from tamis.online.choice import Method as OnlineMethod
 from tamis.pipeline import Selection, select_from_settings
 from tamis.protocols import Method, Progress
+from tamis.proxy_run import ProxyResult, proxy_from_settings
+from tamis.proxy_settings import ProxySettings
 from tamis.settings import DoctorSettings, PlanSettings, SelectSettings, TrainRunSettings, from_dict
 from tamis.train_run import TrainResult, train_from_settings
 
 __all__ = [
+    "ProxyResult",
     "Selection",
     "TrainResult",
     "doctor",
     "plan",
+    "proxy",
+    "proxy_from_settings",
     "select",
     "select_from_settings",
     "train",
@@ -163,6 +168,50 @@ def train(
         progress=progress,
         held=held,
     )
+
+
+def proxy(
+    *,
+    model: str | Path,
+    pool: str | Path | Sequence[str | Path] | Rows,
+    target: str | Path | Sequence[str | Path] | Rows | Mapping[str, str | Path | Rows] = (),
+    sparsity: float = 0.5,
+    out: str | Path = "tamis-proxy",
+    progress: Progress | None = None,
+    **settings: Any,
+) -> ProxyResult:
+    """Build a cheap copy of ``model`` that ranks the rows of ``pool`` as it does, and measure how far it does.
+
+    The folder ``out`` loads wherever tamis takes a model: ``tamis.select(model=out, ...)`` with any method.
+
+    Args:
+        model: hub id, local folder, PEFT adapter folder (which is merged) or GGUF file.
+        pool: rows to build it from and to measure it on, in the forms that ``tamis.select`` takes.
+        target: rows of the task, in the same forms; without any, rows of the pool stand in.
+        sparsity: share of the compressed layers' numbers that is removed.
+        out: folder for the proxy; an interrupted build with the same arguments resumes there.
+        progress: where to say how far it is; by default nowhere.
+        settings: any other field of ``tamis.proxy_settings.ProxySettings``.
+
+    Returns:
+        Where the proxy lies and what it keeps.
+
+    Raises:
+        InvalidInput: the data cannot be used (which file, row and field, and what to do).
+        InvalidSettings: settings contradict each other, the data, or the folder's earlier build.
+        NonFinite: alignment diverged.
+        Unsupported: no layer of the model can be compressed, or its proxy could not be loaded again.
+    """
+    held: dict[str, Rows] = {}
+    values = {
+        "model": str(model),
+        "pool": _paths(pool, "pool", held),
+        "target": _targets(target, "target", held),
+        "sparsity": sparsity,
+        "out": str(out),
+        **{key: str(value) if isinstance(value, Path) else value for key, value in settings.items()},
+    }
+    return proxy_from_settings(from_dict(ProxySettings, values, origin="tamis.proxy"), progress=progress, held=held)
 
 
 def _check_method(method: Any, example: str) -> None:

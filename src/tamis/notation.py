@@ -13,6 +13,7 @@ __all__ = [
     "METHOD_SUMMARIES",
     "ONLINE_SUMMARIES",
     "PROJECTION_NAMES",
+    "PROXY_SUMMARIES",
     "candidates_parts",
     "check_method",
     "check_online_method",
@@ -48,6 +49,17 @@ ONLINE_SUMMARIES: dict[str, str] = {
     "uniform": "a random draw: what every other method has to beat",
     "full": "plain training on all candidates: what every other method has to beat at equal compute",
     "target-only": "trains on the target rows themselves: a warning, small targets are memorised",
+}
+# The presets of ``tamis proxy``.
+PROXY_SUMMARIES: dict[str, str] = {
+    "default": "influence-preserving factors: inputs weigh fully, output gradients steer; aligned by outputs",
+    "ipsvd": "the same with both sides weighing fully (relative damping .01 each)",
+    "activation": "factors weighted by the inputs alone",
+    "svd": "plain truncated SVD",
+    "paper": "IProX as published: core form, absolute damping, gradient alignment, influence over the factors",
+    "layer-extraction": "baseline: the blocks that change their input most, whole",
+    "sibling": "baseline: a smaller model of the family, as it is (--sibling)",
+    "influence-scorer": "baseline: a head on a smaller model's states, fitted to scores; gives scores, no model",
 }
 PROJECTION_NAMES = ("none", "factorized", "rademacher", "hadamard", "mask")
 

@@ -27,6 +27,7 @@ from tamis.manifest import versions
 from tamis.model.load import ModelSettings, model_fingerprint, no_progress_bars, template_text
 from tamis.model.memory import is_out_of_memory
 from tamis.model.processes import barrier, is_main, world_size
+from tamis.model.proxy_folder import layout_of, write_layout
 from tamis.notation import candidates_parts
 from tamis.online.by_name import make_method
 from tamis.online.choice import Method, cold_updates
@@ -303,6 +304,9 @@ class _Run:
                 shutil.rmtree(old, ignore_errors=True)
             options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
             model.save_pretrained(partial, **options)
+            layout = None if hasattr(model, "peft_config") else layout_of(model)
+            if layout is not None:  # a proxy that was trained whole is a proxy still
+                write_layout(layout, partial)
             tokenizer.save_pretrained(partial)
             partial.replace(folder)
 
