@@ -1,4 +1,4 @@
-"""The numbers of the method's deterministic reference case: AdamW with decay and a rising rate, with and without clip."""
+"""The numbers of the method's deterministic reference case: AdamW, decay, a rising rate, with and without clip."""
 
 from __future__ import annotations
 

@@ -18,7 +18,14 @@ from tamis.errors import InvalidInput, NonFinite, Unsupported
 from tamis.model.targets import output_embeddings
 from tamis.types import Batch
 
-__all__ = ["SupervisedPositions", "evaluation_mode", "per_sample_losses", "require_finite", "supervised_positions"]
+__all__ = [
+    "SupervisedPositions",
+    "evaluation_mode",
+    "gathered_before_head",
+    "per_sample_losses",
+    "require_finite",
+    "supervised_positions",
+]
 
 # Logits handled at once: 1 MB of float32 that stays in each core's cache; on a GPU few launches matter more.
 _CPU_CHUNK, _GPU_CHUNK = 1 << 18, 1 << 26
@@ -73,7 +80,7 @@ def per_sample_losses(
         Unsupported: the model's LM head is not fed ``(B, T, hidden)``.
     """
     positions = supervised_positions(batch) if positions is None else positions
-    with evaluation_mode(model), _gathered_before_head(model, positions, tuple(batch.input_ids.shape)):
+    with evaluation_mode(model), gathered_before_head(model, positions, tuple(batch.input_ids.shape)):
         output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     logits = output.logits.view(-1, output.logits.shape[-1])  # (1, n, V) -> (n, V)
     losses: Tensor = _MeanCrossEntropy.apply(logits, positions)  # type: ignore[no-untyped-call]
@@ -123,7 +130,7 @@ def evaluation_mode(model: nn.Module, *, checkpointing: bool = True) -> Iterator
 
 
 @contextmanager
-def _gathered_before_head(model: nn.Module, positions: SupervisedPositions, tokens: tuple[int, ...]) -> Iterator[None]:
+def gathered_before_head(model: nn.Module, positions: SupervisedPositions, tokens: tuple[int, ...]) -> Iterator[None]:
     """Feed the LM head the supervised positions only, ``(1, n, hidden)``; what the model does to logits is kept."""
 
     def gather(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
