@@ -31,9 +31,11 @@ __all__ = [
     "ONLINE_SUMMARIES",
     "PROJECTION_NAMES",
     "DoctorSettings",
+    "Format",
     "PlanSettings",
     "SelectSettings",
     "TrainRunSettings",
+    "check_targets",
     "from_dict",
     "nearest",
     "shortlist_parts",
@@ -92,7 +94,7 @@ class SelectSettings:
         object.__setattr__(self, "budget", _budget_text(self.budget))
         check_types(self)
         _check_sources("pool", self.pool)
-        names = _check_targets(self.target, required=True)
+        names = check_targets(self.target, required=True)
         check_method(self.method)
         _check_method_settings(self.set)
         if self.shortlist is not None:
@@ -149,7 +151,7 @@ class DoctorSettings:
     def __post_init__(self) -> None:
         check_types(self)
         _check_sources("pool", self.pool)
-        _check_targets(self.target, required=False)
+        check_targets(self.target, required=False)
         _at_least("preview", self.preview, 0)
         _at_least("sample", self.sample, 0)
         check_projection(self.projection)
@@ -198,7 +200,7 @@ class PlanSettings:
         object.__setattr__(self, "budget", _budget_text(self.budget))
         check_types(self)
         _check_sources("pool", self.pool)
-        _check_targets(self.target, required=False)
+        check_targets(self.target, required=False)
         shortlist_parts(self.shortlist)
         check_projection(self.projection)
         _check_plan_settings(self.set)
@@ -272,8 +274,8 @@ class TrainRunSettings:
     def __post_init__(self) -> None:
         check_types(self)
         _check_sources("pool", self.pool)
-        _check_targets(self.target, required=True)
-        _check_targets(self.eval_target, required=False)
+        check_targets(self.target, required=True)
+        check_targets(self.eval_target, required=False)
         check_online_method(self.method)
         _check_method_settings(self.set)
         for name in ("keep", "oversample"):
@@ -363,7 +365,8 @@ def _check_sources(name: str, paths: tuple[str, ...]) -> None:
         raise InvalidSettings(f"{name}: expected at least one file, glob or hub id, got {list(paths)!r}; pass --{name}")
 
 
-def _check_targets(texts: tuple[str, ...], *, required: bool) -> list[str]:
+def check_targets(texts: tuple[str, ...], *, required: bool) -> list[str]:
+    """The targets' names; refuses two of one name, and none where one is required."""
     if required:
         _check_sources("target", texts)
     names: list[str] = []

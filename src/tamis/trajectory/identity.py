@@ -13,7 +13,7 @@ from torch import nn
 from tamis.errors import StoreMismatch
 from tamis.identity import text_sha256
 
-__all__ = ["check_model", "describe_model", "frozen_digest", "has_dropout"]
+__all__ = ["base_dtype", "check_model", "describe_model", "frozen_digest", "has_dropout"]
 
 _ENTRIES = 4096  # looked at of every frozen tensor
 # Of a configuration, what says where it lies or how it is run, not what it computes.
@@ -84,6 +84,13 @@ def check_model(model: nn.Module, manifest: Mapping[str, Any], *, where: str) ->
             f"{where} was recorded from a model with other frozen weights; give the very model that training started "
             "from, in the same dtype, as --model"
         )
+
+
+def base_dtype(model: nn.Module) -> str:
+    """What the weights are stored in; of an adapted model, those of the base."""
+    params = list(model.parameters())
+    frozen = [param for param in params if not param.requires_grad and param.is_floating_point()]
+    return str((frozen or params)[0].dtype).removeprefix("torch.")
 
 
 def has_dropout(model: nn.Module) -> bool:

@@ -24,7 +24,7 @@ from tamis.errors import InvalidInput, InvalidSettings, Unsupported
 from tamis.manifest import versions
 from tamis.model.processes import world_size
 from tamis.trajectory.causal import random_state_of
-from tamis.trajectory.identity import describe_model, frozen_digest, has_dropout
+from tamis.trajectory.identity import base_dtype, describe_model, frozen_digest, has_dropout
 from tamis.trajectory.log import LOG_VERSION, LoggedMicro, LoggedStep, LogWriter
 from tamis.trajectory.optimizer_state import LiveOptimizer, live_optimizer
 from tamis.trajectory.token_rows import TokenRow, rows_of_inputs
@@ -89,6 +89,7 @@ class TrajectoryRecorder(TrainerCallback):  # type: ignore[misc]  # transformers
             "model": describe_model(model, self._model_name),
             "trained": [[name, list(shape)] for name, shape in live.shapes.items()],
             "dtype": str(next(iter(live.params.values())).dtype).removeprefix("torch."),
+            "base_dtype": base_dtype(model),
             "autocast": "bfloat16" if args.bf16 else None,
             "dropout": self._random,
             "frozen": frozen_digest(model),

@@ -29,6 +29,7 @@ class Later:
 
     step: AdamStep
     adjoint: tuple[Float[Tensor, "V P"], ...]
+    rates: tuple[float, ...]  # from which the step can be made again
 
 
 class SecantWindow:
@@ -52,7 +53,7 @@ class SecantWindow:
         derivative = played.derivative()
         if not isinstance(derivative, AdamStep):
             raise InvalidSettings("finite removal is about Adam's nonlinearity; an SGD run has none, leave it out")
-        self.later.appendleft(Later(step=derivative, adjoint=adjoint))
+        self.later.appendleft(Later(step=derivative, adjoint=adjoint, rates=played.step.rates))
 
     def scores(
         self, played: Played, grads: Float[Tensor, "n P"], weights: Float[Tensor, " n"], *, renormalise: bool = False

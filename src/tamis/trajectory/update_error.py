@@ -7,6 +7,7 @@ second order ``½ d²θ_T/dε²``, with two Hessian products and one third deriv
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,11 +15,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tamis.errors import InvalidSettings
-from tamis.gradients.functional import Problem, hessian_vector, third_derivative
+from tamis.gradients.functional import Problem, hessian_vector, per_sample_gradients, third_derivative
 from tamis.maths.step_derivative import AdamStep
-from tamis.trajectory.replay import Played
+from tamis.trajectory.replay import Played, play_segment, segments
+from tamis.trajectory.run import Trajectory
 
-__all__ = ["ErrorProxy", "SecondOrder"]
+__all__ = ["ErrorProxy", "SecondOrder", "exact_errors"]
 
 _NO_ADAM = "the error estimate is about Adam's nonlinearity in the removed sample; an SGD run has none"
 
@@ -114,3 +116,28 @@ def second_derivatives(step: AdamStep) -> tuple[Tensor, Tensor]:
     cross = torch.where(live, d * d / (2 * safe), torch.zeros_like(d))
     square = step.m_hat / 2 * (d * d / (4 * safe**3) + d**3 / (2 * safe**2))
     return cross, torch.where(live, square, torch.zeros_like(d))
+
+
+def exact_errors(
+    trajectory: Trajectory, uses: Sequence[tuple[int, int]], *, advance: Callable[[int], None] = lambda steps: None
+) -> list[float]:
+    """``‖Δ_T‖`` of the samples at ``(step, place)``, carried forwards together: 6 numbers a parameter and sample."""
+    live: dict[tuple[int, int], SecondOrder] = {}
+    for start, stop in segments(trajectory):
+        for played in play_segment(trajectory, start, stop):
+            for sample in live.values():
+                sample.follow(trajectory.problem, played)
+            live |= _begin(trajectory.problem, played, [use for use in uses if use[0] == played.step.index])
+            advance(1)
+    return [float(torch.linalg.vector_norm(live[use].bend[0].double())) for use in uses]
+
+
+def _begin(problem: Problem, played: Played, uses: Sequence[tuple[int, int]]) -> dict[tuple[int, int], SecondOrder]:
+    found, first = {}, 0
+    for micro in played.step.micros if uses else ():
+        own = [use for use in uses if first <= use[1] < first + len(micro)]
+        grads = per_sample_gradients(problem, played.before.theta, micro) if own else torch.zeros(0)
+        for use in own:
+            found[use] = SecondOrder.start(played, grads[use[1] - first], float(played.step.weights[use[1]]))
+        first += len(micro)
+    return found
