@@ -195,7 +195,7 @@ def _tables(
     if "error_exact" in found:
         columns["error_exact"] = pa.array(found["error_exact"], from_pandas=True)
     count = len(run.rows)
-    known = recorded_rows(folder, count)
+    known = recorded_rows(folder)
     samples: dict[str, Any] = {name: known[name] for name in known.column_names}
     samples["uses"] = np.bincount(rows, minlength=count)
     samples["score"] = np.bincount(rows, weights=columns["score"], minlength=count)

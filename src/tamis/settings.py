@@ -259,6 +259,8 @@ class TrainRunSettings:
     log_steps: int = 10
     forecast_every: int = 10  # updates between comparisons of predicted and realised drop; 0: never
     report_to: tuple[str, ...] = ()
+    record: str | None = None  # folder for what tamis attribute needs of the run
+    record_every: int | None = None  # updates between two recorded states; None: the root of all, at least 10
     seed: int = 0
     max_length: int = 2048
     dtype: Dtype = "auto"
@@ -286,13 +288,18 @@ class TrainRunSettings:
         for name in ("batch_rows", "accumulation", "save_steps", "log_steps"):
             _at_least(name, getattr(self, name), 1)
         _at_least("forecast_every", self.forecast_every, 0)
+        _at_least("record_every", self.record_every, 1)
+        if self.record_every is not None and self.record is None:
+            raise InvalidSettings("record_every: nothing is recorded; pass --record too")
+        if self.record is not None and self.method == "target-only":
+            raise InvalidSettings("record: target-only trains on target rows, which are no samples to attribute to")
         _at_least("seed", self.seed, 0)
         _at_least("max_length", self.max_length, 2)
         self._check_length()
         self._check_measuring()
         self._check_optimizer()
         self._check_place()
-        _check_not_empty(self, "model", "out", "device", "attention", "revision", "chat_template")
+        _check_not_empty(self, "model", "out", "device", "attention", "revision", "chat_template", "record")
 
     @property
     def held_out_share(self) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,14 @@ import pyarrow.parquet as pq
 from torch import nn
 
 from tamis.corpus import tokenize
-from tamis.data.examples import read_examples
+from tamis.data.examples import Examples, read_examples
 from tamis.data.render import Renderer
 from tamis.data.rows import Rows
+from tamis.disk import make_folder
 from tamis.errors import InvalidInput
 from tamis.identity import canonical_json, file_sha256, text_sha256
 from tamis.model.load import ModelSettings, load_tokenizer, template_text
+from tamis.outputs import write_scores
 from tamis.protocols import Progress
 from tamis.settings import target_parts, to_dict
 from tamis.trace_settings import AttributeSettings, VerifySettings
@@ -26,10 +28,21 @@ from tamis.trajectory.causal import RecordedRun
 from tamis.trajectory.log import LogReader
 from tamis.trajectory.open_run import model_of_run, open_run, run_model_settings
 from tamis.trajectory.token_rows import IGNORED_LABEL, TokenMicro, TokenRow
+from tamis.types import IntArray
 
-__all__ = ["EXAMPLES", "OpenedRun", "TargetRows", "open_inputs", "read_target", "run_digest", "run_identity"]
+__all__ = [
+    "EXAMPLES",
+    "OpenedRun",
+    "TargetRows",
+    "open_inputs",
+    "read_target",
+    "recorded_rows",
+    "run_digest",
+    "run_identity",
+    "write_examples",
+]
 
-EXAMPLES = "examples.parquet"  # in a record: which of the user's rows each recorded row is
+EXAMPLES = "examples.parquet"  # in a record: the user's rows by position in the training data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,12 +139,46 @@ def run_identity(
     }
 
 
-def recorded_rows(folder: Path, count: int) -> pa.Table:
-    """One line per recorded row: its number, and where it stands in the training data as far as that is known."""
+def recorded_rows(folder: Path) -> pa.Table:
+    """One line per recorded row: its number, where it stands in the training data, and what the user calls it.
+
+    ``position`` is null where it is not known. ``id``, ``file``, ``file_row`` and ``source`` are there if the run was
+    one of ``tamis train``.
+    """
+    position = LogReader(folder).positions()
+    known = position >= 0
+    table = pa.table(
+        {
+            "row": pa.array(np.arange(len(position)), type=pa.int64()),
+            "position": pa.array(position, type=pa.int64(), mask=~known),
+        }
+    )
     path = folder / EXAMPLES
-    if path.is_file():
-        return pq.read_table(path)
-    return pa.table({"row": pa.array(np.arange(count), type=pa.int64())})
+    if not path.is_file():
+        return table
+    examples = pq.read_table(path)
+    at = pa.array(np.where(known, position, 0), type=pa.int64(), mask=~known)
+    for name in examples.column_names:
+        table = table.append_column(name, examples[name].combine_chunks().take(at))
+    return table
+
+
+def write_examples(folder: Path, examples: Examples, rows: IntArray, sources: Sequence[str]) -> None:
+    """What the user calls the training data of a run, by position, into the folder of its record.
+
+    Raises:
+        InvalidInput: the folder cannot be written.
+    """
+    make_folder(folder)
+    table = pa.table(
+        {
+            "id": pa.array([examples.ids[int(row)] for row in rows], type=pa.string()),
+            "file": pa.array([examples.files[int(examples.file_index[row])] for row in rows], type=pa.string()),
+            "file_row": pa.array([int(examples.row[row]) for row in rows], type=pa.int64()),
+            "source": pa.array(list(sources), type=pa.string()),
+        }
+    )
+    write_scores(folder / EXAMPLES, table)
 
 
 def _of_tokens(row: Mapping[str, Any]) -> TokenRow | None:

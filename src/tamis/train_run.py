@@ -38,6 +38,7 @@ from tamis.outputs import check_claim, claim_folder, write_json
 from tamis.progress import NoProgress
 from tamis.protocols import Progress
 from tamis.settings import TrainRunSettings, to_dict
+from tamis.trace_inputs import write_examples
 from tamis.train_rows import RunRows, check_candidates, measuring_targets, num_updates, split_rows
 from tamis.train_setup import (
     check_device,
@@ -47,13 +48,17 @@ from tamis.train_setup import (
     open_model,
     training_arguments,
 )
+from tamis.trajectory.recorder import TrajectoryRecorder
 
 __all__ = ["TrainResult", "train_from_settings"]
 
 logger = logging.getLogger(__name__)
 
 # Settings that cannot change the weights; all others make a folder the folder of one run.
-_FREE_SETTINGS = ("out", "save_steps", "log_steps", "forecast_every", "report_to", "on_bad_row")
+_FREE_SETTINGS = (
+    *("out", "save_steps", "log_steps", "forecast_every", "report_to", "on_bad_row"),
+    *("record", "record_every"),
+)
 _KNOWN_BY_CONTENT = ("model", "revision", "chat_template")
 
 
@@ -254,10 +259,20 @@ class _Run:
             candidates_folder=self.out / "candidates",
             sources=[examples.source_names[i] for i in index],
             held_out=held_out,
-            callbacks=[callback],
+            callbacks=[*self._recorders(), callback],  # a checkpoint counts as whole once it is recorded too
         )
         trainer.remove_callback(PrinterCallback)  # it prints every entry, which the log has
         return trainer
+
+    def _recorders(self) -> list[TrajectoryRecorder]:
+        settings = self.settings
+        if settings.record is None:
+            return []
+        folder = Path(settings.record)
+        examples, rows = self.rendered.pool.examples, self.rows.pool
+        source = [examples.source_names[i] for i in examples.source_index[rows]]
+        write_examples(folder, examples, rows, source)
+        return [TrajectoryRecorder(folder, every=settings.record_every, model_name=settings.model)]
 
     def _to_the_end(self, trainer: RunTrainer, start: WholeCheckpoint | None) -> tuple[int, bool]:
         """Updates done, and whether the run stopped before all were."""

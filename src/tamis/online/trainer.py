@@ -31,6 +31,7 @@ from tamis.online.fate import CandidateLog, refuse_earlier_parts
 from tamis.online.forecast import clip_factor, predicted_drop
 from tamis.online.meter import Meter
 from tamis.online.numbered import ROWS, NumberedCollator, NumberedRows
+from tamis.online.recording import tell_recorders
 from tamis.online.step import OnlineStep, Proposal, StepSettings
 from tamis.online.together import add_up, gather_rows
 from tamis.seeds import child_seed
@@ -269,6 +270,7 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         places = gather_rows(torch.cat([batch.rows.cpu() for batch in candidates])).numpy()
         numbers, sources = self._in_the_log(places)
         self._meter.add(proposal, sources)
+        tell_recorders(self.callback_handler.callbacks, candidates, proposal, reduction=self._step_settings.reduction)
         if proposal.target_loss is not None:
             self._target_seen[self._target_places(number)] = True
             self._meter.note("target_rows_seen", float(self._target_seen.sum()))

@@ -30,7 +30,7 @@ from tamis.types import IntArray
 __all__ = ["LOG_VERSION", "LogReader", "LogWriter", "LoggedMicro", "LoggedStep", "read_manifest"]
 
 LOG_VERSION = 1
-_MANIFEST, _END = "manifest.json", "end.json"
+_MANIFEST, _END, _POSITIONS = "manifest.json", "end.json", "positions.safetensors"
 _SEGMENT = re.compile(r"(\d+)-(\d+)\.safetensors")
 
 
@@ -153,8 +153,14 @@ class LogWriter:
         replace_atomically(self._folder / "segments" / f"{first:08d}-{stop:08d}.safetensors", (save(tensors),))
         self._new, self._first_new = [], len(self._numbers)
 
-    def finish(self, steps: int) -> None:
-        """Training has ended."""
+    @property
+    def known(self) -> Mapping[bytes, int]:
+        """All rows so far, by digest."""
+        return self._numbers
+
+    def finish(self, steps: int, *, positions: Sequence[int]) -> None:
+        """Training has ended; ``positions`` says where each row stands in the training data, -1 for unknown."""
+        replace_atomically(self._folder / _POSITIONS, (save({"position": _ints(positions)}),))
         _write_json(self._folder / _END, {"steps": steps, "rows": len(self._numbers)})
 
 
@@ -203,6 +209,11 @@ class LogReader:
         if self._loaded is None or self._loaded[0] != place:
             self._loaded = (place, _steps_of(_load(self._paths[place][2])))
         return self._loaded[1][index - self._paths[place][0]]
+
+    def positions(self) -> IntArray:
+        """Where each row first stands in the training data; -1 where that is not known."""
+        found: IntArray = _load(self.folder / _POSITIONS)["position"].numpy()
+        return found
 
     def rows(self) -> list[TokenRow]:
         """All rows by number."""

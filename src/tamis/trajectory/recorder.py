@@ -27,7 +27,7 @@ from tamis.trajectory.causal import random_state_of
 from tamis.trajectory.identity import base_dtype, describe_model, frozen_digest, has_dropout
 from tamis.trajectory.log import LOG_VERSION, LoggedMicro, LoggedStep, LogWriter
 from tamis.trajectory.optimizer_state import LiveOptimizer, live_optimizer
-from tamis.trajectory.token_rows import TokenRow, rows_of_inputs
+from tamis.trajectory.token_rows import TOKEN_INPUTS, TokenRow, rows_of_inputs
 from tamis.types import Batch
 
 __all__ = ["TrajectoryRecorder"]
@@ -143,7 +143,7 @@ class TrajectoryRecorder(TrainerCallback):  # type: ignore[misc]  # transformers
         self._flush()
         self._remove_hooks()
         assert self._writer is not None
-        self._writer.finish(state.global_step)
+        self._writer.finish(state.global_step, positions=self._positions(kwargs.get("train_dataloader")))
 
     # What else is told to it.
 
@@ -207,6 +207,21 @@ class TrajectoryRecorder(TrainerCallback):  # type: ignore[misc]  # transformers
             return
         loss = output.get("loss") if hasattr(output, "get") else None
         self._passes[-1].loss = None if loss is None else loss.detach()
+
+    def _positions(self, loader: Any) -> list[int]:
+        """For each recorded row, where it first stands in the training data; -1 where that is not known."""
+        assert self._writer is not None
+        found = [-1] * len(self._writer.known)
+        data, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
+        if data is None or collate is None or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+            return found
+        for position in range(len(data)):
+            inputs = {key: value for key, value in collate([data[position]]).items() if key in TOKEN_INPUTS}
+            row = rows_of_inputs(inputs)[0]
+            number = None if row is None else self._writer.known.get(row.digest())
+            if number is not None and found[number] < 0:
+                found[number] = position
+        return found
 
     def _numbers(self, rows: Sequence[TokenRow]) -> list[int]:
         assert self._writer is not None

@@ -19,11 +19,12 @@ from torch import Tensor
 from tamis.errors import Unsupported
 from tamis.types import Batch
 
-__all__ = ["IGNORED_LABEL", "TokenMicro", "TokenRow", "collate_rows", "rows_of_inputs"]
+__all__ = ["IGNORED_LABEL", "TOKEN_INPUTS", "TokenMicro", "TokenRow", "collate_rows", "rows_of_inputs"]
 
 IGNORED_LABEL = -100
+TOKEN_INPUTS = ("input_ids", "attention_mask", "labels")
 # What a training forward pass of a causal language model may be given; the last ones change nothing of the loss.
-_KNOWN = {"input_ids", "attention_mask", "labels", "num_items_in_batch", "use_cache", "fused_lm_head", "return_dict"}
+_KNOWN = {*TOKEN_INPUTS, "num_items_in_batch", "use_cache", "fused_lm_head", "return_dict"}
 
 
 @dataclass(frozen=True, kw_only=True)
