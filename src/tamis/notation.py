@@ -46,6 +46,7 @@ ONLINE_SUMMARIES: dict[str, str] = {
     "uniform": "a random draw: what every other method has to beat",
     "full": "plain training on all candidates: what every other method has to beat at equal compute",
     "target-only": "trains on the target rows themselves: a warning, small targets are memorised",
+    "lookahead": "largest effect on the target k updates later, through AdamW's own dynamics (set horizon)",
 }
 PROJECTION_NAMES = ("none", "factorized", "rademacher", "hadamard", "mask")
 

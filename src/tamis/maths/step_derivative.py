@@ -82,6 +82,13 @@ class AdamStep:
         own: dict[str, Any] = {k: value[places] for k, value in vectors.items() if isinstance(value, Tensor)}
         return AdamStep(replace(s, **own), self.g[places], self.m[places], self.v[places])
 
+    def advanced(self, *, count: int, lr: Coefficient) -> AdamStep:
+        """The same standing for a later step: bias corrections and rate move on, D, E and the gradient do not."""
+        found = AdamStep(self.settings, self.g, self.m, self.v)
+        found.settings = replace(self.settings, count=count, lr=lr)
+        found.k_theta = found._k_theta()
+        return found
+
     def _k_theta(self) -> Tensor:
         s = self.settings
         if s.count == 1 and s.corrected:

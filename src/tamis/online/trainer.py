@@ -23,12 +23,14 @@ from tamis.errors import InvalidInput, InvalidSettings, Unsupported
 from tamis.model.loss import per_sample_losses
 from tamis.model.processes import counts_of_all, is_main, rank, world_size
 from tamis.online.adam_state import AdamMoments, learning_rate, read_adam
+from tamis.online.ahead import Ahead, propose_by_scores
 from tamis.online.baselines import TargetOnly
 from tamis.online.batches import target_positions, to_batches
 from tamis.online.checks import dropout_of, refuse_settings
 from tamis.online.choice import Method, cold_updates
 from tamis.online.fate import CandidateLog, refuse_earlier_parts
 from tamis.online.forecast import clip_factor, predicted_drop
+from tamis.online.lookahead import Lookahead
 from tamis.online.meter import Meter
 from tamis.online.numbered import ROWS, NumberedCollator, NumberedRows
 from tamis.online.recording import tell_recorders
@@ -108,6 +110,7 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         if isinstance(selection, TargetOnly):
             logger.warning("target-only trains on the target rows themselves, which memorises small targets")
         self._step: OnlineStep | None = None
+        self._ahead: Ahead | None = None
         self._saved_state: dict[str, Tensor] = {}
         self._target_seen = np.zeros(len(self.target_dataset), dtype=np.bool_)
         self._micro, self._divisor = 0, 0.0
@@ -147,10 +150,22 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         """As the Trainer's; nothing is left over from an earlier call, even one that stopped in the middle."""
         self._step, self._saved_state, self._candidates, self._forecast = None, {}, None, None
         self._micro, self._divisor, self._meter = 0, 0.0, Meter()
+        self._ahead = Ahead(self.selection, self.args) if isinstance(self.selection, Lookahead) else None
         self._target_seen = np.zeros(len(self.target_dataset), dtype=np.bool_)
         if self._log_candidates and not resume_from_checkpoint:
             self._refuse_earlier_candidates()
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; with a look-ahead, through a buffer of coming batches."""
+        source = epoch_iterator if self._ahead is None else self._ahead.batches(epoch_iterator)
+        return super().get_batch_samples(source, *args, **kwargs)
+
+    def _raw_batches(self, inputs: Any) -> list[Batch]:
+        """A batch of the data loader as candidates."""
+        inputs = dict(self._prepare_inputs(inputs))
+        rows: Tensor = inputs.pop(ROWS)
+        return to_batches(inputs, rows, most_rows=self.args.per_device_train_batch_size)
 
     def get_total_train_batch_size(self, args: Any) -> int:
         """Candidates of one update, by which the Trainer counts samples."""
@@ -174,7 +189,12 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         target = self._target_batches(number) if looks else []
         seed = child_seed(self.args.seed, "uniform choice", number)
         with self.compute_loss_context_manager():
-            proposal = step.propose(candidates, target, self.optimizer, cold=cold, seed=seed)
+            if self._ahead is not None and not cold:
+                where = (self.optimizer, self.lr_scheduler, self._raw_batches)
+                scores = self._ahead.scores(self.state.global_step, candidates, target, step, *where)
+                proposal = propose_by_scores(step, candidates, scores)
+            else:
+                proposal = step.propose(candidates, target, self.optimizer, cold=cold, seed=seed)
         for name, param in step.params.items():
             grad = proposal.gradient[name]
             # In the parameter's own layout: fused optimizers read both as one stretch of memory.
@@ -333,6 +353,7 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         self._flush()
         super()._save_checkpoint(*args, **kwargs)
         state = {} if self._step is None else self._step.state_dict()
+        state |= {} if self._ahead is None else self._ahead.state_dict()
         state[_TARGET_SEEN] = torch.from_numpy(self._target_seen)
         if self.args.should_save:
             folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
@@ -343,6 +364,8 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         if checkpoint is not None and Path(checkpoint, _STATE).is_file():
             self._saved_state = load_file(Path(checkpoint, _STATE))
             seen = self._saved_state.pop(_TARGET_SEEN).numpy()
+            if self._ahead is not None:
+                self._saved_state = self._ahead.load_state_dict(self._saved_state)
             if seen.shape != self._target_seen.shape:
                 raise InvalidInput(
                     f"{checkpoint} is of a run with {len(seen)} target rows and target_dataset has "

@@ -64,9 +64,14 @@ def start_channel(
     return Channel(name=name, method=method, curvature=curvature, adjoint=adjoint)
 
 
-def sweep_step(problem: Problem, played: Played, channel: Channel) -> Float[Tensor, "B V"]:
-    """Scores of the step's samples; the channel's adjoint moves to before the step."""
-    derivative = channel.derivative(played)
+def sweep_step(
+    problem: Problem, played: Played, channel: Channel, *, derivative: StepDerivative | None = None
+) -> Float[Tensor, "B V"]:
+    """Scores of the step's samples; the channel's adjoint moves to before the step.
+
+    ``derivative`` stands in for the step's own where it is taken for another step.
+    """
+    derivative = channel.derivative(played) if derivative is None else derivative
     q = played.clip.jacobian(derivative.inject(channel.adjoint))
     step = played.step
     inner, curved = products(problem, played.before.theta, step.micros, step.weights, q, channel.curvature)

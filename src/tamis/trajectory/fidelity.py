@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tamis.maths.ranks import rank_correlation
+from tamis.maths.ranks import mean_ranks
 from tamis.seeds import child_seed, random_uniform
 
 __all__ = ["Agreement", "agreement"]
@@ -30,21 +30,21 @@ class Agreement:
 def agreement(scores: Matrix, truth: Matrix, *, seed: int = 0) -> Agreement:
     """Of ``scores`` and ``truth``, both (samples, final values).
 
-    The interval is that of the percentile bootstrap over samples; with ten samples it says little, and says so by its
-    width.
+    The interval is that of the percentile bootstrap over samples, with their ranks as they are among all; with ten
+    samples it says little, and says so by its width.
     """
     count = len(scores)
+    ranks, true_ranks = (np.stack([mean_ranks(column) for column in part.T], axis=1) for part in (scores, truth))
     draws = []
-    for number in range(_DRAWS if count > 2 else 0):
-        uniform = random_uniform(child_seed(seed, "bootstrap", number), count)
-        chosen = np.minimum((uniform * count).astype(np.int64), count - 1)
-        found = _mean_spearman(scores[chosen], truth[chosen])
+    uniform = random_uniform(child_seed(seed, "bootstrap"), _DRAWS * count if count > 2 else 0)
+    for chosen in np.minimum((uniform * count).astype(np.int64), count - 1).reshape(-1, count):
+        found = _mean_correlation(ranks[chosen], true_ranks[chosen])
         if found is not None:
             draws.append(found)
     low, high = (float(x) for x in np.quantile(draws, [0.025, 0.975])) if draws else (None, None)
     scale = float(np.linalg.norm(truth))
     return Agreement(
-        spearman=_mean_spearman(scores, truth),
+        spearman=_mean_correlation(ranks, true_ranks),
         low=low,
         high=high,
         samples=count,
@@ -52,7 +52,9 @@ def agreement(scores: Matrix, truth: Matrix, *, seed: int = 0) -> Agreement:
     )
 
 
-def _mean_spearman(scores: Matrix, truth: Matrix) -> float | None:
-    found = [rank_correlation(a, b) for a, b in zip(scores.T, truth.T, strict=True)]
-    known = [value for value in found if value is not None]
-    return float(np.mean(known)) if known else None
+def _mean_correlation(x: Matrix, y: Matrix) -> float | None:
+    """Pearson's of every column, averaged; None if none has spread on both sides."""
+    x, y = x - x.mean(axis=0), y - y.mean(axis=0)
+    scale = np.sqrt((x * x).sum(axis=0) * (y * y).sum(axis=0))
+    known = scale > 0
+    return float(np.mean((x * y).sum(axis=0)[known] / scale[known])) if known.any() else None

@@ -75,7 +75,7 @@ class Rule:
         """The gradient as the optimizer sees it: with the L2 term, which is added after clipping."""
         if self.kind == "adamw" or all(group.decay == 0 for group in self.groups):
             return clipped
-        return clipped + self._over(clipped, [group.decay for group in self.groups]) * theta
+        return clipped + self.over(clipped, [group.decay for group in self.groups]) * theta
 
     def advance(self, state: State, g: Tensor, rates: Sequence[float]) -> State:
         """The state after a step with the gradient ``g`` of ``seen``."""
@@ -93,13 +93,13 @@ class Rule:
             own = self._settings(g, 1, rates)
             assert isinstance(own, SgdStep)
             return own
-        return SgdStep(lr=self._over(g, rates))
+        return SgdStep(lr=self.over(g, rates))
 
     def _settings(self, like: Tensor, count: int, rates: Sequence[float]) -> Any:
         def over(name: str) -> Coefficient:
-            return self._over(like, [getattr(group, name) for group in self.groups])
+            return self.over(like, [getattr(group, name) for group in self.groups])
 
-        lr = self._over(like, rates)
+        lr = self.over(like, rates)
         if self.kind == "sgd":
             return SgdStep(lr=lr, momentum=over("beta1"), coupled=over("decay"))
         key = "decay" if self.kind == "adamw" else "coupled"
@@ -107,7 +107,7 @@ class Rule:
         options |= {"beta1": over("beta1"), "beta2": over("beta2"), "eps": over("eps")}
         return AdamSettings(count=count, lr=lr, **options)
 
-    def _over(self, like: Tensor, values: Sequence[float]) -> Coefficient:
+    def over(self, like: Tensor, values: Sequence[float]) -> Coefficient:
         """One value per group as one number where all agree, as one per coordinate otherwise."""
         if len(set(values)) == 1:
             return float(values[0])

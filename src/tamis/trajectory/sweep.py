@@ -104,7 +104,8 @@ def run_sweep(
     done = SegmentStore(folder)
     left = parts if done.reached is None else [part for part in parts if part[1] <= done.reached]
     if done.reached is not None:
-        sweep.load(done.tensors(end.theta))
+        if done.reached:
+            sweep.load(done.tensors(end.theta))
         advance(trajectory.num_steps - done.reached)
     for start, stop in reversed(left):
         played = play_segment(trajectory, start, stop, tolerance=settings.tolerance)
