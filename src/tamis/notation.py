@@ -32,6 +32,7 @@ METHOD_SUMMARIES: dict[str, str] = {
     "tracin": "gradient cosine with the target rows (the default)",
     "less": "Adam update of the row against the target gradient, over checkpoints of a LoRA warm-up",
     "influence-distillation": "exact gradients of a few landmark rows, carried to all others by cheap embeddings",
+    "adamw-influence": "what each row did to the target along one whole training run (offline)",
 }
 GRADIENT_METHODS = ("tracin", "less")
 # The methods of ``tamis.online.METHODS``, likewise.

@@ -152,6 +152,19 @@ def _less(question: MethodQuestion) -> list[PassPlan]:
     return passes
 
 
+def _adamw_influence(question: MethodQuestion) -> list[PassPlan]:
+    values = question.values
+    adapted = question.with_lora(int(values["lora_rank"]))
+    seen = question.scored.times(float(values["epochs"]))
+    # As measured: the way back costs about two forward and backward passes, one of them for the curvature.
+    back = seen.times(1.0 if values["curvature"] == "none" else 2.0)
+    return [
+        question.model_pass("reference run (LoRA)", "gradient", seen, shape=adapted),
+        question.model_pass("replay of it", "gradient", seen, shape=adapted),
+        question.model_pass("sweep back", "gradient", back, shape=adapted),
+    ]
+
+
 def _influence_distillation(question: MethodQuestion) -> list[PassPlan]:
     method = InfluenceDistillation(**question.values)
     lora = method.moments is None and method.warmup == "lora"
@@ -214,6 +227,7 @@ _PASSES: dict[str, Callable[[MethodQuestion], list[PassPlan]]] = {
     "tracin": _tracin,
     "less": _less,
     "influence-distillation": _influence_distillation,
+    "adamw-influence": _adamw_influence,
 }
 
 

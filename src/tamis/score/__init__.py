@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tamis.score.adamw_influence import AdamwInfluence
 from tamis.score.influence_distillation import InfluenceDistillation
 from tamis.score.length import Length
 from tamis.score.less import Less
@@ -22,4 +23,5 @@ METHODS = {
     "tracin": TracIn,
     "less": Less,
     "influence-distillation": InfluenceDistillation,
+    "adamw-influence": AdamwInfluence,
 }

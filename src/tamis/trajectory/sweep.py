@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tamis.errors import InvalidSettings
-from tamis.gradients.functional import Curvature, Problem, check_curvature, per_sample_gradients
+from tamis.gradients.functional import Curvature, Problem, check_curvature, per_sample_gradients, weighted_gradient
 from tamis.trajectory.adjoint import Channel, renormalised, start_channel, sweep_step, tracin_step
 from tamis.trajectory.replay import Played, mean_gradient, play_segment, segments
 from tamis.trajectory.run import Rule, State, Trajectory
@@ -73,10 +74,16 @@ class SweepSettings:
             raise InvalidSettings("the run was trained by SGD, which has no second moments; use method sgd-influence")
 
 
-def target_gradients(problem: Problem, theta: Tensor, target: Sequence[Any], *, per_row: bool) -> Tensor:
-    """``(V, P)``: the gradient of the mean loss of the target rows, or one for each of them."""
+def target_gradients(
+    problem: Problem, theta: Tensor, target: Sequence[Any], *, per_row: bool, group: Sequence[int] | None = None
+) -> Tensor:
+    """``(V, P)``: the gradient of the mean loss of the target rows, of each group of them, or of each row."""
     if per_row:
         return torch.cat([per_sample_gradients(problem, theta, micro) for micro in target])
+    if group is not None:
+        member = torch.tensor(list(group), device=theta.device)
+        weights = [(member == g).to(theta) / (member == g).sum() for g in range(int(member.max()) + 1)]
+        return torch.stack([weighted_gradient(problem, theta, target, own)[1] for own in weights])
     return mean_gradient(problem, theta, target)[1][None]
 
 
@@ -86,12 +93,14 @@ def run_sweep(
     settings: SweepSettings,
     *,
     per_row: bool = False,
+    group: Sequence[int] | None = None,
     folder: Path | None = None,
     advance: Callable[[int], None] = lambda steps: None,
 ) -> dict[str, list[Tensor]]:
     """Every step's numbers, a list over steps for each name.
 
-    ``scores`` is (B, V) on the CPU; ``error`` (B,), ``curvature:none`` and ``curvature:fisher`` (B, 1) if asked for.
+    V is 1 for the mean of the target rows, their number with ``per_row``, or the number of groups that ``group`` puts
+    them in. ``scores`` is (B, V) on the CPU; ``error`` (B,), ``curvature:none`` and ``curvature:fisher`` (B, 1) if asked for.
 
     Raises:
         StoreMismatch: the replay is not the recorded run.
@@ -99,7 +108,7 @@ def run_sweep(
     """
     settings.check_rule(trajectory.rule)
     end = trajectory.state(trajectory.num_steps)
-    sweep = _Sweep(trajectory.problem, trajectory.rule, settings, target, end, per_row=per_row)
+    sweep = _Sweep(trajectory.problem, trajectory.rule, settings, target, end, per_row=per_row, group=group)
     parts = segments(trajectory)
     done = SegmentStore(folder)
     left = parts if done.reached is None else [part for part in parts if part[1] <= done.reached]
@@ -119,16 +128,24 @@ class _Sweep:
     """The state of a sweep between two steps."""
 
     def __init__(
-        self, problem: Problem, rule: Rule, settings: SweepSettings, target: Sequence[Any], end: State, *, per_row: bool
+        self,
+        problem: Problem,
+        rule: Rule,
+        settings: SweepSettings,
+        target: Sequence[Any],
+        end: State,
+        *,
+        per_row: bool,
+        group: Sequence[int] | None,
     ) -> None:
         self._problem, self._rule, self._settings = problem, rule, settings
-        self._target, self._per_row = target, per_row
+        self._target = partial(target_gradients, problem, target=target, per_row=per_row, group=group)
         self._channels: list[Channel] = []
         self._window = SecantWindow(settings.secant) if settings.secant else None
         self._proxy = ErrorProxy() if settings.error else None
         if settings.method == "tracin":
             return
-        goal = target_gradients(problem, end.theta, target, per_row=per_row)
+        goal = self._target(end.theta)
         count = len(end.moments)
         self._channels.append(start_channel("scores", settings.method, settings.curvature, goal, moments=count))
         if settings.diagnose:
@@ -141,7 +158,7 @@ class _Sweep:
         found: dict[str, Tensor] = {}
         step, settings = played.step, self._settings
         if settings.method == "tracin":
-            goal = target_gradients(self._problem, played.before.theta, self._target, per_row=self._per_row)
+            goal = self._target(played.before.theta)
             scores = tracin_step(self._problem, played, goal)
             found["scores"] = renormalised(scores, step.weights) if settings.renormalise else scores
         if self._window is not None:
