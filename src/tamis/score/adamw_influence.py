@@ -146,12 +146,13 @@ class AdamwInfluence:
 
     def _model(self, task: Task) -> nn.Module:
         """A copy of the task's model with what trains of it."""
-        model = task.at_model(task.model_settings).loaded.model
+        model: nn.Module = task.at_model(task.model_settings).loaded.model
         if has_adapter(model):
             train_adapter(model)
-            return model
-        alpha = 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
-        return add_lora(model, rank=self.lora_rank, alpha=alpha, seed=task.seed)
+        else:
+            alpha = 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
+            model = add_lora(model, rank=self.lora_rank, alpha=alpha, seed=task.seed)
+        return model
 
 
 def _token_row(one: Any) -> TokenRow:

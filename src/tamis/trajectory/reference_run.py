@@ -73,9 +73,8 @@ def reference_run(
         StoreMismatch: it holds another run.
     """
     # Made for its checks and its groups; no step of it is ever taken.
-    live = live_optimizer(
-        torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.0), model
-    )
+    params = [param for param in model.parameters() if param.requires_grad]
+    live = live_optimizer(torch.optim.AdamW(params, weight_decay=0.0), model)
     rule, problem = live.rule(settings.clip or None), CausalProblem(model, live.shapes)
     per_epoch = -(-len(rows) // settings.batch_rows)
     total = per_epoch * settings.epochs

@@ -100,7 +100,8 @@ def run_sweep(
     """Every step's numbers, a list over steps for each name.
 
     V is 1 for the mean of the target rows, their number with ``per_row``, or the number of groups that ``group`` puts
-    them in. ``scores`` is (B, V) on the CPU; ``error`` (B,), ``curvature:none`` and ``curvature:fisher`` (B, 1) if asked for.
+    them in. ``scores`` is (B, V) on the CPU; ``error`` (B,), ``curvature:none`` and ``curvature:fisher`` (B, 1) if
+    asked for.
 
     Raises:
         StoreMismatch: the replay is not the recorded run.
