@@ -48,7 +48,9 @@ from tamis.train_setup import (
     open_model,
     training_arguments,
 )
+from tamis.trajectory.log import LogReader, mark_finished
 from tamis.trajectory.recorder import TrajectoryRecorder
+from tamis.trajectory.token_rows import TokenRow
 
 __all__ = ["TrainResult", "train_from_settings"]
 
@@ -218,6 +220,7 @@ class _Run:
                 advance(start.step)
             try:
                 steps, stopped = self._to_the_end(trainer, start)
+                self._finish_record()
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -272,7 +275,21 @@ class _Run:
         examples, rows = self.rendered.pool.examples, self.rows.pool
         source = [examples.source_names[i] for i in examples.source_index[rows]]
         write_examples(folder, examples, rows, source)
-        return [TrajectoryRecorder(folder, every=settings.record_every, model_name=settings.model)]
+        # The folder is the run's own: killed before its first checkpoint, it begins its record anew.
+        recorder = TrajectoryRecorder(
+            folder, every=settings.record_every, model_name=settings.model, over_unfinished=True
+        )
+        return [recorder]
+
+    def _finish_record(self) -> None:
+        """A run killed after its last checkpoint trains no more, and its recorder is not told of the end."""
+        record = self.settings.record
+        if record is None or not is_main() or LogReader(Path(record)).end is not None:
+            return
+        rows = self.rendered.pool.take(self.rows.pool)
+        digests = [TokenRow(ids=r.input_ids, supervised=r.supervised).trimmed().digest() for r in rows]
+        first = {digest: position for position, digest in reversed(list(enumerate(digests)))}
+        mark_finished(Path(record), first)
 
     def _to_the_end(self, trainer: RunTrainer, start: WholeCheckpoint | None) -> tuple[int, bool]:
         """Updates done, and whether the run stopped before all were."""

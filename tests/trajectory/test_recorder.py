@@ -23,7 +23,7 @@ from tamis.errors import InvalidInput, InvalidSettings, StoreMismatch, TamisErro
 from tamis.model.loss import per_sample_losses
 from tamis.online import FilterThenWeight, StepSettings
 from tamis.trajectory.causal import RecordedRun
-from tamis.trajectory.log import LogReader
+from tamis.trajectory.log import LogReader, mark_finished
 from tamis.trajectory.open_run import open_run
 from tamis.trajectory.optimizer_state import live_optimizer
 from tamis.trajectory.replay import play_segment, segments
@@ -267,3 +267,26 @@ def test_the_problem_s_losses_are_those_of_the_engine(tmp_path: Path) -> None:
     torch.testing.assert_close(found, per_sample_losses(trainer.model, micro.batch), rtol=1e-5, atol=0)
     assert issubclass(StoreMismatch, TamisError) and isinstance(run.reader, LogReader)
     assert np.isfinite(found.detach().numpy()).all()
+
+
+def test_a_run_that_owns_its_record_begins_it_anew_or_ends_it(tmp_path: Path) -> None:
+    def unfinished(**options: Any) -> None:
+        trainer = Trainer(
+            model=model_of(lora=True), args=arguments(tmp_path / "t"), train_dataset=rows_of(22, seed=1),
+            data_collator=collate, callbacks=[tamis.TrajectoryRecorder(tmp_path / "record", every=4, **options)],
+        )  # fmt: skip
+        trainer.train()
+
+    unfinished()
+    whole = files(tmp_path / "record")
+    for name in ("end.json", "positions.safetensors", "segments/00000004-00000006.safetensors"):
+        (tmp_path / "record" / name).unlink()
+    with pytest.raises(InvalidInput, match="holds a recorded run already"):
+        unfinished()
+    unfinished(over_unfinished=True)
+    assert files(tmp_path / "record") == whole
+    (tmp_path / "record/end.json").unlink()
+    reader = LogReader(tmp_path / "record")
+    places = {row.digest(): int(place) for row, place in zip(reader.rows(), reader.positions(), strict=True)}
+    mark_finished(tmp_path / "record", places)
+    assert files(tmp_path / "record") == whole

@@ -27,7 +27,7 @@ from tamis.trajectory.run import State
 from tamis.trajectory.token_rows import TokenRow
 from tamis.types import IntArray
 
-__all__ = ["LOG_VERSION", "LogReader", "LogWriter", "LoggedMicro", "LoggedStep", "read_manifest"]
+__all__ = ["LOG_VERSION", "LogReader", "LogWriter", "LoggedMicro", "LoggedStep", "mark_finished", "read_manifest"]
 
 LOG_VERSION = 1
 _MANIFEST, _END, _POSITIONS = "manifest.json", "end.json", "positions.safetensors"
@@ -63,16 +63,26 @@ class LogWriter:
         self._first_new = len(rows)
 
     @classmethod
-    def open_new(cls, folder: Path, manifest: Mapping[str, Any], state: State) -> LogWriter:
-        """Begin a log.
+    def open_new(
+        cls, folder: Path, manifest: Mapping[str, Any], state: State, *, over_unfinished: bool = False
+    ) -> LogWriter:
+        """Begin a log; ``over_unfinished`` takes the place of one that the same run began and did not finish.
 
         Raises:
             InvalidInput: the folder holds a log already, or cannot be written.
         """
         if (folder / _MANIFEST).exists():
-            raise InvalidInput(
-                f"{folder} holds a recorded run already; choose another folder, or resume that run from its checkpoint"
-            )
+            same = read_manifest(folder) == json.loads(json.dumps(manifest))
+            if not (over_unfinished and same and not (folder / _END).exists()):
+                raise InvalidInput(
+                    f"{folder} holds a recorded run already; choose another folder, or resume that run from its "
+                    "checkpoint"
+                )
+            with disk_errors(folder, doing="remove"):
+                (folder / _MANIFEST).unlink()
+        with disk_errors(folder, doing="remove"):
+            for path in (*(folder / "segments").glob("*.safetensors"), *(folder / "states").glob("*.safetensors")):
+                path.unlink()  # of a run that was killed before it said what it is
         for part in ("states", "segments"):
             make_folder(folder / part)
         found = cls(folder, {})
@@ -162,6 +172,18 @@ class LogWriter:
         """Training has ended; ``positions`` says where each row stands in the training data, -1 for unknown."""
         replace_atomically(self._folder / _POSITIONS, (save({"position": _ints(positions)}),))
         _write_json(self._folder / _END, {"steps": steps, "rows": len(self._numbers)})
+
+
+def mark_finished(folder: Path, positions: Mapping[bytes, int]) -> None:
+    """Say of a log that its run has ended, if it does not say so; for runs killed between their end and that.
+
+    ``positions`` has where each row stands in the training data, by digest.
+    """
+    reader = LogReader(folder)
+    if reader.end is None:
+        rows = {row.digest(): number for number, row in enumerate(reader.rows())}
+        writer = LogWriter(folder, rows)
+        writer.finish(reader.bounds[-1], positions=[positions.get(digest, -1) for digest in rows])
 
 
 class LogReader:
