@@ -196,4 +196,4 @@ def test_settings_are_refused_by_name(tmp_path: Path) -> None:
         Lookahead(form="guess")  # type: ignore[arg-type]
     with pytest.raises(Unsupported, match="set gradient_accumulation_steps=1"):
         trained(tmp_path, gradient_accumulation_steps=2)
-    assert "every 5 updates one pass over the target" in Lookahead(horizon=5).cost
+    assert "every 5 updates the target rows" in Lookahead(horizon=5).cost

@@ -156,8 +156,8 @@ def _adamw_influence(question: MethodQuestion) -> list[PassPlan]:
     values = question.values
     adapted = question.with_lora(int(values["lora_rank"]))
     seen = question.scored.times(float(values["epochs"]))
-    # As measured: the way back costs about two forward and backward passes, one of them for the curvature.
-    back = seen.times(1.0 if values["curvature"] == "none" else 2.0)
+    # As measured: the way back costs two to three training steps, least without curvature.
+    back = seen.times({"none": 2.0, "exact": 3.0}.get(str(values["curvature"]), 2.5))
     return [
         question.model_pass("reference run (LoRA)", "gradient", seen, shape=adapted),
         question.model_pass("replay of it", "gradient", seen, shape=adapted),

@@ -83,19 +83,19 @@ class Lookahead:
     @property
     def cost(self) -> str:
         """Work per update beside plain training on all candidates, in a sentence."""
-        passes = {"exact": 2, "ggn": 2, "fisher": 2, "none": 1}[self.curvature]
+        passes = "three" if self.curvature == "exact" else "two"  # as measured
         own = "every candidate's own gradient, " if self.secant else ""
         if self.horizon == 1:
-            return f"per update: {own}one more pass over the candidates and one over the target rows"
+            return f"per update: {own}a pass as dear as {passes} training steps on the candidates, and the target rows"
         if self.form == "frozen":
             return (
-                f"per update: {own}{self.horizon} passes of about {passes + 1} forward/backwards over the candidates, "
-                "and one over the target rows"
+                f"per update: {own}{self.horizon} passes, each as dear as {passes} training steps on the candidates, "
+                "and the target rows"
             )
         return (
-            f"per update: {own}one training step on all candidates and a pass of about {passes} forward/backwards "
-            f"over them; every {self.horizon} updates one pass over the target rows. Memory: {self.horizon} copies of "
-            "parameters, both moments and two gradients"
+            f"per update: {own}one training step on all candidates and a pass as dear as {passes} more; every "
+            f"{self.horizon} updates the target rows. Memory: {self.horizon} copies of parameters, both moments and "
+            "two gradients"
         )
 
     def choose(self, evidence: Evidence) -> Choice:
