@@ -71,6 +71,8 @@ def rehearse(
     window = SecantWindow(1) if method.secant else None
     found: list[Tensor] = []
     for one in reversed(played):
+        if one is played[0]:
+            channel.curvature = "none"  # what it would carry further back is not needed
         if window is not None:
             window.enter(one, channel.adjoint)
             grads = [per_sample_gradients(problem, one.before.theta, micro) for micro in one.step.micros]

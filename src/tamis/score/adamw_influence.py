@@ -40,8 +40,8 @@ class AdamwInfluence:
     """Influence of each pool row on each target's mean loss at the end of a LoRA run over the pool.
 
     A row used in several epochs gets the sum over its uses. Positive: without the row the target loss would end higher.
-    The dearest method here: training on all rows, the same again as a replay, and three times that for the way back. It tells
-    what rows did in *this* run, which ranks them together with their place in it; online selection with a short
+    The dearest method here: training on all rows, the same again as a replay, and three times that for the way back. It
+    tells what rows did in *this* run, which ranks them together with their place in it; online selection with a short
     ``lookahead`` was as good or better in the paper.
 
     Args:
