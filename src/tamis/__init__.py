@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttributeSettings",
+    "Attribution",
     "DoctorSettings",
     "OnlineSFTTrainer",
     "OnlineTrainer",
@@ -22,7 +24,11 @@ __all__ = [
     "TamisError",
     "TrainResult",
     "TrainRunSettings",
+    "TrajectoryRecorder",
+    "Verification",
+    "VerifySettings",
     "__version__",
+    "attribute",
     "doctor",
     "methods",
     "online",
@@ -30,18 +36,36 @@ __all__ = [
     "proxy",
     "select",
     "train",
+    "verify",
 ]
 
 if TYPE_CHECKING:
     from tamis import methods, online
-    from tamis.api import ProxyResult, Selection, TrainResult, doctor, plan, proxy, select, train
+    from tamis.api import (
+        Attribution,
+        ProxyResult,
+        Selection,
+        TrainResult,
+        Verification,
+        attribute,
+        doctor,
+        plan,
+        proxy,
+        select,
+        train,
+        verify,
+    )
     from tamis.errors import TamisError
     from tamis.online.sft import OnlineSFTTrainer
     from tamis.online.trainer import OnlineTrainer
     from tamis.proxy_settings import ProxySettings
     from tamis.settings import DoctorSettings, PlanSettings, SelectSettings, TrainRunSettings
+    from tamis.trace_settings import AttributeSettings, VerifySettings
+    from tamis.trajectory.recorder import TrajectoryRecorder
 
 _HOMES = {
+    "AttributeSettings": "tamis.trace_settings",
+    "Attribution": "tamis.api",
     "DoctorSettings": "tamis.settings",
     "OnlineSFTTrainer": "tamis.online.sft",
     "OnlineTrainer": "tamis.online.trainer",
@@ -53,11 +77,16 @@ _HOMES = {
     "TamisError": "tamis.errors",
     "TrainResult": "tamis.api",
     "TrainRunSettings": "tamis.settings",
+    "TrajectoryRecorder": "tamis.trajectory.recorder",
+    "Verification": "tamis.api",
+    "VerifySettings": "tamis.trace_settings",
+    "attribute": "tamis.api",
     "doctor": "tamis.api",
     "plan": "tamis.api",
     "proxy": "tamis.api",
     "select": "tamis.api",
     "train": "tamis.api",
+    "verify": "tamis.api",
 }
 
 

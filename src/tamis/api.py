@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from tamis.attribute_run import Attribution, attribute_from_settings
 from tamis.data.rows import Rows, are_rows, checked_rows, held_name
 from tamis.errors import InvalidSettings
 from tamis.evaluate.cost import PlanResult, estimate_plan
@@ -18,12 +21,18 @@ from tamis.protocols import Method, Progress
 from tamis.proxy_run import ProxyResult, proxy_from_settings
 from tamis.proxy_settings import ProxySettings
 from tamis.settings import DoctorSettings, PlanSettings, SelectSettings, TrainRunSettings, from_dict
+from tamis.trace_settings import AttributeSettings, VerifySettings
 from tamis.train_run import TrainResult, train_from_settings
+from tamis.verify_run import Verification, verify_from_settings
 
 __all__ = [
+    "Attribution",
     "ProxyResult",
     "Selection",
     "TrainResult",
+    "Verification",
+    "attribute",
+    "attribute_from_settings",
     "doctor",
     "plan",
     "proxy",
@@ -32,6 +41,8 @@ __all__ = [
     "select_from_settings",
     "train",
     "train_from_settings",
+    "verify",
+    "verify_from_settings",
 ]
 
 
@@ -212,6 +223,92 @@ def proxy(
         **{key: str(value) if isinstance(value, Path) else value for key, value in settings.items()},
     }
     return proxy_from_settings(from_dict(ProxySettings, values, origin="tamis.proxy"), progress=progress, held=held)
+
+
+def attribute(
+    *,
+    run: str | Path,
+    target: str | Path | Sequence[str | Path] | Rows | Mapping[str, str | Path | Rows],
+    method: str = "adamw-influence",
+    out: str | Path = "tamis-attribution",
+    model: str | Path | nn.Module | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Attribution:
+    """Score every sample of a recorded run by what removing it would do to the loss of ``target`` at the end.
+
+    Args:
+        run: folder that ``tamis.TrajectoryRecorder`` or ``tamis train --record`` wrote.
+        target: rows of the task, as for ``tamis.select``; or rows of ``input_ids`` and ``labels``, taken as they are.
+        method: ``adamw-influence``, ``sgd-influence`` or ``tracin``.
+        out: folder for the result; an interrupted call with the same arguments resumes there.
+        model: what training started from, by name or as an object; None: what the record names.
+        progress: where to say how far it is; by default nowhere.
+        settings: any other field of ``tamis.AttributeSettings``.
+
+    Returns:
+        The scores. Positive: removing the sample raises the target loss, so training on it lowered it.
+
+    Raises:
+        InvalidInput: the run did not come to its end, or the target cannot be used.
+        InvalidSettings: settings contradict each other or the run.
+        StoreMismatch: the model is not the run's, or replaying does not reproduce what was recorded.
+    """
+    held: dict[str, Rows] = {}
+    values = _trace_values(run, target, out, model, settings, held)
+    chosen = from_dict(AttributeSettings, {**values, "method": method}, origin="tamis.attribute")
+    return attribute_from_settings(chosen, model=_as_module(model), progress=progress, held=held)
+
+
+def verify(
+    *,
+    run: str | Path,
+    target: str | Path | Sequence[str | Path] | Rows | Mapping[str, str | Path | Rows],
+    samples: int = 50,
+    out: str | Path = "tamis-verification",
+    model: str | Path | nn.Module | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Verification:
+    """Retrain a recorded run without each of some random samples, and see which scores foretold the outcome.
+
+    Args:
+        run: folder that ``tamis.TrajectoryRecorder`` or ``tamis train --record`` wrote.
+        target: as for ``tamis.attribute``.
+        samples: how many are left out, one retraining each.
+        out: folder for the result; an interrupted call with the same arguments resumes there.
+        model: as for ``tamis.attribute``.
+        progress: where to say how far it is; by default nowhere.
+        settings: any other field of ``tamis.VerifySettings``.
+
+    Returns:
+        Spearman's correlation and its interval for every method.
+
+    Raises:
+        InvalidInput: the run did not come to its end, or the target cannot be used.
+        InvalidSettings: settings contradict each other or the run.
+        StoreMismatch: the model is not the run's, or replaying does not reproduce what was recorded.
+    """
+    held: dict[str, Rows] = {}
+    values = _trace_values(run, target, out, model, settings, held)
+    chosen = from_dict(VerifySettings, {**values, "samples": samples}, origin="tamis.verify")
+    return verify_from_settings(chosen, model=_as_module(model), progress=progress, held=held)
+
+
+def _trace_values(
+    run: str | Path, target: Any, out: str | Path, model: Any, settings: Mapping[str, Any], held: dict[str, Rows]
+) -> dict[str, Any]:
+    return {
+        "run": str(run),
+        "target": _targets(target, "target", held),
+        "out": str(out),
+        **({"model": str(model)} if isinstance(model, str | Path) else {}),
+        **{key: str(value) if isinstance(value, Path) else value for key, value in settings.items()},
+    }
+
+
+def _as_module(model: Any) -> nn.Module | None:
+    return None if model is None or isinstance(model, str | Path) else model
 
 
 def _check_method(method: Any, example: str) -> None:

@@ -35,6 +35,7 @@ METHOD_SUMMARIES: dict[str, str] = {
     "less": "Adam update of the row against the target gradient, over checkpoints of a LoRA warm-up",
     "influence-function": "exact gradients through the inverse curvature of the loss, as EK-FAC or K-FAC has it",
     "influence-distillation": "exact gradients of a few landmark rows, carried to all others by cheap embeddings",
+    "adamw-influence": "what each row did to the target along one whole training run (offline)",
 }
 GRADIENT_METHODS = ("tracin", "less", "influence-function")
 # The methods of ``tamis.online.METHODS``, likewise.
@@ -49,6 +50,7 @@ ONLINE_SUMMARIES: dict[str, str] = {
     "uniform": "a random draw: what every other method has to beat",
     "full": "plain training on all candidates: what every other method has to beat at equal compute",
     "target-only": "trains on the target rows themselves: a warning, small targets are memorised",
+    "lookahead": "largest effect on the target k updates later, through AdamW's own dynamics (set horizon)",
 }
 # The presets of ``tamis proxy``.
 PROXY_SUMMARIES: dict[str, str] = {

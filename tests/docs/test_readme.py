@@ -23,9 +23,10 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
 CODE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PUBLIC = {
-    *("select", "doctor", "plan", "train", "proxy", "methods"),
+    *("select", "doctor", "plan", "train", "proxy", "attribute", "verify", "methods"),
     *("OnlineTrainer", "OnlineSFTTrainer", "online"),
     *("SelectSettings", "DoctorSettings", "PlanSettings", "TrainRunSettings", "ProxySettings"),
+    *("AttributeSettings", "VerifySettings", "TrajectoryRecorder", "Attribution", "Verification"),
     *("Selection", "TrainResult", "ProxyResult", "TamisError", "__version__"),
 }
 
@@ -134,7 +135,8 @@ SCRIPT_RUN = re.compile(r"python ((?:benchmarks|examples)/[\w/]+\.py)((?:[^\n`]*
 def test_flags_in_the_documents_exist(name: str) -> None:
     """Every --flag in running text belongs to a verb, except where another program is spoken of."""
     others = {"--num_processes", "--nproc-per-node", "--version", "--help", "--no-deps", "--constraint"}
-    known = {flag for verb in ("select", "doctor", "plan", "train", "proxy") for flag in flags_of(verb)}
+    verbs = ("select", "doctor", "plan", "train", "proxy", "attribute", "verify")
+    known = {flag for verb in verbs for flag in flags_of(verb)}
     assert set(FLAG.findall(SCRIPT_RUN.sub("", TEXTS[name]))) - known - others == set()
 
 

@@ -37,7 +37,7 @@ __all__ = [
     "write_result",
 ]
 
-_SEVERAL = ("--pool", "--target", "--eval-target", "--lora-targets", "--report-to")
+_SEVERAL = ("--pool", "--target", "--eval-target", "--lora-targets", "--report-to", "--methods")
 _PAIRS = {"set_": ("set", "--set"), "share": ("shares", "--share")}  # parameter -> setting, flag
 
 
