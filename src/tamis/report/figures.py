@@ -6,29 +6,19 @@ positions and ready labels, so that a source called "2020" or "<b>" is drawn as 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import cycle, pairwise
-from typing import Any
 
 import plotly.graph_objects as go
 
 from tamis.report.agreement import Agreement
 from tamis.report.content import ReportContent
+from tamis.report.drawing import FRAME, PALETTE, ROW_HEIGHT, Figure, bars, categories, figure_of, spec_of
 from tamis.report.measures import CostStage, LengthGroup, ScoreDistribution, SourceShare, TokenUse
 from tamis.report.wording import count, figure_text, number, one_line, percent, seconds
 
 __all__ = ["PALETTE", "Figure", "draw"]
 
-# role: (light, dark). The page's style sheet takes the same values; figures and swatches cannot drift apart.
-PALETTE: Mapping[str, tuple[str, str]] = {
-    "pool": ("#a9b1ba", "#67717d"),
-    "selected": ("#0b6b63", "#45c1b0"),
-    "target": ("#b86e00", "#f0b04f"),
-    "ink": ("#1d232a", "#e8e6e1"),
-    "quiet": ("#5a636e", "#a3abb5"),
-    "line": ("#dfe2e0", "#333a42"),
-}
 _TARGET_DASHES = {
     "solid": "solid",
     "dash": "dashed",
@@ -38,20 +28,6 @@ _TARGET_DASHES = {
     "longdashdot": "long dash and dot",
 }
 _MAX_BARS = 14
-_ROW_HEIGHT, _FRAME = 30, 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class Figure:
-    """A drawing with the words that must stand around it."""
-
-    key: str
-    section: str  # the part of the page it belongs to
-    title: str
-    alt: str  # what it shows, for readers who cannot see it
-    legend: tuple[tuple[str, str], ...]  # (role, label)
-    height: int
-    spec: dict[str, Any]  # Plotly's data and layout
 
 
 def draw(content: ReportContent) -> tuple[Figure, ...]:
@@ -91,7 +67,7 @@ def _score_figure(index: int, scores: ScoreDistribution) -> Figure:
             ("selected", "selected rows", scores.selected_shares, 0.72),
         )
     ]
-    figure = _figure(traces, barmode="overlay", bargap=0)
+    figure = figure_of(traces, barmode="overlay", bargap=0)
     figure.update_xaxes(title={"text": "score (higher is taken first)"}, nticks=7)
     figure.update_yaxes(tickformat=".0%", rangemode="tozero", nticks=5)
     name = one_line(scores.name, 60)
@@ -103,23 +79,23 @@ def _score_figure(index: int, scores: ScoreDistribution) -> Figure:
         f"scored rows, {number(scores.selected_median)} over {count(scores.selected)} selected rows.",
         legend=(("pool", "all scored rows"), ("selected", "selected rows")),
         height=250,
-        spec=_spec(figure),
+        spec=spec_of(figure),
     )
 
 
 def _source_figure(sources: Sequence[SourceShare]) -> Figure:
     shown = list(sources[:_MAX_BARS])
     labels = [entry.name for entry in shown]
-    figure = _figure(
+    figure = figure_of(
         [
-            _bars(
+            bars(
                 labels,
                 [entry.pool_share for entry in shown],
                 "pool",
                 [percent(entry.pool_share) for entry in shown],
                 "pool",
             ),
-            _bars(
+            bars(
                 labels,
                 [entry.selected_share for entry in shown],
                 "selected",
@@ -131,7 +107,7 @@ def _source_figure(sources: Sequence[SourceShare]) -> Figure:
         bargap=0.28,
         bargroupgap=0.06,
     )
-    _categories(figure, labels)
+    categories(figure, labels)
     figure.update_xaxes(tickformat=".0%", rangemode="tozero", nticks=6)
     top = max(shown, key=lambda entry: entry.selected_share) if shown else None
     return Figure(
@@ -141,8 +117,8 @@ def _source_figure(sources: Sequence[SourceShare]) -> Figure:
         alt="Share of the rows by source in the pool and in the selection."
         + (f" Most selected rows come from {one_line(top.name, 60)}: {percent(top.selected_share)}." if top else ""),
         legend=(("pool", "pool"), ("selected", "selection")),
-        height=_FRAME + 44 * max(len(shown), 1),
-        spec=_spec(figure),
+        height=FRAME + 44 * max(len(shown), 1),
+        spec=spec_of(figure),
     )
 
 
@@ -175,7 +151,7 @@ def _length_figure(edges: Sequence[float], groups: Sequence[LengthGroup]) -> Fig
                 meta=group.role,
             )
         )
-    figure = _figure(traces)
+    figure = figure_of(traces)
     ticks = _log_ticks(edges[0], edges[-1])
     figure.update_xaxes(
         type="log", title={"text": "supervised tokens a row"}, tickvals=ticks, ticktext=[count(tick) for tick in ticks]
@@ -195,7 +171,7 @@ def _length_figure(edges: Sequence[float], groups: Sequence[LengthGroup]) -> Fig
         + ".",
         legend=(("pool", "pool"), ("selected", "selection"), *dashed),
         height=270,
-        spec=_spec(figure),
+        spec=spec_of(figure),
     )
 
 
@@ -225,7 +201,7 @@ def _overlap_figure(agreements: Sequence[Agreement]) -> Figure:
     labels = [entry.name for entry in agreements]
     overlaps = [entry.overlap for entry in agreements]
     written = [percent(entry.overlap) for entry in agreements]
-    bars = _bars(labels, overlaps, "selected", written, "overlap").update(text=None)
+    overlap = bars(labels, overlaps, "selected", written, "overlap").update(text=None)
     chance = go.Scatter(
         x=[entry.chance for entry in agreements],
         y=list(range(len(labels))),
@@ -245,8 +221,8 @@ def _overlap_figure(agreements: Sequence[Agreement]) -> Figure:
         hovertemplate="overlap: %{text}<extra></extra>",
         meta="ink",
     )
-    figure = _figure([bars, chance, values])
-    _categories(figure, labels)
+    figure = figure_of([overlap, chance, values])
+    categories(figure, labels)
     figure.update_xaxes(tickformat=".0%", range=[0, max(0.3, min(1.0, 1.2 * max(overlaps))) + 0.02], nticks=6)
     return Figure(
         key="overlap",
@@ -256,8 +232,8 @@ def _overlap_figure(agreements: Sequence[Agreement]) -> Figure:
         + ", ".join(f"{one_line(entry.name, 40)} {percent(entry.overlap)}" for entry in agreements)
         + ".",
         legend=(("selected", "also chosen by the baseline"), ("target", "expected by chance")),
-        height=_FRAME + 40 * len(labels),
-        spec=_spec(figure),
+        height=FRAME + 40 * len(labels),
+        spec=spec_of(figure),
     )
 
 
@@ -265,8 +241,8 @@ def _spearman_figure(agreements: Sequence[Agreement]) -> Figure:
     known = [entry for entry in agreements if entry.spearman is not None]
     labels = [entry.name for entry in agreements]  # all of them, so that the bars stand level with the overlap's
     written = ["no scores" if entry.spearman is None else number(entry.spearman, 2) for entry in agreements]
-    figure = _figure([_bars(labels, [entry.spearman or 0.0 for entry in agreements], "pool", written, "Spearman")])
-    _categories(figure, labels)
+    figure = figure_of([bars(labels, [entry.spearman or 0.0 for entry in agreements], "pool", written, "Spearman")])
+    categories(figure, labels)
     figure.update_xaxes(range=[-1.15, 1.15], tickvals=[-1, -0.5, 0, 0.5, 1], zeroline=True)
     return Figure(
         key="spearman",
@@ -276,17 +252,17 @@ def _spearman_figure(agreements: Sequence[Agreement]) -> Figure:
         + ", ".join(f"{one_line(entry.name, 40)} {entry.spearman:.2f}" for entry in known)
         + ".",
         legend=(("pool", "Spearman, −1 to 1: says little about the top"),),
-        height=_FRAME + 40 * len(labels),
-        spec=_spec(figure),
+        height=FRAME + 40 * len(labels),
+        spec=spec_of(figure),
     )
 
 
 def _token_figure(tokens: Sequence[TokenUse]) -> Figure:
     labels = [entry.name for entry in tokens]
-    bars = _bars(
+    all_tokens = bars(
         labels, [entry.tokens for entry in tokens], "pool", [count(entry.tokens) for entry in tokens], "tokens"
     )
-    supervised = _bars(
+    supervised = bars(
         labels,
         [entry.supervised for entry in tokens],
         "selected",
@@ -294,9 +270,9 @@ def _token_figure(tokens: Sequence[TokenUse]) -> Figure:
         "supervised",
     )
     supervised.update(text=None, width=0.3)
-    bars.update(width=0.62)
-    figure = _figure([bars, supervised], barmode="overlay")
-    _categories(figure, labels)
+    all_tokens.update(width=0.62)
+    figure = figure_of([all_tokens, supervised], barmode="overlay")
+    categories(figure, labels)
     figure.update_xaxes(tickformat="~s", rangemode="tozero", nticks=6)
     return Figure(
         key="tokens",
@@ -306,17 +282,17 @@ def _token_figure(tokens: Sequence[TokenUse]) -> Figure:
         + ", ".join(f"{one_line(entry.name, 40)} {count(entry.tokens)}" for entry in tokens)
         + ".",
         legend=(("pool", "all tokens"), ("selected", "supervised tokens (they carry the loss)")),
-        height=_FRAME + 40 * len(labels),
-        spec=_spec(figure),
+        height=FRAME + 40 * len(labels),
+        spec=spec_of(figure),
     )
 
 
 def _cost_figure(stages: Sequence[CostStage]) -> Figure:
     shown = sorted(stages, key=lambda stage: -stage.seconds)[:_MAX_BARS]
     labels = [stage.name for stage in shown]
-    figure = _figure(
+    figure = figure_of(
         [
-            _bars(
+            bars(
                 labels,
                 [stage.seconds for stage in shown],
                 "selected",
@@ -325,7 +301,7 @@ def _cost_figure(stages: Sequence[CostStage]) -> Figure:
             )
         ]
     )
-    _categories(figure, labels)
+    categories(figure, labels)
     figure.update_xaxes(rangemode="tozero", ticksuffix=" s", nticks=6)
     return Figure(
         key="cost",
@@ -335,62 +311,6 @@ def _cost_figure(stages: Sequence[CostStage]) -> Figure:
         + ", ".join(f"{one_line(stage.name, 40)} {seconds(stage.seconds)}" for stage in shown)
         + ".",
         legend=(),
-        height=_FRAME + _ROW_HEIGHT * len(labels),
-        spec=_spec(figure),
+        height=FRAME + ROW_HEIGHT * len(labels),
+        spec=spec_of(figure),
     )
-
-
-def _bars(labels: Sequence[str], values: Sequence[float], role: str, written: Sequence[str], what: str) -> go.Bar:
-    """Horizontal bars, one a label, with the value written at the end."""
-    return go.Bar(
-        x=list(values),
-        y=list(range(len(labels))),
-        orientation="h",
-        text=list(written),
-        textposition="outside",
-        cliponaxis=False,
-        hovertext=[f"{figure_text(label, 60)}, {what}: {value}" for label, value in zip(labels, written, strict=True)],
-        hovertemplate="%{hovertext}<extra></extra>",
-        marker={"color": PALETTE[role][0], "line": {"width": 0}},
-        meta=role,
-    )
-
-
-def _categories(figure: go.Figure, labels: Sequence[str]) -> None:
-    """The first label on top, drawn as text whatever it looks like."""
-    figure.update_yaxes(
-        tickvals=list(range(len(labels))),
-        ticktext=[figure_text(label) for label in labels],
-        range=[len(labels) - 0.45, -0.55],
-        showgrid=False,
-        automargin=True,
-    )
-    figure.update_layout(margin={"r": 72})
-
-
-def _figure(traces: Sequence[Any], **layout: Any) -> go.Figure:
-    figure = go.Figure(data=list(traces))
-    figure.update_layout(
-        template="none",
-        showlegend=False,
-        margin={"l": 8, "r": 10, "t": 6, "b": 40},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"size": 13, "color": PALETTE["quiet"][0]},
-        hoverlabel={"align": "left"},
-        dragmode=False,
-        **layout,
-    )
-    figure.update_xaxes(
-        fixedrange=True, automargin=True, zeroline=False, gridcolor=PALETTE["line"][0], ticks="", tickangle=0
-    )
-    figure.update_yaxes(fixedrange=True, automargin=True, zeroline=False, gridcolor=PALETTE["line"][0], ticks="")
-    figure.update_yaxes(ticklabelstandoff=6)
-    return figure
-
-
-def _spec(figure: go.Figure) -> dict[str, Any]:
-    """Data and layout as plain Python, for the page to write as escaped JSON."""
-    spec: dict[str, Any] = figure.to_plotly_json()
-    spec["layout"].pop("template", None)
-    return {"data": spec["data"], "layout": spec["layout"]}

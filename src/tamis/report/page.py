@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +20,33 @@ from plotly.offline import get_plotlyjs
 
 from tamis.report import figures, wording
 from tamis.report.content import ReportContent
+from tamis.report.drawing import PALETTE, Figure
 
-__all__ = ["render_page", "write_page"]
+__all__ = ["render_page", "render_template", "replace_page", "write_page"]
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write_page(content: ReportContent, path: str | Path) -> None:
     """Write the page to ``path`` (UTF-8), replacing what is there only when the whole page has been made."""
-    page = render_page(content)
+    replace_page(render_page(content), path)
+
+
+def render_page(content: ReportContent) -> str:
+    """The page as text."""
+    return render_template("report.html.j2", figures.draw(content), content=content)
+
+
+def replace_page(page: str, path: str | Path) -> None:
+    """Put ``page`` in the place of the file ``path``, whole or not at all."""
     path = Path(path)
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_bytes(page.encode("utf-8"))
     unfinished.replace(path)
 
 
-def render_page(content: ReportContent) -> str:
-    """The page as text."""
+def render_template(name: str, drawn: Sequence[Figure], **values: Any) -> str:
+    """A page from one of the templates, with the house's style, scripts and figures."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -52,13 +62,12 @@ def render_page(content: ReportContent) -> str:
         seconds=wording.seconds,
         short=lambda text: wording.one_line(text, 80),
     )
-    drawn = figures.draw(content)
     scripts = (_script(get_plotlyjs()), _script((_TEMPLATES / "page.js").read_text(encoding="utf-8")))
-    return environment.get_template("report.html.j2").render(
-        content=content,
+    return environment.get_template(name).render(
+        **values,
         figures=drawn,
         figure_json=_json({figure.key: {**figure.spec, "height": figure.height} for figure in drawn}),
-        palette=figures.PALETTE,
+        palette=PALETTE,
         style=Markup((_TEMPLATES / "page.css").read_text(encoding="utf-8")),
         plotly_script=Markup(scripts[0]),
         page_script=Markup(scripts[1]),

@@ -1,0 +1,98 @@
+"""What all figures share: their frame, bars with values, the palette; no colour decided for good.
+
+Every trace says in ``meta`` which role it plays; the page recolours the roles to the reader's theme. Category axes use
+positions and ready labels, so that a source called "2020" or "<b>" is drawn as it is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import plotly.graph_objects as go
+
+from tamis.report.wording import figure_text
+
+__all__ = ["FRAME", "PALETTE", "ROW_HEIGHT", "Figure", "bars", "categories", "figure_of", "spec_of"]
+
+# role: (light, dark). The page's style sheet takes the same values; figures and swatches cannot drift apart.
+PALETTE: Mapping[str, tuple[str, str]] = {
+    "pool": ("#a9b1ba", "#67717d"),
+    "selected": ("#0b6b63", "#45c1b0"),
+    "target": ("#b86e00", "#f0b04f"),
+    "ink": ("#1d232a", "#e8e6e1"),
+    "quiet": ("#5a636e", "#a3abb5"),
+    "line": ("#dfe2e0", "#333a42"),
+}
+ROW_HEIGHT, FRAME = 30, 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A drawing with the words that must stand around it."""
+
+    key: str
+    section: str  # the part of the page it belongs to
+    title: str
+    alt: str  # what it shows, for readers who cannot see it
+    legend: tuple[tuple[str, str], ...]  # (role, label)
+    height: int
+    spec: dict[str, Any]  # Plotly's data and layout
+
+
+def bars(labels: Sequence[str], values: Sequence[float], role: str, written: Sequence[str], what: str) -> go.Bar:
+    """Horizontal bars, one a label, with the value written at the end."""
+    return go.Bar(
+        x=list(values),
+        y=list(range(len(labels))),
+        orientation="h",
+        text=list(written),
+        textposition="outside",
+        cliponaxis=False,
+        hovertext=[f"{figure_text(label, 60)}, {what}: {value}" for label, value in zip(labels, written, strict=True)],
+        hovertemplate="%{hovertext}<extra></extra>",
+        marker={"color": PALETTE[role][0], "line": {"width": 0}},
+        meta=role,
+    )
+
+
+def categories(figure: go.Figure, labels: Sequence[str]) -> None:
+    """The first label on top, drawn as text whatever it looks like."""
+    figure.update_yaxes(
+        tickvals=list(range(len(labels))),
+        ticktext=[figure_text(label) for label in labels],
+        range=[len(labels) - 0.45, -0.55],
+        showgrid=False,
+        automargin=True,
+    )
+    figure.update_layout(margin={"r": 72})
+
+
+def figure_of(traces: Sequence[Any], **layout: Any) -> go.Figure:
+    """A figure without the frame, zoom and background that the page gives or withholds itself."""
+    figure = go.Figure(data=list(traces))
+    figure.update_layout(
+        template="none",
+        showlegend=False,
+        margin={"l": 8, "r": 10, "t": 6, "b": 40},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"size": 13, "color": PALETTE["quiet"][0]},
+        hoverlabel={"align": "left"},
+        dragmode=False,
+        **layout,
+    )
+    figure.update_xaxes(
+        fixedrange=True, automargin=True, zeroline=False, gridcolor=PALETTE["line"][0], ticks="", tickangle=0
+    )
+    figure.update_yaxes(fixedrange=True, automargin=True, zeroline=False, gridcolor=PALETTE["line"][0], ticks="")
+    figure.update_yaxes(ticklabelstandoff=6)
+    return figure
+
+
+def spec_of(figure: go.Figure) -> dict[str, Any]:
+    """Data and layout as plain Python, for the page to write as escaped JSON."""
+    spec: dict[str, Any] = figure.to_plotly_json()
+    spec["layout"].pop("template", None)
+    return {"data": spec["data"], "layout": spec["layout"]}
