@@ -11,16 +11,20 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 __all__ = [
+    "CompareResult",
+    "CompareSettings",
     "DoctorSettings",
     "OnlineSFTTrainer",
     "OnlineTrainer",
     "PlanSettings",
+    "PlantedResult",
     "SelectSettings",
     "Selection",
     "TamisError",
     "TrainResult",
     "TrainRunSettings",
     "__version__",
+    "compare",
     "doctor",
     "methods",
     "online",
@@ -31,22 +35,27 @@ __all__ = [
 
 if TYPE_CHECKING:
     from tamis import methods, online
-    from tamis.api import Selection, TrainResult, doctor, plan, select, train
+    from tamis.api import CompareResult, PlantedResult, Selection, TrainResult, compare, doctor, plan, select, train
+    from tamis.compare_settings import CompareSettings
     from tamis.errors import TamisError
     from tamis.online.sft import OnlineSFTTrainer
     from tamis.online.trainer import OnlineTrainer
     from tamis.settings import DoctorSettings, PlanSettings, SelectSettings, TrainRunSettings
 
 _HOMES = {
+    "CompareResult": "tamis.api",
+    "CompareSettings": "tamis.compare_settings",
     "DoctorSettings": "tamis.settings",
     "OnlineSFTTrainer": "tamis.online.sft",
     "OnlineTrainer": "tamis.online.trainer",
     "PlanSettings": "tamis.settings",
+    "PlantedResult": "tamis.api",
     "SelectSettings": "tamis.settings",
     "Selection": "tamis.api",
     "TamisError": "tamis.errors",
     "TrainResult": "tamis.api",
     "TrainRunSettings": "tamis.settings",
+    "compare": "tamis.api",
     "doctor": "tamis.api",
     "plan": "tamis.api",
     "select": "tamis.api",

@@ -39,6 +39,7 @@ from tamis.progress import NoProgress
 from tamis.protocols import Progress
 from tamis.report.comparison import comparison_document
 from tamis.report.document import write_document
+from tamis.report.wording import counted
 from tamis.settings import SelectSettings, to_dict
 from tamis.train_setup import check_device, check_tuning
 
@@ -250,12 +251,14 @@ def _contamination(rendered: Rendered, sources: Sources, target_digests: Sequenc
     leaked = int((rendered.pool.usable & leaked_rows(sources)).sum())
     if leaked:
         found.append(
-            f"{leaked} rows of the pool, or their prompts, are held-out rows too; what trains on them is flattered. "
-            "Remove them from the pool."
+            f"Of the pool, {counted(leaked, 'row')} (or the prompt) is held out, too: what trains on it is flattered. "
+            "Remove it from the pool."
         )
     shared = len({sources.target.digests[row] for row in rendered.target_rows} & set(target_digests))
     if shared:
-        found.append(f"{shared} held-out rows are target rows too: methods have seen what they are measured on.")
+        found.append(
+            f"Of the held-out rows, {counted(shared, 'row')} is in the target, too: methods see what measures them."
+        )
     return found
 
 
