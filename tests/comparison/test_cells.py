@@ -86,5 +86,5 @@ def test_a_run_is_known_by_what_determines_it() -> None:
 
 
 def test_full_at_equal_cost_shares_the_run_of_full_with_as_many_updates() -> None:
-    assert cell("full", "full") == cell("equal-cost", "full at the cost of tracin", budget="1%")
-    assert cell("full", "full") != cell("equal-cost", "full at the cost of tracin", steps=5)
+    assert cell("full", "full") == cell("equal-cost", "full at tracin's cost", budget="1%")
+    assert cell("full", "full") != cell("equal-cost", "full at tracin's cost", steps=5)

@@ -67,8 +67,8 @@ def records(out: Path) -> dict[str, Any]:
 def test_all_baselines_run_and_every_number_is_traceable(whole: tamis.CompareResult) -> None:
     names = {standing.name for standing in whole.standings}
     assert names == {
-        *("tracin", "full at the cost of tracin", "full", "uniform", "bm25", "length"),
-        *("random rows of tracin's sources", "untouched model"),
+        *("tracin", "full at tracin's cost", "full", "uniform", "bm25", "length"),
+        *("random, tracin's sources", "untouched model"),
     }
     kept = Records(whole.out / "records")
     for standing in whole.standings:
@@ -98,7 +98,7 @@ def test_updates_are_equal_but_for_full_at_equal_cost_which_spends_as_much(whole
     for standing in whole.standings:
         if standing.kind not in ("equal-cost", "untouched"):
             assert standing.steps == 4, standing.name  # two passes over 8 rows in updates of 4
-    method, matched = whole.standing("tracin"), whole.standing("full at the cost of tracin")
+    method, matched = whole.standing("tracin"), whole.standing("full at tracin's cost")
     full = whole.standing("full")
     assert method is not None and matched is not None and full is not None
     assert method.select_tflops > 0 and matched.steps > 4
@@ -107,7 +107,7 @@ def test_updates_are_equal_but_for_full_at_equal_cost_which_spends_as_much(whole
         spent, other = kept.read(mine).tflops + method.select_tflops, kept.read(theirs).tflops
         assert abs(other - spent) < one_update  # the nearest whole number of updates: at most about half of one off
     differing = {d.against: d for d in whole.differences}
-    assert differing["full at equal cost"].opponent == "full at the cost of tracin"
+    assert differing["full at equal cost"].opponent == "full at tracin's cost"
     assert set(differing) == {"full at equal cost", "full", "uniform", "bm25", "same sources"}
 
 
@@ -158,14 +158,14 @@ def test_more_seeds_and_methods_add_runs_and_repeat_none(
 
     monkeypatch.setattr(training, "fine_tune", counted)
     result = compare(run, whole.out, methods=["tracin", "mid-ppl", "online:tilt"], seeds=2, metric="loss")
-    # mid-ppl twice, and full at the cost of mid-ppl and of the online method twice each.
+    # mid-ppl twice, and full at mid-ppl's cost and of the online method twice each.
     assert len(steps) == 2 + 4
     after = records(whole.out)
     assert {key: after[key] for key in before} == before
     online = result.standing("online:tilt")
     assert online is not None and online.steps == 4 and online.train_tflops > 0
     assert any("never starts" in warning for warning in result.conclusion.warnings)
-    assert any(d.opponent == "full at the cost of online:tilt" for d in result.differences)
+    assert any(d.opponent == "full at online:tilt's cost" for d in result.differences)
 
 
 def test_a_folder_of_other_rows_is_refused(run: TinyRun, whole: tamis.CompareResult, tmp_path: Path) -> None:

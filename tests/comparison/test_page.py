@@ -24,8 +24,8 @@ def hostile_result() -> CompareResult:
     contenders = [
         contender("less", "selected"),
         contender("x" + ATTACK, "selected"),
-        contender("full at the cost of less", "equal-cost", of="less"),
-        contender("random rows of less's sources", "same-sources", of="less"),
+        contender("full at less's cost", "equal-cost", of="less"),
+        contender("random, less's sources", "same-sources", of="less"),
         *(contender(name, kind) for name, kind in (("uniform", "uniform"), ("full", "full"), ("bm25", "selected"))),
     ]
     runs = {

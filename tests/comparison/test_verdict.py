@@ -15,7 +15,7 @@ from tamis.comparison.result import SelectionFacts
 from tamis.comparison.statistics import holm
 from tamis.comparison.verdict import compare_pairs, standings_of
 
-MATCHED = "full at the cost of tracin"
+MATCHED = "full at tracin's cost"
 CONTENDERS = [
     contender("tracin", "selected"),
     contender(MATCHED, "equal-cost", of="tracin"),
@@ -131,4 +131,4 @@ def test_warnings_of_spread_sources_and_tokens() -> None:
     assert conclusion.warnings[0] == "3 rows leak"
     assert "smaller than the spread of uniform's own draws (3)" in said
     assert "90% of its rows come from one source ('sums')" in said and "name the method first" in said
-    assert "tracin: an update sees 50% of the tokens of uniform's" in said
+    assert "Of what an update of uniform sees: tracin 50%" in said

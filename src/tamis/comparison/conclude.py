@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from tamis.comparison.result import Conclusion, SelectionFacts
 from tamis.comparison.verdict import LEVEL, Difference, Standing
-from tamis.report.wording import counted, number, percent
+from tamis.report.wording import counted, joined, number, percent
 
 __all__ = ["conclude", "mean_text", "p_text"]
 
@@ -161,14 +161,13 @@ def _warnings(own: dict[str, Standing], here: Sequence[Difference], selections: 
                 f"{facts.name}: {percent(facts.largest_share)} of its rows come from one source "
                 f"('{facts.largest_source}').{drawn}"
             )
-    if uniform is not None:
-        for standing in own.values():
-            if standing.kind != "selected" or not standing.steps or not uniform.tokens:
-                continue
-            ratio = (standing.tokens / standing.steps) / (uniform.tokens / uniform.steps)
-            if abs(ratio - 1) > _TOKEN_DIFFERENCE:
-                found.append(
-                    f"{standing.name}: an update sees {percent(ratio)} of the tokens of uniform's; equal updates are "
-                    "not equal tokens here."
-                )
+    if uniform is not None and uniform.tokens:
+        seen = {
+            standing.name: (standing.tokens / standing.steps) / (uniform.tokens / uniform.steps)
+            for standing in own.values()
+            if standing.kind == "selected" and standing.steps
+        }
+        off = [f"{name} {percent(ratio)}" for name, ratio in seen.items() if abs(ratio - 1) > _TOKEN_DIFFERENCE]
+        if off:
+            found.append(f"Equal updates are not equal tokens. Of what an update of uniform sees: {joined(off, 12)}.")
     return found

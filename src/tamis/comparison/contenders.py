@@ -56,11 +56,10 @@ def contenders_of(settings: CompareSettings) -> tuple[Contender, ...]:
     if selecting:
         first = selecting[0].name
         baselines.insert(
-            1, Contender(name=f"random rows of {first}'s sources", kind="same-sources", is_baseline=True, of=first)
+            1, Contender(name=f"random, {first}'s sources", kind="same-sources", is_baseline=True, of=first)
         )
     matched = [
-        Contender(name=f"full at the cost of {one.name}", kind="equal-cost", is_baseline=True, of=one.name)
-        for one in named
+        Contender(name=f"full at {one.name}'s cost", kind="equal-cost", is_baseline=True, of=one.name) for one in named
     ]
     return (*named, *matched, *baselines, Contender(name="untouched model", kind="untouched", is_baseline=True))
 

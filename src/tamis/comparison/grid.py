@@ -17,7 +17,7 @@ from tamis.corpus import Corpus
 from tamis.model.processes import barrier, rank, world_size
 from tamis.protocols import Progress
 
-__all__ = ["Grid", "common_spec", "make_missing"]
+__all__ = ["Grid", "common_spec", "make_missing", "share_out"]
 
 _SECONDS_BETWEEN_LOOKS = 0.2
 
@@ -125,18 +125,25 @@ def common_spec(settings: CompareSettings, **content: Any) -> dict[str, Any]:
     }
 
 
+def share_out(cells: Sequence[Cell], *, rank: int, ranks: int) -> tuple[list[Cell], list[Cell]]:
+    """Runs that all ranks make together, and those that this one makes alone, longest first.
+
+    Every rank works out the same shares, whatever the order in which it was told of the cells.
+    """
+    together = sorted((cell for cell in cells if cell.contender.kind == "online"), key=lambda cell: cell.key)
+    apart = sorted((c for c in cells if c.contender.kind != "online"), key=lambda c: (-c.steps, c.key))
+    return together, apart[rank::ranks]
+
+
 def make_missing(bench: Bench, cells: Sequence[Cell], records: Records, *, progress: Progress) -> None:
     """Make the runs that have no record yet, and return when all have one. All ranks call this together.
 
-    Runs are shared out by a rule that every rank can work out for itself: longest first, one rank after the other.
-    Online methods train over all ranks at once.
+    Runs are shared out by ``share_out``; online methods train over all ranks at once.
     """
     distinct = list({cell.key: cell for cell in cells}.values())
     missing = [cell for cell in distinct if not records.has(cell.key)]
     barrier()  # nobody writes before everybody has looked, or the ranks would share out different lists
-    together = [cell for cell in missing if cell.contender.kind == "online"]
-    apart = sorted((c for c in missing if c.contender.kind != "online"), key=lambda c: (-c.steps, c.key))
-    own = apart[rank() :: world_size()]
+    together, own = share_out(missing, rank=rank(), ranks=world_size())
     done = sum(cell.steps for cell in distinct) - sum(cell.steps for cell in missing)
     total = done + sum(cell.steps for cell in (*together, *own))
     with progress.stage("train and measure", total, "updates") as advance:

@@ -154,10 +154,13 @@ def _findings(
                 f"{p_text(difference.rows_p)} over {counted(difference.over_rows.n, 'held-out row')}.",
             )
         )
+    names = {standing.name for standing in here}
     for index, sentence in enumerate(result.conclusion.warnings):
-        found.append(
-            Finding(key=f"mind-{index}", severity="warning", title="Mind this", sentence=one_line(sentence, 600))
-        )
+        name, colon, rest = sentence.partition(": ")  # a remark on one contender begins with its name
+        about = name if colon and name in names else ""
+        title = f"Mind this of {one_line(about, 60)}" if about else "Mind this"
+        said = one_line(rest if about else sentence, 600)
+        found.append(Finding(key=f"mind-{index}", severity="warning", title=title, sentence=said))
     return tuple(found)
 
 
@@ -285,16 +288,18 @@ def _cost_table(standings: Sequence[Standing]) -> Table:
 
 
 def _selections_section(result: CompareResult) -> Section:
+    named = {standing.name for standing in result.standings if not standing.is_baseline}
     remarks = [
         f"{facts.name} at {facts.budget}: {one_line(warning, 400)}"
         for facts in result.selections
+        if facts.name in named
         for warning in facts.warnings
     ]
     return Section(
         key="selections",
         title="Selections",
         short_title="Selections",
-        paragraphs=("Each has a report of its own in its folder. What these warn of stands beneath the table.",),
+        paragraphs=("Each has a report of its own in its folder; what those of methods named warn of stands beneath.",),
         tables=(
             Table(
                 label="Selections",

@@ -152,7 +152,7 @@ def _curve(result: CompareResult, index: int, name: str, budgets: Sequence[str],
     drawn = (
         ("pool", "uniform"),
         ("ink", "bm25"),
-        ("target", f"full at the cost of {name}"),
+        ("target", f"full at {name}'s cost"),
         ("selected", name),
     )
     traces, legend, said = [], [], []

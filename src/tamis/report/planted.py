@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import plotly.graph_objects as go
@@ -122,6 +121,11 @@ def planted_document(result: Result) -> Document:
                 paragraphs=(f"Each method took {result.relevant} rows, as many as are relevant.",),
                 figures=(_taken_figure(result),),
                 tables=(_found_table(result.standings), _taken_table(result.standings)),
+                remarks=(
+                    "AUC: how often a score puts the better of two rows first; 0.5 is blind. Wrong: a right answer "
+                    "against a wrong one, among relevant rows and within each source of the pool. Relevant: a relevant "
+                    "row against a row of the pool.",
+                ),
             ),
             Section(
                 key="pool",
@@ -180,11 +184,10 @@ def _found_table(standings: Sequence[Standing]) -> Table:
             ("precision", True),
             ("recall", True),
             ("of the task, spoilt or not", True),
-            ("AUC, wrong answers", True),
-            ("AUC, wrong answers in your sources", True),
-            ("AUC, relevant against pool", True),
+            ("AUC, wrong", True),
+            ("AUC, wrong in your sources", True),
+            ("AUC, relevant", True),
             ("time", True),
-            ("folder", False),
         ),
         rows=tuple(
             (
@@ -197,7 +200,6 @@ def _found_table(standings: Sequence[Standing]) -> Table:
                 number(s.score.source_auc, 2),
                 number(s.score.background_auc, 2),
                 seconds(s.seconds),
-                one_line(s.folder, 160) if Path(s.folder).name else "–",
             )
             for s in standings
         ),
