@@ -7,12 +7,12 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test lint types unit format clean
+.PHONY: demo test lint types docs unit format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo/run.py
 
-test: lint types unit
+test: lint types docs unit
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests benchmarks examples
@@ -20,6 +20,10 @@ lint: $(VENV)/.dev
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
+
+# Warnings, of links that lead nowhere for one, are errors. The site is in build/site.
+docs: $(VENV)/.dev
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/site
 
 unit: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope

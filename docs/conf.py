@@ -1,0 +1,25 @@
+"""How the documentation becomes a site: `make docs`. The pages are the Markdown files beside this one."""
+
+from importlib import metadata
+
+project = "tamis"
+author = "The tamis authors"
+copyright = "2026, the tamis authors"
+release = metadata.version("tamis")
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+
+myst_heading_anchors = 3  # so that pages can point at one another's headings
+myst_enable_extensions = ["dollarmath"]
+
+# Public names are documented under the name a user imports them by, and types as they are written.
+add_module_names = False
+autodoc_typehints = "description"
+autodoc_typehints_format = "short"
+autodoc_member_order = "bysource"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+
+html_theme = "furo"
+html_title = "tamis"
