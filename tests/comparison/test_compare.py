@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,70 @@ def test_a_comparison_that_is_killed_goes_on_and_ends_with_the_same_records(
     assert records(out) == records(whole.out)
     assert all((out / "records" / name).stat().st_mtime_ns == at for name, at in done.items()), "a run was repeated"
     assert [s.values for s in result.standings] == [s.values for s in whole.standings]
+
+
+class Interrupting:
+    """Progress that presses Ctrl-C after a number of updates."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    @contextlib.contextmanager
+    def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        def advance(units: int) -> None:
+            if unit == "updates":
+                self.left -= units
+                if self.left == 0:
+                    raise KeyboardInterrupt
+
+        yield advance
+
+
+def test_a_run_that_is_interrupted_goes_on_from_its_checkpoint(
+    run: TinyRun, whole: tamis.CompareResult, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    changes = {"methods": ["bm25"], "seeds": 1, "save_steps": 2}
+    with pytest.raises(KeyboardInterrupt):
+        compare(run, out, progress=Interrupting(3), **changes)
+    assert not list((out / "records").glob("*.json"))
+    assert [path.parent.parent.name for path in out.glob("unfinished/*/step-000002")] == ["unfinished"]
+    steps: list[int] = []
+    compare(run, out, progress=Counting(steps), **changes)
+    assert steps[:3] == [2, 1, 1], "the first run began anew"
+    found = records(out)
+    assert found and found == {key: record for key, record in records(whole.out).items() if key in found}
+    assert not list((out / "unfinished").iterdir())
+
+
+class Counting:
+    """Progress that keeps what it is told of updates."""
+
+    def __init__(self, heard: list[int]) -> None:
+        self.heard = heard
+
+    @contextlib.contextmanager
+    def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        yield self.heard.append if unit == "updates" else lambda units: None
+
+
+def test_all_weights_several_tasks_and_a_token_budget(run: TinyRun, tmp_path: Path) -> None:
+    held_out = run.pool.with_name("eval.jsonl")
+    result = compare(
+        run, tmp_path / "out", target={"a": run.target, "b": held_out}, eval={"sums": held_out, "own": run.target},
+        methods=["bm25:3x+tracin"], seeds=1, budget="500-tokens", epochs=1, tune="full", lora_rank=None,
+        learning_rate=1e-3,
+    )  # fmt: skip
+    assert result.tasks == ("sums", "own")
+    method, matched = result.standing("bm25:3x+tracin"), result.standing("full at bm25:3x+tracin's cost")
+    assert method is not None and matched is not None
+    assert set(method.by_task) == {"sums", "own"} and method.select_tflops > 0
+    assert matched.steps >= method.steps
+    assert any("is in the target, too" in warning for warning in result.conclusion.warnings)
+    untouched = result.standing("untouched model")
+    assert untouched is not None and method.mean < untouched.mean
+    assert "one run cannot exclude chance" in result.conclusion.title
+    assert "by task" in (result.out / "report.html").read_text()
 
 
 def test_more_seeds_and_methods_add_runs_and_repeat_none(

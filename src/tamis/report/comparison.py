@@ -9,10 +9,11 @@ from tamis.comparison.conclude import mean_text, p_text
 from tamis.comparison.result import CompareResult
 from tamis.comparison.verdict import Difference, Standing
 from tamis.report.comparison_figures import cost_figure, curve_figures, gain_figure, run_figure
+from tamis.report.comparison_tables import cost_table, standings_table, task_tables, tests_table
 from tamis.report.content import KeyNumber
 from tamis.report.document import Document, Section, Table
 from tamis.report.warnings import Finding
-from tamis.report.wording import count, counted, number, one_line, percent, seconds
+from tamis.report.wording import count, counted, number, one_line, percent
 
 __all__ = ["comparison_document", "settings_rows"]
 
@@ -34,7 +35,7 @@ def comparison_document(result: CompareResult) -> Document:
             short_title="Contenders",
             paragraphs=(_protocol(result, here),),
             figures=(run_figure(here, result.metric),),
-            tables=(_standings_table(here, result), *_task_tables(here, result)),
+            tables=(standings_table(here, result), *task_tables(here, result)),
         ),
         Section(
             key="tests",
@@ -45,7 +46,7 @@ def comparison_document(result: CompareResult) -> Document:
                 "held-out rows: would other rows of the task? Both are paired t-tests, and both p-values are adjusted "
                 "for all tests of the table (Holm). A difference counts only if both are below 0.05.",
             ),
-            tables=(_tests_table(differences),),
+            tables=(tests_table(differences),),
             remarks=_remarks_on_tests(differences),
         ),
         Section(
@@ -57,7 +58,7 @@ def comparison_document(result: CompareResult) -> Document:
                 "what several methods share in the store. Baselines without a model pass cost their training only.",
             ),
             figures=(cost_figure(here),),
-            tables=(_cost_table(here),),
+            tables=(cost_table(here),),
         ),
     ]
     curves = curve_figures(result)
@@ -70,7 +71,7 @@ def comparison_document(result: CompareResult) -> Document:
                 title="What more rows bring",
                 short_title="Budgets",
                 figures=curves,
-                tables=tuple(_standings_table(result.at(budget), result, folded=True) for budget in others),
+                tables=tuple(standings_table(result.at(budget), result, folded=True) for budget in others),
             ),
         )
     sections += [_selections_section(result), _runs_section(result)]
@@ -173,85 +174,6 @@ def _protocol(result: CompareResult, here: Sequence[Standing]) -> str:
     )
 
 
-def _standings_table(standings: Sequence[Standing], result: CompareResult, *, folded: bool = False) -> Table:
-    budget = standings[0].budget if standings else ""
-    return Table(
-        label=f"Contenders at {budget}",
-        heads=(
-            ("contender", False),
-            ("runs", True),
-            (f"{result.metric}, mean ± std", True),
-            *((("loss", True),) if result.metric != "loss" else ()),
-            ("updates", True),
-            ("rows", True),
-            ("tokens", True),
-            ("answer tokens a row", True),
-        ),
-        rows=tuple(
-            (
-                one_line(s.name, 80),
-                count(len(s.values)),
-                mean_text(s),
-                *((number(s.loss),) if result.metric != "loss" else ()),
-                count(s.steps),
-                count(s.rows),
-                count(s.tokens),
-                number(s.supervised_a_row, 3),
-            )
-            for s in standings
-        ),
-        folded=folded,
-    )
-
-
-def _task_tables(standings: Sequence[Standing], result: CompareResult) -> tuple[Table, ...]:
-    if len(result.tasks) < 2:
-        return ()
-    return (
-        Table(
-            label="Loss by task",
-            heads=(("contender", False), *((one_line(task, 40), True) for task in result.tasks)),
-            rows=tuple((one_line(s.name, 80), *(number(s.by_task[task]) for task in result.tasks)) for s in standings),
-        ),
-    )
-
-
-def _tests_table(differences: Sequence[Difference]) -> Table:
-    def interval(d: Difference) -> str:
-        if d.over_seeds.low is None or d.over_seeds.high is None:
-            return "–"
-        return f"{number(d.over_seeds.low, 3)} to {number(d.over_seeds.high, 3)}"
-
-    return Table(
-        label="Tests of every difference",
-        heads=(
-            ("method", False),
-            ("against", False),
-            ("gain", True),
-            ("in %", True),
-            ("95% interval, seeds", True),
-            ("seeds", True),
-            ("p, seeds", True),
-            ("p, rows", True),
-            ("more than chance", False),
-        ),
-        rows=tuple(
-            (
-                one_line(d.contender, 60),
-                d.against if d.against == d.opponent else f"{d.against}: {one_line(d.opponent, 60)}",
-                number(d.gain, 3),
-                percent(d.relative),
-                interval(d),
-                count(d.over_seeds.n),
-                p_text(d.seeds_p),
-                p_text(d.rows_p),
-                ("yes, better" if d.gain > 0 else "yes, worse") if d.is_sure else "not shown",
-            )
-            for d in differences
-        ),
-    )
-
-
 def _remarks_on_tests(differences: Sequence[Difference]) -> tuple[str, ...]:
     remarks = [
         "A positive gain is in the method's favour. Seeds repeat training, not the selection of a method, which was "
@@ -260,31 +182,6 @@ def _remarks_on_tests(differences: Sequence[Difference]) -> tuple[str, ...]:
     if any(d.over_seeds.n < 3 for d in differences):
         remarks.append("Tests over fewer than three seeds have next to no power; give --seeds 5.")
     return tuple(remarks)
-
-
-def _cost_table(standings: Sequence[Standing]) -> Table:
-    return Table(
-        label="Cost of one run",
-        heads=(
-            ("contender", False),
-            ("selecting, TFLOPs", True),
-            ("training, TFLOPs", True),
-            ("all, TFLOPs", True),
-            ("selecting", True),
-            ("training", True),
-        ),
-        rows=tuple(
-            (
-                one_line(s.name, 80),
-                number(s.select_tflops, 3),
-                number(s.train_tflops, 3),
-                number(s.tflops, 3),
-                seconds(s.select_seconds),
-                seconds(s.train_seconds),
-            )
-            for s in standings
-        ),
-    )
 
 
 def _selections_section(result: CompareResult) -> Section:
