@@ -17,6 +17,7 @@ from tamis.compare_settings import CompareSettings, method_parts
 from tamis.comparison.cells import Cell, Price
 from tamis.comparison.conclude import conclude
 from tamis.comparison.contenders import Contender, contenders_of
+from tamis.comparison.datamodel import Foretold, foretell
 from tamis.comparison.grid import Grid, common_spec, make_missing
 from tamis.comparison.records import Records, Run, write_rows, write_runs
 from tamis.comparison.result import CompareResult, SelectionFacts, source_shares
@@ -119,10 +120,11 @@ def compare_from_settings(
     records = Records(out / "records")
     cells = _train_all(grid, bench, records, progress)
     runs = {key: [records.read(cell.key) for cell in own] for key, own in cells.items()}
-    result = _result(settings, grid, rendered, sources, target.digests, runs, identity, held)
+    foretold, parts = _foretell(grid, bench, records, progress)
+    result = _result(settings, grid, rendered, sources, target.digests, runs, foretold, identity, held)
     if is_main():
         check_claim(out, identity)
-        _write(result, rendered, runs)
+        _write(result, rendered, [*_distinct(runs), *parts])
     barrier()
     return result
 
@@ -170,6 +172,22 @@ def _train_all(grid: Grid, bench: Bench, records: Records, progress: Progress) -
     return {**matched, **cells}
 
 
+def _foretell(grid: Grid, bench: Bench, records: Records, progress: Progress) -> tuple[tuple[Foretold, ...], list[Run]]:
+    """The linear datamodelling score of every method that selects, and the runs that it comes from."""
+    cells, parts = grid.subset_cells()
+    if not cells:
+        return (), []
+    make_missing(bench, cells, records, progress=progress)
+    runs = [records.read(cell.key) for cell in cells]
+    losses, seed = [run.loss for run in runs], grid.settings.seed
+    found = []
+    for (name, budget), chosen in grid.chosen.items():
+        if budget == grid.settings.budget:  # a method's scores are the same at every budget
+            score = np.asarray(chosen.table["score"].to_numpy(zero_copy_only=False), dtype=np.float64)
+            found.append(foretell(name, score, parts, losses, seed=seed))
+    return tuple(found), runs
+
+
 def _result(
     settings: CompareSettings,
     grid: Grid,
@@ -177,6 +195,7 @@ def _result(
     sources: Sources,
     target_digests: Sequence[str],
     runs: Mapping[tuple[str, str], Sequence[Run]],
+    foretold: tuple[Foretold, ...],
     identity: Mapping[str, Any],
     held: Mapping[str, Rows],
 ) -> CompareResult:
@@ -227,6 +246,7 @@ def _result(
         standings=tuple(standings),
         differences=tuple(differences),
         selections=selections,
+        foretold=foretold,
         conclusion=conclusion,
         manifest=manifest,
     )
@@ -266,12 +286,12 @@ def _distinct(runs: Mapping[tuple[str, str], Sequence[Run]]) -> list[Run]:
     return list({run.key: run for own in runs.values() for run in own}.values())
 
 
-def _write(result: CompareResult, rendered: Rendered, runs: Mapping[tuple[str, str], Sequence[Run]]) -> None:
-    out, distinct = result.out, _distinct(runs)
-    write_runs(out / "results.csv", distinct)
+def _write(result: CompareResult, rendered: Rendered, runs: Sequence[Run]) -> None:
+    out = result.out
+    write_runs(out / "results.csv", runs)
     names = np.asarray(result.tasks, dtype=object)[rendered.target_group]
     ids = [rendered.target.examples.ids[int(row)] for row in rendered.target_rows]
-    write_rows(out / "rows.parquet", distinct, tasks=[str(name) for name in names], ids=ids)
+    write_rows(out / "rows.parquet", runs, tasks=[str(name) for name in names], ids=ids)
     write_json(out / "verdict.json", result.summary())
     write_document(comparison_document(result), out / "report.html")
     write_json(out / "manifest.json", result.manifest)  # last: its presence says that the comparison is complete

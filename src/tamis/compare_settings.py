@@ -83,6 +83,8 @@ class CompareSettings:
     metric: Literal["loss", "exact-match"] = "loss"
     answer_pattern: str | None = None  # regular expression whose last match is the answer; None: the whole text
     answer_tokens: int = 64  # generated at most
+    subsets: int = 0  # random parts of the pool to train on, for the linear datamodelling score; 0: none
+    subset_share: float = 0.5  # of the pool's rows
     planted: bool = False  # known-answer rows in the pool; nothing is trained
     relevant: tuple[str, ...] = ()  # rows to plant as relevant; empty: half of the target's rows are held back
     relevant_sources: tuple[str, ...] = ()  # sources of the pool that are of the target's kind: not background
@@ -130,6 +132,10 @@ class CompareSettings:
                 raise InvalidSettings(f"{name}={getattr(self, name)}: expected at least 1")
         if self.background_rows < 0:
             raise InvalidSettings(f"background_rows={self.background_rows}: expected at least 0 (all rows)")
+        if self.subsets < 0 or self.subsets in (1, 2):
+            raise InvalidSettings(f"subsets={self.subsets}: expected 0, or at least 3 for a rank correlation")
+        if not 0 < self.subset_share < 1:
+            raise InvalidSettings(f"subset_share={self.subset_share}: expected a share above 0 and below 1")
         self._check_methods()
         self._check_measuring()
         for text in (*self.contenders, *map(method_parts, ("bm25", "length"))):

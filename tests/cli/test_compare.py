@@ -107,6 +107,8 @@ def test_methods_are_taken_apart(text: str, parts: MethodText) -> None:
         (["--answer-pattern", "x"], "add --metric exact-match"),
         (["--metric", "exact-match", "--answer-pattern", "("], "answer_pattern='('"),
         (["--eval", "a=x.jsonl", "a=y.jsonl"], "two are called 'a'"),
+        (["--subsets", "2"], "at least 3"),
+        (["--subset-share", "1"], "above 0 and below 1"),
         (["--relevant", "r.jsonl"], "belong to --planted"),
         (["--planted", "--methods", "online:tilt"], "nothing is trained"),
         (["--tune", "full", "--lora-rank", "4"], "trains no adapter"),

@@ -251,6 +251,19 @@ def test_exact_match_reads_the_answers_that_the_model_writes(run: TinyRun, tmp_p
     assert result.conclusion.title.endswith("ahead of the other baselines")
 
 
+def test_random_parts_of_the_pool_ask_whether_scores_foretell_the_loss(
+    run: TinyRun, whole: tamis.CompareResult
+) -> None:
+    before = records(whole.out)
+    result = compare(run, whole.out, subsets=5, subset_share=0.3, steps=4)
+    found = {foretold.name: foretold for foretold in result.foretold}
+    assert set(found) == {"tracin", "bm25", "length"} and found["tracin"].parts == 5
+    added = {key: record for key, record in records(whole.out).items() if key not in before}
+    assert len(added) == 5 and {record["steps"] for record in added.values()} == {4}
+    assert len({record["spec"]["rows"] for record in added.values()}) == 5
+    assert [s.values for s in result.standings] == [s.values for s in whole.standings]
+
+
 def test_rows_in_memory_and_held_out_rows_in_the_pool(run: TinyRun, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in run.pool.read_text().splitlines()]
     held_out = [json.loads(line) for line in run.pool.with_name("eval.jsonl").read_text().splitlines()]

@@ -11,6 +11,7 @@ import pytest
 
 from comparison_runs import contender, made_run
 from tamis.comparison.conclude import conclude
+from tamis.comparison.datamodel import Foretold
 from tamis.comparison.result import CompareResult, SelectionFacts
 from tamis.comparison.verdict import compare_pairs, standings_of
 from tamis.report.comparison import comparison_document
@@ -54,6 +55,7 @@ def hostile_result() -> CompareResult:
     return CompareResult(
         out=Path("out"), metric="loss", budget="5%", seeds=3, held_out_rows=6, tasks=(ATTACK, "sums"),
         standings=tuple(standings), differences=tuple(differences), selections=(facts,), conclusion=conclusion,
+        foretold=(Foretold(name=ATTACK, correlation=0.5, low=None, high=None, parts=3),),
         manifest={"command": ATTACK, "settings": {"pool": [ATTACK]}},
     )  # fmt: skip
 

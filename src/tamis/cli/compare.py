@@ -145,6 +145,17 @@ def compare(
     answer_tokens: Annotated[
         int, typer.Option(help="Tokens that the model may write.", rich_help_panel=MEASURE)
     ] = CompareSettings.answer_tokens,
+    subsets: Annotated[
+        int,
+        typer.Option(
+            help="Random parts of the pool to train on, to see whether scores foretell the loss of each: the linear "
+            "datamodelling score. For small models; 0: none.",
+            rich_help_panel=MEASURE,
+        ),
+    ] = CompareSettings.subsets,
+    subset_share: Annotated[
+        float, typer.Option(help="Of the pool's rows in each of them.", rich_help_panel=MEASURE)
+    ] = CompareSettings.subset_share,
     planted: Annotated[
         bool,
         typer.Option(

@@ -9,9 +9,12 @@ from typing import Literal
 from tamis.compare_settings import CompareSettings, MethodText, method_parts
 from tamis.identity import text_sha256
 
-__all__ = ["FEWEST_DRAWS", "Contender", "Kind", "contenders_of", "slug"]
+__all__ = ["FEWEST_DRAWS", "SUBSETS", "Contender", "Kind", "contenders_of", "slug"]
 
-Kind = Literal["untouched", "selected", "online", "uniform", "same-sources", "full", "equal-cost"]
+Kind = Literal["untouched", "selected", "online", "uniform", "same-sources", "full", "equal-cost", "subset"]
+
+# Runs on random parts of the pool: no way to spend updates, but a question to every score.
+SUBSETS = "random parts of the pool"
 
 # Draws of the uniform baseline: their spread is what a difference to it has to exceed.
 FEWEST_DRAWS = 4

@@ -7,15 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tamis.budget import describe_budget, parse_budget
 from tamis.compare_settings import CompareSettings
 from tamis.comparison.cells import Cell, Price, make_cell, updates_at_cost, updates_for
-from tamis.comparison.contenders import Contender
+from tamis.comparison.contenders import SUBSETS, Contender
 from tamis.comparison.records import Records, Run
 from tamis.comparison.selections import Chosen, PoolTable
 from tamis.comparison.training import Bench, training_settings
 from tamis.corpus import Corpus
 from tamis.model.processes import barrier, rank, world_size
 from tamis.protocols import Progress
+from tamis.seeds import child_seed, random_subset
+from tamis.types import IntArray
 
 __all__ = ["Grid", "common_spec", "make_missing", "share_out"]
 
@@ -72,6 +75,19 @@ class Grid:
             )
             cells.append(self._make(contender, budget, run.seed, steps, rows=self.table.all_rows()))
         return cells
+
+    def subset_cells(self) -> tuple[list[Cell], list[IntArray]]:
+        """Runs on random parts of the pool, all with one start and order, and the rows of each."""
+        settings, rows = self.settings, self.table.all_rows()
+        count = max(1, round(settings.subset_share * len(rows)))
+        budget = describe_budget(parse_budget(count))
+        contender = Contender(name=SUBSETS, kind="subset", is_baseline=True)
+        drawn = [
+            rows[random_subset(child_seed(settings.seed, "part of the pool", draw), len(rows), count)]
+            for draw in range(settings.subsets)
+        ]
+        steps = self.steps(budget)
+        return [self._make(contender, budget, settings.seed, steps, rows=own) for own in drawn], drawn
 
     def _draws(self, contender: Contender) -> range:
         return range(contender.draws(self.settings.seeds))

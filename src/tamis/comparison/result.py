@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tamis.comparison.datamodel import Foretold
 from tamis.comparison.verdict import Difference, Standing
 
 __all__ = ["CompareResult", "Conclusion", "SelectionFacts", "source_shares"]
@@ -48,6 +49,7 @@ class CompareResult:
     standings: tuple[Standing, ...]  # best first within a budget
     differences: tuple[Difference, ...]
     selections: tuple[SelectionFacts, ...]
+    foretold: tuple[Foretold, ...]  # the linear datamodelling score of each method; empty unless asked for
     conclusion: Conclusion
     manifest: Mapping[str, Any]
 
@@ -71,6 +73,7 @@ class CompareResult:
             "held_out_rows": self.held_out_rows,
             "standings": [_plain_standing(standing) for standing in self.standings],
             "differences": [_plain_difference(difference) for difference in self.differences],
+            "linear_datamodelling": [asdict(foretold) for foretold in self.foretold],
             "next": list(self.conclusion.next_steps),
             "warnings": list(self.conclusion.warnings),
             "report": str(self.out / "report.html"),

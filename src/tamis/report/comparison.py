@@ -9,7 +9,7 @@ from tamis.comparison.conclude import mean_text, p_text
 from tamis.comparison.result import CompareResult
 from tamis.comparison.verdict import Difference, Standing
 from tamis.report.comparison_figures import cost_figure, curve_figures, gain_figure, run_figure
-from tamis.report.comparison_tables import cost_table, standings_table, task_tables, tests_table
+from tamis.report.comparison_tables import cost_table, foretold_table, standings_table, task_tables, tests_table
 from tamis.report.content import KeyNumber
 from tamis.report.document import Document, Section, Table
 from tamis.report.warnings import Finding
@@ -74,6 +74,8 @@ def comparison_document(result: CompareResult) -> Document:
                 tables=tuple(standings_table(result.at(budget), result, folded=True) for budget in others),
             ),
         )
+    if result.foretold:
+        sections.append(_foretold_section(result))
     sections += [_selections_section(result), _runs_section(result)]
     if at_cost:
         sections.insert(
@@ -182,6 +184,20 @@ def _remarks_on_tests(differences: Sequence[Difference]) -> tuple[str, ...]:
     if any(d.over_seeds.n < 3 for d in differences):
         remarks.append("Tests over fewer than three seeds have next to no power; give --seeds 5.")
     return tuple(remarks)
+
+
+def _foretold_section(result: CompareResult) -> Section:
+    return Section(
+        key="foretold",
+        title="Do the scores foretell the loss?",
+        short_title="Foretold",
+        paragraphs=(
+            f"The same model was trained on {count(result.foretold[0].parts)} random parts of the pool. The linear "
+            "datamodelling score is the rank correlation between the sum of a part's scores and how low its held-out "
+            "loss came: 1 foretells the order of all parts, 0 is blind. The interval is over parts.",
+        ),
+        tables=(foretold_table(result.foretold),),
+    )
 
 
 def _selections_section(result: CompareResult) -> Section:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tamis.comparison.conclude import mean_text, p_text
+from tamis.comparison.datamodel import Foretold
 from tamis.comparison.result import CompareResult
 from tamis.comparison.verdict import Difference, Standing
 from tamis.report.document import Table
 from tamis.report.wording import count, number, one_line, percent, seconds
 
-__all__ = ["cost_table", "standings_table", "task_tables", "tests_table"]
+__all__ = ["cost_table", "foretold_table", "standings_table", "task_tables", "tests_table"]
 
 
 def standings_table(standings: Sequence[Standing], result: CompareResult, *, folded: bool = False) -> Table:
@@ -118,5 +119,21 @@ def cost_table(standings: Sequence[Standing]) -> Table:
                 seconds(s.train_seconds),
             )
             for s in standings
+        ),
+    )
+
+
+def foretold_table(foretold: Sequence[Foretold]) -> Table:
+    """The linear datamodelling score of every method."""
+
+    def interval(entry: Foretold) -> str:
+        return "–" if entry.low is None else f"{number(entry.low, 2)} to {number(entry.high, 2)}"
+
+    return Table(
+        label="Linear datamodelling score",
+        heads=(("method", False), ("correlation", True), ("95% interval", True), ("parts", True)),
+        rows=tuple(
+            (one_line(entry.name, 60), number(entry.correlation, 2), interval(entry), count(entry.parts))
+            for entry in foretold
         ),
     )
