@@ -5,6 +5,7 @@ Called again after an interruption it goes on: selections are found in their fol
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
@@ -26,6 +27,7 @@ from tamis.comparison.training import Bench
 from tamis.comparison.verdict import compare_pairs, standings_of
 from tamis.config import write_config
 from tamis.corpora import Rendered, Sources, leaked_rows, model_settings, read_sources, render_corpora, write_skipped
+from tamis.data.examples import read_examples
 from tamis.data.rows import Rows
 from tamis.disk import check_writable
 from tamis.identity import text_sha256
@@ -41,10 +43,12 @@ from tamis.protocols import Progress
 from tamis.report.comparison import comparison_document
 from tamis.report.document import write_document
 from tamis.report.wording import counted
-from tamis.settings import SelectSettings, to_dict
+from tamis.settings import SelectSettings, target_parts, to_dict
 from tamis.train_setup import check_device, check_tuning
 
 __all__ = ["CompareResult", "PlantedResult", "compare_from_settings"]
+
+logger = logging.getLogger(__name__)
 
 
 def compare_from_settings(
@@ -62,11 +66,17 @@ def compare_from_settings(
         check_writable(out)
     run = settings.train_settings(out=settings.out, steps=1, seed=settings.seed)
     resolved_dtype(model_settings(run))  # refuses a device that is not there
-    check_device(run)
+    if any(text.is_online for text in settings.contenders):  # only these train with the Trainer
+        check_device(run)
     check_tuning(run)
     model = model_fingerprint(model_settings(run))
-    plain = settings.select_settings(method_parts("uniform"), budget=settings.budget, out=settings.out)
-    target = read_sources(plain, held).target
+    target = read_examples(
+        [path for _, path in map(target_parts, settings.target)],
+        kind="target",
+        row_format=settings.row_format,
+        on_bad_row=settings.on_bad_row,
+        held=held,
+    )
     measured = _measured_in_place_of_target(settings)
     sources = read_sources(measured, held)
     template = None if settings.chat_template is None else text_sha256(template_text(settings.chat_template))
@@ -168,6 +178,10 @@ def _train_all(grid: Grid, bench: Bench, records: Records, progress: Progress) -
                 found = grid.matched_cells(contender, budget, runs)
                 if found:
                     matched[contender.name, budget] = found
+                    logger.info(
+                        "%s, budget %s: %d updates, for the %d of %s and its selection",
+                        *(contender.name, budget, found[0].steps, runs[0].steps, contender.of),
+                    )
     make_missing(bench, [cell for own in matched.values() for cell in own], records, progress=progress)
     return {**matched, **cells}
 

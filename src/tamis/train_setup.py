@@ -54,7 +54,7 @@ def check_device(settings: TrainRunSettings) -> None:
     if world_size() == 1 and count > 1 and settings.device in ("auto", "cuda"):
         raise InvalidSettings(
             f"one process sees {count} GPUs; start one for each: accelerate launch --num_processes {count} -m tamis "
-            "train ..., or use one of them: CUDA_VISIBLE_DEVICES=0"
+            "..., or use one of them: CUDA_VISIBLE_DEVICES=0"
         )
 
 
