@@ -55,6 +55,7 @@ def run_figure(standings: Sequence[Standing], metric: str) -> Figure:
     )
     figure = figure_of(traces)
     categories(figure, labels)
+    figure.update_layout(margin={"r": 18})  # no value is written behind a point
     better = "lower" if metric == "loss" else "higher"
     figure.update_xaxes(title={"text": f"held-out {metric} ({better} is better)"}, nticks=6)
     return Figure(
@@ -93,8 +94,10 @@ def gain_figure(differences: Sequence[Difference], metric: str) -> Figure:
     )
     figure = figure_of([points])
     categories(figure, labels)
+    figure.update_layout(margin={"r": 18})  # no value is written behind a point
     figure.update_xaxes(
-        title={"text": f"gain in {metric} over full at equal cost (right of 0: selecting pays)"},
+        title={"text": f"gain in {metric}"},
+        rangemode="tozero",
         zeroline=True,
         zerolinewidth=2,
         nticks=6,
@@ -106,7 +109,7 @@ def gain_figure(differences: Sequence[Difference], metric: str) -> Figure:
         alt="Gain over full training at equal cost: "
         + ", ".join(f"{one_line(d.contender, 40)} {number(d.gain, 3)}" for d in differences)
         + ".",
-        legend=(("selected", "mean over seeds, with its 95% interval"),),
+        legend=(("selected", "gain over full at equal cost, 95% interval over seeds; right of 0 selecting pays"),),
         height=FRAME + 30 + 40 * len(labels),
         spec=spec_of(figure),
     )
