@@ -14,16 +14,15 @@ from typing import Any
 
 import numpy as np
 
+from tamis.compare_grid import Grid, common_spec, make_missing
+from tamis.compare_selections import Chosen, PoolTable, select_rows
 from tamis.compare_settings import CompareSettings, method_parts
+from tamis.compare_training import Bench
 from tamis.comparison.cells import Cell, Price
-from tamis.comparison.conclude import conclude
 from tamis.comparison.contenders import Contender, contenders_of
 from tamis.comparison.datamodel import Foretold, foretell
-from tamis.comparison.grid import Grid, common_spec, make_missing
 from tamis.comparison.records import Records, Run, write_rows, write_runs
 from tamis.comparison.result import CompareResult, SelectionFacts, source_shares
-from tamis.comparison.selections import Chosen, PoolTable, select_rows
-from tamis.comparison.training import Bench
 from tamis.comparison.verdict import compare_pairs, standings_of
 from tamis.config import write_config
 from tamis.corpora import Rendered, Sources, leaked_rows, model_settings, read_sources, render_corpora, write_skipped
@@ -41,6 +40,7 @@ from tamis.planted_run import PlantedResult, planted_from_settings
 from tamis.progress import NoProgress
 from tamis.protocols import Progress
 from tamis.report.comparison import comparison_document
+from tamis.report.conclude import conclude
 from tamis.report.document import write_document
 from tamis.report.wording import counted
 from tamis.settings import SelectSettings, target_parts, to_dict

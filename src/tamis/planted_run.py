@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from tamis.compare_selections import Chosen, PoolTable, select_rows
 from tamis.compare_settings import CompareSettings, MethodText, method_parts
 from tamis.comparison.contenders import FEWEST_DRAWS
 from tamis.comparison.planted import KINDS, PlantedPool, Score, score_selection
-from tamis.comparison.planted_rows import planted_rows, write_planted
-from tamis.comparison.selections import Chosen, PoolTable, select_rows
 from tamis.config import write_config
 from tamis.corpora import model_settings, read_sources
 from tamis.data.examples import read_examples
@@ -26,6 +25,7 @@ from tamis.manifest import versions
 from tamis.model.load import model_fingerprint, resolved_dtype
 from tamis.model.processes import barrier, is_main
 from tamis.outputs import check_claim, claim_folder, write_json
+from tamis.planted_rows import planted_rows, write_planted
 from tamis.protocols import Progress
 from tamis.report.document import write_document
 from tamis.report.planted import planted_document
@@ -111,6 +111,8 @@ def planted_from_settings(settings: CompareSettings, *, progress: Progress, held
         write_config("compare", settings, out / "run.yaml", held=list(held))
     barrier()
     pool, targets, warnings = planted_rows(settings, sources, given)
+    if settings.eval:
+        warnings.append("The held-out rows (--eval) were not used: nothing is trained, so nothing is measured.")
     files = write_planted(out / "planted", pool, targets, sources.target_names)
     standings = _standings(settings, pool, files, progress)
     title, sentence, steps = _conclusion(standings, pool)

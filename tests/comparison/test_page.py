@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from comparison_runs import contender, made_run
-from tamis.comparison.conclude import conclude
 from tamis.comparison.datamodel import Foretold
 from tamis.comparison.result import CompareResult, SelectionFacts
 from tamis.comparison.verdict import compare_pairs, standings_of
 from tamis.report.comparison import comparison_document
+from tamis.report.conclude import conclude
 from tamis.report.document import render_document, write_document
 
 ATTACK = "<script>window.owned = 1</script><b>\u202e{{ 7 * 7 }}"

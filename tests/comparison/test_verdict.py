@@ -9,11 +9,11 @@ import pytest
 from scipy import stats
 
 from comparison_runs import contender, made_run
-from tamis.comparison.conclude import conclude
 from tamis.comparison.records import Run
 from tamis.comparison.result import SelectionFacts
 from tamis.comparison.statistics import holm
 from tamis.comparison.verdict import compare_pairs, standings_of
+from tamis.report.conclude import conclude
 
 MATCHED = "full at tracin's cost"
 CONTENDERS = [

@@ -1,4 +1,4 @@
-"""Contenders against each other: which rows each trains on, every run once, measured alike, and what may be concluded.
+"""Contenders against each other: who they are, what a run costs, records of finished runs, and what may be concluded.
 
-``tamis.compare`` is the verb; it lives in ``tamis.api``.
+Nothing here selects or trains; that is ``tamis.compare_run`` and the files beside it. ``tamis.compare`` is the verb.
 """

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tamis.comparison.conclude import mean_text, p_text
 from tamis.comparison.result import CompareResult
 from tamis.comparison.verdict import Difference, Standing
 from tamis.report.comparison_figures import cost_figure, curve_figures, gain_figure, run_figure
 from tamis.report.comparison_tables import cost_table, foretold_table, standings_table, task_tables, tests_table
+from tamis.report.conclude import mean_text, p_text
 from tamis.report.content import KeyNumber
 from tamis.report.document import Document, Section, Table
 from tamis.report.warnings import Finding

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tamis.comparison.conclude import mean_text, p_text
 from tamis.comparison.datamodel import Foretold
 from tamis.comparison.result import CompareResult
 from tamis.comparison.verdict import Difference, Standing
+from tamis.report.conclude import mean_text, p_text
 from tamis.report.document import Table
 from tamis.report.wording import count, number, one_line, percent, seconds
 
