@@ -307,8 +307,9 @@ def _print_verdict(console: Console, summary: Mapping[str, Any], *, planted: boo
 
 def _standing_table(summary: Mapping[str, Any]) -> Table:
     table = Table(box=None, pad_edge=False)
-    for head in ("contender", "budget", summary["metric"], "std", "updates", "TFLOPs", "of them selecting"):
-        table.add_column(head, justify="left" if head == "contender" else "right", no_wrap=True)
+    table.add_column("contender", overflow="fold")  # the one column that may wrap: no number is ever cut
+    for head in ("budget", summary["metric"], "std", "updates", "TFLOPs", "selecting"):
+        table.add_column(head, justify="right", no_wrap=True)
     for standing in summary["standings"]:
         share = standing["select_tflops"] / standing["tflops"] if standing["tflops"] else None
         table.add_row(
@@ -325,8 +326,9 @@ def _standing_table(summary: Mapping[str, Any]) -> Table:
 
 def _found_table(standings: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False)
-    for head in ("method", "found", "precision", "wrong taken", "AUC wrong", "AUC relevant"):
-        table.add_column(head, justify="left" if head == "method" else "right", no_wrap=True)
+    table.add_column("method", overflow="fold")
+    for head in ("found", "precision", "wrong taken", "AUC wrong", "AUC relevant"):
+        table.add_column(head, justify="right", no_wrap=True)
     for standing in standings:
         table.add_row(
             Text(visible(standing["name"]), style="" if standing["is_baseline"] else "bold"),
