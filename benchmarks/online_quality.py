@@ -4,29 +4,38 @@
 
 A run fine-tunes the model on the pool with one method and measures the loss on rows of the target that nothing else
 sees. ``NAME=FILE`` takes both from a file; ``NAME=source:SOURCE`` from the rows of one source of the pool, which are
-taken out of it. The rate of every method is tuned first, on seeds of its own, and counts for all targets. A method that
-measures candidates costs a pass over all of them, as ``full`` does, so ``full`` is its equal at equal steps and equal
-compute; ``uniform-long`` is a random choice with as many times the steps as candidates per row kept, which costs the
-same too. The data of a seed (candidates, target rows, held-out rows) is the same for all methods.
+taken out of it. The data of a seed (candidates, target rows, held-out rows) is the same for all methods.
+
+Two budgets, ``--budgets``: ``steps`` gives every method ``--steps`` updates. ``compute`` gives it as many as cost the
+operations of ``full`` at ``--steps``, by the run's own counter on a tuning seed: ``uniform`` then makes about
+``oversample`` times the steps, a method that scores candidates and looks at target rows somewhat fewer than ``full``,
+and one with cheaper candidates more. The rate is tuned for every method and budget, on seeds of its own and the clean
+pool, and counts for all targets and pools; one at the edge of ``--rates`` is said.
+
+A method is a name of ``tamis.online``, one of ``paper``, ``top-k``, ``filter-only`` and ``ftw-raw``, or either with a
+way to score candidates behind it: ``tracin@reuse:2``, ``top-k@jvp``, ``ftw-raw@proxy:DIR``.
 
 ``--pools`` makes the pool worse on purpose: ``noise`` gives half of the rows the answer of another row, ``copies``
-replaces half of the rows by copies of a twentieth, ``clean`` leaves it. Every run is one line of the CSV file;
-interrupt it and run it again: it goes on where it was. At the end come means, differences to ``full`` and to
-``uniform-long``, and two-sided paired t-tests.
+replaces half of the rows by copies of a twentieth, ``irrelevant`` makes nine tenths of it of one source that is no
+target's (by name), ``clean`` leaves it. Every run is one line of the CSV file; interrupt it and run it again: it goes
+on where it was, and what was measured under other settings does not count. At the end come means over seeds,
+differences to ``full`` and to ``uniform`` within each budget, and two-sided paired t-tests, as they are and corrected
+by Holm for all comparisons printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import math
 import os
 import random
 import statistics
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,28 +56,49 @@ from tamis.data.examples import read_examples
 from tamis.data.render import Renderer
 from tamis.errors import BadRow
 from tamis.model.load import ModelSettings, load_model, load_tokenizer
-from tamis.online import METHODS, FilterThenWeight
+from tamis.online import METHODS, FilterThenWeight, StepSettings
+from tamis.online.choice import cold_updates
+from tamis.online.cost import as_plain
+from tamis.online.settings import check_combination
 from tamis.types import Example
 
 RESULTS = Path(__file__).parent / "results" / "online-quality.csv"
-FIELDS = ("model", "weights", "pool", "target", "method", "rate", "stage", "seed", "steps", "rows", "held_out_before")
-FIELDS += ("held_out_after", "held_out_mean", "processor_seconds")  # the mean is over eight measurements on the way
+FIELDS = (
+    "model",
+    "weights",
+    "settings",
+    "pool",
+    "target",
+    "method",
+    "budget",
+    "rate",
+    "stage",
+    "seed",
+    "steps",
+    "rows",
+)
+FIELDS += ("held_out_before", "held_out_after", "held_out_mean")  # the mean is over eight measurements on the way
+FIELDS += ("tflops", "tflops_candidates", "tflops_target", "tflops_update", "processor_seconds")
 TUNING_SEEDS, FIRST_SEED = (1000, 1001), 0
 TARGET_ROWS, HELD_OUT_ROWS = 64, 64
 
 Row = dict[str, list[int]]
 
 
-def make_method(name: str, keep: int, oversample: int) -> Any:
-    """By its name, or one of the variants that the tables name."""
+def make_method(text: str, keep: int, oversample: int) -> tuple[Any, StepSettings]:
+    """By its name, or one of the variants that the tables name; and how its candidates are scored."""
+    name, _, candidates = text.partition("@")
     sizes = {"keep": keep, "oversample": oversample}
     variants = {
         "paper": lambda: FilterThenWeight.paper(**sizes),
         "top-k": lambda: FilterThenWeight(filter="top", weights="none", **sizes),
         "filter-only": lambda: FilterThenWeight(weights="none", **sizes),
-        "uniform-long": lambda: METHODS["uniform"](**sizes),
+        "ftw-raw": lambda: FilterThenWeight(alignment="raw", interactions="raw", **sizes),
     }
-    return variants[name]() if name in variants else METHODS[name](**sizes)
+    settings = StepSettings(candidates=candidates or "exact")
+    method = variants[name]() if name in variants else METHODS[name](**sizes)
+    check_combination(method, settings)
+    return method, settings
 
 
 class Data:
@@ -80,9 +110,12 @@ class Data:
             row for row in (_tokens(renderer, e, arguments.window) for e in examples) if row is not None
         ]
         pool = list(read_examples([str(arguments.pool)], kind="pool"))
-        self._pool = [
-            pool[i] for i in sorted(random.Random(0).sample(range(len(pool)), min(len(pool), arguments.rows)))
-        ]
+        self._rows = arguments.rows
+        self._taken = {where.removeprefix("source:") for where in arguments.targets.values()} | set(arguments.targets)
+        order = random.Random(0).sample(range(len(pool)), len(pool))
+        self._pool, self._rest = (
+            [pool[i] for i in sorted(part)] for part in (order[: self._rows], order[self._rows :])
+        )
         self._targets: dict[str, list[Row]] = {}
         for name, where in arguments.targets.items():
             if where.startswith("source:"):
@@ -98,8 +131,23 @@ class Data:
 
     def pool(self, kind: str) -> list[Row]:
         if kind not in self._pools:
-            self._pools[kind] = self._render(spoilt(self._pool, kind))
+            rows = self._mostly_irrelevant() if kind == "irrelevant" else spoilt(self._pool, kind)
+            self._pools[kind] = self._render(rows)
         return self._pools[kind]
+
+    def _mostly_irrelevant(self) -> list[Example]:
+        """Nine tenths of the most frequent source that is no target's, also from rows outside the sample."""
+        every = [*self._pool, *self._rest]
+        counts = Counter(str(row.source) for row in every if str(row.source) not in self._taken)
+        if not counts:
+            raise SystemExit("--pools irrelevant: every source of the pool is a target's")
+        source, most = counts.most_common(1)[0]
+        wanted = min(most, self._rows * 9 // 10)
+        others = [row for row in self._pool if str(row.source) != source][: wanted // 9]
+        rows = [*[row for row in every if str(row.source) == source][:wanted], *others]
+        random.Random(2).shuffle(rows)
+        print(f"irrelevant: {wanted} rows of {source}, {len(others)} others", flush=True)
+        return rows
 
     def target(self, name: str, seed: int) -> tuple[list[Row], list[Row]]:
         """Target rows and held-out rows of one seed."""
@@ -166,10 +214,10 @@ def held_out_loss(model: nn.Module, rows: Sequence[Row]) -> float:
 
 
 def train(
-    data: Data, method: str, kind: str, target: str, rate: float, seed: int, arguments: argparse.Namespace
+    data: Data, method: str, kind: str, target: str, rate: float, seed: int, steps: int, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """One run."""
-    steps = arguments.steps * (arguments.oversample if method == "uniform-long" else 1)
+    selection, settings = make_method(method, arguments.keep, arguments.oversample)
     pool, (target_rows, held_out) = data.pool(kind), data.target(target, seed)
     torch.manual_seed(seed)
     model = load_model(arguments.settings).model.requires_grad_(True)
@@ -188,7 +236,8 @@ def train(
             train_dataset=pool,
             target_dataset=target_rows,
             data_collator=collate,
-            selection=make_method(method, arguments.keep, arguments.oversample),
+            selection=selection,
+            step_settings=settings,
             forecast_every=0,
             log_candidates=False,
         )  # fmt: skip
@@ -196,12 +245,15 @@ def train(
         spent = [0.0]
         trainer.add_callback(_measuring(lambda: held_out_loss(model, held_out), curve, spent, every=max(1, steps // 8)))
         trainer.train()
+        cost = {part: row["tflops"] for part, row in as_plain(trainer.work()).items()}
     return {
         "steps": steps,
         "rows": len(pool),
         "held_out_before": round(curve[0], 5),
         "held_out_after": round(held_out_loss(model, held_out), 5),
         "held_out_mean": round(statistics.fmean(curve[1:]), 5),
+        "tflops": round(sum(cost.values()), 5),
+        **{f"tflops_{part}": round(value, 5) for part, value in cost.items()},
         "processor_seconds": round(time.process_time() - started - spent[0], 1),
     }
 
@@ -224,65 +276,160 @@ class Runs:
         self._data, self._arguments = data, arguments
         self._path: Path = arguments.csv
         self.lines: list[dict[str, str]] = []
+        named = ("steps", "rows", "keep", "oversample", "max_length", "window")
+        self._settings = " ".join(f"{name}={getattr(arguments, name)}" for name in named)
         if self._path.is_file():
+            text = self._path.read_bytes()
+            whole = text[: text.rfind(b"\n") + 1]
+            if whole != text:  # killed while it wrote: that run is done again
+                self._path.write_bytes(whole)
             with self._path.open(newline="") as file:
-                self.lines = list(csv.DictReader(file))
+                reader = csv.DictReader(file)
+                self.lines = list(reader)
+            if tuple(reader.fieldnames or ()) != FIELDS:
+                raise SystemExit(f"{self._path} has other columns than this script writes; name another --csv")
         else:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("w", newline="") as file:
                 csv.DictWriter(file, FIELDS).writeheader()
 
-    def get(self, method: str, kind: str, target: str, rate: float, seed: int, stage: str) -> dict[str, str]:
+    @property
+    def current(self) -> list[dict[str, str]]:
+        """Those of this model under these settings."""
+        own = (self._arguments.model_name, self._arguments.weights, self._settings)
+        return [line for line in self.lines if (line["model"], line["weights"], line["settings"]) == own]
+
+    def get(
+        self, method: str, budget: str, kind: str, target: str, rate: float, seed: int, stage: str, steps: int
+    ) -> dict[str, str]:
         arguments = self._arguments
-        key = {"model": arguments.model_name, "weights": arguments.weights, "pool": kind, "target": target}
-        key |= {"method": method, "rate": f"{rate:g}", "stage": stage, "seed": str(seed)}
+        key = {"model": arguments.model_name, "weights": arguments.weights, "settings": self._settings, "pool": kind}
+        key |= {"target": target, "method": method, "budget": budget, "rate": f"{rate:g}", "stage": stage}
+        key |= {"seed": str(seed), "steps": str(steps)}
         for line in self.lines:
             if all(line[name] == value for name, value in key.items()):
                 return line
-        found = train(self._data, method, kind, target, rate, seed, arguments)
+        found = train(self._data, method, kind, target, rate, seed, steps, arguments)
         line = {name: str(value) for name, value in {**key, **found}.items()}
         with self._path.open("a", newline="") as file:
             csv.DictWriter(file, FIELDS).writerow(line)
         self.lines.append(line)
-        print(f"{stage} {kind} {target} {method} {rate:g} seed {seed}: {line['held_out_after']}", flush=True)
+        print(
+            f"{stage} {kind} {target} {method} {budget} ({steps} steps) {rate:g} seed {seed}: {line['held_out_after']}",
+            flush=True,
+        )
         return line
 
 
-def best_rate(runs: Runs, method: str, arguments: argparse.Namespace) -> float:
+def steps_of(runs: Runs, method: str, budget: str, arguments: argparse.Namespace) -> int:
+    """Updates that the budget pays for, from what the first tuning run of the method cost beside that of ``full``.
+
+    The updates before a method starts cost what ``uniform`` or ``full`` costs, so the later ones are counted apart.
+    """
+    if budget == "steps" or method == "full":
+        return int(arguments.steps)
+    target, steps = next(iter(arguments.targets)), int(arguments.steps)
+
+    def cost(name: str) -> float:
+        line = runs.get(name, "steps", "clean", target, arguments.rates[0], TUNING_SEEDS[0], "tune", steps)
+        return float(line["tflops"])
+
+    selection, _ = make_method(method, arguments.keep, arguments.oversample)
+    cold = cold_updates(selection)
+    if cold >= steps:
+        raise SystemExit(f"{method} starts after {cold} updates, and --steps is {steps}; give more")
+    before = cold * cost("full" if selection.keeps_all else "uniform") / steps if cold else 0.0
+    each = (cost(method) - before) / (steps - cold)
+    return max(1, cold + round((cost("full") - before) / each))
+
+
+def best_rate(runs: Runs, method: str, budget: str, steps: int, arguments: argparse.Namespace) -> float:
     """The rate with the lowest held-out loss, relative to that before, on the tuning seeds of all targets."""
 
     def score(rate: float) -> float:
         lines = [
-            runs.get(method, "clean", target, rate, seed, "tune")
+            runs.get(method, budget, "clean", target, rate, seed, "tune", steps)
             for target in arguments.targets
             for seed in TUNING_SEEDS
         ]
-        return statistics.fmean(float(line["held_out_after"]) / float(line["held_out_before"]) for line in lines)
+        found = statistics.fmean(float(line["held_out_after"]) / float(line["held_out_before"]) for line in lines)
+        return found if math.isfinite(found) else math.inf
 
-    return min(arguments.rates, key=score)
+    best: float = min(arguments.rates, key=score)
+    if len(arguments.rates) > 1 and best in (min(arguments.rates), max(arguments.rates)):
+        print(f"{method}, {budget}: the best rate {best:g} is at the edge of --rates; widen them", flush=True)
+    return best
 
 
-def summary(lines: Sequence[dict[str, str]], kind: str, target: str, methods: Sequence[str]) -> Table:
-    after = {
-        method: {
-            int(line["seed"]): float(line["held_out_after"])
-            for line in lines
-            if (line["method"], line["pool"], line["target"], line["stage"]) == (method, kind, target, "final")
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """One method against one baseline on one pool, target and budget; negative: the method ends lower."""
+
+    other: str
+    difference: float
+    p: float
+
+
+def compared(own: dict[int, float], other: dict[int, float], name: str) -> Compared | None:
+    """Over the seeds that both have; None if those are fewer than two, or the same run."""
+    seeds = sorted(own.keys() & other.keys())
+    if len(seeds) < 2 or own == other:
+        return None
+    a, b = (np.array([of[seed] for seed in seeds]) for of in (own, other))
+    return Compared(other=name, difference=float((a - b).mean()), p=float(ttest_rel(a, b).pvalue))
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction: p-values that hold for all comparisons together."""
+    order = sorted(range(len(values)), key=lambda i: values[i])
+    corrected, largest = [1.0] * len(values), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(values) - rank) * values[i]))
+        corrected[i] = largest
+    return corrected
+
+
+def summary(lines: Sequence[dict[str, str]], arguments: argparse.Namespace) -> list[Table]:
+    """One table for each pool, target and budget."""
+    groups = [(k, t, b) for k in arguments.pools for t in arguments.targets for b in arguments.budgets]
+    after: dict[tuple[str, ...], dict[str, dict[int, float]]] = {}
+    cost: dict[tuple[str, ...], float] = {}
+    for group in groups:
+        kind, target, budget = group
+        own = [li for li in lines if li["stage"] == "final" and (li["pool"], li["target"], li["budget"]) == group]
+        after[group] = {
+            m: {int(li["seed"]): float(li["held_out_after"]) for li in own if li["method"] == m}
+            for m in arguments.methods
         }
-        for method in methods
+        for m in arguments.methods:
+            spent = [float(li["tflops"]) for li in own if li["method"] == m]
+            cost[(*group, m)] = statistics.fmean(spent) if spent else math.nan
+    pairs = {
+        (group, method, other): found
+        for group in groups
+        for method in arguments.methods
+        for other in ("full", "uniform")
+        if other in after[group] and (found := compared(after[group][method], after[group][other], other)) is not None
     }
-    table = Table("method", "held-out loss", "to full", "p", "to uniform-long", "p", title=f"{target}, {kind} pool")
-    for method, own in after.items():
-        cells = [f"{statistics.fmean(own.values()):.4f} ± {statistics.stdev(own.values()):.4f}"]
-        for other in ("full", "uniform-long"):
-            if other == method or other not in after:
-                cells += ["", ""]
-                continue
-            seeds = sorted(own.keys() & after[other].keys())
-            a, b = (np.array([of[seed] for seed in seeds]) for of in (own, after[other]))
-            cells += [f"{(a - b).mean():+.4f}", f"{ttest_rel(a, b).pvalue:.3f}"]
-        table.add_row(method, *cells)
-    return table
+    corrected = dict(zip(pairs, holm([pair.p for pair in pairs.values()]), strict=True))
+    tables = []
+    for group in groups:
+        kind, target, budget = group
+        heads = ("method", "TFLOPs", "held-out loss", "to full", "p", "p (Holm)", "to uniform", "p", "p (Holm)")
+        table = Table(*heads, title=f"{target}, {kind} pool, equal {budget}")
+        for method, own_losses in after[group].items():
+            values = list(own_losses.values())
+            spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+            cells = [f"{cost[(*group, method)]:.3g}", f"{statistics.fmean(values):.4f}{spread}" if values else "-"]
+            for other in ("full", "uniform"):
+                key = (group, method, other)
+                found = pairs.get(key)
+                cells += ["", "", ""] if found is None else [
+                    f"{found.difference:+.4f}", f"{found.p:.3f}", f"{corrected[key]:.3f}"
+                ]  # fmt: skip
+            table.add_row(method, *cells)
+        tables.append(table)
+    return tables
 
 
 def main() -> None:
@@ -290,9 +437,11 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--pool", type=Path, required=True)
     parser.add_argument("--targets", nargs="+", required=True, metavar="NAME=FILE|NAME=source:SOURCE")
-    methods = ["uniform", "uniform-long", "full", "tilt", "anchored", "filter-then-weight", "paper", "tracin", "less"]
+    methods = ["full", "uniform", "tilt", "anchored", "filter-then-weight", "paper", "tracin", "less"]
+    methods += ["tracin@reuse:2", "filter-then-weight@reuse:2", "top-k@jvp"]
     parser.add_argument("--methods", nargs="+", default=methods)
-    parser.add_argument("--pools", nargs="+", choices=("clean", "noise", "copies"), default=["clean"])
+    parser.add_argument("--pools", nargs="+", choices=("clean", "noise", "copies", "irrelevant"), default=["clean"])
+    parser.add_argument("--budgets", nargs="+", choices=("steps", "compute"), default=["steps", "compute"])
     parser.add_argument("--weights", choices=("lora", "full"), default="lora")
     parser.add_argument("--rows", type=int, default=4000, help="a random sample of the pool")
     parser.add_argument("--steps", type=int, default=64)
@@ -310,16 +459,19 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
-    runs = Runs(Data(arguments), arguments)
     for method in arguments.methods:
-        rate = best_rate(runs, method, arguments)
-        for kind in arguments.pools:
-            for target in arguments.targets:
-                for seed in range(FIRST_SEED, FIRST_SEED + arguments.seeds):
-                    runs.get(method, kind, target, rate, seed, "final")
-    for kind in arguments.pools:
-        for target in arguments.targets:
-            Console().print(summary(runs.lines, kind, target, arguments.methods))
+        make_method(method, arguments.keep, arguments.oversample)  # refuses what does not go together
+    runs = Runs(Data(arguments), arguments)
+    for budget in arguments.budgets:
+        for method in arguments.methods:
+            steps = steps_of(runs, method, budget, arguments)
+            rate = best_rate(runs, method, budget, steps, arguments)
+            for kind in arguments.pools:
+                for target in arguments.targets:
+                    for seed in range(FIRST_SEED, FIRST_SEED + arguments.seeds):
+                        runs.get(method, budget, kind, target, rate, seed, "final", steps)
+    for table in summary(runs.current, arguments):
+        Console(width=150).print(table)
 
 
 if __name__ == "__main__":

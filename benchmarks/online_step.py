@@ -2,12 +2,14 @@
 
     python benchmarks/online_step.py                                  # every method, 8M and 35M, LoRA and full
     python benchmarks/online_step.py --models 8m --weights lora --methods full tilt --repeats 3
+    python benchmarks/online_step.py --methods tracin tracin@reuse:4 tracin@jvp tracin@proxy
 
 Plain training runs the candidates in micro-batches and adds their gradients up. Variants take turns within a repeat,
 in changing order; ratios are to the plain step of the same repeat (median, smallest, largest), by processor time on a
 CPU, where other work disturbs it least, and by the clock elsewhere. A step looks at target rows, too, which a plain one
-does not: once as many as half of the candidates (the default), and once only two of them. Peak memory is measured in a
-process of its own per variant. All goes to a CSV file.
+does not: once as many as half of the candidates (the default), and once only two of them. ``NAME@CANDIDATES`` scores
+candidates in a cheaper way, ``@reuse:K`` timed over K steps, ``@proxy`` by a model of two blocks. Peak memory is
+measured in a process of its own per variant. All goes to a CSV file.
 """
 
 from __future__ import annotations
@@ -30,9 +32,10 @@ import torch
 import transformers
 from torch import nn
 
-from engine import SHAPES, build_model
+from engine import HEADS, SHAPES, build_model
 from tamis.online import METHODS
 from tamis.online.choice import Method
+from tamis.online.settings import StepSettings, check_combination
 from tamis.online.step import OnlineStep
 from tamis.types import Batch
 
@@ -42,11 +45,27 @@ CANDIDATES = KEEP * OVERSAMPLE
 LIMITS = {"filter-then-weight": 0.90, "anchored": 0.90, "tracin": 0.80, "top-k": 0.80, "tilt": 0.80}
 
 
-def make_method(name: str) -> Method:
+def make_method(text: str) -> Method:
     """By its name, or ``top-k``: the filter without its greedy part and without weights."""
+    name = text.partition("@")[0]
     if name == "top-k":
         return METHODS["filter-then-weight"](keep=KEEP, oversample=OVERSAMPLE, filter="top", weights="none")
     return METHODS[name](keep=KEEP, oversample=OVERSAMPLE)
+
+
+def step_settings(variant: str) -> StepSettings:
+    """How candidates are scored: what stands behind ``@``."""
+    return StepSettings(candidates=variant.partition("@")[2] or "exact")
+
+
+def build_proxy(name: str, device: torch.device) -> nn.Module:
+    """Two blocks of the model's shape, all trainable, as random as the model."""
+    heads, kv_heads = HEADS[name]
+    shape = {**SHAPES[name], "num_hidden_layers": 2}
+    config = transformers.LlamaConfig(**shape, num_attention_heads=heads, num_key_value_heads=kv_heads)
+    model: nn.Module = transformers.LlamaForCausalLM(config)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return model.to(device=device, dtype=dtype).eval()
 
 
 def batches(model: str, rows: int, device: torch.device, seed: int) -> list[Batch]:
@@ -83,10 +102,13 @@ def build(variant: str, model_name: str, weights: str, target_rows: int, device:
     plain_step(model, optimizer, candidates[:1])
     if variant == "plain":
         return lambda: plain_step(model, optimizer, candidates)
-    step = OnlineStep(model, make_method(variant))
+    settings = step_settings(variant)
+    proxy = build_proxy(model_name, device) if settings.candidates_kind == "proxy" else None
+    step = OnlineStep(model, make_method(variant), settings, proxy=proxy)
 
     def online() -> None:
-        proposal = step.propose(candidates, target, optimizer)
+        look = step.looks(candidates, cold=False, number=0)
+        proposal = step.propose(candidates, target if look else [], optimizer, fresh_target=look)
         for name, param in step.params.items():
             param.grad = proposal.gradient[name] / proposal.divisor
         optimizer.step()
@@ -128,7 +150,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=["8m", "35m"])
     parser.add_argument("--weights", nargs="+", choices=("lora", "full"), default=["lora", "full"])
-    parser.add_argument("--methods", nargs="+", choices=[*METHODS, "top-k"], default=[*METHODS, "top-k"])
+    parser.add_argument("--methods", nargs="+", default=[*METHODS, "top-k"], metavar="NAME[@CANDIDATES]")
     parser.add_argument("--target-rows", type=int, nargs="+", default=[CANDIDATES // 2, 2])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -136,6 +158,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    known = [*METHODS, "top-k"]
+    for variant in arguments.methods:
+        if variant.partition("@")[0] not in known:
+            parser.error(f"--methods {variant}: expected one of {', '.join(known)}")
+        check_combination(make_method(variant), step_settings(variant))
     device = torch.device(arguments.device)
     if arguments.memory_of:
         (model, weights, rows) = (arguments.models[0], arguments.weights[0], arguments.target_rows[0])
@@ -163,12 +190,14 @@ def measure(
     """One line per variant."""
     variants = ["plain", *arguments.methods]
     runs = {variant: build(variant, model, weights, target_rows, device) for variant in variants}
-    for run in runs.values():
-        run()
+    for variant, run in runs.items():
+        for _ in range(step_settings(variant).reuse):  # a whole window, so that timing begins with one
+            run()
     seconds: dict[str, list[float]] = {variant: [] for variant in variants}
     for repeat in range(arguments.repeats):
         for variant in variants if repeat % 2 == 0 else variants[::-1]:
-            seconds[variant].append(timed(runs[variant], device))
+            times = step_settings(variant).reuse
+            seconds[variant].append(sum(timed(runs[variant], device) for _ in range(times)) / times)
     del runs
     lines, plain_peak = [], 0.0
     for variant in variants:

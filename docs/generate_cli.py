@@ -44,7 +44,9 @@ def page() -> str:
 
 def _row(parameter: Any) -> str:
     flags = ", ".join(f"`{flag}`" for flag in [*parameter.opts, *parameter.secondary_opts])
-    if parameter.metavar:
+    if parameter.param_type_name == "argument":
+        flags = f"`{parameter.metavar}`"
+    elif parameter.metavar:
         flags += f" {parameter.metavar}"
     default = parameter.default
     if isinstance(default, bool):  # shown as the flag that says it; plain switches are off

@@ -16,13 +16,20 @@ METHODS = {
     "full": Full(keep=4, oversample=2),
     "filter-then-weight": FilterThenWeight(keep=3, oversample=2, cold_start=1),
     "sketched": Tilt(keep=4, oversample=2, cold_start=1),
+    "reused": FilterThenWeight(keep=2, oversample=4, cold_start=1),
+    "forward-only": FilterThenWeight(keep=4, oversample=2, cold_start=1, filter="top", weights="none"),
 }
 
 
 def main(folder: Path, name: str, micro: int) -> None:
     """Train and save what came out."""
     model = tiny_model("gpt2", tied=True)
-    settings = StepSettings(reduction="tokens", interactions="sketch" if name == "sketched" else "exact", sketch_dim=8)
+    settings = StepSettings(
+        reduction="tokens",
+        interactions="sketch" if name == "sketched" else "exact",
+        sketch_dim=8,
+        candidates={"reused": "reuse:2", "forward-only": "jvp"}.get(name, "exact"),
+    )
     trainer = OnlineTrainer(
         model=model,
         args=arguments(folder, max_steps=3, per_device_train_batch_size=micro, gradient_accumulation_steps=2),

@@ -21,7 +21,7 @@ from tamis.corpora import Rendered, model_settings
 from tamis.data.rows import Rows
 from tamis.model.load import load_model, no_progress_bars
 from tamis.model.processes import is_main
-from tamis.online.account import read_account
+from tamis.online.fate import read_candidates
 from tamis.progress import NoProgress
 from tamis.train_run import train_from_settings
 from tamis.train_setup import LEARNING_RATES, compute_dtype, open_model
@@ -120,17 +120,15 @@ class Bench:
         place = replace(model_settings(run), name=str(result.model), revision=None, dtype=stored)
         with no_progress_bars():
             opened = load_model(place)
-        account, cost = read_account(out / "candidates"), result.manifest["cost"]
-        pool = seen_rows(self.rendered.pool, account.computed)
-        # The target rows of each choice are counted by the run in tokens only; their shape is that of the pool's.
-        share = cost["target_tokens"] / max(1, pool.tokens)
+        cost, log = result.manifest["cost"], read_candidates(out / "candidates")
+        trained_on = log["row"].to_numpy()[log["kept"].to_numpy()].astype(np.int64)
         found = self._measured(
             cell,
             opened.model,
             opened.tokenizer,
-            seen=pool,
-            distinct=account.distinct_rows,
-            tflops=self.price.tflops(pool) * (1 + share),
+            seen=seen_rows(self.rendered.pool, trained_on),
+            distinct=len(np.unique(trained_on)),
+            tflops=float(cost["total_tflops"]),  # all candidates and target rows that it looked at among them
             train_seconds=float(cost["seconds"]),
             warnings=result.warnings,
         )

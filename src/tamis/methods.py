@@ -2,6 +2,7 @@
 
 from tamis.score import METHODS
 from tamis.score.influence_distillation import InfluenceDistillation
+from tamis.score.influence_function import InfluenceFunction
 from tamis.score.length import Length
 from tamis.score.less import Less
 from tamis.score.lexical import Bm25
@@ -15,6 +16,7 @@ __all__ = [
     "METHODS",
     "Bm25",
     "InfluenceDistillation",
+    "InfluenceFunction",
     "Length",
     "Less",
     "LossDrop",

@@ -1,4 +1,4 @@
-"""What a user may write: the names of methods and projections, a shortlist, a target."""
+"""What a user may write: the names of methods and projections, a shortlist, a target, how candidates are scored."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ __all__ = [
     "METHOD_SUMMARIES",
     "ONLINE_SUMMARIES",
     "PROJECTION_NAMES",
+    "candidates_parts",
     "check_method",
     "check_online_method",
     "check_projection",
@@ -31,9 +32,10 @@ METHOD_SUMMARIES: dict[str, str] = {
     "rds+": "cosine of position-weighted mean hidden states with the target rows",
     "tracin": "gradient cosine with the target rows (the default)",
     "less": "Adam update of the row against the target gradient, over checkpoints of a LoRA warm-up",
+    "influence-function": "exact gradients through the inverse curvature of the loss, as EK-FAC or K-FAC has it",
     "influence-distillation": "exact gradients of a few landmark rows, carried to all others by cheap embeddings",
 }
-GRADIENT_METHODS = ("tracin", "less")
+GRADIENT_METHODS = ("tracin", "less", "influence-function")
 # The methods of ``tamis.online.METHODS``, likewise.
 ONLINE_SUMMARIES: dict[str, str] = {
     "filter-then-weight": "greedy filter by what is left of the target, then weights near 1 (the default)",
@@ -48,6 +50,26 @@ ONLINE_SUMMARIES: dict[str, str] = {
     "target-only": "trains on the target rows themselves: a warning, small targets are memorised",
 }
 PROJECTION_NAMES = ("none", "factorized", "rademacher", "hadamard", "mask")
+
+
+def candidates_parts(text: str) -> tuple[str, str]:
+    """How online candidates are scored: ``"reuse:4"`` is ``("reuse", "4")``, ``"exact"`` and ``"jvp"`` have no value.
+
+    ``"proxy:PATH"`` names a model; ``"proxy"`` alone stands for one that is given as an object.
+
+    Raises:
+        InvalidSettings: the text is not of that form, or scores are to be used for fewer than two choices.
+    """
+    kind, colon, value = text.strip().partition(":")
+    plain = kind in ("exact", "jvp") and not colon
+    named = kind == "proxy" and bool(value.strip()) == bool(colon)
+    if plain or named:
+        return kind, value.strip()
+    if kind == "reuse" and value.isdecimal() and int(value) >= 2:
+        return kind, value
+    raise InvalidSettings(
+        f"candidates={text!r}: expected 'exact', 'reuse:K' with K of 2 or more, 'jvp', or 'proxy:MODEL'"
+    )
 
 
 def shortlist_parts(text: str) -> tuple[str, float]:

@@ -17,6 +17,7 @@ from tamis.notation import (
     METHOD_SUMMARIES,
     ONLINE_SUMMARIES,
     PROJECTION_NAMES,
+    candidates_parts,
     check_method,
     check_online_method,
     check_projection,
@@ -252,6 +253,9 @@ class TrainRunSettings:
     batch_rows: int = 8  # rows of one forward pass
     accumulation: int = 1  # choices per update
     reduction: Literal["rows", "tokens"] = "rows"  # what counts alike in an update
+    candidates: str = "exact"  # how they are scored: "exact", "reuse:K", "jvp", "proxy:MODEL"
+    target_every: int = 1  # choices that a target gradient is used for
+    target_ema: float = 0.0  # share of the earlier target gradients in their running mean
     drop_leaks: bool = False
     save_steps: int | None = None  # updates between checkpoints; None: 100, or eval_steps with patience
     log_steps: int = 10
@@ -286,6 +290,7 @@ class TrainRunSettings:
         _at_least("forecast_every", self.forecast_every, 0)
         _at_least("seed", self.seed, 0)
         _at_least("max_length", self.max_length, 2)
+        self._check_candidates()
         self._check_length()
         self._check_measuring()
         self._check_optimizer()
@@ -298,6 +303,13 @@ class TrainRunSettings:
         if self.held_out is not None:
             return self.held_out
         return 0.0 if self.eval_target else 0.2
+
+    def _check_candidates(self) -> None:
+        if candidates_parts(self.candidates) == ("proxy", ""):
+            raise InvalidSettings("candidates='proxy': name the model, as in proxy:HuggingFaceTB/SmolLM2-135M-Instruct")
+        _at_least("target_every", self.target_every, 1)
+        if not 0 <= self.target_ema < 1:
+            raise InvalidSettings(f"target_ema={self.target_ema}: expected at least 0 and below 1")
 
     def _check_length(self) -> None:
         if (self.steps is None) == (self.epochs is None):

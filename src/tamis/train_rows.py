@@ -108,12 +108,16 @@ def check_candidates(pool: IntArray, method: Method) -> None:
         )
 
 
-def num_updates(settings: TrainRunSettings, *, pool_rows: int, candidates: int) -> int:
-    """Updates of the run: as given, or as many as the epochs take, the last short batch of each included."""
+def num_updates(settings: TrainRunSettings, *, pool_rows: int, candidates: int, choices: int = 1) -> int:
+    """Updates of the run: as given, or as many as the epochs take, the last short batch of each included.
+
+    Where several ``choices`` are made of the same candidates, a short batch at the end of an epoch is left out.
+    """
     if settings.steps is not None:
         return settings.steps
     assert settings.epochs is not None
-    per_epoch = math.ceil(math.ceil(pool_rows / candidates) / settings.accumulation)
+    per_pass = math.ceil(pool_rows / candidates) if choices == 1 else pool_rows // candidates * choices
+    per_epoch = math.ceil(per_pass / settings.accumulation)
     return math.ceil(settings.epochs * per_epoch)
 
 

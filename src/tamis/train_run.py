@@ -24,20 +24,21 @@ from tamis.disk import check_writable, disk_errors
 from tamis.errors import InvalidSettings
 from tamis.identity import file_sha256, text_sha256
 from tamis.manifest import versions
-from tamis.model.load import model_fingerprint, no_progress_bars, template_text
+from tamis.model.load import ModelSettings, model_fingerprint, no_progress_bars, template_text
 from tamis.model.memory import is_out_of_memory
 from tamis.model.processes import barrier, is_main, world_size
-from tamis.online.account import fallback_share, forecast_correlation, read_account
+from tamis.notation import candidates_parts
 from tamis.online.by_name import make_method
 from tamis.online.choice import Method, cold_updates
 from tamis.online.resume import WholeCheckpoint, append_log, cut_log, read_log, remove_after, whole_checkpoints
 from tamis.online.rows import PaddingCollator, TokenRows
 from tamis.online.run_trainer import HeldOut, RunCallback, RunTrainer, is_stopped
-from tamis.online.step import StepSettings
+from tamis.online.settings import StepSettings, check_combination
 from tamis.outputs import check_claim, claim_folder, write_json
 from tamis.progress import NoProgress
 from tamis.protocols import Progress
 from tamis.settings import TrainRunSettings, to_dict
+from tamis.train_account import describe_cost, describe_training
 from tamis.train_rows import RunRows, check_candidates, measuring_targets, num_updates, split_rows
 from tamis.train_setup import (
     check_device,
@@ -80,6 +81,7 @@ class TrainResult:
             "share_by_source": done["share_by_source"],
             "seconds": cost["seconds"],
             "tokens": cost["candidate_tokens"] + cost["target_tokens"],
+            "tflops": {"total": cost["total_tflops"], **cost["tflops"]},
             "warnings": list(self.warnings),
             "model": str(self.model),
             "log": str(self.out / "log.jsonl"),
@@ -100,6 +102,13 @@ def train_from_settings(
     """
     held, progress = held or {}, progress or NoProgress()
     method = method or make_method(settings.method, settings.set, keep=settings.keep, oversample=settings.oversample)
+    step_settings = StepSettings(
+        reduction=settings.reduction,
+        candidates=settings.candidates,
+        target_every=settings.target_every,
+        target_ema=settings.target_ema,
+    )
+    check_combination(method, step_settings)
     out = Path(settings.out)
     check_reports(settings)
     if is_main():  # what takes no time is tried before files are read and weights are hashed
@@ -130,7 +139,9 @@ def train_from_settings(
     rendered = render_corpora(sources, settings, store=out / "store", progress=progress)
     rows = split_rows(sources, rendered, settings)
     check_candidates(rows.pool, method)
-    total = num_updates(settings, pool_rows=len(rows.pool), candidates=method.keep * method.oversample)
+    total = num_updates(
+        settings, pool_rows=len(rows.pool), candidates=method.keep * method.oversample, choices=step_settings.reuse
+    )
     warnings = [*rendered.warnings, *rows.warnings]
     cold = cold_updates(method)
     if cold >= total:
@@ -144,7 +155,16 @@ def train_from_settings(
         warnings.append("target-only trains on the target rows themselves, which memorises small targets")
     if is_main():
         write_skipped(out / "skipped.jsonl", rendered.skipped)
-    run = _Run(settings=settings, method=method, dtype=dtype, out=out, rendered=rendered, rows=rows, total=total)
+    run = _Run(
+        settings=settings,
+        method=method,
+        step_settings=step_settings,
+        dtype=dtype,
+        out=out,
+        rendered=rendered,
+        rows=rows,
+        total=total,
+    )
     done = run.train(progress)
     if is_main():
         check_claim(out, identity)
@@ -174,6 +194,7 @@ class _Run:
 
     settings: TrainRunSettings
     method: Method
+    step_settings: StepSettings
     dtype: str
     out: Path
     rendered: Rendered
@@ -221,6 +242,7 @@ class _Run:
                     "--batch-rows, --gradient-checkpointing, a smaller --max-length, or a smaller keep or oversample"
                 ) from error
         after = trainer.held_out_losses()
+        cost = describe_cost(trainer.work(), seconds=callback.seconds)  # every process takes part
         if is_main():
             if after:
                 append_log(self.out / "log.jsonl", {**{f"final_{k}": v for k, v in after.items()}, "step": steps})
@@ -228,8 +250,8 @@ class _Run:
         barrier()
         return {
             "models": [opened.description],
-            "training": self._account(steps, stopped, after),
-            "cost": self._cost(trainer, callback.seconds),
+            "training": describe_training(self.out, after, steps=steps, stopped_early=stopped),
+            "cost": cost,
         }
 
     def _trainer(self, model: Any, pad_id: int, callback: RunCallback) -> RunTrainer:
@@ -248,7 +270,7 @@ class _Run:
             target_dataset=TokenRows(rendered.target, rows.target),
             data_collator=PaddingCollator(pad_id),
             selection=self.method,
-            step_settings=StepSettings(reduction=settings.reduction),
+            step_settings=self.step_settings,
             target_rows=settings.target_rows,
             forecast_every=settings.forecast_every,
             candidates_folder=self.out / "candidates",
@@ -284,40 +306,6 @@ class _Run:
             tokenizer.save_pretrained(partial)
             partial.replace(folder)
 
-    def _account(self, steps: int, stopped: bool, after: Mapping[str, float]) -> dict[str, Any]:
-        log, account = read_log(self.out / "log.jsonl"), read_account(self.out / "candidates")
-        before = next(entry for entry in log if entry["step"] == 0)
-        correlation, pairs = forecast_correlation(log)
-        measured = {
-            name.removeprefix("eval_loss").removeprefix("/") or "all": {"before": before[name], "after": value}
-            for name, value in after.items()
-        }
-        return {
-            "steps": steps,
-            "stopped_early": stopped,
-            "candidates": account.candidates,
-            "distinct_candidates": account.distinct_candidates,
-            "kept": account.kept,
-            "distinct_rows": account.distinct_rows,
-            "fallback_share": fallback_share(log),
-            "share_by_source": account.share_by_source,
-            "held_out_loss": measured["all"] if measured else None,
-            "held_out_loss_by_target": {name: value for name, value in measured.items() if name != "all"},
-            "predicted_vs_realised_drop": {"correlation": correlation, "pairs": pairs},
-        }
-
-    def _cost(self, trainer: RunTrainer, seconds: float) -> dict[str, Any]:
-        """Tokens that went forward and backward through the model; measurements and forecasts are not among them."""
-        account = read_account(self.out / "candidates")
-        lengths, target = self.rendered.pool.lengths, self.rendered.target.lengths[self.rows.target]
-        needs = self.method.needs
-        looked = account.warm_choices if needs.alignment is not None or needs.target_only else ()
-        return {
-            "seconds": round(seconds, 3),
-            "candidate_tokens": int(lengths[account.computed].sum()),
-            "target_tokens": sum(int(target[trainer.target_rows_of(int(choice))].sum()) for choice in looked),
-        }
-
 
 def _result(out: Path, *, was_finished: bool) -> TrainResult:
     manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
@@ -335,6 +323,9 @@ def _settings_identity(settings: TrainRunSettings) -> dict[str, Any]:
     """``settings`` as far as they can change the weights, and what the files hold that they name."""
     plain = {k: v for k, v in to_dict(settings).items() if k not in (*_FREE_SETTINGS, *_KNOWN_BY_CONTENT)}
     inputs = {}
+    kind, proxy = candidates_parts(settings.candidates)
+    if kind == "proxy":
+        inputs["proxy"] = model_fingerprint(ModelSettings(name=proxy))
     if settings.chat_template is not None:
         inputs["chat_template"] = text_sha256(template_text(settings.chat_template))
     return {"settings": plain, "inputs": inputs}

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # only annotations need it, and `tamis --help` must not wait 
 __all__ = [
     "Batch",
     "Budget",
+    "Curvature",
     "Example",
     "FloatArray",
     "IntArray",
@@ -121,13 +122,29 @@ class LayerSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Curvature:
+    """How each score column bends as rows are taken together: the second-order term of Influence Distillation.
+
+    For weights w of the ``n`` scored rows that sum to n, column c gains ``values[:, c] @ w - w @ Q w / 2`` with
+    ``Q = (eta / n) C products[c] C^T``, where ``products`` are ``<g_i, H_c g_j>`` among ``L`` landmarks and C says
+    which mixture of landmarks each row is taken for.
+    """
+
+    coefficients: FloatArray  # C (n, L); may be a memmap
+    products: FloatArray  # (columns, L, L), symmetric, indefinite as a network's Hessian is
+    eta: float
+    ratio: FloatArray  # (columns,) |second- over first-order term| of the landmarks, equally weighted
+
+
+@dataclass(frozen=True, kw_only=True)
 class TargetScores:
     """What a method says of every scored pool row: positive means that training on it lowers the target loss.
 
     ``values[i, j]`` is the score of pool row ``rows[i]`` for target row ``j``; ``group[j]`` is the target (an index
     into ``target_names``) that target row ``j`` belongs to. Methods that know no single target rows give one column
     per target; methods that ignore the target give one column per target with equal values.
-    ``weights`` says what the selected rows are to weigh: all 1, or robust weights from their scores (see ``choose``).
+    ``weights`` says what the selected rows are to weigh: all 1, or robust weights from their scores (see ``choose``),
+    which with "second-order" also decide which rows are selected; then ``curvature`` has as many columns as ``values``.
     ``extra`` holds further per-row columns (``loss``, ``grad_norm``, ...) of the same length as ``rows``.
     """
 
@@ -137,7 +154,8 @@ class TargetScores:
     target_names: tuple[str, ...]
     extra: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # sentences the report must show, e.g. which form of a method ran
-    weights: Literal["equal", "first-order"] = "equal"
+    weights: Literal["equal", "first-order", "second-order"] = "equal"
+    curvature: Curvature | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,8 +28,9 @@ from tamis.data.render import Renderer
 from tamis.errors import InvalidSettings, Unsupported
 from tamis.online.fate import read_candidates
 from tamis.online.trainer import OnlineTrainer
+from tamis.run_report import write_report
 from tamis.training.lora import add_lora
-from tiny_run import TinyRun, chat, make_run, write_rows
+from tiny_run import TinyRun, chat, make_run, save_model, write_rows
 
 STEPS = 6
 BASE = {"keep": 4, "oversample": 2, "learning_rate": 1e-2, "log_steps": 1, "batch_rows": 4, "device": "cpu"}
@@ -340,3 +341,48 @@ def test_a_target_too_small_to_hold_rows_out_is_refused(run: TinyRun, tmp_path: 
     rows = [json.loads(line) for line in run.target.read_text().splitlines()]
     with pytest.raises(InvalidSettings, match="target 'target' has 1 usable rows, of which 1 would only measure"):
         train(run, tmp_path / "out", target=rows[:1])
+
+
+def test_a_proxy_is_named_by_its_folder_counted_apart_and_part_of_what_a_run_is(run: TinyRun, tmp_path: Path) -> None:
+    proxy = save_model(tmp_path / "proxy", seed=9)
+    common = {"method": "tracin", "set": {"cold_start": 1}}
+    cheap = train(run, tmp_path / "out", candidates=f"proxy:{proxy}", **common)
+    exact = train(run, tmp_path / "exact", **common)
+    spent, plain = cheap.manifest["cost"], exact.manifest["cost"]
+    assert spent["total_tflops"] == pytest.approx(sum(spent["tflops"].values()))
+    assert cheap.summary()["tflops"]["total"] == spent["total_tflops"]
+    # The cold update runs its rows either way; the others run theirs a second time.
+    assert plain["tflops"]["update"] < spent["tflops"]["update"]
+    assert spent["candidate_tokens"] > plain["candidate_tokens"]
+    assert spent["target_tokens"] == plain["target_tokens"] > 0
+    save_model(tmp_path / "proxy", seed=8)
+    with pytest.raises(InvalidSettings, match="proxy"):
+        train(run, tmp_path / "out", candidates=f"proxy:{proxy}", **common)
+    with pytest.raises(InvalidSettings, match="'tilt' keeps all candidates"):
+        train(run, tmp_path / "no", candidates="jvp", method="tilt")
+    with pytest.raises(InvalidSettings, match="candidates='proxy': name the model"):
+        train(run, tmp_path / "no", candidates="proxy", method="tracin")
+
+
+def test_windows_fill_the_epochs_of_a_run(run: TinyRun, tmp_path: Path) -> None:
+    result = train(run, tmp_path, candidates="reuse:2", method="tracin", steps=None, epochs=1)
+    assert result.manifest["training"]["steps"] == 10  # 40 rows, five windows of eight, two choices of each
+    assert result.manifest["rows"]["pool"] == 40
+
+
+def test_the_report_of_a_run_shows_its_rows_as_long_as_they_are_the_same(run: TinyRun, tmp_path: Path) -> None:
+    pool = tmp_path / "pool.jsonl"
+    shutil.copy(run.pool, pool)
+    result = train(run, tmp_path / "out", pool=pool, forecast_every=2, **CHOOSING)
+    page = write_report(tmp_path / "out").read_text()
+    assert "Predicted and realised drop" in page and "Most weight in updates" in page
+    assert '<details class="row"' in page
+    assert f'<dd class="value">{result.manifest["training"]["distinct_rows"]}</dd>' in page
+    with pool.open("a") as file:
+        file.write(json.dumps(chat("One more?", "One more.")) + "\n")
+    (tmp_path / "out" / "manifest.json").unlink()
+    page = write_report(tmp_path / "out", out=tmp_path / "other.html").read_text()
+    assert "pool&#39;s files have changed since the run" in page and '<details class="row"' not in page
+    assert "not finished yet" in page
+    pool.unlink()
+    assert "cannot be read from here" in write_report(tmp_path / "out").read_text()

@@ -31,7 +31,7 @@ def test_a_plan_holds_every_method_and_a_cascade_for_the_dear_ones(tiny: TinyRun
     assert found == [
         *(("uniform", None), ("length", None), ("bm25", None), ("loss-drop", None), ("mid-ppl", None), ("rds+", None)),
         *(("tracin", None), ("tracin", "bm25:5x"), ("less", None), ("less", "bm25:5x")),
-        ("influence-distillation", None),
+        *(("influence-function", None), ("influence-function", "bm25:5x"), ("influence-distillation", None)),
     ]
     assert plan.pool.rows == 60 and plan.target.rows == 4 and plan.budget_rows == 3
     cascade = plan.methods[7]
@@ -44,7 +44,9 @@ def test_no_cascade_is_shown_where_it_would_keep_everything(tiny: TinyRun) -> No
 
 
 @pytest.mark.parametrize("shortlist", [None, "bm25:2x"])
-@pytest.mark.parametrize(("method", "chosen"), [("tracin", {}), ("mid-ppl", {}), ("rds+", {})])
+@pytest.mark.parametrize(
+    ("method", "chosen"), [("tracin", {}), ("mid-ppl", {}), ("rds+", {}), ("influence-function", {})]
+)
 def test_the_plan_agrees_with_what_a_run_has_spent(
     tiny: TinyRun, tmp_path: Path, method: str, chosen: dict[str, Any], shortlist: str | None
 ) -> None:
@@ -64,7 +66,7 @@ def test_the_plan_agrees_with_what_a_run_has_spent(
     )
     plan = plan_of(tiny, budget=12, shortlist=shortlist or "bm25:5x", sample=0, compare=str(out))
     ratios = {c.quantity: c.ratio for c in plan.comparisons}
-    work = "gradient" if method == "tracin" else "forward"
+    work = "gradient" if method in ("tracin", "influence-function") else "forward"
     assert ratios[f"{work} rows"] == pytest.approx(1, abs=1e-9)
     # A shortlist's own lengths are known only when it has run; the plan takes the pool's mix.
     near = 1e-6 if shortlist is None else 0.5

@@ -66,6 +66,52 @@ def test_the_papers_own_figures_come_out_with_one_token_a_row() -> None:
     assert landmark_tflops(SEVEN_B, ONE_TOKEN_EACH) == pytest.approx(872, abs=1)
 
 
+# Table 1 of the paper: parameters, blocks, and the cost columns of RDS+ (and Mid-PPL) and of Influence Distillation.
+PUBLISHED = [(7e9, 32, 2800, 872), (3e9, 28, 1200, 417), (1.5e9, 28, 600, 208), (3e9, 36, 1200, 340)]
+
+
+@pytest.mark.parametrize(("params", "blocks", "forward", "landmarks"), PUBLISHED)
+def test_the_paper_s_column_is_that_of_its_table_1_whatever_the_rows_lengths(
+    params: float, blocks: int, forward: float, landmarks: float
+) -> None:
+    shape = dataclasses.replace(SEVEN_B, params=int(params), blocks=blocks)
+    long = CorpusSize(rows=200_000, tokens=5e7, supervised_tokens=2e7, squared_tokens=2e10)
+    found = {}
+    for method, settings in {"mid-ppl": {}, "rds+": {}, "influence-distillation": {"preset": "paper"}}.items():
+        kind: Any = METHODS[method]
+        question = MethodQuestion(
+            shape=shape,
+            scored=long,
+            pool=long,
+            target=TARGET,
+            targets=1,
+            values={f.name: getattr(kind(**settings), f.name) for f in dataclasses.fields(kind)},
+            with_lora=lambda rank, shape=shape: shape,
+        )
+        found[method] = method_plan(method, question, RATE, bytes_per_param=2, batch_tokens=4096)
+    assert found["mid-ppl"].paper_tflops == found["rds+"].paper_tflops == pytest.approx(forward)
+    # The paper embeds every row once; we embed the landmarks a second time, to choose the kernel.
+    again = 2 * 2 * params * 4 / blocks * 4096 / 1e12
+    assert found["influence-distillation"].paper_tflops - again == pytest.approx(landmarks, abs=0.6)
+    assert found["influence-distillation"].tflops > 10 * found["influence-distillation"].paper_tflops
+
+
+def test_second_order_and_influence_functions_are_planned_with_the_passes_they_make() -> None:
+    forward = plan("mid-ppl")
+    plain = plan("influence-distillation", landmarks=1000, warmup="none", embedding="tfidf")
+    second = plan("influence-distillation", landmarks=1000, warmup="none", embedding="tfidf", weights="second-order")
+    (extra,) = [p for p in second.passes if p not in plain.passes]
+    # 256 products over 40 of 10,000 rows, each of six times a forward pass, and the graph (three times).
+    assert extra.tflops / forward.tflops == pytest.approx((256 * 6 + 3) * 0.004, rel=0.02)
+    kfac, ekfac = (plan("influence-function", strategy=s, factor_rows=1000, memory_gb=1e4) for s in ("kfac", "ekfac"))
+    assert [p.name for p in kfac.passes] == ["covariances (pool)", "gradients (target)", "influence (pool)"]
+    assert sum(p.tflops for p in kfac.passes) / forward.tflops == pytest.approx(2 * (1 + 0.1 + 0.004), rel=0.02)
+    assert [p.name for p in ekfac.passes][1] == "eigenvalues (pool)" and ekfac.tflops > kfac.tflops
+    # 40 target gradients of 7e9 numbers in 100 GiB: 11 lots.
+    lots = plan("influence-function", factor_rows=1000, memory_gb=100.0).passes
+    assert sum(p.name == "influence (pool)" for p in lots) == 11
+
+
 def test_scores_without_a_model_cost_no_operation() -> None:
     for method in ("uniform", "length", "bm25"):
         found = plan(method)

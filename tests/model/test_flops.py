@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, MixtralConfig
 
 from tamis.errors import InvalidSettings
+from tamis.gradients.hessian import hessian_products
 from tamis.gradients.hooks import frozen
 from tamis.model.flops import (
     Matrix,
@@ -21,6 +22,7 @@ from tamis.model.flops import (
     feature_dim,
     feature_flops,
     forward_flops,
+    hessian_flops,
     stage_flops,
     stage_tflops,
     weight_gradient_flops,
@@ -145,3 +147,18 @@ def test_a_stage_of_a_run_costs_what_its_tokens_cost() -> None:
     stage.work = "thinking"
     with pytest.raises(InvalidSettings, match="work='thinking'"):
         stage_tflops(SHAPE, stage)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_hessian_products_cost_what_the_counter_sees_but_for_what_first_layers_spare(family: str, lora: bool) -> None:
+    model = tiny_model(family, lora=lora, dtype=torch.float32)
+    layers, shape = gradient_layers(model), ModelShape.from_model(model)
+    batch = random_batch([12, 12, 12], supervised_share=1.0)
+    directions = {layer.name: torch.randn(3, *layer.shape) for layer in layers}
+    with FlopCounterMode(display=False) as counter:
+        hessian_products(model, [(batch, torch.ones(3))], layers, directions)
+    counted = hessian_flops(shape, 3, 36, 33, 3 * 144)
+    # Two blocks only: the first block's inputs need no gradient, a large part of so small a model.
+    assert counter.get_total_flops() == pytest.approx(counted, rel=0.12)
+    assert counter.get_total_flops() <= counted * 1.02

@@ -214,6 +214,37 @@ def test_what_is_no_adam_is_refused_with_what_to_do() -> None:
         read_adam(torch.optim.Adam([param]), {"v": other})
 
 
+def test_capturable_counts_and_float8_moments_are_read_and_bare_codes_refused() -> None:
+    """``capturable`` steps on accelerators only; what it leaves are counts in tensors, as here."""
+    params, optimizer = trained(torch.optim.AdamW, 5)
+    plain = read_adam(optimizer, params)
+    for group in optimizer.param_groups:
+        group["capturable"] = True
+    for param in params.values():
+        optimizer.state[param]["step"] = torch.tensor(5.0)
+    captured = read_adam(optimizer, params)
+    for name, state in plain.items():
+        assert captured[name].step == state.step == 5
+        assert torch.equal(captured[name].diagonal(), state.diagonal())
+    own = optimizer.state[params["a"]]
+    own["exp_avg_sq"] = own["exp_avg_sq"].to(torch.float8_e4m3fn)
+    read = read_adam(optimizer, params)["a"].exp_avg_sq
+    assert read.dtype == torch.float32
+    torch.testing.assert_close(read, plain["a"].exp_avg_sq.float(), rtol=2**-3, atol=2**-9)  # three bits of fraction
+    own["exp_avg_sq"] = torch.zeros(4, 3, dtype=torch.uint8)
+    with pytest.raises(Unsupported, match=r"AdamW keeps moments of 'a' as torch.uint8 codes without the scales"):
+        read_adam(optimizer, params)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adafactor, torch.optim.Rprop, torch.optim.RMSprop])
+def test_an_optimizer_without_both_moments_is_refused_by_its_name(kind: type[torch.optim.Optimizer]) -> None:
+    optimizer, param = _with_state(kind)
+    with pytest.raises(
+        Unsupported, match=f"{kind.__name__} is not an Adam with whole moments.*use optim='adamw_torch'"
+    ):
+        read_adam(optimizer, {"w": param})
+
+
 def _with_state(kind: type[torch.optim.Optimizer]) -> tuple[torch.optim.Optimizer, nn.Parameter]:
     param = nn.Parameter(torch.ones(3))
     optimizer = kind([param], lr=0.1)

@@ -10,7 +10,7 @@ import pytest
 from tamis.errors import InvalidInput
 from tamis.online.choice import Choice
 from tamis.online.fate import CandidateLog, read_candidates
-from tamis.online.step import Proposal
+from tamis.online.proposal import Proposal
 
 
 def proposal() -> Proposal:

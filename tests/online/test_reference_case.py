@@ -11,6 +11,7 @@ from tamis.maths.adam import adam_direction
 from tamis.online import Anchored, FilterThenWeight, Greats
 from tamis.online.choice import AlignmentForm, Evidence, InteractionForm
 from tamis.online.measure import exact_interactions, measure_alignments, measure_lengths
+from tamis.online.token_level import position_interactions
 from tamis.online.weights import positive_scale
 from tamis.solve.greedy import top
 from tamis.solve.omp import match_orthogonally
@@ -98,7 +99,10 @@ def test_inputs_of_the_case() -> None:
 
 @pytest.mark.parametrize("form", list(ROW_0))
 def test_interactions(form: InteractionForm) -> None:
-    got = exact_interactions(form, rows(passes=2), moments(), gather=lambda x: x)
+    if form == "token-level":
+        got = position_interactions(rows(passes=2), projector=None)
+    else:
+        got = exact_interactions(form, rows(passes=2), moments(), gather=lambda x: x)
     np.testing.assert_allclose(got[0], ROW_0[form], **PRINTED)
     np.testing.assert_allclose(got, got.T, rtol=1e-14)
     if form in DIAGONAL:

@@ -19,7 +19,7 @@ from tamis.gradients.reference import reference_loss
 from tamis.gradients.rows import RowGradients, hold_gradients
 from tamis.model.trainable import trainable_layers
 from tamis.online import METHODS, Anchored, FilterThenWeight, Full, Less, TargetOnly, Tilt, TracIn, Uniform
-from tamis.online import step as online_step
+from tamis.online import evidence as online_evidence
 from tamis.online.adam_state import read_adam
 from tamis.online.choice import Choice, Evidence, Needs
 from tamis.online.measure import exact_interactions, sketched_interactions
@@ -383,10 +383,6 @@ def test_what_cannot_be_done_is_refused_with_its_reason() -> None:
         OnlineStep(model, TracIn()).propose([CANDIDATES], [], sgd)
     with pytest.raises(InvalidInput, match="process 0 has no candidate"):
         OnlineStep(model, TracIn()).propose([], [TARGET], sgd)
-    with pytest.raises(Unsupported, match="token-level interactions are an ablation"):
-        OnlineStep(model, FilterThenWeight(interactions="token-level"), StepSettings(interactions="sketch"))
-    with pytest.raises(Unsupported, match="projection_dim=None"):
-        OnlineStep(model, FilterThenWeight.paper(interactions="token-level"))
     with pytest.raises(InvalidSettings, match=r"projection_dim=256.*interactions='exact'"):
         OnlineStep(model, FilterThenWeight.paper(), StepSettings(interactions="exact"))
     with pytest.raises(InvalidSettings, match="reduction must be 'rows' or 'tokens', got 'mean'"):
@@ -400,9 +396,7 @@ ABLATIONS = {
     "vanilla filter only": FilterThenWeight.paper(keep=2, oversample=3, alignment="raw", filter="top", weights="none"),
     "vanilla filter + reweight": FilterThenWeight.paper(keep=2, oversample=3, alignment="raw"),
     "unbounded weights": FilterThenWeight.paper(keep=2, oversample=3, weights="unbounded"),
-    "token-level score": FilterThenWeight.paper(
-        keep=2, oversample=3, alignment="adam", interactions="token-level", projection_dim=None
-    ),
+    "token-level score": FilterThenWeight.paper(keep=2, oversample=3, token_level=True),
     "ours": FilterThenWeight.paper(keep=2, oversample=3),
     "full data": Full(keep=2, oversample=3),
 }
@@ -485,8 +479,8 @@ def test_a_tilt_builds_no_interactions(settings: StepSettings, monkeypatch: pyte
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("interactions were measured")
 
-    monkeypatch.setattr(online_step, "exact_interactions", refuse)
-    monkeypatch.setattr(online_step, "sketched_interactions", refuse)
+    monkeypatch.setattr(online_evidence, "exact_interactions", refuse)
+    monkeypatch.setattr(online_evidence, "sketched_interactions", refuse)
     choice = OnlineStep(model, Tilt(keep=2, oversample=3), settings).propose([CANDIDATES], [TARGET], optimizer).choice
     np.testing.assert_allclose(choice.weights, 6 * expected / expected.sum(), rtol=1e-6)
 
@@ -507,7 +501,7 @@ def test_candidates_without_any_finite_loss_stop_the_run() -> None:
 def test_a_candidate_whose_length_alone_is_not_finite_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("gpt2")
     optimizer = optimizer_of(model)
-    measure, inside = online_step.measure_lengths, []
+    measure, inside = online_evidence.measure_lengths, []
 
     def overflowing(form: Any, rows: Any, moments: Any, coefficients: Tensor, **more: Any) -> tuple[Tensor, float]:
         inside.append(coefficients.clone())
@@ -515,7 +509,7 @@ def test_a_candidate_whose_length_alone_is_not_finite_is_dropped(monkeypatch: py
         squares[4] = float("inf")
         return squares, aligned
 
-    monkeypatch.setattr(online_step, "measure_lengths", overflowing)
+    monkeypatch.setattr(online_evidence, "measure_lengths", overflowing)
     proposal = OnlineStep(model, Tilt(keep=2, oversample=3)).propose([CANDIDATES], [TARGET], optimizer)
     assert proposal.dropped.tolist() == [4]
     assert len(inside) == 2 and inside[1][4] == 0  # the sum is taken again without it

@@ -19,9 +19,10 @@ from tamis.embeddings import HiddenError, save_embeddings
 from tamis.errors import InvalidInput, InvalidSettings, Unsupported
 from tamis.pipeline import make_method
 from tamis.score import landmark_gradients
+from tamis.score.distillation_settings import PRESETS
 from tamis.score.embedding_candidates import embeddings_within, label_of
 from tamis.score.embedding_choice import Choice
-from tamis.score.influence_distillation import PRESETS, InfluenceDistillation
+from tamis.score.influence_distillation import InfluenceDistillation
 from tamis.score.tracin import TracIn
 from tamis.settings import SelectSettings
 from tamis.solve.kernels import Kernel
@@ -459,7 +460,11 @@ def test_weights_are_asked_of_the_choice(tmp_path: Path, llama: Path) -> None:
         ({"warmup_share": 0.0}, "warmup_share must be above 0"),
         ({"warmup_epochs": 0}, "^warmup_epochs must be at least 1"),
         ({"projection": "pca"}, "projection 'pca' is unknown"),
-        ({"weights": "second-order"}, "weights='second-order': expected one of none, first-order"),
+        ({"weights": "third-order"}, "weights='third-order': expected one of none, first-order, second-order"),
+        ({"momentum": "half"}, "momentum='half': expected one of paper, whole, none"),
+        ({"landmarks": "some"}, "landmarks='some': expected a number of rows, or all"),
+        ({"hessian_landmarks": 1}, "hessian_landmarks must be at least 2"),
+        ({"eta": 0.0}, "eta must be positive"),
         ({"feature_dtype": "int8"}, "feature_dtype='int8'"),
     ],
 )

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tamis import __version__
-from tamis.cli import compare, doctor, plan, select, train
+from tamis.cli import compare, doctor, plan, report, select, train
 from tamis.cli.command import UserInterruptError, VerbCommand
 from tamis.errors import TamisError
 from tamis.report.wording import visible
@@ -59,6 +59,7 @@ app.command("doctor", cls=VerbCommand, epilog=doctor.EPILOG)(doctor.doctor)
 app.command("plan", cls=VerbCommand, epilog=plan.EPILOG)(plan.plan)
 app.command("train", cls=VerbCommand, epilog=train.EPILOG)(train.train)
 app.command("compare", cls=VerbCommand, epilog=compare.EPILOG)(compare.compare)
+app.command("report", cls=VerbCommand, epilog=report.EPILOG)(report.report)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

@@ -103,6 +103,24 @@ def train(
             rich_help_panel=HOW,
         ),
     ] = TrainRunSettings.reduction,
+    candidates: Annotated[
+        str,
+        typer.Option(
+            help="How candidates are scored: by a pass of their own, once for K choices, by a forward pass alone, or "
+            "by a smaller model. docs/online.md says what each costs.",
+            metavar="exact|reuse:K|jvp|proxy:MODEL",
+            rich_help_panel=HOW,
+        ),
+    ] = TrainRunSettings.candidates,
+    target_every: Annotated[
+        int, typer.Option(help="Choices that a target gradient is used for.", rich_help_panel=HOW)
+    ] = TrainRunSettings.target_every,
+    target_ema: Annotated[
+        float,
+        typer.Option(
+            help="Share of the earlier target gradients in their running mean (0: none).", rich_help_panel=HOW
+        ),
+    ] = TrainRunSettings.target_ema,
     drop_leaks: Annotated[
         bool,
         typer.Option(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from tamis.embeddings import Given, ModelEmbedding, TfIdf
+from tamis.embeddings import Given, Jvp, ModelEmbedding, TfIdf
 from tamis.evaluate.devices import Rate
 from tamis.evaluate.inputs import CorpusSize
 from tamis.model.flops import (
@@ -19,6 +19,7 @@ from tamis.model.flops import (
     feature_dim,
     feature_flops,
     forward_flops,
+    hessian_flops,
     stage_flops,
     weight_gradient_flops,
 )
@@ -31,6 +32,10 @@ __all__ = ["MethodPlan", "MethodQuestion", "PassPlan", "landmark_tflops", "metho
 _DEFAULT_TOTAL_DIM = 8192  # numbers a row keeps under the projections that are not factorized
 _BYTES_BESIDE = 16  # scale, loss and norm of a row, stored with its feature
 _BYTES = {"float16": 2, "float32": 4}
+# Influence Distillation (2025), section 5.2, after Kaplan et al.: a forward pass costs 2 operations a parameter, a
+# backward pass 4, and a row is one token. A JVP costs twice the forward pass of its blocks.
+_PAPER_FORWARDS = {"forward": 1.0, "gradient": 3.0}
+_PAPER_JVP = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +47,7 @@ class PassPlan:
     size: CorpusSize
     tflops: float  # of the model's passes, as a manifest counts them
     feature_tflops: float = 0.0  # of turning them into features
+    paper_forwards: float = 0.0  # what the cost column of Influence Distillation counts for a row, in forward passes
     disk_bytes: float = 0.0
 
 
@@ -54,6 +60,7 @@ class MethodPlan:
     scored_rows: int
     passes: tuple[PassPlan, ...]
     tflops: float  # all of it, features included
+    paper_tflops: float  # as the cost column of Influence Distillation counts: for comparison with that table only
     forward_passes: float  # the same in units of one forward pass over the whole pool
     seconds: float  # of model work at the plan's rate; reading and tokenizing come on top
     memory_bytes: float
@@ -79,7 +86,7 @@ class MethodQuestion:
     ) -> PassPlan:
         """A pass whose outputs are a few numbers a row."""
         flops = stage_flops(shape or self.shape, work, size.tokens, size.supervised_tokens, size.squared_tokens)
-        return PassPlan(name=name, work=work, size=size, tflops=flops / 1e12)
+        return PassPlan(name=name, work=work, size=size, tflops=flops / 1e12, paper_forwards=_PAPER_FORWARDS[work])
 
     def feature_pass(self, name: str, size: CorpusSize, *, shape: ModelShape | None = None, kept: bool) -> PassPlan:
         """A gradient pass that keeps one projected gradient a row."""
@@ -152,6 +159,24 @@ def _less(question: MethodQuestion) -> list[PassPlan]:
     return passes
 
 
+def _influence_function(question: MethodQuestion) -> list[PassPlan]:
+    values, pool = question.values, question.pool
+    rows = pool.rows if values["factor_rows"] is None else min(int(values["factor_rows"]), pool.rows)
+    few, shape = pool.times(rows / pool.rows), question.shape
+    # a a^T and g g^T of every layer; EK-FAC turns both into the eigenbasis and forms each row's gradient there.
+    squares = sum(m.count * (m.out_features**2 + m.in_features**2) for m in shape.gradient_matrices)
+    made = question.model_pass("covariances (pool)", "gradient", few)
+    factors = 4.0 * 2 * squares
+    passes = [replace(made, feature_tflops=2 * few.tokens * squares / 1e12, disk_bytes=factors)]
+    if values["strategy"] == "ekfac":
+        formed = 2 * few.tokens * squares + weight_gradient_flops(shape, few.tokens)
+        again = question.model_pass("eigenvalues (pool)", "gradient", few)
+        passes.append(replace(again, feature_tflops=formed / 1e12, disk_bytes=4.0 * shape.gradient_numel))
+    passes.append(question.model_pass("gradients (target)", "gradient", question.target))
+    lots = max(1, math.ceil(4.0 * question.target.rows * shape.gradient_numel / (values["memory_gb"] * 2**30)))
+    return [*passes, *[question.model_pass("influence (pool)", "gradient", question.scored)] * lots]
+
+
 def _influence_distillation(question: MethodQuestion) -> list[PassPlan]:
     method = InfluenceDistillation(**question.values)
     lora = method.moments is None and method.warmup == "lora"
@@ -166,9 +191,11 @@ def _influence_distillation(question: MethodQuestion) -> list[PassPlan]:
             every_weight = weight_gradient_flops(shape, seen.tokens) / 1e12
             warmup = replace(warmup, feature_tflops=every_weight)
         passes.append(warmup)
-    few = question.scored.times(min(1.0, method.landmarks / question.scored.rows))
+    landmarks = question.scored.rows if isinstance(method.landmarks, str) else method.landmarks
+    few = question.scored.times(min(1.0, landmarks / question.scored.rows))
     passes.append(question.feature_pass("gradients (target)", question.target, shape=shape, kept=True))
     passes.append(question.feature_pass("gradients (landmarks)", few, shape=shape, kept=True))
+    passes += _hessian_passes(question, method, few, shape)
     if few.rows == question.scored.rows:
         return passes
     tried = [e for e in embeddings_within(method.embedding_settings(), shape.blocks, 0) if not isinstance(e, _FREE)]
@@ -186,6 +213,19 @@ def _influence_distillation(question: MethodQuestion) -> list[PassPlan]:
     return passes
 
 
+def _hessian_passes(
+    question: MethodQuestion, method: InfluenceDistillation, landmarks: CorpusSize, shape: ModelShape
+) -> list[PassPlan]:
+    """Products of the target's Hessian; their inner products with the landmarks take passes that memory decides."""
+    if method.weights != "second-order" and not method.hessian_ratio:
+        return []
+    drawn = landmarks.times(min(1.0, method.hessian_landmarks / landmarks.rows))
+    products = drawn.rows if method.weights == "second-order" else 1
+    target = question.target
+    flops = hessian_flops(shape, products, target.tokens, target.supervised_tokens, target.squared_tokens)
+    return [PassPlan(name="Hessian products (target)", work="gradient", size=target, tflops=flops / 1e12)]
+
+
 def _embedding_pass(
     name: str, embedding: ModelEmbedding, size: CorpusSize, shape: ModelShape, *, entry_bytes: int
 ) -> PassPlan:
@@ -198,8 +238,19 @@ def _embedding_pass(
         sum_sq_len=size.squared_tokens,
     )
     work: Literal["forward", "gradient"] = "gradient" if work_of(embedding) == "gradient" else "forward"
-    disk = float(entry_bytes) * embedding.numbers(shape) * size.rows
-    return PassPlan(name=name, work=work, size=size, tflops=flops / 1e12, disk_bytes=disk)
+    forwards = nominal_passes(embedding, shape.blocks)
+    if isinstance(embedding, Jvp):
+        # One pass for averaged directions, as linear as they are, and one for each that is kept.
+        passes = embedding.directions if embedding.combine == "concat" else 1
+        forwards = _PAPER_JVP * passes * min(1.0, embedding.depth / shape.blocks)
+    return PassPlan(
+        name=name,
+        work=work,
+        size=size,
+        tflops=flops / 1e12,
+        disk_bytes=float(entry_bytes) * embedding.numbers(shape) * size.rows,
+        paper_forwards=forwards,
+    )
 
 
 _FREE = (TfIdf, Given)  # embeddings without the model
@@ -213,6 +264,7 @@ _PASSES: dict[str, Callable[[MethodQuestion], list[PassPlan]]] = {
     "loss-drop": _loss_drop,
     "tracin": _tracin,
     "less": _less,
+    "influence-function": _influence_function,
     "influence-distillation": _influence_distillation,
 }
 
@@ -237,6 +289,8 @@ def method_plan(
         shortlist: named in the result if the scored rows come from one.
     """
     passes = tuple(_PASSES[method](question))
+    # Neither the warm-up nor the target is in that column.
+    paper = sum(p.paper_forwards * p.size.rows for p in passes if p.name.endswith(("(pool)", "(landmarks)")))
     pool = question.pool
     whole = forward_flops(question.shape, pool.tokens, pool.supervised_tokens, pool.squared_tokens) / 1e12
     tflops = sum(p.tflops + p.feature_tflops for p in passes)
@@ -247,6 +301,7 @@ def method_plan(
         scored_rows=question.scored.rows,
         passes=passes,
         tflops=tflops,
+        paper_tflops=2 * question.shape.params * paper / 1e12,
         forward_passes=tflops / whole,
         seconds=sum((p.tflops + p.feature_tflops) / speed[p.work] for p in passes),
         memory_bytes=_memory(question, passes, bytes_per_param=bytes_per_param, batch_tokens=batch_tokens),

@@ -1,7 +1,8 @@
-"""Jacobian-vector products: how a model's states change when its weights move along a direction, by forward mode.
+"""Jacobian-vector products: how a model's states and losses change when its weights move along a direction.
 
-One pass carries every value together with its change, so that nothing is kept for a backward pass. A direction has the
-form of every other gradient here: ``{layer name: (O, I)}``, a trainable bias as one more column.
+Forward mode: one pass carries every value together with its change, so that nothing is kept for a backward pass. A
+direction of states has the form of scored gradients, ``{layer name: (O, I)}``, a trainable bias as one more column; a
+direction of losses that of updates, ``{parameter name: tensor}``.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tamis.errors import Unsupported
-from tamis.model.loss import supervised_positions
+from tamis.model.loss import evaluation_mode, gathered_before_head, supervised_positions
 from tamis.model.states import mean_by_row, states_before_head
 from tamis.seeds import child_seed, random_normal
 from tamis.types import Batch, LayerSpec
 
-__all__ = ["gaussian_direction", "hidden_tangents", "mean_direction"]
+__all__ = ["gaussian_direction", "hidden_tangents", "loss_tangents", "mean_direction"]
 
 _ALGORITHM = "jvp-gaussian-v1"
 
@@ -88,10 +90,51 @@ def hidden_tangents(
         try:
             return states_before_head(model, batch, take=take, params=params)
         except NotImplementedError as error:
-            raise Unsupported(
-                f"{type(model).__name__} cannot be run in forward mode ({str(error).splitlines()[0]}); load it with "
-                "attention 'sdpa' or 'eager', or choose another embedding than jvp"
-            ) from error
+            raise _without_rule(model, error, "choose another embedding than jvp") from error
+
+
+def loss_tangents(
+    model: nn.Module, batch: Batch, direction: Mapping[str, Tensor]
+) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
+    """Losses, and ``<grad l_b, v>``: how fast each row's loss grows when the parameters move along ``v``.
+
+    One forward pass that carries tangents; no backward pass, and nothing is kept for one. ``l_b`` is the mean
+    cross-entropy of the row's supervised tokens, without dropout. Both in float32 at least, finite or not.
+
+    Args:
+        model: a causal language model.
+        batch: right-padded rows.
+        direction: ``v`` by parameter name, in the parameters' shapes; other parameters stay where they are.
+
+    Raises:
+        InvalidInput: a row has no supervised token.
+        Unsupported: the model computes something that has no forward-mode rule.
+    """
+    positions, values = supervised_positions(batch), dict(model.named_parameters())
+    call = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+    with (
+        torch.no_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+        evaluation_mode(model, checkpointing=False),
+        gathered_before_head(model, positions, tuple(batch.input_ids.shape)),
+        forward_ad.dual_level(),
+    ):
+        moved = {name: _dual(values[name], v.to(values[name])) for name, v in direction.items()}
+        try:
+            logits = functional_call(model, moved, (), call).logits
+        except NotImplementedError as error:
+            raise _without_rule(model, error, "score candidates otherwise than by candidates='jvp'") from error
+        found = forward_ad.unpack_dual(logits)  # type: ignore[no-untyped-call]
+        primal = found.primal.flatten(0, 1)  # (n, V)
+        tangent = torch.zeros_like(primal) if found.tangent is None else found.tangent.flatten(0, 1)
+        dtype = torch.float64 if primal.dtype == torch.float64 else torch.float32
+        labels = positions.labels.to(primal.device)[:, None]
+        log_probs = torch.log_softmax(primal.to(dtype), dim=1)
+        # d(-log p_y) = <p, dz> - dz_y
+        slopes = (log_probs.exp() * tangent).sum(dim=1) - tangent.gather(1, labels)[:, 0].to(dtype)
+        pair = torch.stack([-log_probs.gather(1, labels)[:, 0], slopes], dim=1)  # (n, 2)
+        means = mean_by_row(pair, positions)
+    return means[:, 0], means[:, 1]
 
 
 def _dual_params(model: nn.Module, layers: Sequence[LayerSpec], direction: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -113,3 +156,10 @@ def _dual_params(model: nn.Module, layers: Sequence[LayerSpec], direction: Mappi
 def _dual(param: Tensor, tangent: Tensor) -> Tensor:
     dual: Tensor = forward_ad.make_dual(param.detach(), tangent.contiguous())  # type: ignore[no-untyped-call]
     return dual
+
+
+def _without_rule(model: nn.Module, error: NotImplementedError, otherwise: str) -> Unsupported:
+    return Unsupported(
+        f"{type(model).__name__} cannot be run in forward mode ({str(error).splitlines()[0]}); load it with attention "
+        f"'sdpa' or 'eager', or {otherwise}"
+    )

@@ -5,7 +5,7 @@ The consumers are re-exported, so that this is the one module other rooms import
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -22,7 +22,13 @@ from tamis.gradients.consumers import (
 )
 from tamis.gradients.hooks import capture, frozen
 from tamis.maths.similarity import squared_norms
-from tamis.model.loss import evaluation_mode, per_sample_losses, require_finite, supervised_positions
+from tamis.model.loss import (
+    SupervisedPositions,
+    evaluation_mode,
+    per_sample_losses,
+    require_finite,
+    supervised_positions,
+)
 from tamis.model.targets import embedding_matrix
 from tamis.protocols import LayerConsumer, LayerwiseProjector, Projector, TwoSidedProjector, VectorProjector
 from tamis.types import Batch, LayerSpec
@@ -49,10 +55,12 @@ def run_batch(
     consumer: LayerConsumer,
     *,
     require_finite_losses: bool = True,
+    losses_of: Callable[[nn.Module, Batch, SupervisedPositions], Tensor] = per_sample_losses,
 ) -> Float[Tensor, " B"]:
     """Per-sample losses; the consumer has then seen every layer of ``layers`` once.
 
     One forward and one backward of ``sum_b l_b`` with all parameters frozen, dropout off. The model is left as it was.
+    ``losses_of`` puts another loss in the place of the usual one.
     A row whose loss is not finite spoils its own gradient only; without ``require_finite_losses`` the caller must
     leave it out.
 
@@ -70,7 +78,7 @@ def run_batch(
         evaluation_mode(model),
         capture(model, layers, consumer, batch, positions) as taps,
     ):
-        losses = per_sample_losses(model, batch, positions)
+        losses = losses_of(model, batch, positions)
         taps.forward_done()
         if require_finite_losses:
             require_finite(losses.detach(), batch)

@@ -31,6 +31,7 @@ __all__ = [
     "feature_dim",
     "feature_flops",
     "forward_flops",
+    "hessian_flops",
     "stage_flops",
     "stage_tflops",
     "weight_gradient_flops",
@@ -177,6 +178,27 @@ def activation_backward_flops(shape: ModelShape, tokens: float, supervised_token
 def weight_gradient_flops(shape: ModelShape, tokens: float) -> float:
     """Operations of ``g^T a`` for every matrix that carries gradients: what an unfrozen backward pass adds."""
     return 2 * sum(matrix.per_token for matrix in shape.gradient_matrices) * tokens
+
+
+def hessian_flops(
+    shape: ModelShape, products: float, tokens: float, supervised_tokens: float, sum_sq_len: float
+) -> float:
+    """Operations of ``products`` Hessian products over the same rows, whose graph is built once.
+
+    Per product: two products per frozen matrix and six per trained one, and four times attention's; what the first
+    layers spare is not taken off, which is up to a tenth of a model of two blocks and nothing of a deep one.
+    """
+    graph = (
+        forward_flops(shape, tokens, supervised_tokens, sum_sq_len)
+        + activation_backward_flops(shape, tokens, supervised_tokens, sum_sq_len)
+        + weight_gradient_flops(shape, tokens)
+    )
+    each = (
+        2 * forward_flops(shape, tokens, supervised_tokens, 0)
+        + 4 * weight_gradient_flops(shape, tokens)
+        + 4 * forward_flops(shape, 0, 0, sum_sq_len)
+    )
+    return graph + products * each
 
 
 def feature_dim(shape: ModelShape, projection: str, dim: int) -> int:

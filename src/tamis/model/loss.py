@@ -5,9 +5,9 @@ Logits are formed at the supervised positions alone: with vocabularies of 50k-26
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,15 @@ from tamis.errors import InvalidInput, NonFinite, Unsupported
 from tamis.model.targets import output_embeddings
 from tamis.types import Batch
 
-__all__ = ["SupervisedPositions", "evaluation_mode", "per_sample_losses", "require_finite", "supervised_positions"]
+__all__ = [
+    "SupervisedPositions",
+    "evaluation_mode",
+    "gathered_before_head",
+    "per_sample_losses",
+    "require_finite",
+    "supervised_positions",
+    "twice_differentiable_losses",
+]
 
 # Logits handled at once: 1 MB of float32 that stays in each core's cache; on a GPU few launches matter more.
 _CPU_CHUNK, _GPU_CHUNK = 1 << 18, 1 << 26
@@ -62,22 +70,53 @@ def supervised_positions(batch: Batch) -> SupervisedPositions:
 
 
 def per_sample_losses(
-    model: nn.Module, batch: Batch, positions: SupervisedPositions | None = None
+    model: nn.Module,
+    batch: Batch,
+    positions: SupervisedPositions | None = None,
+    *,
+    relabel: Callable[[Tensor], Tensor] | None = None,
 ) -> Float[Tensor, " B"]:
     """Mean cross-entropy of each row over its supervised tokens, in float32 (float64 for float64 models).
 
-    One forward pass without dropout. Differentiable once.
+    One forward pass without dropout. Differentiable once. ``relabel`` gives other labels, from the ``(n, V)`` logits.
 
     Raises:
         InvalidInput: a row has no supervised token.
         Unsupported: the model's LM head is not fed ``(B, T, hidden)``.
     """
     positions = supervised_positions(batch) if positions is None else positions
-    with evaluation_mode(model), _gathered_before_head(model, positions, tuple(batch.input_ids.shape)):
-        output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    logits = output.logits.view(-1, output.logits.shape[-1])  # (1, n, V) -> (n, V)
+    logits = _supervised_logits(model, batch, positions)
+    if relabel is not None:
+        positions = replace(positions, labels=relabel(logits))
     losses: Tensor = _MeanCrossEntropy.apply(logits, positions)  # type: ignore[no-untyped-call]
     return losses
+
+
+def twice_differentiable_losses(model: nn.Module, batch: Batch) -> Float[Tensor, " B"]:
+    """The losses of ``per_sample_losses``, differentiable as often as the model is, for two or three times the memory.
+
+    Gradient checkpointing is off: its recomputation cannot be differentiated again.
+
+    Raises:
+        InvalidInput: a row has no supervised token.
+        Unsupported: the model's LM head is not fed ``(B, T, hidden)``.
+    """
+    positions = supervised_positions(batch)
+    logits = _supervised_logits(model, batch, positions, checkpointing=False)
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    labels, row, counts = (x.to(logits.device) for x in (positions.labels, positions.row, positions.counts))
+    token_losses = nn.functional.cross_entropy(logits.to(dtype), labels, reduction="none")
+    return token_losses.new_zeros(len(counts)).index_add(0, row, token_losses) / counts
+
+
+def _supervised_logits(
+    model: nn.Module, batch: Batch, positions: SupervisedPositions, *, checkpointing: bool = True
+) -> Float[Tensor, "n V"]:
+    tokens = tuple(batch.input_ids.shape)
+    with evaluation_mode(model, checkpointing=checkpointing), gathered_before_head(model, positions, tokens):
+        output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    logits: Tensor = output.logits.view(-1, output.logits.shape[-1])  # (1, n, V) -> (n, V)
+    return logits
 
 
 def require_finite(losses: Tensor, batch: Batch) -> None:
@@ -123,7 +162,7 @@ def evaluation_mode(model: nn.Module, *, checkpointing: bool = True) -> Iterator
 
 
 @contextmanager
-def _gathered_before_head(model: nn.Module, positions: SupervisedPositions, tokens: tuple[int, ...]) -> Iterator[None]:
+def gathered_before_head(model: nn.Module, positions: SupervisedPositions, tokens: tuple[int, ...]) -> Iterator[None]:
     """Feed the LM head the supervised positions only, ``(1, n, hidden)``; what the model does to logits is kept."""
 
     def gather(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

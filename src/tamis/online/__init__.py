@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tamis.online.baselines import Full, GradMatch, Greats, Less, TargetOnly, TracIn, Uniform
 from tamis.online.scorers import METHODS, Anchored, FilterThenWeight, Tilt
-from tamis.online.step import StepSettings
+from tamis.online.settings import StepSettings
 
 __all__ = [
     "METHODS",

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 
 from tamis.online.fate import read_candidates
-from tamis.types import IntArray
 
 __all__ = ["Account", "fallback_share", "forecast_correlation", "read_account"]
 
@@ -22,11 +20,9 @@ class Account:
 
     candidates: int  # looked at
     distinct_candidates: int
-    computed: IntArray  # rows that went through the model, once for each time
     kept: int  # with a weight, counted once per choice
     distinct_rows: int  # trained on
     share_by_source: dict[str, float]  # of the weight of all updates, the largest first
-    warm_choices: IntArray  # choices that the method made itself, after its cold start
 
 
 def read_account(folder: Path) -> Account:
@@ -43,15 +39,12 @@ def read_account(folder: Path) -> Account:
     total = float(weight.sum())
     by_source = np.bincount(index, weights=weight, minlength=len(names)) / (total or 1.0)
     order = np.argsort(-by_source, kind="stable")
-    cold = table["cold"].to_numpy()
     return Account(
         candidates=len(rows),
         distinct_candidates=len(np.unique(rows)),
-        computed=rows[pc.is_valid(table["loss"]).to_numpy()].astype(np.int64),
         kept=int(kept.sum()),
         distinct_rows=len(np.unique(rows[kept])),
         share_by_source={names[i]: float(by_source[i]) for i in order} if total else {},
-        warm_choices=np.unique(table["choice"].to_numpy()[~cold]).astype(np.int64),
     )
 
 

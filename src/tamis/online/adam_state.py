@@ -154,8 +154,13 @@ def _whole(optimizer: torch.optim.Optimizer, name: str, param: nn.Parameter, mom
             f"the optimizer keeps moments of shape {tuple(moment.shape)} for '{name}' of shape {tuple(param.shape)}; "
             "sharded or flattened states are not supported"
         )
+    if not moment.dtype.is_floating_point:
+        raise Unsupported(
+            f"{type(optimizer).__name__} keeps moments of '{name}' as {moment.dtype} codes without the scales to read "
+            "them by; use a block-wise 8-bit optimizer or optim='adamw_torch'"
+        )
     plain: Tensor = moment.detach()
-    return plain
+    return plain.float() if plain.dtype.itemsize == 1 else plain  # float8: nothing is computed in it
 
 
 def _from_blocks(

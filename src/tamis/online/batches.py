@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from tamis.errors import Unsupported
+from tamis.online.choice import Vector
 from tamis.seeds import child_seed, random_permutation
 from tamis.types import Batch, IntArray
 
-__all__ = ["IGNORED_LABEL", "supervised_tokens", "take_rows", "target_positions", "to_batches"]
+__all__ = ["IGNORED_LABEL", "regrouped", "supervised_tokens", "target_positions", "to_batches"]
 
 IGNORED_LABEL = -100
 
@@ -84,15 +85,34 @@ def supervised_tokens(batches: Sequence[Batch]) -> Tensor:
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
 
-def take_rows(batch: Batch, index: IntArray) -> Batch:
-    """Some rows of a batch."""
-    at = torch.from_numpy(index).to(batch.rows.device)
-    return Batch(
-        rows=batch.rows[at],
-        input_ids=batch.input_ids[at],
-        attention_mask=batch.attention_mask[at],
-        supervised=batch.supervised[at],
-    )
+def regrouped(candidates: Sequence[Batch], coefficients: Vector) -> list[tuple[Batch, Vector, IntArray]]:
+    """The rows whose coefficient is not 0, in as few batches as hold them: each batch, its coefficients, its places.
+
+    A batch holds as many rows as the largest of ``candidates``, which says what fits in memory. Places count through
+    the rows of ``candidates``.
+    """
+    used = np.flatnonzero(coefficients).astype(np.int64)
+    starts = np.cumsum([0, *(len(batch.rows) for batch in candidates)])
+    most, found = max((len(batch.rows) for batch in candidates), default=1), []
+    for first in range(0, len(used), most):
+        at = used[first : first + most]
+        batch_of = np.searchsorted(starts, at, side="right") - 1
+        rows = [(candidates[b], int(i - starts[b])) for b, i in zip(batch_of, at, strict=True)]
+        width = max(int(batch.attention_mask[row].nonzero().max()) + 1 for batch, row in rows)
+        joined = Batch(
+            rows=torch.stack([batch.rows[row] for batch, row in rows]),
+            **{
+                name: torch.stack([_cut(getattr(batch, name)[row], width) for batch, row in rows])
+                for name in ("input_ids", "attention_mask", "supervised")
+            },
+        )
+        found.append((joined, coefficients[at], at))
+    return found
+
+
+def _cut(row: Tensor, width: int) -> Tensor:
+    """The row with zeros, or padded columns, added or taken away on the right."""
+    return row[:width] if len(row) >= width else torch.nn.functional.pad(row, (0, width - len(row)))
 
 
 def _turn(turn: int, count: int, total: int, seed: int) -> IntArray:

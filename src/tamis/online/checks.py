@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from tamis.errors import Unsupported
 
-__all__ = ["dropout_of", "refuse_settings"]
+__all__ = ["dropout_of", "refuse_settings", "refuse_sharded"]
 
 
 def refuse_settings(args: Any, *, has_own_loss: bool) -> None:
@@ -43,6 +44,21 @@ def refuse_settings(args: Any, *, has_own_loss: bool) -> None:
             raise Unsupported(f"{name} does not go with online selection: {why}")
     if args.n_gpu > 1:
         raise Unsupported("several GPUs in one process do not go with online selection; launch one process for each")
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Refuse parameters that lie in parts on several processes: their gradients are made whole here.
+
+    Raises:
+        Unsupported: naming the first one.
+    """
+    for name, param in model.named_parameters():
+        if isinstance(param, DTensor) or hasattr(param, "_fsdp_flattened"):
+            raise Unsupported(
+                f"parameter '{name}' is sharded over processes (FSDP, tensor parallelism), which online selection does "
+                "not support yet; train with plain DDP, where every process holds the whole model, or with LoRA if "
+                "that does not fit"
+            )
 
 
 def dropout_of(model: nn.Module) -> str | None:

@@ -54,6 +54,7 @@ class Needs:
     interactions: InteractionForm | None = None
     lengths: InteractionForm | None = None  # of the gradients and of one sum of them, in that metric; no pairs
     sketch_dim: int | None = None  # numbers per side of a layer's sketch, if the method itself prescribes sketches
+    token_level: bool = False  # alignments of equal positions only, an ablation
     target_only: bool = False  # train on the target rows themselves; candidates are not looked at
 
     @property

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tamis.errors import InvalidInput
-from tamis.online.step import Proposal
+from tamis.online.proposal import Proposal
 from tamis.types import IntArray
 
 __all__ = ["CandidateLog", "read_candidates", "refuse_earlier_parts"]

@@ -78,18 +78,13 @@ def exact_interactions(
 ) -> Float[Tensor, "n n"]:
     """``G`` of every pair of rows, of all processes, from the gradients themselves, a few rows of a matrix at a time.
 
-    The first and third form are symmetric and positive semi-definite. ``"token-level"`` keeps, of the linear layers,
-    only products of equal positions, the ablation of FTW, section 4.4; other parameters have no positions left and
-    enter in full.
+    The first and third form are symmetric and positive semi-definite. ``"token-level"`` is in ``token_level``.
     """
     most = _most_rows(rows, gather)
     total: Tensor | None = None
     for matrix in rows.matrices:
-        if form == "token-level" and matrix.kind in ("linear", "conv1d"):
-            parts = iter([_same_position_products(matrix, rows, gather)])
-        else:
-            parts = (_gram(gather(block)) for block in _blocks(form, matrix, rows, moments, most=most))
-        for part in parts:
+        for block in _blocks(form, matrix, rows, moments, most=most):
+            part = _gram(gather(block))
             total = part if total is None else total + part
     assert total is not None
     return total
@@ -108,8 +103,6 @@ def sketched_interactions(
     ``D`` enters as scales of both factors, before they are projected, so that it and the projection do not get in each
     other's way. Vectors (norms, biases) enter in full.
     """
-    if form == "token-level":
-        raise Unsupported("token-level interactions are an ablation for small models; use exact interactions")
     most = _most_rows(rows, gather)
     total: Tensor | None = None
     for matrix in rows.matrices:
@@ -189,23 +182,6 @@ def _gram(features: Tensor) -> Tensor:
 
 def _scaled(scale: Tensor, side: Tensor | None) -> Tensor:
     return torch.diag(scale) if side is None else scale[:, None] * side.to(scale)
-
-
-def _same_position_products(matrix: ParamMatrix, rows: RowGradients, gather: Gather) -> Tensor:
-    (layer,) = matrix.layers
-    factors = rows.factors(layer)
-    width = max(held.act.shape[1] for held in factors)
-
-    def padded(parts: list[Tensor]) -> Tensor:
-        same = [torch.nn.functional.pad(part, (0, 0, 0, width - part.shape[1])) for part in parts]
-        return torch.cat(same).transpose(0, 1).double()  # (T, n, features)
-
-    act, grad_out = padded([held.act for held in factors]), padded([held.grad_out for held in factors])
-    count = act.shape[1]
-    if gather(torch.zeros(count, 1)).shape[0] != count:
-        raise Unsupported("token-level interactions are an ablation for one process; run it on one")
-    inputs = act @ act.mT + (1.0 if layer.has_bias else 0.0)  # (T, n, n)
-    return (inputs * (grad_out @ grad_out.mT)).sum(dim=0).cpu()
 
 
 def _secants(rows: RowGradients, target: Mapping[str, Tensor], moments: Moments, *, unit: bool) -> Tensor:

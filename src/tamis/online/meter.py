@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tamis.online.step import Proposal
+from tamis.online.proposal import Proposal
 from tamis.solve.greedy import top
 
 __all__ = ["Meter"]
@@ -35,6 +35,8 @@ class Meter:
         if proposal.target_loss is not None:
             sums["target_loss"].append(proposal.target_loss)
         if proposal.alignments is not None:
+            sums["score_age"].append(float(proposal.score_age))
+            sums["target_age"].append(float(proposal.target_age))
             known = proposal.alignments[np.isfinite(proposal.alignments)]
             sums["aligned_share"].append(float((known > 0).mean()))
             sums["weight_sum"].append(choice.weight_sum)

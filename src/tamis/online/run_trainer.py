@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from tamis.model.loss import per_sample_losses
 from tamis.model.processes import barrier, is_main, rank, world_size
-from tamis.online.batches import target_positions, to_batches
+from tamis.online.batches import to_batches
 from tamis.online.resume import append_log, mark_whole
 from tamis.online.rows import TokenRows
 from tamis.online.together import add_up
@@ -89,10 +89,6 @@ class RunTrainer(OnlineTrainer):
         self.log(dict(metrics))
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def target_rows_of(self, choice: int) -> IntArray:
-        """Places in the target of the rows that ``choice`` looks at."""
-        return target_positions(choice, count=self._target_count, total=len(self.target_dataset), seed=self.args.seed)
 
     def _in_the_log(self, places: IntArray) -> tuple[IntArray, list[str | None]]:
         return self._pool_rows.rows[places], [self._sources[int(place)] for place in places]

@@ -67,6 +67,7 @@ class FilterThenWeight:
     ridge: float | None = None  # times the mean diagonal of G; None: 4 for anchored weights, 1e-3 for the others
     normalise: bool = True  # weights sum to the number kept, so that learning rate and clipping keep their meaning
     projection_dim: int | None = None  # per side of every layer's sketch; None: as StepSettings say, exact if possible
+    token_level: bool = False  # compare equal token positions only, of candidates and target too: an ablation
     cold_start: int | None = None  # None: 1 for the Jacobian, 10 otherwise
 
     def __post_init__(self) -> None:
@@ -81,6 +82,11 @@ class FilterThenWeight:
         if self.projection_dim is not None and self.projection_dim < 1:
             raise InvalidSettings(f"projection_dim must be at least 1, got {self.projection_dim}")
         check_ridge(self.ridge)
+        if self.token_level and (self.alignment not in ("adam", "projected", "raw") or self.interactions != "raw"):
+            raise InvalidSettings(
+                f"token_level=True with alignment={self.alignment!r} and interactions={self.interactions!r}: positions "
+                "are compared by alignment 'adam', 'projected' or 'raw' and interactions='raw'"
+            )
 
     @classmethod
     def paper(cls, *, keep: int = 8, oversample: int = 4, **changes: Any) -> FilterThenWeight:
@@ -130,10 +136,12 @@ class FilterThenWeight:
     def needs(self) -> Needs:
         """Interactions unless neither filter nor weights look at pairs."""
         plain = self.filter != "greedy" and self.weights == "none"
+        interactions: InteractionForm = "token-level" if self.token_level else self.interactions
         return Needs(
             alignment=self.alignment,
-            interactions=None if plain else self.interactions,
+            interactions=None if plain else interactions,
             sketch_dim=self.projection_dim,
+            token_level=self.token_level,
         )
 
     def choose(self, evidence: Evidence) -> Choice:

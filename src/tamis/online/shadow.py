@@ -53,22 +53,35 @@ class ShadowMoments:
         Raises:
             InvalidInput: no update was seen yet.
         """
+        total = torch.zeros(len(rows), dtype=torch.float64)
+        for matrix in rows.matrices:
+            goal = self._sketch(matrix, matrix.joined(target))
+            diagonal = self.diagonal(matrix, optimizers).to(goal).flatten()
+            sketches = rows.sketches(matrix, *self.sides(matrix))
+            total += inner_products(sketches, (diagonal * goal).to(sketches)[None])[:, 0].double().cpu()
+        return total
+
+    def diagonal(self, matrix: ParamMatrix, optimizers: Mapping[str, AdamMoments]) -> Float[Tensor, "K1 K2"]:
+        """``D_P``, in the shape of the matrix's sketch.
+
+        Raises:
+            InvalidInput: no update was seen yet.
+        """
         if not self.step:
             raise InvalidInput(
                 "alignment='projected' has seen no update yet: the run goes on from a checkpoint without its second "
                 "moments (tamis_selection.safetensors); resume from one that has them, or use alignment='adam'"
             )
-        total = torch.zeros(len(rows), dtype=torch.float64)
-        for matrix in rows.matrices:
-            own = _settings(matrix, optimizers)
-            goal = self._sketch(matrix, matrix.joined(target))
-            diagonal = own.rate * preconditioner(
-                self.moments[matrix.name].to(goal), step=self.step, beta1=own.beta1, beta2=own.beta2, eps=own.eps
-            )
-            left, right = self._sides(matrix)
-            sketches = rows.sketches(matrix, left, right)
-            total += inner_products(sketches, (diagonal * goal).to(sketches)[None])[:, 0].double().cpu()
-        return total
+        own, moment = _settings(matrix, optimizers), self.moments[matrix.name]
+        found = own.rate * preconditioner(moment, step=self.step, beta1=own.beta1, beta2=own.beta2, eps=own.eps)
+        left, _ = self.sides(matrix)
+        return found.view(matrix.shape[0] if left is None else left.shape[1], -1)
+
+    def sides(self, matrix: ParamMatrix) -> tuple[Tensor | None, Tensor | None]:
+        """What multiplies the matrix's gradient from both sides; None where it is left whole."""
+        if matrix.kind == "vector":
+            return None, None
+        return self._projector.sides(matrix.layers[0], matrix.params[0][1].device, torch.float32)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint must keep."""
@@ -81,13 +94,8 @@ class ShadowMoments:
             name.removeprefix("moments."): moment for name, moment in state.items() if name.startswith("moments.")
         }
 
-    def _sides(self, matrix: ParamMatrix) -> tuple[Tensor | None, Tensor | None]:
-        if matrix.kind == "vector":
-            return None, None
-        return self._projector.sides(matrix.layers[0], matrix.params[0][1].device, torch.float32)
-
     def _sketch(self, matrix: ParamMatrix, gradient: Tensor) -> Tensor:
-        left, right = self._sides(matrix)
+        left, right = self.sides(matrix)
         found = gradient if gradient.dtype == torch.float64 else gradient.float()
         found = found if right is None else found @ right.to(found)
         found = found if left is None else left.to(found).T @ found

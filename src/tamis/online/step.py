@@ -1,86 +1,44 @@
 """One online step: what the candidates and the target say, a choice, and the weighted gradient of the choice.
 
-One forward and backward pass over the candidates, with all weights frozen and the layers' factors captured, and one
-over the target rows. The optimizer is read, never stepped; parameters and their ``grad`` are not touched. Several
-processes each hold a part of the candidates and of the target; the choice is one, made of all candidates.
+By default one forward and backward pass over the candidates, with all weights frozen and the layers' factors captured,
+and one over the target rows; ``StepSettings`` has cheaper ways to score. The optimizer is read, never stepped;
+parameters and their ``grad`` are not touched. Several processes each hold a part of the candidates and of the target;
+the choice is one, made of all candidates.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tamis.errors import InvalidInput, InvalidSettings, NonFinite, Unsupported
+from tamis.errors import InvalidInput
 from tamis.gradients.parameters import param_matrices
-from tamis.gradients.rows import RowGradients, hold_gradients, summed_gradient
-from tamis.model.processes import counts_of_all, rank
+from tamis.gradients.rows import RowGradients
+from tamis.model.processes import counts_of_all
 from tamis.model.trainable import trainable_layers
-from tamis.online.adam_state import AdamMoments, learning_rate, read_adam
-from tamis.online.batches import supervised_tokens, take_rows
-from tamis.online.choice import Choice, Evidence, InteractionForm, Lengths, Method, Vector, everything, unweighted
-from tamis.online.measure import exact_interactions, measure_alignments, measure_lengths, sketched_interactions
+from tamis.online.adam_state import learning_rate, read_adam
+from tamis.online.batches import supervised_tokens
+from tamis.online.checks import refuse_sharded
+from tamis.online.choice import Choice, Method, Vector, everything, unweighted
+from tamis.online.evidence import Measured, Measurer, row_sizes
+from tamis.online.passes import Passes
+from tamis.online.proposal import Proposal
+from tamis.online.proxy import Proxy
+from tamis.online.settings import StepSettings, check_combination
 from tamis.online.shadow import ShadowMoments
-from tamis.online.together import add_up, as_first, gather_rows, offset_of
-from tamis.projection.factorized import FactorizedProjector
+from tamis.online.target import Look, TargetMemory
+from tamis.online.together import as_first, gather_rows, offset_of
+from tamis.online.window import Window
 from tamis.seeds import random_permutation
 from tamis.types import Batch, IntArray
 
 __all__ = ["OnlineStep", "Proposal", "StepSettings"]
 
-logger = logging.getLogger(__name__)
-
-# Trainable numbers up to which interactions are exact by default: an adapter of a model of a few billion.
-_EXACT_UP_TO = 1 << 23
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepSettings:
-    """How a step measures and what its gradient is divided by; the same for every method.
-
-    With ``reduction="tokens"`` a row's part of the update is its mean loss's gradient times its supervised tokens, and
-    that is what methods are shown: ``b`` once and ``G`` on both sides times the row's tokens over the candidates' mean.
-    Cosines, which have no length, stay as they are.
-    """
-
-    reduction: Literal["rows", "tokens"] = "rows"  # every row counts alike, or every supervised token (as in Trainer)
-    interactions: Literal["auto", "exact", "sketch"] = "auto"  # auto: exact up to 8 million trainable numbers
-    sketch_dim: int = 64  # numbers per side of a layer's sketch
-    seed: int = 0  # of sketches
-
-    def __post_init__(self) -> None:
-        if self.reduction not in ("rows", "tokens"):
-            raise InvalidSettings(f"reduction must be 'rows' or 'tokens', got {self.reduction!r}")
-        if self.interactions not in ("auto", "exact", "sketch"):
-            raise InvalidSettings(f"interactions must be 'auto', 'exact' or 'sketch', got {self.interactions!r}")
-        if self.sketch_dim < 1:
-            raise InvalidSettings(f"sketch_dim must be at least 1, got {self.sketch_dim}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Proposal:
-    """The gradient of a step and how it came about. Candidates of all processes are counted through.
-
-    ``gradient / divisor``, both summed over processes (and over the steps of an accumulation), is the update's
-    gradient: ``sum_i w_i grad l_i / sum_i w_i``, each ``w_i`` times the row's supervised tokens for ``"tokens"``.
-    """
-
-    gradient: dict[str, Tensor]  # this process's part of the numerator, by parameter name
-    divisor: float  # of all processes
-    choice: Choice
-    losses: Vector  # (n,) mean cross-entropy; NaN for candidates that were not run
-    tokens: IntArray  # (n,) supervised tokens
-    alignments: Vector | None  # (n,) b; NaN for candidates left out
-    dropped: IntArray  # candidates whose loss or gradient was not finite
-    target_loss: float | None  # mean over the target rows, before the update
-    target_gradient: dict[str, Tensor] | None  # mean over the target rows of all processes
-    cold: bool  # a uniform choice, because the method has not started yet
-    held_bytes: int = 0  # this process's candidates' gradients while the choice was made, at most
+_WORK = "work"
 
 
 class OnlineStep:
@@ -90,25 +48,50 @@ class OnlineStep:
         model: the model itself, not a wrapper for several processes.
         method: what chooses.
         settings: how to measure.
+        proxy: the model that scores candidates, for ``candidates="proxy"`` alone.
 
     Raises:
-        Unsupported: a trainable parameter has no per-sample gradient that can be captured; the message names it.
+        InvalidInput: the proxy has another vocabulary.
+        InvalidSettings: the method cannot do with such candidates.
+        Unsupported: a trainable parameter has no per-sample gradient that can be captured, or is sharded; the message
+            names it.
     """
 
-    def __init__(self, model: nn.Module, method: Method, settings: StepSettings | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, method: Method, settings: StepSettings | None = None, *, proxy: nn.Module | None = None
+    ) -> None:
         self.model, self.method = model, method
         self.settings = StepSettings() if settings is None else settings
+        check_combination(method, self.settings)
+        refuse_sharded(model)
         self.matrices = param_matrices(model, trainable_layers(model))
         self._params = {name: param for matrix in self.matrices for name, param in matrix.params}
-        dim = method.needs.sketch_dim or self.settings.sketch_dim
-        self._projector = FactorizedProjector(dim=dim, seed=self.settings.seed)
-        self._exact = self._is_exact()
-        self.shadow: ShadowMoments | None = None
+        by_position = method.needs.token_level or method.needs.interactions == "token-level"
+        self._passes = Passes(model, self.matrices, keep_factors=by_position)
+        self._measurer = Measurer(self.matrices, method.needs, self.settings)
+        self._target = TargetMemory(every=self.settings.target_every, ema=self.settings.target_ema)
+        self._window = Window(self.settings.reuse) if self.settings.reuse > 1 else None
+        assert (proxy is not None) == (self.settings.candidates_kind == "proxy")
+        self._proxy = None if proxy is None else Proxy(proxy, model, method.needs, self.settings)
 
     @property
     def params(self) -> dict[str, nn.Parameter]:
         """Every trainable parameter by name; the keys of a proposal's gradient."""
         return self._params
+
+    @property
+    def has_target(self) -> bool:
+        """Whether choices depend on the target at all."""
+        return self.method.needs.target_only or self.method.needs.alignment is not None
+
+    def looks(self, candidates: Sequence[Batch], *, cold: bool, number: int) -> bool:
+        """Whether choice ``number`` of the run will look at target rows. Every process must ask."""
+        needs = self.method.needs
+        if needs.target_only:
+            return True
+        if needs.alignment is None or cold or self._from_window(candidates):
+            return False
+        return self._proxy is not None or self._target.is_due(number)
 
     def propose(
         self,
@@ -118,6 +101,7 @@ class OnlineStep:
         *,
         cold: bool = False,
         seed: int = 0,
+        fresh_target: bool = True,
     ) -> Proposal:
         """The gradient that the method wants the next update to take.
 
@@ -127,6 +111,7 @@ class OnlineStep:
             optimizer: the live optimizer, before its step.
             cold: choose uniformly, as long as the optimizer's moments mean little.
             seed: of a uniform choice; the same in every process.
+            fresh_target: look at ``target``; False to choose with the target gradient kept from an earlier choice.
 
         Raises:
             InvalidInput: there are no candidates, or no target rows where they are needed.
@@ -145,21 +130,37 @@ class OnlineStep:
             return self._on_target(target, tokens)
         if cold or needs.alignment is None:
             return self._unmeasured(candidates, tokens, counts, cold=cold, seed=seed)
-        return self._measured(candidates, target, optimizer, tokens, counts)
+        if self._from_window(candidates):
+            assert self._window is not None
+            measured, left = self._window.next()
+            found = self._chosen(measured, candidates, optimizer, tokens, counts, left=left)
+            return replace(found, score_age=self._window.age, target_age=self._window.age)
+        if self._proxy is not None:
+            measured = self._proxy.measure(candidates, target, counts=counts, tokens=tokens)
+            return self._chosen(measured, candidates, optimizer, tokens, counts)
+        return self._measured(candidates, target, optimizer, tokens, counts, fresh=fresh_target)
+
+    def look(self, target: Sequence[Batch]) -> Look:
+        """One pass over target rows for a forecast, which is no part of the run's cost.
+
+        Raises:
+            InvalidInput: no process has a row.
+        """
+        return self._passes.look(target, count_cost=False)
 
     def _on_target(self, target: Sequence[Batch], tokens: IntArray) -> Proposal:
-        sums, losses, count = self._target(target)
+        look = self._passes.look(target)
         nothing = np.zeros(0, dtype=np.int64)
         return Proposal(
-            gradient=sums,
-            divisor=float(count),
+            gradient=look.sums,
+            divisor=float(look.count),
             choice=unweighted(nothing),
             losses=np.full(len(tokens), np.nan),
             tokens=tokens,
             alignments=None,
             dropped=nothing,
-            target_loss=losses / count,
-            target_gradient={name: add_up(grad) / count for name, grad in sums.items()},
+            target_loss=look.loss,
+            target_gradient=look.mean,
             cold=False,
         )
 
@@ -173,25 +174,12 @@ class OnlineStep:
         else:
             choice = unweighted(np.sort(random_permutation(seed, n)[: self.method.keep]))
         coefficients, divisor = self._coefficients(choice, tokens)
-        mine = coefficients[offset_of(counts) :]
-        parts, at, first = [], [], 0
-        for batch in candidates:
-            index = mine[first : first + len(batch.rows)].nonzero()[0]
-            if len(index):
-                parts.append((take_rows(batch, index), torch.from_numpy(mine[first + index])))
-                at.append(offset_of(counts) + first + index)
-            first += len(batch.rows)
-        losses = np.full(n, np.nan)
-        if parts:
-            gradient, seen = summed_gradient(self.model, self.matrices, parts)
-            losses[np.concatenate(at)] = seen.numpy()
-        else:
-            gradient = {name: torch.zeros_like(param) for name, param in self._params.items()}
+        gradient, losses = self._passes.run_chosen(candidates, coefficients, counts)
         return Proposal(
             gradient=gradient,
             divisor=divisor,
             choice=choice,
-            losses=gather_rows(torch.from_numpy(losses[offset_of(counts) :][: counts[rank()]])).numpy(),
+            losses=losses,
             tokens=tokens,
             alignments=None,
             dropped=np.zeros(0, dtype=np.int64),
@@ -207,129 +195,95 @@ class OnlineStep:
         optimizer: torch.optim.Optimizer,
         tokens: IntArray,
         counts: list[int],
+        *,
+        fresh: bool,
     ) -> Proposal:
+        """Score the candidates by the trained model itself."""
         needs = self.method.needs
         moments = read_adam(optimizer, self._params) if needs.reads_adam else None
-        sums, target_losses, count = self._target(target)
-        goal = {name: add_up(grad) / count for name, grad in sums.items()}
+        look, target_rows = None, None
+        if needs.token_level:
+            look, target_rows = self._passes.look_by_row(target)
+        elif fresh:
+            look = self._passes.look(target)
+        goal = self._target.kept() if look is None else self._target.take(look)
 
-        rows = RowGradients(self.matrices)
-        keep_factors = needs.interactions == "token-level"
-        mine = [hold_gradients(self.model, batch, rows, keep_factors=keep_factors) for batch in candidates]
-        losses = gather_rows(torch.cat([part.double().cpu() for part in mine]) if mine else torch.zeros(0).double())
-
-        b = as_first(gather_rows(self._alignments(rows, goal, moments, losses, counts)))
-        size = torch.from_numpy(self._sizes(tokens))
-        b = b if needs.alignment == "cosine" else b * size
-        good = torch.isfinite(losses) & torch.isfinite(b)
-        gram, lengths = None, None
-        if needs.interactions is not None:
-            gram = as_first(self._interactions(needs.interactions, rows, moments)) * size[:, None] * size
-            good &= torch.isfinite(gram.diagonal())
-        if needs.lengths is not None:
-            lengths, good = self._lengths(needs.lengths, rows, moments, b, size, good, offset_of(counts))
-        used = good.nonzero()[:, 0]
-        if not len(used):
-            raise NonFinite(f"none of the {len(b)} candidates of a step has a finite loss and gradient; lower the rate")
-        evidence = Evidence(
-            alignments=b[used].numpy(),
-            interactions=None if gram is None else gram[used][:, used].numpy(),
-            lengths=lengths,
-            learning_rate=learning_rate(optimizer),
+        rows: RowGradients | None = None
+        if self.settings.candidates_kind == "jvp":
+            direction = goal
+            if needs.alignment == "adam":
+                assert moments is not None
+                direction = {name: moments[name].diagonal() * grad for name, grad in goal.items()}
+            losses, b = self._passes.slopes(candidates, direction)
+            b = as_first(b) * torch.from_numpy(row_sizes(tokens, self.settings.reduction))
+            measured = Measured(losses=losses, alignments=b, good=torch.isfinite(losses) & torch.isfinite(b))
+        else:
+            rows, losses = self._passes.hold(candidates)
+            self._passes.counter.add("candidates", "gradient", candidates)
+            measured = self._measurer.measure(
+                rows, losses, goal, moments, counts=counts, tokens=tokens, target_rows=target_rows
+            )
+        if self._window is not None:
+            self._window.open(self._places(candidates), measured)
+        found = self._chosen(measured, candidates, optimizer, tokens, counts, rows=rows)
+        return replace(
+            found,
+            losses=measured.losses.numpy(),
+            target_loss=None if look is None else look.loss,
+            target_gradient=None if look is None else look.mean,
+            target_age=self._target.age,
         )
+
+    def _chosen(
+        self,
+        measured: Measured,
+        candidates: Sequence[Batch],
+        optimizer: torch.optim.Optimizer,
+        tokens: IntArray,
+        counts: list[int],
+        *,
+        rows: RowGradients | None = None,
+        left: Tensor | None = None,
+    ) -> Proposal:
+        """The method's choice and its gradient: of ``rows`` if they are held, else of one more pass of the chosen."""
+        evidence, used = measured.evidence(learning_rate(optimizer), among=left)
         found = self.method.choose(evidence)
-        choice = replace(found, rows=used.numpy()[found.rows])
+        choice = replace(found, rows=used[found.rows])
         coefficients, divisor = self._coefficients(choice, tokens)
         if not divisor > 0:  # weights of either sign, times lengths
             choice = replace(unweighted(choice.rows), scale=choice.scale, fallback="the weights have no positive sum")
             coefficients, divisor = self._coefficients(choice, tokens)
-        start = offset_of(counts)
+        if self._window is not None:
+            self._window.take(choice.rows)
+        if rows is None:
+            gradient, losses = self._passes.run_chosen(candidates, coefficients, counts)
+        else:
+            start = offset_of(counts)
+            mine = coefficients[start : start + len(rows)]
+            gradient, losses = rows.weighted(torch.from_numpy(mine)), measured.losses.numpy()
+            self._passes.counter.add("update", "assembly", candidates, torch.from_numpy(mine != 0))
+        usable = measured.good if left is None else measured.good & left
         return Proposal(
-            gradient=rows.weighted(torch.from_numpy(coefficients[start : start + len(rows)])),
+            gradient=gradient,
             divisor=divisor,
             choice=choice,
-            losses=losses.numpy(),
+            losses=losses,
             tokens=tokens,
-            alignments=torch.where(good, b, torch.nan).numpy(),
-            dropped=(~good).nonzero()[:, 0].numpy(),
-            target_loss=target_losses / count,
-            target_gradient=goal,
+            alignments=torch.where(usable, measured.alignments, torch.nan).numpy(),
+            dropped=(~measured.good).nonzero()[:, 0].numpy(),
+            target_loss=None,
+            target_gradient=None,
             cold=False,
-            held_bytes=rows.nbytes,
+            held_bytes=0 if rows is None else rows.nbytes,
         )
 
-    def _target(self, target: Sequence[Batch]) -> tuple[dict[str, Tensor], float, int]:
-        """This process's sum of target gradients; all processes' sum of losses and number of rows."""
-        count = sum(counts_of_all(sum(len(batch.rows) for batch in target)))
-        if not count:
-            raise InvalidInput(
-                f"method '{self.method.name}' needs target rows at every step and was given none with a "
-                "supervised token"
-            )
-        ones = [(batch, torch.ones(len(batch.rows))) for batch in target]
-        if ones:
-            sums, losses = summed_gradient(self.model, self.matrices, ones)
-        else:
-            sums, losses = {name: torch.zeros_like(p) for name, p in self._params.items()}, torch.zeros(0)
-        return sums, float(add_up(losses.double().sum())), count
+    def _from_window(self, candidates: Sequence[Batch]) -> bool:
+        return self._window is not None and self._window.holds(self._places(candidates))
 
-    def _alignments(
-        self,
-        rows: RowGradients,
-        goal: dict[str, Tensor],
-        moments: dict[str, AdamMoments] | None,
-        losses: Tensor,
-        counts: list[int],
-    ) -> Tensor:
-        form = self.method.needs.alignment
-        assert form is not None
-        if form == "projected":
-            assert moments is not None
-            return self._shadow().alignments(rows, goal, moments)
-        mean = None
-        if form == "jacobian":
-            finite = torch.isfinite(losses)
-            mine = finite[offset_of(counts) :][: len(rows)].double() / max(int(finite.sum()), 1)
-            mean = {name: add_up(grad) for name, grad in rows.weighted(mine).items()}
-        return measure_alignments(form, rows, goal, moments, mean=mean)
-
-    def _interactions(
-        self, form: InteractionForm, rows: RowGradients, moments: dict[str, AdamMoments] | None
-    ) -> Tensor:
-        if self._exact:
-            return exact_interactions(form, rows, moments, gather=gather_rows)
-        return sketched_interactions(form, rows, moments, projector=self._projector, gather=gather_rows)
-
-    def _lengths(
-        self,
-        form: InteractionForm,
-        rows: RowGradients,
-        moments: dict[str, AdamMoments] | None,
-        b: Tensor,
-        size: Tensor,
-        good: Tensor,
-        start: int,
-    ) -> tuple[Lengths, Tensor]:
-        """Of the candidates whose lengths are finite too, and which those are."""
-        projector = None if self._exact else self._projector
-        while True:
-            mine = torch.where(good & (b > 0), size, 0.0)[start : start + len(rows)]
-            squares, aligned = measure_lengths(
-                form, rows, moments, mine, gather=gather_rows, add_up=add_up, projector=projector
-            )
-            squares = as_first(gather_rows(squares)) * size.square()
-            left = good & torch.isfinite(squares)
-            if torch.equal(left, good):
-                total = float(as_first(torch.tensor(aligned, dtype=torch.float64)))
-                return Lengths(squares=squares[good].numpy(), aligned=total), good
-            good = left  # the sum held a row whose length is not finite
-
-    def _sizes(self, tokens: IntArray) -> Vector:
-        """What a row's mean loss is multiplied by in the update, 1 on average."""
-        if self.settings.reduction == "rows":
-            return np.ones(len(tokens))
-        found: Vector = tokens / tokens.mean()
-        return found
+    def _places(self, candidates: Sequence[Batch]) -> Tensor:
+        """Of all processes' candidates in the data."""
+        none = torch.zeros(0, dtype=torch.int64)
+        return gather_rows(torch.cat([none, *(batch.rows.cpu() for batch in candidates)]))
 
     def _coefficients(self, choice: Choice, tokens: IntArray) -> tuple[Vector, float]:
         """``c_i`` of every candidate's gradient, and the sum that the update is divided by."""
@@ -339,52 +293,38 @@ class OnlineStep:
         divisor = found.sum() if choice.normalised else (np.ones(len(choice.rows)) * size).sum()
         return found, float(divisor)
 
-    def _is_exact(self) -> bool:
-        total = sum(param.numel() for param in self._params.values())
-        if self.settings.interactions == "auto":
-            exact = total <= _EXACT_UP_TO
-        else:
-            exact = self.settings.interactions == "exact"
-        needs = self.method.needs
-        if needs.sketch_dim is not None:
-            if self.settings.interactions == "exact":
-                raise InvalidSettings(
-                    f"the method sketches (projection_dim={needs.sketch_dim}) but StepSettings(interactions='exact'); "
-                    "set projection_dim=None or leave interactions='auto'"
-                )
-            exact = False
-        if (needs.interactions or needs.lengths) is not None and not exact:
-            if needs.interactions == "token-level":
-                raise Unsupported(
-                    "token-level interactions are an ablation for small models, without sketches; use "
-                    "StepSettings(interactions='exact') and projection_dim=None"
-                )
-            logger.info(
-                "%d trainable numbers: interactions from sketches of %d numbers a side", total, self._projector.dim
-            )
-        return exact
-
     @property
     def remembers(self) -> bool:
         """True if ``observe`` must be called before every update."""
-        return self.method.needs.alignment == "projected"
+        return self._measurer.remembers
+
+    @property
+    def shadow(self) -> ShadowMoments:
+        """Second moments of projected updates, for the published form."""
+        return self._measurer.shadow
 
     def observe(self, gradient: dict[str, Tensor], optimizer: torch.optim.Optimizer, *, clipped: float = 1.0) -> None:
         """Take in the gradient of the update about to be made, times what clipping will multiply it by."""
         if self.remembers:
             seen = {name: grad * clipped for name, grad in gradient.items()}
-            self._shadow().update(self.matrices, seen, read_adam(optimizer, self._params))
+            self.shadow.update(self.matrices, seen, read_adam(optimizer, self._params))
+
+    def work(self) -> Tensor:
+        """(parts, 2) as ``Counter.total``, of the trained model and the proxy. Every process must call it."""
+        total = self._passes.counter.total()
+        return total if self._proxy is None else total + self._proxy.counter.total()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint must keep of the selection: nothing, but for the published projected form."""
-        return {} if self.shadow is None else self.shadow.state_dict()
+        """What a checkpoint must keep of the selection. Every process must call it."""
+        window = {} if self._window is None else self._window.state_dict()
+        return {**self._measurer.state_dict(), **self._target.state_dict(), **window, _WORK: self.work()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """The inverse of ``state_dict``."""
-        if state:
-            self._shadow().load_state_dict(state)
-
-    def _shadow(self) -> ShadowMoments:
-        if self.shadow is None:
-            self.shadow = ShadowMoments(self._projector)
-        return self.shadow
+        """The inverse of ``state_dict``; an empty one changes nothing."""
+        if _WORK in state:
+            self._passes.counter.go_on_from(state[_WORK])
+        self._target.load_state_dict(state, device=next(iter(self._params.values())).device)
+        if self._window is not None:
+            self._window.load_state_dict(state)
+        if self.remembers and "step" in state:  # of a run of another method otherwise, which is told when it matters
+            self.shadow.load_state_dict(state)

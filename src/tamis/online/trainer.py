@@ -14,24 +14,26 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
 from tamis.errors import InvalidInput, InvalidSettings, Unsupported
-from tamis.model.loss import per_sample_losses
 from tamis.model.processes import counts_of_all, is_main, rank, world_size
-from tamis.online.adam_state import AdamMoments, learning_rate, read_adam
 from tamis.online.baselines import TargetOnly
 from tamis.online.batches import target_positions, to_batches
-from tamis.online.checks import dropout_of, refuse_settings
+from tamis.online.checks import dropout_of, refuse_settings, refuse_sharded
 from tamis.online.choice import Method, cold_updates
 from tamis.online.fate import CandidateLog, refuse_earlier_parts
-from tamis.online.forecast import clip_factor, predicted_drop
+from tamis.online.forecast import Forecaster, clip_factor
+from tamis.online.loader import candidate_loader
 from tamis.online.meter import Meter
-from tamis.online.numbered import ROWS, NumberedCollator, NumberedRows
-from tamis.online.step import OnlineStep, Proposal, StepSettings
+from tamis.online.numbered import ROWS
+from tamis.online.proposal import Proposal
+from tamis.online.proxy import check_proxy, load_proxy
+from tamis.online.saved import load_selection, save_selection
+from tamis.online.settings import StepSettings, check_combination
+from tamis.online.step import OnlineStep
 from tamis.online.together import add_up, gather_rows
 from tamis.seeds import child_seed
 from tamis.types import Batch, IntArray
@@ -46,8 +48,6 @@ if TYPE_CHECKING:
 else:
     _TrainerLike = object
 
-_STATE = "tamis_selection.safetensors"
-_TARGET_SEEN = "target_seen"  # in that file, beside what the step keeps there
 _CANDIDATES = "candidates"
 
 
@@ -61,7 +61,9 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
     Args:
         target_dataset: rows of the task that training should help, in the same form as ``train_dataset``.
         selection: the method, such as ``tamis.online.FilterThenWeight(keep=8, oversample=4)``.
-        step_settings: how to measure, and whether every row or every supervised token counts alike.
+        step_settings: how to measure and how to score candidates; whether every row or every token counts alike.
+        proxy_model: a smaller model with the same vocabulary that scores candidates, for
+            ``StepSettings(candidates="proxy")``; its trainable parameters are those whose gradients count.
         target_rows: target rows looked at per choice, fresh ones every time; None: half as many as candidates, at most
             all there are.
         forecast_every: updates between comparisons of predicted and realised drop of the target loss, each of which
@@ -81,6 +83,7 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         target_dataset: Any,
         selection: Method,
         step_settings: StepSettings | None = None,
+        proxy_model: nn.Module | None = None,
         target_rows: int | None = None,
         forecast_every: int = 10,
         log_candidates: bool = True,
@@ -90,8 +93,12 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         self.selection = selection
         self.target_dataset = self._prepared_target(target_dataset)
         self._step_settings = StepSettings() if step_settings is None else step_settings
-        self._forecast_every, self._log_candidates = forecast_every, log_candidates
+        self._log_candidates = log_candidates
         refuse_settings(self.args, has_own_loss=self.compute_loss_func is not None)
+        refuse_sharded(self.model)
+        check_combination(selection, self._step_settings)
+        self._proxy_name = check_proxy(self._step_settings.candidates, proxy_model)
+        self._proxy = proxy_model
         candidates = selection.keep * selection.oversample
         if candidates % world_size():
             raise InvalidSettings(
@@ -114,7 +121,7 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         self._said: set[str] = set()  # what is logged once
         self._candidates: CandidateLog | None = None
         self._source_of_row: list[str | None] | None = None  # of all rows, once they were asked for
-        self._forecast: tuple[list[Batch], float, float] | None = None  # target batches, their loss, the predicted drop
+        self._forecasts = Forecaster(every=forecast_every, clip=self.args.max_grad_norm, say_once=self._say_once)
         self.add_callback(_AtTheEnd(self._flush))
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -126,25 +133,20 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
             rows = self._remove_unused_columns(rows, description="training")
         else:
             collate = self._get_collator_with_removed_columns(collate, description="training")
-        args, sampler = self.args, self._get_train_sampler(rows)
-        self._rows_of_an_epoch = len(rows) if sampler is None else len(sampler)
-        loader = DataLoader(
-            NumberedRows(rows),
-            batch_size=self._share,
-            sampler=sampler,
-            collate_fn=NumberedCollator(collate),
-            drop_last=args.dataloader_drop_last,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
+        sampler, choices = self._get_train_sampler(rows), self._step_settings.reuse
+        total = len(rows) if sampler is None else len(sampler)
+        # Of an epoch's rows, those that fill no choice come last; of windows they are left out.
+        self._rows_of_an_epoch = total if choices == 1 else 0
+        loader = candidate_loader(
+            rows, collate, sampler, self.args, share=self._share, choices=choices, processes=world_size()
         )
         prepared: DataLoader[Any] = self.accelerator.prepare(loader)
         return prepared
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; nothing is left over from an earlier call, even one that stopped in the middle."""
-        self._step, self._saved_state, self._candidates, self._forecast = None, {}, None, None
+        self._step, self._saved_state, self._candidates = None, {}, None
+        self._forecasts.forget()
         self._micro, self._divisor, self._meter = 0, 0.0, Meter()
         self._target_seen = np.zeros(len(self.target_dataset), dtype=np.bool_)
         if self._log_candidates and not resume_from_checkpoint:
@@ -169,20 +171,20 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         candidates = to_batches(inputs, rows, most_rows=most)
         number = self.state.global_step * self.args.gradient_accumulation_steps + self._micro
         cold = self.state.global_step < cold_updates(self.selection)
-        looks = self.selection.needs.target_only or (self.selection.needs.alignment is not None and not cold)
+        looks = step.looks(candidates, cold=cold, number=number)
         target = self._target_batches(number) if looks else []
         seed = child_seed(self.args.seed, "uniform choice", number)
         with self.compute_loss_context_manager():
-            proposal = step.propose(candidates, target, self.optimizer, cold=cold, seed=seed)
+            proposal = step.propose(candidates, target, self.optimizer, cold=cold, seed=seed, fresh_target=looks)
         for name, param in step.params.items():
             grad = proposal.gradient[name]
             # In the parameter's own layout: fused optimizers read both as one stretch of memory.
             param.grad = torch.empty_like(param).copy_(grad) if param.grad is None else param.grad.add_(grad)
         self._divisor += proposal.divisor
         self._micro += 1
-        self._record(proposal, candidates, number)
+        self._record(proposal, candidates, number, looked=looks)
         if self.accelerator.sync_gradients:
-            self._finish_update(step, proposal, target)
+            self._finish_update(step, proposal, target, number)
         share = self._mean_loss(proposal) / self.current_gradient_accumulation_steps
         return torch.tensor(share, device=self.args.device)
 
@@ -193,7 +195,7 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
             self._flush()
         super().log(logs, *args, **kwargs)
 
-    def _finish_update(self, step: OnlineStep, proposal: Proposal, target: list[Batch]) -> None:
+    def _finish_update(self, step: OnlineStep, proposal: Proposal, target: list[Batch], number: int) -> None:
         """Add up over processes, divide once, and look ahead."""
         for param in step.params.values():
             assert param.grad is not None
@@ -202,31 +204,18 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         gradient = {name: param.grad for name, param in step.params.items() if param.grad is not None}
         if step.remembers:
             step.observe(gradient, self.optimizer, clipped=clip_factor(gradient, self.args.max_grad_norm))
-        due = self._forecast_every and (self.state.global_step + 1) % self._forecast_every == 0
-        if due and proposal.target_gradient is not None and proposal.target_loss is not None:
-            moments = self._moments_to_forecast_with(step)
-            if moments is not None:
-                drop = predicted_drop(
-                    proposal.target_gradient,
-                    gradient,
-                    step.params,
-                    moments,
-                    learning_rate=learning_rate(self.optimizer),
-                    clipped=clip_factor(gradient, self.args.max_grad_norm),
-                )
-                self._forecast = (target, proposal.target_loss, drop)
+        if self._forecasts.is_due(self.state.global_step + 1) and not proposal.cold and step.has_target:
+            loss, goal = proposal.target_loss, proposal.target_gradient
+            if loss is None or goal is None:  # chosen by another model, or by an earlier look
+                target = self._target_batches(number)
+                with self.compute_loss_context_manager():
+                    look = step.look(target)
+                loss, goal = look.loss, look.mean
+            self._forecasts.predict(target, loss, goal, gradient, step.params, self.optimizer)
 
-    def _moments_to_forecast_with(self, step: OnlineStep) -> dict[str, AdamMoments] | None:
-        """None, and a line in the log, for an optimizer whose next step is not known from Adam's moments."""
-        try:
-            moments = read_adam(self.optimizer, step.params)
-        except Unsupported as error:
-            self._say_once(f"no forecast of the target loss: {error}")
-            return None
-        if any(state.largest_exp_avg_sq is not None for state in moments.values()):
-            self._say_once("no forecast of the target loss: it is not defined for AMSGrad")
-            return None
-        return moments
+    def work(self) -> Tensor:
+        """(parts, 2) as ``tamis.online.cost.Counter.total``: what the run has cost. Every process must call it."""
+        return self._online_step().work()
 
     def _check_count(self, here: int) -> None:
         """Candidates are as many as asked for, or what is left of the data at the end of an epoch."""
@@ -250,26 +239,22 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         weights = np.abs(choice.weights)
         if self._step_settings.reduction == "tokens":
             weights = weights * proposal.tokens[choice.rows]
-        return float(np.average(proposal.losses[choice.rows], weights=weights))
+        used = weights > 0  # others may not have been run
+        return float(np.average(proposal.losses[choice.rows][used], weights=weights[used]))
 
     def _compare_forecast(self) -> None:
         """What the last update that was forecast did to the target rows it was made for."""
-        if self._forecast is None:
-            return
-        batches, before, predicted = self._forecast
-        self._forecast = None
-        with torch.no_grad(), self.compute_loss_context_manager():
-            losses = [per_sample_losses(self._online_step().model, batch.to(self.args.device)) for batch in batches]
-        here = sum(float(part.double().sum()) for part in losses)  # 0 in a process without target rows
-        sums = add_up(torch.tensor([here, _rows(batches)], dtype=torch.float64))
-        self._meter.note("predicted_drop", predicted)
-        self._meter.note("realised_drop", before - float(sums[0] / sums[1]))
+        with self.compute_loss_context_manager():
+            found = self._forecasts.compare(self._online_step().model, self.args.device)
+        if found is not None:
+            self._meter.note("predicted_drop", found[0])
+            self._meter.note("realised_drop", found[1])
 
-    def _record(self, proposal: Proposal, candidates: list[Batch], number: int) -> None:
+    def _record(self, proposal: Proposal, candidates: list[Batch], number: int, *, looked: bool) -> None:
         places = gather_rows(torch.cat([batch.rows.cpu() for batch in candidates])).numpy()
         numbers, sources = self._in_the_log(places)
         self._meter.add(proposal, sources)
-        if proposal.target_loss is not None:
+        if looked:
             self._target_seen[self._target_places(number)] = True
             self._meter.note("target_rows_seen", float(self._target_seen.sum()))
         if proposal.choice.fallback is not None:
@@ -299,8 +284,9 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         refuse_earlier_parts(self._candidates_folder())
 
     def _target_places(self, number: int) -> IntArray:
-        """All target rows of a choice."""
-        return target_positions(number, count=self._target_count, total=len(self.target_dataset), seed=self.args.seed)
+        """All target rows of a choice; choices that share a look share its rows, so that all have their turn."""
+        look = number // max(self._step_settings.target_every, self._step_settings.reuse)
+        return target_positions(look, count=self._target_count, total=len(self.target_dataset), seed=self.args.seed)
 
     def _target_batches(self, number: int) -> list[Batch]:
         """This process's share of the target rows of a choice."""
@@ -314,7 +300,10 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
     def _online_step(self) -> OnlineStep:
         if self._step is None:
             model = self.accelerator.unwrap_model(self.model)
-            self._step = OnlineStep(model, self.selection, self._step_settings)
+            if self._proxy is None and self._proxy_name is not None:
+                self._proxy = load_proxy(self._proxy_name, self.args.device)
+            proxy = None if self._proxy is None else self._proxy.to(self.args.device)
+            self._step = OnlineStep(model, self.selection, self._step_settings, proxy=proxy)
             self._step.load_state_dict(self._saved_state)
             dropout = dropout_of(model)
             if dropout is not None:
@@ -331,22 +320,16 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         self._flush()
         super()._save_checkpoint(*args, **kwargs)
         state = {} if self._step is None else self._step.state_dict()
-        state[_TARGET_SEEN] = torch.from_numpy(self._target_seen)
         if self.args.should_save:
             folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-            save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, folder / _STATE)
+            save_selection(folder, state, self._target_seen)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and Path(checkpoint, _STATE).is_file():
-            self._saved_state = load_file(Path(checkpoint, _STATE))
-            seen = self._saved_state.pop(_TARGET_SEEN).numpy()
-            if seen.shape != self._target_seen.shape:
-                raise InvalidInput(
-                    f"{checkpoint} is of a run with {len(seen)} target rows and target_dataset has "
-                    f"{len(self._target_seen)}; resume with the same target_dataset"
-                )
-            self._target_seen = seen
+        if checkpoint is not None:
+            self._saved_state, self._target_seen = load_selection(
+                Path(checkpoint), target_rows=len(self.target_dataset)
+            )
 
     def _flush(self) -> None:
         if self._candidates is not None:
@@ -366,7 +349,3 @@ class _AtTheEnd(TrainerCallback):  # type: ignore[misc]  # transformers has no t
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Training has ended."""
         self._finish()
-
-
-def _rows(batches: list[Batch]) -> int:
-    return sum(len(batch.rows) for batch in batches)

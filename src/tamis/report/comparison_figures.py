@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from tamis.comparison.result import CompareResult
 from tamis.comparison.verdict import Difference, Standing
-from tamis.report.drawing import FRAME, PALETTE, ROW_HEIGHT, Figure, bars, categories, figure_of, spec_of
+from tamis.report.drawing import FRAME, PALETTE, ROW_HEIGHT, Figure, bare_figure, bars, categories, plain_spec
 from tamis.report.wording import figure_text, number, one_line
 
 __all__ = ["cost_figure", "curve_figures", "gain_figure", "run_figure"]
@@ -53,7 +53,7 @@ def run_figure(standings: Sequence[Standing], metric: str) -> Figure:
             meta="ink",
         )
     )
-    figure = figure_of(traces)
+    figure = bare_figure(traces)
     categories(figure, labels)
     figure.update_layout(margin={"r": 18})  # no value is written behind a point
     better = "lower" if metric == "loss" else "higher"
@@ -72,7 +72,7 @@ def run_figure(standings: Sequence[Standing], metric: str) -> Figure:
             ("ink", "mean"),
         ),
         height=FRAME + ROW_HEIGHT * len(labels),
-        spec=spec_of(figure),
+        spec=plain_spec(figure),
     )
 
 
@@ -92,7 +92,7 @@ def gain_figure(differences: Sequence[Difference], metric: str) -> Figure:
         hovertemplate="%{hovertext}<extra></extra>",
         meta="selected",
     )
-    figure = figure_of([points])
+    figure = bare_figure([points])
     categories(figure, labels)
     figure.update_layout(margin={"r": 18})  # no value is written behind a point
     figure.update_xaxes(
@@ -111,7 +111,7 @@ def gain_figure(differences: Sequence[Difference], metric: str) -> Figure:
         + ".",
         legend=(("selected", "gain over full at equal cost, 95% interval over seeds; right of 0 selecting pays"),),
         height=FRAME + 30 + 40 * len(labels),
-        spec=spec_of(figure),
+        spec=plain_spec(figure),
     )
 
 
@@ -122,7 +122,7 @@ def cost_figure(standings: Sequence[Standing]) -> Figure:
     written = [f"{number(standing.tflops, 3)}" for standing in shown]
     training = bars(labels, [s.train_tflops for s in shown], "pool", written, "TFLOPs in all").update(text=None)
     selecting = bars(labels, [s.select_tflops for s in shown], "selected", written, "TFLOPs in all")
-    figure = figure_of([training, selecting], barmode="stack")
+    figure = bare_figure([training, selecting], barmode="stack")
     categories(figure, labels)
     figure.update_xaxes(title={"text": "TFLOPs of one run"}, rangemode="tozero", tickformat="~s", nticks=6)
     return Figure(
@@ -134,7 +134,7 @@ def cost_figure(standings: Sequence[Standing]) -> Figure:
         + ".",
         legend=(("pool", "training"), ("selected", "selecting (all of it, though seeds share it)")),
         height=FRAME + 20 + ROW_HEIGHT * len(labels),
-        spec=spec_of(figure),
+        spec=plain_spec(figure),
     )
 
 
@@ -175,7 +175,7 @@ def _curve(result: CompareResult, index: int, name: str, budgets: Sequence[str],
                 meta=role,
             )
         )
-    figure = figure_of(traces)
+    figure = bare_figure(traces)
     figure.update_xaxes(
         type="log", tickvals=list(rows), ticktext=list(budgets), title={"text": "budget (rows, log scale)"}
     )
@@ -187,5 +187,5 @@ def _curve(result: CompareResult, index: int, name: str, budgets: Sequence[str],
         alt=f"Held-out {result.metric} at budgets {', '.join(budgets)}: " + "; ".join(said) + ".",
         legend=tuple(legend),
         height=280,
-        spec=spec_of(figure),
+        spec=plain_spec(figure),
     )

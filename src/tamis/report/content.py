@@ -15,7 +15,16 @@ from tamis.report.columns import Columns, read_columns
 from tamis.report.wording import count, joined, number, one_line, percent, seconds
 from tamis.types import Example, FloatArray, IntArray
 
-__all__ = ["Cost", "Headline", "KeyNumber", "ReportContent", "ReportInputs", "SkippedRow", "build_content"]
+__all__ = [
+    "Cost",
+    "Headline",
+    "KeyNumber",
+    "ReportContent",
+    "ReportInputs",
+    "SkippedRow",
+    "build_content",
+    "provenance",
+]
 
 # The page stays readable and small: further targets keep their line in every table.
 MAX_TARGETS_DRAWN = 6
@@ -213,7 +222,7 @@ def build_content(inputs: ReportInputs) -> ReportContent:
         num_skipped=len(inputs.skipped),
         cost=cost,
         command=one_line(_plain(inputs.manifest.get("command")), 2000),
-        provenance=_provenance(inputs.manifest),
+        provenance=provenance(inputs.manifest),
     )
 
 
@@ -306,7 +315,7 @@ def _skipped_line(row: SkippedRow) -> str:
     return f"{place}: {one_line(row.problem, 240)}"
 
 
-def _provenance(manifest: Mapping[str, Any]) -> tuple[tuple[str, tuple[tuple[str, str], ...]], ...]:
+def provenance(manifest: Mapping[str, Any]) -> tuple[tuple[str, tuple[tuple[str, str], ...]], ...]:
     """The manifest as (group, rows of key and value); costs and the command have places of their own."""
     groups: dict[str, list[tuple[str, str]]] = {}
     for key, value in manifest.items():

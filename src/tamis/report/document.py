@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tamis.report.content import KeyNumber
 from tamis.report.drawing import Figure
-from tamis.report.page import render_template, replace_page
+from tamis.report.page import render_template, write_text
 from tamis.report.warnings import Finding
 
 __all__ = ["Document", "Section", "Table", "render_document", "write_document"]
@@ -58,9 +58,9 @@ class Document:
 def render_document(document: Document) -> str:
     """The page as text."""
     drawn = [figure for section in document.sections for figure in section.figures]
-    return render_template("document.html.j2", drawn, document=document)
+    return render_template("document.html.j2", document, drawn)
 
 
 def write_document(document: Document, path: str | Path) -> None:
     """Write the page to ``path``, whole or not at all."""
-    replace_page(render_document(document), path)
+    write_text(render_document(document), path)

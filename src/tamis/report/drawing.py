@@ -1,7 +1,6 @@
-"""What all figures share: their frame, bars with values, the palette; no colour decided for good.
+"""What all figures of reports are made of: the palette of roles, bars, empty axes, and the way into the page.
 
-Every trace says in ``meta`` which role it plays; the page recolours the roles to the reader's theme. Category axes use
-positions and ready labels, so that a source called "2020" or "<b>" is drawn as it is written.
+Every trace says in ``meta`` which role it plays; the page recolours the roles to the reader's theme.
 """
 
 from __future__ import annotations
@@ -14,7 +13,9 @@ import plotly.graph_objects as go
 
 from tamis.report.wording import figure_text
 
-__all__ = ["FRAME", "PALETTE", "ROW_HEIGHT", "Figure", "bars", "categories", "figure_of", "spec_of"]
+__all__ = ["FRAME", "PALETTE", "ROW_HEIGHT", "Figure", "bare_figure", "bars", "categories", "plain_spec"]
+
+ROW_HEIGHT, FRAME = 30, 64
 
 # role: (light, dark). The page's style sheet takes the same values; figures and swatches cannot drift apart.
 PALETTE: Mapping[str, tuple[str, str]] = {
@@ -25,7 +26,6 @@ PALETTE: Mapping[str, tuple[str, str]] = {
     "quiet": ("#5a636e", "#a3abb5"),
     "line": ("#dfe2e0", "#333a42"),
 }
-ROW_HEIGHT, FRAME = 30, 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +69,8 @@ def categories(figure: go.Figure, labels: Sequence[str]) -> None:
     figure.update_layout(margin={"r": 72})
 
 
-def figure_of(traces: Sequence[Any], **layout: Any) -> go.Figure:
-    """A figure without the frame, zoom and background that the page gives or withholds itself."""
+def bare_figure(traces: Sequence[Any], **layout: Any) -> go.Figure:
+    """Axes without a title, a legend or a mode bar."""
     figure = go.Figure(data=list(traces))
     figure.update_layout(
         template="none",
@@ -91,7 +91,7 @@ def figure_of(traces: Sequence[Any], **layout: Any) -> go.Figure:
     return figure
 
 
-def spec_of(figure: go.Figure) -> dict[str, Any]:
+def plain_spec(figure: go.Figure) -> dict[str, Any]:
     """Data and layout as plain Python, for the page to write as escaped JSON."""
     spec: dict[str, Any] = figure.to_plotly_json()
     spec["layout"].pop("template", None)

@@ -11,7 +11,17 @@ from tamis.report.columns import Columns, DoubleArray
 from tamis.report.wording import as_text, one_line, visible
 from tamis.types import Example, IntArray
 
-__all__ = ["ExampleCard", "Pair", "TargetExamples", "Turn", "copies", "flagged_rows", "leaked_rows", "target_examples"]
+__all__ = [
+    "ExampleCard",
+    "Pair",
+    "TargetExamples",
+    "Turn",
+    "card",
+    "copies",
+    "flagged_rows",
+    "leaked_rows",
+    "target_examples",
+]
 
 ReadExample = Callable[[int], Example]
 

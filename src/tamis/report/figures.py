@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 
 from tamis.report.agreement import Agreement
 from tamis.report.content import ReportContent
-from tamis.report.drawing import FRAME, PALETTE, ROW_HEIGHT, Figure, bars, categories, figure_of, spec_of
+from tamis.report.drawing import FRAME, PALETTE, ROW_HEIGHT, Figure, bare_figure, bars, categories, plain_spec
 from tamis.report.measures import CostStage, LengthGroup, ScoreDistribution, SourceShare, TokenUse
 from tamis.report.wording import count, figure_text, number, one_line, percent, seconds
 
@@ -67,7 +67,7 @@ def _score_figure(index: int, scores: ScoreDistribution) -> Figure:
             ("selected", "selected rows", scores.selected_shares, 0.72),
         )
     ]
-    figure = figure_of(traces, barmode="overlay", bargap=0)
+    figure = bare_figure(traces, barmode="overlay", bargap=0)
     figure.update_xaxes(title={"text": "score (higher is taken first)"}, nticks=7)
     figure.update_yaxes(tickformat=".0%", rangemode="tozero", nticks=5)
     name = one_line(scores.name, 60)
@@ -79,14 +79,14 @@ def _score_figure(index: int, scores: ScoreDistribution) -> Figure:
         f"scored rows, {number(scores.selected_median)} over {count(scores.selected)} selected rows.",
         legend=(("pool", "all scored rows"), ("selected", "selected rows")),
         height=250,
-        spec=spec_of(figure),
+        spec=plain_spec(figure),
     )
 
 
 def _source_figure(sources: Sequence[SourceShare]) -> Figure:
     shown = list(sources[:_MAX_BARS])
     labels = [entry.name for entry in shown]
-    figure = figure_of(
+    figure = bare_figure(
         [
             bars(
                 labels,
@@ -118,7 +118,7 @@ def _source_figure(sources: Sequence[SourceShare]) -> Figure:
         + (f" Most selected rows come from {one_line(top.name, 60)}: {percent(top.selected_share)}." if top else ""),
         legend=(("pool", "pool"), ("selected", "selection")),
         height=FRAME + 44 * max(len(shown), 1),
-        spec=spec_of(figure),
+        spec=plain_spec(figure),
     )
 
 
@@ -151,7 +151,7 @@ def _length_figure(edges: Sequence[float], groups: Sequence[LengthGroup]) -> Fig
                 meta=group.role,
             )
         )
-    figure = figure_of(traces)
+    figure = bare_figure(traces)
     ticks = _log_ticks(edges[0], edges[-1])
     figure.update_xaxes(
         type="log", title={"text": "supervised tokens a row"}, tickvals=ticks, ticktext=[count(tick) for tick in ticks]
@@ -171,7 +171,7 @@ def _length_figure(edges: Sequence[float], groups: Sequence[LengthGroup]) -> Fig
         + ".",
         legend=(("pool", "pool"), ("selected", "selection"), *dashed),
         height=270,
-        spec=spec_of(figure),
+        spec=plain_spec(figure),
     )
 
 
@@ -221,7 +221,7 @@ def _overlap_figure(agreements: Sequence[Agreement]) -> Figure:
         hovertemplate="overlap: %{text}<extra></extra>",
         meta="ink",
     )
-    figure = figure_of([overlap, chance, values])
+    figure = bare_figure([overlap, chance, values])
     categories(figure, labels)
     figure.update_xaxes(tickformat=".0%", range=[0, max(0.3, min(1.0, 1.2 * max(overlaps))) + 0.02], nticks=6)
     return Figure(
@@ -233,7 +233,7 @@ def _overlap_figure(agreements: Sequence[Agreement]) -> Figure:
         + ".",
         legend=(("selected", "also chosen by the baseline"), ("target", "expected by chance")),
         height=FRAME + 40 * len(labels),
-        spec=spec_of(figure),
+        spec=plain_spec(figure),
     )
 
 
@@ -241,7 +241,7 @@ def _spearman_figure(agreements: Sequence[Agreement]) -> Figure:
     known = [entry for entry in agreements if entry.spearman is not None]
     labels = [entry.name for entry in agreements]  # all of them, so that the bars stand level with the overlap's
     written = ["no scores" if entry.spearman is None else number(entry.spearman, 2) for entry in agreements]
-    figure = figure_of([bars(labels, [entry.spearman or 0.0 for entry in agreements], "pool", written, "Spearman")])
+    figure = bare_figure([bars(labels, [entry.spearman or 0.0 for entry in agreements], "pool", written, "Spearman")])
     categories(figure, labels)
     figure.update_xaxes(range=[-1.15, 1.15], tickvals=[-1, -0.5, 0, 0.5, 1], zeroline=True)
     return Figure(
@@ -253,13 +253,13 @@ def _spearman_figure(agreements: Sequence[Agreement]) -> Figure:
         + ".",
         legend=(("pool", "Spearman, −1 to 1: says little about the top"),),
         height=FRAME + 40 * len(labels),
-        spec=spec_of(figure),
+        spec=plain_spec(figure),
     )
 
 
 def _token_figure(tokens: Sequence[TokenUse]) -> Figure:
     labels = [entry.name for entry in tokens]
-    all_tokens = bars(
+    tokens_bars = bars(
         labels, [entry.tokens for entry in tokens], "pool", [count(entry.tokens) for entry in tokens], "tokens"
     )
     supervised = bars(
@@ -270,8 +270,8 @@ def _token_figure(tokens: Sequence[TokenUse]) -> Figure:
         "supervised",
     )
     supervised.update(text=None, width=0.3)
-    all_tokens.update(width=0.62)
-    figure = figure_of([all_tokens, supervised], barmode="overlay")
+    tokens_bars.update(width=0.62)
+    figure = bare_figure([tokens_bars, supervised], barmode="overlay")
     categories(figure, labels)
     figure.update_xaxes(tickformat="~s", rangemode="tozero", nticks=6)
     return Figure(
@@ -283,14 +283,14 @@ def _token_figure(tokens: Sequence[TokenUse]) -> Figure:
         + ".",
         legend=(("pool", "all tokens"), ("selected", "supervised tokens (they carry the loss)")),
         height=FRAME + 40 * len(labels),
-        spec=spec_of(figure),
+        spec=plain_spec(figure),
     )
 
 
 def _cost_figure(stages: Sequence[CostStage]) -> Figure:
     shown = sorted(stages, key=lambda stage: -stage.seconds)[:_MAX_BARS]
     labels = [stage.name for stage in shown]
-    figure = figure_of(
+    figure = bare_figure(
         [
             bars(
                 labels,
@@ -312,5 +312,5 @@ def _cost_figure(stages: Sequence[CostStage]) -> Figure:
         + ".",
         legend=(),
         height=FRAME + ROW_HEIGHT * len(labels),
-        spec=spec_of(figure),
+        spec=plain_spec(figure),
     )

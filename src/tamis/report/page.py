@@ -18,34 +18,40 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from tamis.report import figures, wording
+from tamis.report import figures, training_figures, wording
 from tamis.report.content import ReportContent
 from tamis.report.drawing import PALETTE, Figure
+from tamis.report.training import TrainingContent
 
-__all__ = ["render_page", "render_template", "replace_page", "write_page"]
+__all__ = ["render_page", "render_template", "render_training_page", "write_page", "write_text"]
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write_page(content: ReportContent, path: str | Path) -> None:
-    """Write the page to ``path`` (UTF-8), replacing what is there only when the whole page has been made."""
-    replace_page(render_page(content), path)
+    """Write a selection's page to ``path``."""
+    write_text(render_page(content), path)
 
 
-def render_page(content: ReportContent) -> str:
-    """The page as text."""
-    return render_template("report.html.j2", figures.draw(content), content=content)
-
-
-def replace_page(page: str, path: str | Path) -> None:
-    """Put ``page`` in the place of the file ``path``, whole or not at all."""
+def write_text(page: str, path: str | Path) -> None:
+    """Write a whole page to ``path`` (UTF-8), replacing what is there at once."""
     path = Path(path)
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_bytes(page.encode("utf-8"))
     unfinished.replace(path)
 
 
-def render_template(name: str, drawn: Sequence[Figure], **values: Any) -> str:
+def render_page(content: ReportContent) -> str:
+    """The page of a selection as text."""
+    return render_template("report.html.j2", content, figures.draw(content))
+
+
+def render_training_page(content: TrainingContent) -> str:
+    """The page of a training run as text."""
+    return render_template("training.html.j2", content, training_figures.draw(content))
+
+
+def render_template(template: str, content: Any, drawn: Sequence[Figure]) -> str:
     """A page from one of the templates, with the house's style, scripts and figures."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
@@ -63,8 +69,8 @@ def render_template(name: str, drawn: Sequence[Figure], **values: Any) -> str:
         short=lambda text: wording.one_line(text, 80),
     )
     scripts = (_script(get_plotlyjs()), _script((_TEMPLATES / "page.js").read_text(encoding="utf-8")))
-    return environment.get_template(name).render(
-        **values,
+    return environment.get_template(template).render(
+        content=content,
         figures=drawn,
         figure_json=_json({figure.key: {**figure.spec, "height": figure.height} for figure in drawn}),
         palette=PALETTE,

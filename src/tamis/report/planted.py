@@ -11,7 +11,7 @@ from tamis.comparison.planted import KINDS, Score
 from tamis.report.comparison import settings_rows
 from tamis.report.content import KeyNumber
 from tamis.report.document import Document, Section, Table
-from tamis.report.drawing import FRAME, ROW_HEIGHT, Figure, bars, categories, figure_of, spec_of
+from tamis.report.drawing import FRAME, ROW_HEIGHT, Figure, bare_figure, bars, categories, plain_spec
 from tamis.report.warnings import Finding
 from tamis.report.wording import count, number, one_line, percent, seconds
 
@@ -159,7 +159,7 @@ def _taken_figure(result: Result) -> Figure:
         ("pool", others, "all else"),
     ):
         traces.append(bars(labels, values, role, [count(value) for value in values], what).update(text=None))
-    figure = figure_of(traces, barmode="stack")
+    figure = bare_figure(traces, barmode="stack")
     categories(figure, labels)
     figure.update_xaxes(title={"text": "selected rows"}, rangemode="tozero", nticks=6)
     return Figure(
@@ -171,7 +171,7 @@ def _taken_figure(result: Result) -> Figure:
         + ".",
         legend=(("selected", "relevant"), ("target", "relevant, but wrong or broken answers"), ("pool", "all else")),
         height=FRAME + 20 + ROW_HEIGHT * len(labels),
-        spec=spec_of(figure),
+        spec=plain_spec(figure),
     )
 
 

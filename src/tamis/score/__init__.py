@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tamis.score.influence_distillation import InfluenceDistillation
+from tamis.score.influence_function import InfluenceFunction
 from tamis.score.length import Length
 from tamis.score.less import Less
 from tamis.score.lexical import Bm25
@@ -21,5 +22,6 @@ METHODS = {
     "rds+": RdsPlus,
     "tracin": TracIn,
     "less": Less,
+    "influence-function": InfluenceFunction,
     "influence-distillation": InfluenceDistillation,
 }

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tamis.collect import Task
 from tamis.disk import replace_atomically
 from tamis.model.processes import barrier, counts_of_all, is_main
 
-__all__ = ["kept_once"]
+__all__ = ["gradient_size", "kept_once"]
 
 
 def kept_once(path: Path, decide: Callable[[], Any]) -> Any:
@@ -25,3 +26,11 @@ def kept_once(path: Path, decide: Callable[[], Any]) -> Any:
             replace_atomically(path, (json.dumps(decided, indent=1).encode(),))
     barrier()
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def gradient_size(task: Task, *, include_head: bool = False) -> int:
+    """Numbers of one row's gradient, without loading the model again for it: work is shared out by it."""
+    spec = {"algorithm": "gradient-size-v1", "include_head": include_head}
+    path = task.workdir("gradient-size", spec, uses_target=False) / "size.json"
+    found: int = kept_once(path, lambda: sum(layer.numel for layer in task.layers(include_head=include_head)))
+    return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,24 +17,52 @@ from torch import Tensor
 from tamis.collect import Task
 from tamis.data.batches import collate, plan_batches
 from tamis.gradients.per_sample import Alignments, MaterialisedGradients, mean_gradient, run_batch
+from tamis.score.decisions import gradient_size
 from tamis.score.features import RowScores
 from tamis.score.matrix import empty_scores, fill_columns
 from tamis.store.reader import StageReader
 from tamis.types import Batch, FloatArray, IntArray, LayerSpec
 
-__all__ = ["exact_scores"]
+__all__ = ["Precondition", "exact_scores"]
 
 _TARGET_BATCH_TOKENS = 2048
 
 
-def exact_scores(task: Task, *, cosine: bool, include_head: bool, mean: bool, memory_bytes: int) -> RowScores:
+class Precondition(Protocol):
+    """A symmetric matrix that acts layer by layer; target gradients are multiplied by it."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What determines it, besides pool and model."""
+        ...
+
+    def prepare(self) -> None:
+        """By all processes together, before any of them starts."""
+        ...
+
+    def start(self) -> Callable[[str, Tensor], Tensor]:
+        """From a layer's name and gradients ``(J, O, I)`` to their products."""
+        ...
+
+
+def exact_scores(
+    task: Task,
+    *,
+    cosine: bool,
+    include_head: bool,
+    mean: bool,
+    memory_bytes: int,
+    precondition: Precondition | None = None,
+) -> RowScores:
     """``<grad l_i, d_j>``, or with ``cosine`` ``<grad l_i, d_j> / |grad l_i|``, for every pool row i and direction j.
 
     With ``mean`` there is one direction per target: the mean of its rows' gradients, or of their gradients scaled to
     length 1 (``cosine``), so that the score is the mean over target rows of what they would score alone. Otherwise
     every target row is a direction. Directions held at once stay within ``memory_bytes``, one at least; every such lot
-    is one pass over the pool.
+    is one pass over the pool. With ``precondition`` a target row's direction is its product with that matrix.
     """
+    if precondition is not None:
+        precondition.prepare()
     target_norm = _target_norms(task, include_head=include_head)
     if mean:
         groups = [task.target_rows[task.target_group == g] for g in range(len(task.target_names))]
@@ -42,13 +70,12 @@ def exact_scores(task: Task, *, cosine: bool, include_head: bool, mean: bool, me
         groups = [task.target_rows[j : j + 1] for j in range(len(task.target_rows))]
     per_pass = len(groups)
     if len(groups) > 1:
-        numel = sum(layer.numel for layer in task.layers(include_head=include_head))
-        per_pass = max(1, memory_bytes // (4 * numel))
+        per_pass = max(1, memory_bytes // (4 * gradient_size(task, include_head=include_head)))
     values = empty_scores(task, len(groups))
     norm = loss = np.zeros(0, dtype=np.float32)
     for first in range(0, len(groups), per_pass):
         part = groups[first : first + per_pass]
-        reader = _alignments(task, part, cosine=cosine, include_head=include_head)
+        reader = _alignments(task, part, cosine=cosine, include_head=include_head, precondition=precondition)
         fill_columns(values[:, first : first + len(part)], reader, "score")
         norm, loss = reader.read("grad_norm"), reader.read("loss")
     return RowScores(values=values, loss=loss, grad_norm=norm, is_zero=norm == 0, is_zero_target=target_norm == 0)
@@ -71,10 +98,13 @@ def _target_norms(task: Task, *, include_head: bool) -> FloatArray:
     return found
 
 
-def _alignments(task: Task, groups: list[IntArray], *, cosine: bool, include_head: bool) -> StageReader:
+def _alignments(
+    task: Task, groups: list[IntArray], *, cosine: bool, include_head: bool, precondition: Precondition | None
+) -> StageReader:
     def start() -> Callable[[Batch], Mapping[str, Tensor]]:
         model, layers = task.loaded.model, task.layers(include_head=include_head)
-        directions = _directions(task, groups, layers, unit=cosine)
+        apply = None if precondition is None else precondition.start()
+        directions = _directions(task, groups, layers, unit=cosine, apply=apply)
 
         def align(batch: Batch) -> dict[str, Tensor]:
             found = Alignments(directions)
@@ -93,21 +123,56 @@ def _alignments(task: Task, groups: list[IntArray], *, cosine: bool, include_hea
         "cosine": cosine,
         "target": task.target.identity,
         "target_rows": digest,
+        **({} if precondition is None else {"precondition": precondition.identity}),
     }
     return task.map_rows(task.pool, task.rows, name="exact-alignments", spec=spec, start=start)
 
 
-def _directions(task: Task, groups: list[IntArray], layers: tuple[LayerSpec, ...], *, unit: bool) -> dict[str, Tensor]:
-    """``{layer name: (J, O, I)}``: the mean gradient of each group of target rows, of unit gradients if asked for."""
+def _directions(
+    task: Task,
+    groups: list[IntArray],
+    layers: tuple[LayerSpec, ...],
+    *,
+    unit: bool,
+    apply: Callable[[str, Tensor], Tensor] | None,
+) -> dict[str, Tensor]:
+    """``{layer name: (J, O, I)}``: the mean gradient of each group of target rows, of unit gradients if asked for.
+
+    With ``apply`` every gradient is multiplied by a matrix before it is scaled to length 1.
+    """
     stacked: dict[str, Tensor] = {}
     for j, rows in enumerate(groups):
-        mean = _mean(task, rows, layers, unit=unit)
+        if apply is None:
+            mean = _mean(task, rows, layers, unit=unit)
+        else:
+            mean = _preconditioned_mean(task, rows, layers, apply, unit=unit)
         for layer in layers:
             matrix = mean[layer.name]
             if j == 0:
                 stacked[layer.name] = matrix.new_empty(len(groups), *layer.shape)
             stacked[layer.name][j] = matrix
     return stacked
+
+
+def _preconditioned_mean(
+    task: Task,
+    rows: IntArray,
+    layers: tuple[LayerSpec, ...],
+    apply: Callable[[str, Tensor], Tensor],
+    *,
+    unit: bool,
+) -> dict[str, Tensor]:
+    if not unit:  # a mean of products is the product of the mean
+        return {name: apply(name, grad[None])[0] for name, grad in _mean(task, rows, layers, unit=False).items()}
+    total: dict[str, Tensor] = {}
+    for row in rows:
+        single = _mean(task, np.array([row], np.int64), layers, unit=False)
+        product = {name: apply(name, grad[None])[0] for name, grad in single.items()}
+        norm = torch.stack([part.double().square().sum().cpu() for part in product.values()]).sum().sqrt()
+        share = float(1 / (norm * len(rows))) if float(norm) > 0 else 0.0
+        for name, part in product.items():
+            total[name] = total[name].add_(part, alpha=share) if name in total else part * share
+    return total
 
 
 def _mean(task: Task, rows: IntArray, layers: tuple[LayerSpec, ...], *, unit: bool) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -24,56 +24,27 @@ from torch import Tensor
 
 from tamis.collect import Task
 from tamis.embeddings import Given
-from tamis.errors import InvalidInput, InvalidSettings
+from tamis.errors import InvalidInput
 from tamis.model.load import ModelSettings
 from tamis.projection import make_projector
-from tamis.score.embedding_candidates import EMBEDDING_NAMES, EmbeddingSettings
-from tamis.score.embedding_choice import KernelSettings, choose_embedding
+from tamis.score.distillation_settings import check_distillation, preset_values
+from tamis.score.embedding_candidates import EmbeddingSettings
+from tamis.score.embedding_choice import Choice, KernelSettings, choose_embedding
 from tamis.score.landmark_gradients import LandmarkGradients, landmark_gradients
 from tamis.score.landmark_notes import is_trusted, notes_of_choice, verdict
 from tamis.score.landmark_rows import landmark_rows
+from tamis.score.landmark_second_order import LandmarkTerm, SecondOrder
 from tamis.score.landmark_transfer import transferred_scores
 from tamis.score.less import moments_digest
 from tamis.score.matrix import empty_scores
 from tamis.score.row_embeddings import RowEmbeddings
 from tamis.score.warmup import random_warmup_rows, warmup_points, warmup_training
 from tamis.solve.kernels import KernelName
-from tamis.solve.landmarks import LANDMARK_RULES, LandmarkRule
+from tamis.solve.landmarks import LandmarkRule
 from tamis.training.loop import TrainSettings
 from tamis.types import IntArray, TargetScores
 
-__all__ = ["PRESETS", "InfluenceDistillation"]
-
-Warmup = Literal["lora", "full", "none"]
-
-# Settings of the paper (sections 4 and 5.1, appendix J). It names no bandwidth: ours is twice the median distance. What
-# is done otherwise whatever the settings, from landmarks that keep their own scores to the clipping of the warm-up, is
-# listed under "As published" in docs/methods.md.
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {
-        "landmarks": 4096,
-        "landmark_rule": "uniform",
-        "embedding": "jvp",
-        "depth": 4,
-        "directions": 2,
-        "positions": "last",
-        "combine": "mean",
-        "kernel": "rbf",
-        "scale": 2.0,
-        "damping": 0.01,
-        "centred": False,
-        "residual": False,
-        "form": "adam",
-        "warmup": "full",
-        "warmup_rows": 10_000,
-        "warmup_epochs": 2,
-        "warmup_batch_rows": 128,
-        "warmup_learning_rate": 2e-5,
-        "projection": "hadamard",
-        "projection_dim": 131_072,
-        "weights": "none",
-    }
-}
+__all__ = ["InfluenceDistillation"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +55,10 @@ class InfluenceDistillation:
     those of ``tracin`` at the warmed-up model as well as the embedding lets them be rebuilt; the notes say how well.
 
     Args:
-        preset: "paper": as published where this library can; settings given beside it count in place of its own.
+        preset: "paper": as published where this library can; "true-gradients": the same with the gradient of every row,
+            the paper's yardstick, which corresponds to LESS. Settings given beside a preset count in place of its own.
             ``dataclasses.replace`` gives every setting, so it changes nothing but what it names.
-        landmarks: rows with gradients of their own, at most all rows to score.
+        landmarks: rows with gradients of their own, at most all rows to score; "all": every one of them.
         landmark_rule: "uniform"; or "k-means++" or "leverage", which need the named embedding of every row in memory.
         embedding: "auto" tries all within the budget on the landmarks; or "error-outer", "error", "hidden-error",
             "hidden-mean", "rds", "jvp", "lens-gradient", "tail-gradient", "gradient", "tfidf", "given".
@@ -118,7 +90,15 @@ class InfluenceDistillation:
             must be that checkpoint: there is no warm-up.
         projection: of landmark and target gradients: "hadamard", "factorized", "rademacher", "mask" or "none".
         projection_dim: numbers of a feature (8192); per side of a layer for "factorized" (16).
-        weights: what selected rows weigh: "none", all 1; "first-order", robust weights from their scores.
+        weights: what selected rows weigh: "none", all 1; "first-order", robust weights from their scores;
+            "second-order", which also selects by how the target's loss bends (Hessian products, in float32).
+        eta: learning rate η of the second-order term, for gradients of length 1; None: the warm-up's.
+        hessian_landmarks: landmarks, drawn at random, between which Hessian products are taken: the rank of the term.
+        hessian_ratio: report the size of the second-order term beside the first with the other weights, too: one
+            Hessian product per target row, or per target with ``--aggregate mean``.
+        momentum: with form "adam" and second-order weights, what of the update no weight changes: "paper", equation 8,
+            which divides it by the number of rows; "whole", as Adam's own step has it; "none".
+        memory_gb: bound on vectors of the gradients' size that Hessian products hold at once.
         keep_embeddings: store the pool's embeddings from a model, which other targets may use. False: rows are scored
             as they are embedded, and only landmarks' and target rows' embeddings are stored.
         feature_dtype: "float16" or "float32", of stored gradients and embeddings.
@@ -130,7 +110,7 @@ class InfluenceDistillation:
     name: ClassVar[str] = "influence-distillation"
 
     preset: str | None = None
-    landmarks: int = 4096
+    landmarks: int | Literal["all"] = 4096
     landmark_rule: LandmarkRule = "uniform"
     embedding: str = "auto"
     embedding_budget: float = 1.0
@@ -148,7 +128,7 @@ class InfluenceDistillation:
     half_whitening: bool = False
     residual: bool | Literal["auto"] = "auto"
     form: Literal["raw", "adam"] = "raw"
-    warmup: Warmup = "lora"
+    warmup: Literal["lora", "full", "none"] = "lora"
     warmup_share: float = 0.05
     warmup_rows: int | None = None
     warmup_epochs: int = 2
@@ -159,7 +139,12 @@ class InfluenceDistillation:
     moments: str | None = None
     projection: str = "hadamard"
     projection_dim: int | None = None
-    weights: Literal["none", "first-order"] = "none"
+    weights: Literal["none", "first-order", "second-order"] = "none"
+    eta: float | None = None
+    hessian_landmarks: int = 256
+    hessian_ratio: bool = False
+    momentum: Literal["paper", "whole", "none"] = "paper"
+    memory_gb: float = 2.0
     keep_embeddings: bool = True
     feature_dtype: Literal["float16", "float32"] = "float16"
 
@@ -172,67 +157,12 @@ class InfluenceDistillation:
     def __post_init__(self) -> None:
         given: frozenset[str] = self.__dict__.pop("_given")
         if self.preset is not None:
-            self._fill_in(self.preset, given)
-        for field, choices in (
-            ("landmark_rule", tuple(LANDMARK_RULES)),
-            ("embedding", EMBEDDING_NAMES),
-            ("positions", ("mean", "last")),
-            ("combine", ("mean", "concat")),
-            ("kernel", ("auto", *get_args(KernelName))),
-            ("residual", ("auto", True, False)),
-            ("form", ("raw", "adam")),
-            ("warmup", get_args(Warmup)),
-            ("weights", ("none", "first-order")),
-            ("feature_dtype", ("float16", "float32")),
-        ):
-            if getattr(self, field) not in choices:
-                listed = ", ".join(str(choice) for choice in choices)
-                raise InvalidSettings(f"{field}={getattr(self, field)!r}: expected one of {listed}")
-        for field, least in (("landmarks", 2), ("directions", 1), ("tail_blocks", 1), ("lora_rank", 1)):
-            if getattr(self, field) < least:
-                raise InvalidSettings(f"{field} must be at least {least}, got {getattr(self, field)}")
-        for field in ("depth", "side", "warmup_rows"):
-            value = getattr(self, field)
-            if value is not None and value < (0 if field == "depth" else 1):
-                raise InvalidSettings(f"{field} must be at least {0 if field == 'depth' else 1}, got {value}")
-        for field in ("scale", "damping", "lora_alpha"):
-            value = getattr(self, field)
-            if value is not None and not value > 0:
-                raise InvalidSettings(f"{field} must be positive, got {value}")
-        if not 0 <= self.embedding_budget < float("inf"):
-            raise InvalidSettings(f"embedding_budget must be at least 0, got {self.embedding_budget}")
-        if not 0 < self.warmup_share <= 1:
-            raise InvalidSettings(f"warmup_share must be above 0 and at most 1, got {self.warmup_share}")
-        self._check_together()
+            for name, value in preset_values(self.preset).items():
+                if name not in given:
+                    object.__setattr__(self, name, value)
+        check_distillation(self)
         self.warmup_settings()  # checks the others
         make_projector(self.projection, dim=self.projection_dim)
-
-    def _fill_in(self, preset: str, given: frozenset[str]) -> None:
-        if preset not in PRESETS:
-            raise InvalidSettings(f"preset={preset!r} is unknown; there is {', '.join(PRESETS)}")
-        for name, value in PRESETS[preset].items():
-            if name not in given:
-                object.__setattr__(self, name, value)
-
-    def _check_together(self) -> None:
-        if self.embedding == "given" and not self.given:
-            raise InvalidSettings("embedding=given needs given, the folder of the embeddings")
-        if self.given and self.embedding not in ("given", "auto"):
-            raise InvalidSettings(
-                f"given names a folder of embeddings, which embedding={self.embedding!r} does not use"
-            )
-        if self.landmark_rule != "uniform" and self.embedding == "auto":
-            raise InvalidSettings(
-                f"landmark_rule={self.landmark_rule!r} looks at embeddings of all rows before any is chosen; name an "
-                "embedding, or take uniform landmarks"
-            )
-        if self.moments is not None and self.form != "adam":
-            raise InvalidSettings(
-                f"moments are read for form=adam only, and form={self.form!r}; set form=adam, or drop moments and set "
-                "warmup=none to take the model as it is"
-            )
-        if self.form == "adam" and self.warmup == "none" and self.moments is None:
-            raise InvalidSettings("form=adam needs Adam's moments: warm up, or give a checkpoint folder as moments")
 
     def warmup_settings(self) -> TrainSettings:
         """The fine-tuning run at whose end gradients are taken."""
@@ -304,7 +234,11 @@ class InfluenceDistillation:
         task, moments = self._warmed_up(task)
         embeddings = RowEmbeddings(task, dtype=self.feature_dtype)
         landmarks = landmark_rows(
-            task, embeddings, count=self.landmarks, rule=self.landmark_rule, settings=self.embedding_settings()
+            task,
+            embeddings,
+            count=len(task.rows) if isinstance(self.landmarks, str) else self.landmarks,
+            rule=self.landmark_rule,
+            settings=self.embedding_settings(),
         )
         gradients = landmark_gradients(
             dataclasses.replace(task, rows=landmarks),
@@ -322,38 +256,67 @@ class InfluenceDistillation:
         else:
             columns, group = [torch.tensor([j]) for j in range(len(of_target))], of_target
         exact = torch.stack([gradients.scores[:, column].mean(1) for column in columns], dim=1)
-        values = self._carried(task, embeddings, gradients, exact, columns, group)
+        second = self._second_order(task, moments)
+        chosen = None if second is None else second.start(task, gradients, columns, exact)
+        if chosen is not None:
+            exact = chosen.scores
+        choice = self._choice(task, embeddings, gradients, columns, group, chosen)
+        if choice is None:
+            values = empty_scores(task, len(columns))
+        else:
+            values = transferred_scores(
+                task, embeddings, choice, gradients, exact, columns, keep_embeddings=self.keep_embeddings
+            )
         places = np.searchsorted(task.rows, gradients.rows)
         values[places] = exact.numpy()
         zero = np.searchsorted(task.rows, gradients.without_gradient)
         values[zero] = 0
         is_zero, is_landmark = np.zeros(len(task.rows), np.bool_), np.zeros(len(task.rows), np.bool_)
         is_zero[zero], is_landmark[places] = True, True
+        curvature = None
+        if self.weights == "second-order":
+            assert chosen is not None
+            curvature = chosen.curvature(task, embeddings, choice, zero, keep_embeddings=self.keep_embeddings)
         return TargetScores(
             rows=task.rows,
             values=values,
             group=group,
             target_names=task.target_names,
             extra={"zero_gradient": is_zero, "is_landmark": is_landmark | is_zero},
-            weights="first-order" if self.weights == "first-order" else "equal",
+            weights="equal" if self.weights == "none" else self.weights,
+            curvature=curvature,
         )
 
-    def _carried(
+    def _second_order(self, task: Task, moments: Path | None) -> SecondOrder | None:
+        if self.weights != "second-order" and not self.hessian_ratio:
+            return None
+        return SecondOrder(
+            eta=self.warmup_settings().learning_rate if self.eta is None else self.eta,
+            landmarks=self.hessian_landmarks,
+            whole=self.weights == "second-order",
+            moments=moments if self.form == "adam" else None,
+            momentum=self.momentum,
+            memory_bytes=int(self.memory_gb * 2**30),
+        )
+
+    def _choice(
         self,
         task: Task,
         embeddings: RowEmbeddings,
         gradients: LandmarkGradients,
-        exact: Tensor,
         columns: Sequence[Tensor],
         of_target: IntArray,
-    ) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """Scores of all rows; those of landmarks are written over them later."""
-        if len(gradients.rows) + len(gradients.without_gradient) == len(task.rows):
+        second: LandmarkTerm | None,
+    ) -> Choice | None:
+        """What carries scores, and the second-order term, to other rows; None if there is nothing to carry."""
+        is_exact = len(gradients.rows) + len(gradients.without_gradient) == len(task.rows)
+        if is_exact:
             task.note(
                 "Every row to score is a landmark, so all scores are exact up to the projection, and no embedding was "
-                "needed"
+                "needed for them"
             )
-            return empty_scores(task, len(columns))
+        if is_exact and (second is None or not second.is_carried):
+            return None
         choice = choose_embedding(
             task,
             embeddings,
@@ -371,10 +334,9 @@ class InfluenceDistillation:
             per_row=task.aggregate == "round-robin",
         ):
             task.note(sentence)
-        (task.note if is_trusted(choice) else task.warn)(verdict(choice, task.target_names))
-        return transferred_scores(
-            task, embeddings, choice, gradients, exact, columns, keep_embeddings=self.keep_embeddings
-        )
+        if not is_exact:
+            (task.note if is_trusted(choice) else task.warn)(verdict(choice, task.target_names))
+        return choice
 
     def _warmed_up(self, task: Task) -> tuple[Task, Path | None]:
         """The task at the model whose gradients are taken, and where its optimizer's moments lie."""

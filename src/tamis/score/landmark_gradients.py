@@ -18,7 +18,7 @@ from torch import Tensor
 from tamis.collect import Task
 from tamis.errors import InvalidInput
 from tamis.gradients.per_sample import per_sample_features
-from tamis.maths.second_order import adam_scale
+from tamis.maths.second_order import adam_offset, adam_scale
 from tamis.maths.similarity import inner_products, row_norms, unit_rows
 from tamis.projection import AnyProjector, make_projector
 from tamis.score.features import FeatureFunction, FeatureSpec, collect_features, read_features, rows_with_gradient
@@ -27,7 +27,7 @@ from tamis.store.reader import StageReader
 from tamis.training.checkpoints import read_moments
 from tamis.types import Batch, IntArray
 
-__all__ = ["LandmarkGradients", "landmark_gradients"]
+__all__ = ["LandmarkGradients", "adam_vectors", "landmark_gradients"]
 
 _BLOCK_NUMBERS = 1 << 26  # gradient numbers held at once: 256 MB, and as many again of the block beside
 
@@ -116,16 +116,35 @@ def _raw(task: Task, projector: AnyProjector) -> FeatureFunction:
 
 def _scaled(task: Task, projector: AnyProjector, moments: Path) -> FeatureFunction:
     model, layers = task.loaded.model, task.layers()
-    state = read_moments(moments, model)
-    _, v = moment_vectors(layers, state)
-    # One layer at a time: which coordinates have never had a gradient is judged within a layer.
-    scale = torch.cat(
-        [
-            adam_scale(part, step=state.step, beta1=state.beta1, beta2=state.beta2, eps=state.eps)
-            for part in torch.split(v, [layer.numel for layer in layers])
-        ]
-    ).to(task.loaded.device)
+    scale, _ = adam_vectors(task, moments)
     return transformed_features(model, layers, projector, lambda grads: grads * scale)
+
+
+def adam_vectors(task: Task, moments: Path) -> tuple[Float[Tensor, " P"], Float[Tensor, " P"]]:
+    """Adam's preconditioner a and offset b at the end of the warm-up, in the layout of materialised gradients.
+
+    Raises:
+        InvalidInput: the moments do not fit the model.
+    """
+    layers = task.layers()
+    state = read_moments(moments, task.loaded.model)
+    m, v = moment_vectors(layers, state)
+    settings: dict[str, Any] = {
+        "step": state.step,
+        "beta1": state.beta1,
+        "beta2": state.beta2,
+        "eps": state.eps,
+    }
+    sizes = [layer.numel for layer in layers]
+    # One layer at a time: which coordinates have never had a gradient is judged within a layer.
+    scale = torch.cat([adam_scale(part, **settings) for part in torch.split(v, sizes)])
+    offset = torch.cat(
+        [
+            adam_offset(first, second, **settings)
+            for first, second in zip(torch.split(m, sizes), torch.split(v, sizes), strict=True)
+        ]
+    )
+    return scale.to(task.loaded.device), offset.to(task.loaded.device)
 
 
 def _unit_blocks(reader: StageReader) -> Iterator[tuple[int, Tensor]]:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -26,9 +27,9 @@ from tamis.solve.leave_one_out import candidate_basis
 from tamis.stages import finish, own_shards, record_cost
 from tamis.store.reader import StageReader
 from tamis.store.writer import StageWriter
-from tamis.types import Batch, FloatArray
+from tamis.types import Batch, FloatArray, IntArray
 
-__all__ = ["transferred_scores"]
+__all__ = ["transfer_coefficients", "transferred_scores"]
 
 # Rows fitted at a time: a constant, since another size could round another way.
 _SHARD_ROWS = 2048
@@ -85,12 +86,52 @@ def transferred_scores(
     return values
 
 
+def transfer_coefficients(
+    task: Task,
+    embeddings: RowEmbeddings,
+    choice: Choice,
+    rows: IntArray,
+    *,
+    keep_embeddings: bool,
+) -> FloatArray:
+    """``C = k(E, E_L) (k(E_L, E_L) + δI)^{-1}`` of ``task.rows`` for landmarks ``rows``, ``(n, L)``.
+
+    A row stands for the mixture ``C_i G_L`` of the landmarks' gradients; a landmark is itself. Scores never need C; the
+    second-order term does.
+    """
+    spec = {
+        "algorithm": "landmark-coefficients-v1",
+        "landmarks": hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest(),
+        "choice": fingerprint(choice.to_plain()),
+        "embedding": embeddings.identity(choice.embedding),
+    }
+    landmarks = embeddings.of(choice.embedding, task.pool, rows)
+
+    def fit() -> KernelRidge:
+        own = landmarks(0, len(rows))
+        basis = candidate_basis(choice.candidate, own, mean=own.double().mean(0).float())
+        return fit_kernel_ridge(basis, torch.eye(len(rows)))
+
+    name = "landmark-coefficients"
+    if isinstance(choice.embedding, (TfIdf, Given)) or keep_embeddings:
+        reader = _scored_from(task, embeddings.of(choice.embedding, task.pool, task.rows), fit, spec, name=name)
+    else:
+        reader = _scored_as_they_pass(task, embeddings, choice.embedding, fit, spec, name=name)
+    values = empty_scores(task, len(rows))
+    fill_columns(values, reader, "score")
+    places = np.searchsorted(task.rows, rows)
+    values[places] = np.eye(len(rows), dtype=np.float32)
+    return values
+
+
 def _scored_as_they_pass(
     task: Task,
     embeddings: RowEmbeddings,
     embedding: ModelEmbedding,
     fit: Callable[[], KernelRidge],
     spec: Mapping[str, Any],
+    *,
+    name: str = "landmark-scores",
 ) -> StageReader:
     def start() -> Callable[[Batch], Mapping[str, Tensor]]:
         embed, fitted = embeddings.passing(embedding), fit()
@@ -99,7 +140,7 @@ def _scored_as_they_pass(
     return task.map_rows(
         task.pool,
         task.rows,
-        name="landmark-scores",
+        name=name,
         spec=spec,
         start=start,
         work=work_of(embedding),
@@ -107,20 +148,25 @@ def _scored_as_they_pass(
     )
 
 
-def _scored_from(task: Task, rows: RowBlock, fit: Callable[[], KernelRidge], spec: Mapping[str, Any]) -> StageReader:
+def _scored_from(
+    task: Task,
+    rows: RowBlock,
+    fit: Callable[[], KernelRidge],
+    spec: Mapping[str, Any],
+    *,
+    name: str = "landmark-scores",
+) -> StageReader:
     full = {
         **spec,
-        "stage": "landmark-scores",
+        "stage": name,
         "tokens": task.pool.identity,
         "rows": hashlib.sha256(task.rows.astype("<i8").tobytes()).hexdigest(),
         "model": task.model_identity(),
     }
-    writer = StageWriter(
-        task.store, f"landmark-scores-{task.pool.name}", full, num_rows=len(task.rows), shard_rows=_SHARD_ROWS
-    )
+    writer = StageWriter(task.store, f"{name}-{task.pool.name}", full, num_rows=len(task.rows), shard_rows=_SHARD_ROWS)
     task.stages.append(writer.path)
     fitted: KernelRidge | None = None
-    with task.progress.stage(f"landmark scores ({task.pool.name})", len(task.rows), "rows") as advance:
+    with task.progress.stage(f"{name.replace('-', ' ')} ({task.pool.name})", len(task.rows), "rows") as advance:
         for shard in own_shards(writer, advance):
             started = time.perf_counter()
             fitted = fit() if fitted is None else fitted

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 import numpy as np
@@ -17,6 +18,7 @@ from jaxtyping import Float, Int
 from tamis.budget import describe_budget, rows_for, tokens_for
 from tamis.errors import InvalidSettings, NonFinite
 from tamis.selection.round_robin import Copies, Picks, take_turns
+from tamis.selection.second_order import notes_of_second_order, second_order_scores, second_order_weights
 from tamis.selection.top import BLOCK_VALUES, block_length
 from tamis.selection.weights import notes_of_weights, robust_weights
 from tamis.types import Budget, FloatArray, IntArray, TargetScores
@@ -72,7 +74,9 @@ def choose(
       shorter rows would fill it, but with rows taken for being short.)
 
     * Selected rows weigh 1, or, if ``scores.weights`` says "first-order", as ``robust_weights`` has it for the scores
-      of the target row (of the target, with ``mean``) that took them.
+      of the target row (of the target, with ``mean``) that took them. With "second-order" every one of these solves its
+      quadratic programme for as many rows as it would take by scores; the marginal scores at the solution stand in for
+      the scores when rows are taken, and ``second_order_weights`` weighs them; of copies the first eligible one counts.
 
     ``scores.values`` may be a memmap larger than memory: it is read in blocks, from start to end. Target rows without
     a gradient must not be among its columns.
@@ -104,9 +108,11 @@ def choose(
     copies = None if first_of is None else Copies(first_of[rows])
     means = target_means(scores, block_values=block_values)
     per_row = aggregate == "round-robin"
-    picks = take_turns(
-        scores.values if per_row else means,
-        group=scores.group if per_row else np.arange(len(fractions)),
+    columns = scores.values if per_row else means
+    of_target = scores.group if per_row else np.arange(len(fractions))
+    take = partial(
+        take_turns,
+        group=of_target,
         shares=fractions,
         available=available,
         max_rows=max_rows,
@@ -115,6 +121,13 @@ def choose(
         max_tokens=max_tokens,
         block_values=block_values,
     )
+    picks = take(columns)
+    if scores.weights == "second-order":
+        assert scores.curvature is not None, "second-order weights need the curvature"
+        candidates = available if first_of is None else _one_of_each(first_of[rows], available)
+        wanted = np.bincount(picks.column, minlength=columns.shape[1])
+        marginal, solutions = second_order_scores(columns, scores.curvature, wanted, candidates)
+        picks = take(marginal, available=candidates)
     if not len(picks.rows):
         raise InvalidSettings(
             f"budget of {describe_budget(budget)} is below the best row, which alone has more; raise it"
@@ -129,15 +142,17 @@ def choose(
         if copies is not None:
             for row in picks.rows[copies.has_copy[picks.rows]]:
                 left_out[copies.of(int(row))] = False  # not worse than the bound: the same row again
-        robust = robust_weights(
-            scores.values if per_row else means,
-            picks.rows,
-            picks.column if per_row else picks.target,
-            left_out,
-            block_values=block_values,
-        )
+        column = picks.column if per_row else picks.target
+        robust = robust_weights(columns, picks.rows, column, left_out, block_values=block_values)
         example_weights[picks.rows] = robust.weights
-        notes = notes_of_weights(robust, scores.group if per_row else np.arange(len(fractions)), scores.target_names)
+        notes = notes_of_weights(robust, of_target, scores.target_names)
+    elif scores.weights == "second-order":
+        assert scores.curvature is not None
+        found = second_order_weights(
+            columns, scores.curvature, solutions, picks.rows, picks.column, num_candidates=int(candidates.sum())
+        )
+        example_weights[picks.rows] = found
+        notes = notes_of_second_order(solutions, of_target, scores.target_names, eta=scores.curvature.eta)
     return Choice(
         rows=rows,
         order=rows[picks.rows],
@@ -155,6 +170,15 @@ def choose(
         ),
         notes=notes,
     )
+
+
+def _one_of_each(first_of: IntArray, available: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """The available rows without all but the first available of each group of copies."""
+    places = np.flatnonzero(available)
+    _, firsts = np.unique(first_of[places], return_index=True)
+    kept = np.zeros(len(available), np.bool_)
+    kept[places[firsts]] = True
+    return kept
 
 
 def target_shares(names: Sequence[str], shares: Mapping[str, float] | None) -> tuple[float, ...]:

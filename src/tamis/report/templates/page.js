@@ -14,8 +14,8 @@
         trace.marker.color = own;
         trace.textfont = { color: colour("ink"), size: 12 };
       } else if (trace.mode === "markers") {
-        trace.marker.line.color = own;
         trace.marker.color = own;
+        trace.marker.line.color = own;
         if (trace.error_x) trace.error_x.color = own;
       } else if (trace.mode === "text") {
         trace.textfont = { color: own, size: 12 };

@@ -1,0 +1,59 @@
+"""``tamis report``: find the run, call the library, say where the page is."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from tamis.cli import options as opt
+from tamis.cli.command import clean_output, print_json
+from tamis.cli.progress import is_main_rank
+
+__all__ = ["EPILOG", "report"]
+
+EPILOG = """
+[bold]Examples[/bold]
+
+[cyan]tamis report run1[/cyan]   writes run1/report.html, also while the run goes on
+
+[cyan]tamis report run1 --out page.html[/cyan]
+"""
+
+
+def report(
+    run: Annotated[
+        str,
+        typer.Argument(
+            help="The --out folder of tamis train or tamis select.",
+            metavar="RUN",
+            rich_help_panel=opt.WHAT,
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        str | None,
+        typer.Option(
+            help="File of the page; report.html in the folder when left out.",
+            metavar="FILE",
+            rich_help_panel="Results",
+            show_default=False,
+        ),
+    ] = None,
+    quiet: opt.Quiet = False,
+    as_json: opt.JsonOutput = False,
+) -> None:
+    """Write one offline page about a training run: whether choices did what they promised, and what was trained on.
+
+    Forecast and outcome of updates, held-out loss, alignment, weights, sources, the fate of candidates with the text of
+    the best and worst rows, and what it cost. A selection has its page already, and its place is printed.
+    """
+    with clean_output(quiet=quiet or as_json):
+        from tamis.run_report import write_report  # imports PyTorch; help must not wait for it
+
+        path = write_report(run, out=out)
+    if as_json:
+        print_json({"report": str(path)})
+    elif not quiet and is_main_rank():
+        Console().print(str(path), soft_wrap=True, highlight=False)

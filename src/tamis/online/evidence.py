@@ -1,0 +1,215 @@
+"""From the candidates' gradients to the evidence of a choice: what the method asked for, of all processes' candidates.
+
+Beside the numbers stands which candidates they may be used of: a loss or gradient that is not finite drops its own row.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tamis.errors import InvalidSettings, NonFinite
+from tamis.gradients.parameters import ParamMatrix
+from tamis.gradients.rows import RowGradients
+from tamis.online.adam_state import AdamMoments
+from tamis.online.choice import AlignmentForm, Evidence, InteractionForm, Lengths, Needs, Vector
+from tamis.online.measure import exact_interactions, measure_alignments, measure_lengths, sketched_interactions
+from tamis.online.settings import StepSettings
+from tamis.online.shadow import ShadowMoments
+from tamis.online.together import add_up, as_first, gather_rows, offset_of
+from tamis.online.token_level import position_alignments, position_interactions
+from tamis.projection.factorized import FactorizedProjector
+from tamis.types import IntArray
+
+__all__ = ["Measured", "Measurer", "row_sizes"]
+
+logger = logging.getLogger(__name__)
+
+# Trainable numbers up to which interactions are exact by default: an adapter of a model of a few billion.
+_EXACT_UP_TO = 1 << 23
+
+Moments = Mapping[str, AdamMoments]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Numbers of the ``n`` candidates of all processes, in the units in which the update adds them up."""
+
+    losses: Tensor  # (n,)
+    alignments: Tensor  # (n,) b
+    good: Tensor  # (n,) may be chosen
+    gram: Tensor | None = None  # (n, n) G
+    lengths: Lengths | None = None  # of the good ones
+
+    def evidence(self, learning_rate: float, *, among: Tensor | None = None) -> tuple[Evidence, IntArray]:
+        """What the method is shown, and which candidates its positions are; ``among`` leaves others out.
+
+        Raises:
+            NonFinite: nothing can be chosen.
+        """
+        used = (self.good if among is None else self.good & among).nonzero()[:, 0]
+        if not len(used):
+            raise NonFinite(
+                f"none of the {len(self.good)} candidates of a step has a finite loss and gradient; lower the rate"
+            )
+        found = Evidence(
+            alignments=self.alignments[used].numpy(),
+            interactions=None if self.gram is None else self.gram[used][:, used].numpy(),
+            lengths=self.lengths,
+            learning_rate=learning_rate,
+        )
+        return found, used.numpy()
+
+
+class Measurer:
+    """Measures what one method needs, on the trained model or on a proxy.
+
+    Args:
+        matrices: of the parameters that gradients are taken of.
+        needs: of the method.
+        settings: of the step.
+
+    Raises:
+        InvalidSettings: the method and the settings disagree on sketches.
+    """
+
+    def __init__(self, matrices: Sequence[ParamMatrix], needs: Needs, settings: StepSettings) -> None:
+        self._matrices, self._needs, self._reduction = matrices, needs, settings.reduction
+        self._projector = FactorizedProjector(dim=needs.sketch_dim or settings.sketch_dim, seed=settings.seed)
+        self._exact = self._is_exact(settings)
+        self._shadow: ShadowMoments | None = None
+
+    def measure(
+        self,
+        rows: RowGradients,
+        losses: Tensor,
+        goal: Mapping[str, Tensor],
+        moments: Moments | None,
+        *,
+        counts: list[int],
+        tokens: IntArray,
+        target_rows: RowGradients | None = None,
+    ) -> Measured:
+        """Of ``rows`` of this process, and of all others'.
+
+        Args:
+            rows: this process's candidates.
+            losses: of all processes' candidates.
+            goal: the mean target gradient.
+            moments: Adam's, where the method needs them.
+            counts: candidates of every process.
+            tokens: supervised tokens of all candidates.
+            target_rows: of the target, row by row, for token-level scores.
+        """
+        needs, start = self._needs, offset_of(counts)
+        b = as_first(gather_rows(self._alignments(rows, goal, moments, losses, start, target_rows)))
+        size = torch.from_numpy(row_sizes(tokens, self._reduction))
+        b = b if needs.alignment == "cosine" else b * size
+        good = torch.isfinite(losses) & torch.isfinite(b)
+        gram, lengths = None, None
+        if needs.interactions is not None:
+            gram = as_first(self._interactions(needs.interactions, rows, moments)) * size[:, None] * size
+            good &= torch.isfinite(gram.diagonal())
+        measured = Measured(losses=losses, alignments=b, good=good, gram=gram)
+        if needs.lengths is not None:
+            lengths, good = self._lengths(needs.lengths, rows, moments, measured, size, start)
+            measured = replace(measured, lengths=lengths, good=good)
+        return measured
+
+    @property
+    def remembers(self) -> bool:
+        """True if ``shadow`` must see every update."""
+        return self._needs.alignment == "projected"
+
+    @property
+    def shadow(self) -> ShadowMoments:
+        """Second moments of projected updates, for the published form."""
+        if self._shadow is None:
+            self._shadow = ShadowMoments(self._projector)
+        return self._shadow
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Nothing, but for the published projected form."""
+        return {} if self._shadow is None else self._shadow.state_dict()
+
+    def _alignments(
+        self,
+        rows: RowGradients,
+        goal: Mapping[str, Tensor],
+        moments: Moments | None,
+        losses: Tensor,
+        start: int,
+        target_rows: RowGradients | None,
+    ) -> Tensor:
+        form: AlignmentForm | None = self._needs.alignment
+        assert form is not None
+        if target_rows is not None:
+            shadow = self.shadow if form == "projected" else None
+            return position_alignments(form, rows, target_rows, moments, shadow=shadow)
+        if form == "projected":
+            assert moments is not None
+            return self.shadow.alignments(rows, goal, moments)
+        mean = None
+        if form == "jacobian":
+            finite = torch.isfinite(losses)
+            mine = finite[start:][: len(rows)].double() / max(int(finite.sum()), 1)
+            mean = {name: add_up(grad) for name, grad in rows.weighted(mine).items()}
+        return measure_alignments(form, rows, goal, moments, mean=mean)
+
+    def _interactions(self, form: InteractionForm, rows: RowGradients, moments: Moments | None) -> Tensor:
+        projector = None if self._exact else self._projector
+        if form == "token-level":
+            return position_interactions(rows, projector=projector)
+        if projector is None:
+            return exact_interactions(form, rows, moments, gather=gather_rows)
+        return sketched_interactions(form, rows, moments, projector=projector, gather=gather_rows)
+
+    def _lengths(
+        self, form: InteractionForm, rows: RowGradients, moments: Moments | None, found: Measured, size: Tensor, at: int
+    ) -> tuple[Lengths, Tensor]:
+        """Of the candidates whose lengths are finite too, and which those are."""
+        projector, good = None if self._exact else self._projector, found.good
+        while True:
+            mine = torch.where(good & (found.alignments > 0), size, 0.0)[at : at + len(rows)]
+            squares, aligned = measure_lengths(
+                form, rows, moments, mine, gather=gather_rows, add_up=add_up, projector=projector
+            )
+            squares = as_first(gather_rows(squares)) * size.square()
+            left = good & torch.isfinite(squares)
+            if torch.equal(left, good):
+                total = float(as_first(torch.tensor(aligned, dtype=torch.float64)))
+                return Lengths(squares=squares[good].numpy(), aligned=total), good
+            good = left  # the sum held a row whose length is not finite
+
+    def _is_exact(self, settings: StepSettings) -> bool:
+        total = sum(param.numel() for matrix in self._matrices for _, param in matrix.params)
+        if settings.interactions == "auto":
+            exact = total <= _EXACT_UP_TO
+        else:
+            exact = settings.interactions == "exact"
+        needs = self._needs
+        if needs.sketch_dim is not None:
+            if settings.interactions == "exact":
+                raise InvalidSettings(
+                    f"the method sketches (projection_dim={needs.sketch_dim}) but StepSettings(interactions='exact'); "
+                    "set projection_dim=None or leave interactions='auto'"
+                )
+            exact = False
+        if (needs.interactions or needs.lengths) is not None and not exact:
+            logger.info(
+                "%d trainable numbers: interactions from sketches of %d numbers a side", total, self._projector.dim
+            )
+        return exact
+
+
+def row_sizes(tokens: IntArray, reduction: str) -> Vector:
+    """What a row's mean loss is multiplied by in the update, 1 on average."""
+    if reduction == "rows":
+        return np.ones(len(tokens))
+    found: Vector = tokens / tokens.mean()
+    return found

@@ -1,0 +1,108 @@
+"""A second model whose gradients choose candidates for the first: smaller, of the same vocabulary, never trained.
+
+Its inner products are raw. Adam's state is that of the trained model's parameters and says nothing of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tamis.errors import InvalidInput, InvalidSettings
+from tamis.gradients.parameters import param_matrices
+from tamis.gradients.rows import RowGradients, hold_gradients, summed_gradient
+from tamis.model.load import ModelSettings, load_model
+from tamis.model.processes import counts_of_all
+from tamis.model.targets import embedding_matrix, gradient_layers
+from tamis.model.trainable import trainable_layers
+from tamis.notation import candidates_parts
+from tamis.online.choice import Needs
+from tamis.online.cost import Counter
+from tamis.online.evidence import Measured, Measurer
+from tamis.online.settings import StepSettings
+from tamis.online.together import add_up, gather_rows
+from tamis.types import Batch, IntArray
+
+__all__ = ["Proxy", "check_proxy", "load_proxy"]
+
+
+def check_proxy(candidates: str, model: Any) -> str | None:
+    """The model that ``candidates`` names, to be loaded; None where none is needed or ``model`` is one.
+
+    Raises:
+        InvalidSettings: none is given, or two are.
+    """
+    kind, name = candidates_parts(candidates)
+    if kind != "proxy":
+        if model is not None:
+            raise InvalidSettings(f"a proxy model is given but candidates={candidates!r}; set candidates='proxy'")
+        return None
+    if bool(name) == (model is not None):
+        given = "no model is given" if model is None else "a model is given beside it"
+        raise InvalidSettings(f"candidates={candidates!r}: {given}; name one as 'proxy:MODEL', or pass proxy_model=")
+    return name or None
+
+
+def load_proxy(name: str, device: torch.device) -> nn.Module:
+    """The model ``name`` with gradients of its blocks' linear layers, or of its adapter if it is one.
+
+    Raises:
+        InvalidInput: it cannot be read.
+    """
+    model = load_model(ModelSettings(name=name, device=device.type)).model
+    layers = gradient_layers(model)
+    for param in model.parameters():
+        param.requires_grad_(False)
+    for layer in layers:
+        for param in model.get_submodule(layer.name).parameters(recurse=False):
+            param.requires_grad_(True)
+    return model
+
+
+class Proxy:
+    """Scores candidates by the proxy's own gradients.
+
+    Args:
+        model: the proxy; its trainable parameters are those whose gradients count.
+        trained: the model that it stands for.
+        needs: of the method.
+        settings: of the step.
+
+    Raises:
+        InvalidInput: the two have other vocabularies.
+        Unsupported: a trainable parameter of the proxy has no per-sample gradient; the message names it.
+    """
+
+    def __init__(self, model: nn.Module, trained: nn.Module, needs: Needs, settings: StepSettings) -> None:
+        own, other = (int(embedding_matrix(each).shape[0]) for each in (model, trained))
+        if own != other:
+            raise InvalidInput(
+                f"the proxy knows {own} tokens and the trained model {other}; take a proxy with the same tokenizer"
+            )
+        self._model = model
+        self._matrices = param_matrices(model, trainable_layers(model))
+        self._measurer = Measurer(self._matrices, needs, settings)
+        self.counter = Counter(model, self._matrices)
+
+    def measure(
+        self, candidates: Sequence[Batch], target: Sequence[Batch], *, counts: list[int], tokens: IntArray
+    ) -> Measured:
+        """What the method needs, of the candidates of all processes; losses are the proxy's."""
+        ones = [(batch, torch.ones(len(batch.rows))) for batch in target]
+        count = sum(counts_of_all(sum(len(batch.rows) for batch in target)))
+        if not count:
+            raise InvalidInput("a choice by proxy was given no target row with a supervised token")
+        if ones:
+            sums, _ = summed_gradient(self._model, self._matrices, ones)
+        else:
+            sums = {name: torch.zeros_like(param) for matrix in self._matrices for name, param in matrix.params}
+        goal = {name: add_up(grad) / count for name, grad in sums.items()}
+        self.counter.add("target", "gradient", target)
+        rows = RowGradients(self._matrices)
+        mine: list[Tensor] = [hold_gradients(self._model, batch, rows).double().cpu() for batch in candidates]
+        self.counter.add("candidates", "gradient", candidates)
+        losses = gather_rows(torch.cat(mine))
+        return self._measurer.measure(rows, losses, goal, None, counts=counts, tokens=tokens)

@@ -1,0 +1,120 @@
+"""How an online step measures, the same for every method; and which methods can do with cheaper candidates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tamis.errors import InvalidSettings
+from tamis.notation import candidates_parts
+from tamis.online.choice import Method
+
+__all__ = ["StepSettings", "check_combination"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSettings:
+    """How a step measures and what its gradient is divided by; the same for every method.
+
+    With ``reduction="tokens"`` a row's part of the update is its mean loss's gradient times its supervised tokens, and
+    that is what methods are shown: ``b`` once and ``G`` on both sides times the row's tokens over the candidates' mean.
+    Cosines, which have no length, stay as they are.
+
+    ``candidates`` says what scoring a candidate costs:
+
+    * ``"exact"``: a forward and a backward pass of the trained model, whose gradients the update is then made of.
+    * ``"reuse:K"``: the same, once for K choices. A window of ``keep * oversample`` candidates is scored at the first
+      of them; each of the K choices is what the method makes of the kept ``b`` and ``G`` of those rows of the window
+      that no earlier one took. Rows taken later run forward and backward then, and no others.
+    * ``"jvp"``: a forward pass that carries the derivative of every candidate's loss along ``D * grad t`` (or
+      ``grad t``), which is ``b`` exactly. No backward pass and nothing kept for one; the chosen run both after that.
+    * ``"proxy:MODEL"``: gradients of another, smaller model with the same vocabulary, at its own fixed weights, of
+      candidates and target rows. The trained model runs the chosen alone.
+
+    ``target_every`` and ``target_ema`` make the target gradient cheaper or calmer. Both are off by default: fresh
+    target rows at every choice, without averaging, did best wherever that was measured.
+    """
+
+    reduction: Literal["rows", "tokens"] = "rows"  # every row counts alike, or every supervised token (as in Trainer)
+    interactions: Literal["auto", "exact", "sketch"] = "auto"  # auto: exact up to 8 million trainable numbers
+    sketch_dim: int = 64  # numbers per side of a layer's sketch
+    seed: int = 0  # of sketches
+    candidates: str = "exact"  # "exact", "reuse:K", "jvp", "proxy:MODEL"; "proxy": a model given to the trainer
+    target_every: int = 1  # choices that a target gradient is used for
+    target_ema: float = 0.0  # share of the earlier target gradients in their running mean
+
+    def __post_init__(self) -> None:
+        if self.reduction not in ("rows", "tokens"):
+            raise InvalidSettings(f"reduction must be 'rows' or 'tokens', got {self.reduction!r}")
+        if self.interactions not in ("auto", "exact", "sketch"):
+            raise InvalidSettings(f"interactions must be 'auto', 'exact' or 'sketch', got {self.interactions!r}")
+        if self.sketch_dim < 1:
+            raise InvalidSettings(f"sketch_dim must be at least 1, got {self.sketch_dim}")
+        if self.target_every < 1:
+            raise InvalidSettings(f"target_every must be at least 1, got {self.target_every}")
+        if not 0 <= self.target_ema < 1:
+            raise InvalidSettings(f"target_ema must be at least 0 and below 1, got {self.target_ema}")
+        if self.candidates_kind != "exact" and self.candidates_kind != "jvp" and self.target_every > 1:
+            raise InvalidSettings(
+                f"target_every={self.target_every} with candidates={self.candidates!r}: a re-used window looks at the "
+                "target once anyway, and a proxy's own look is cheap; leave target_every at 1"
+            )
+
+    @property
+    def candidates_kind(self) -> str:
+        """``exact``, ``reuse``, ``jvp`` or ``proxy``."""
+        return candidates_parts(self.candidates)[0]
+
+    @property
+    def reuse(self) -> int:
+        """Choices made from one window of candidates."""
+        kind, value = candidates_parts(self.candidates)
+        return int(value) if kind == "reuse" else 1
+
+
+def check_combination(method: Method, settings: StepSettings) -> None:
+    """Refuse a method that cannot do with the way in which candidates are to be scored.
+
+    Raises:
+        InvalidSettings: naming both and what to do.
+    """
+    kind, needs = settings.candidates_kind, method.needs
+    if needs.alignment is None or needs.target_only:
+        cheap = kind != "exact" or settings.target_every > 1 or settings.target_ema > 0
+        why = "scores no candidate" if cheap else ""
+    elif kind == "exact":
+        return _check_target(method, settings)
+    elif method.keeps_all:
+        why = "keeps all candidates, so all of them run through the trained model anyway"
+    elif needs.token_level or needs.alignment == "projected":
+        why = "is a published form that is measured on the trained model, at every choice"
+    elif kind == "reuse" and settings.reuse > method.oversample:
+        why = f"keeps {method.keep} of {method.keep * method.oversample} candidates, too few for that many choices"
+    elif kind == "jvp" and (needs.interactions or needs.lengths) is not None:
+        why = "compares candidates with each other, for which their gradients are needed"
+    elif kind == "jvp" and needs.alignment not in ("adam", "raw"):
+        why = f"asks for alignment={needs.alignment!r}, which is no derivative along one direction"
+    elif kind == "proxy" and (needs.reads_adam or needs.adam):
+        why = "reads Adam's state, which is the trained model's and says nothing of the proxy's parameters"
+    else:
+        return _check_target(method, settings)
+    if not why:
+        return None
+    asked = f"candidates={settings.candidates!r}"
+    if kind == "exact":
+        asked = f"target_every={settings.target_every}, target_ema={settings.target_ema:g}"
+    fits = {
+        "reuse": "it goes with methods that keep some of the candidates: filter-then-weight, tracin, less, greats",
+        "jvp": "it goes with tracin and filter-then-weight (filter='top', weights='none')",
+        "proxy": "it goes with tracin, greats, grad-match and filter-then-weight (alignment='raw', interactions='raw')",
+        "exact": "leave both at their defaults",
+    }[kind]
+    raise InvalidSettings(f"{asked}: method '{method.name}' {why}; {fits}")
+
+
+def _check_target(method: Method, settings: StepSettings) -> None:
+    if method.needs.token_level and (settings.target_every > 1 or settings.target_ema > 0):
+        raise InvalidSettings(
+            f"target_every={settings.target_every}, target_ema={settings.target_ema:g}: a token-level score compares "
+            "candidates with the target's rows, position by position, and keeps no mean; leave both at their defaults"
+        )

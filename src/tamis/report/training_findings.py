@@ -1,0 +1,159 @@
+"""Whether a training run's choices worked, as far as its own log can tell: a sentence for every check."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tamis.online.account import fallback_share, forecast_correlation
+from tamis.report.curves import Curve, steps_of
+from tamis.report.warnings import Finding
+from tamis.report.wording import count, counted, number, one_line, percent
+
+__all__ = ["Evidence", "find", "forecast_pairs", "held_out_losses"]
+
+_HOLDS, _LOOSE = 0.7, 0.3  # correlations from which forecasts are believed, and half believed
+_FEW_PAIRS = 8
+_FEW_TARGET_ROWS = 16  # at which the specification measured choices that fit the target rows alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What the checks look at."""
+
+    forecasts: npt.NDArray[np.float64]
+    held_out: Sequence[Curve]
+    target_seen: float | None
+    effective: Curve
+    offered: int
+    log: Sequence[Mapping[str, Any]]
+    is_finished: bool
+    warnings: Sequence[str]
+    method: str
+
+
+def find(evidence: Evidence) -> tuple[Finding, ...]:
+    """One finding for each check that has something to look at; warnings first."""
+    found = [
+        *_unfinished(evidence),
+        _forecasts(evidence),
+        _held_out(evidence),
+        *_target_rows(evidence),
+        *_fallbacks(evidence),
+        *(
+            Finding(key="run", severity="warning", title="Said by the run", sentence=one_line(text, 600))
+            for text in evidence.warnings
+        ),
+    ]
+    order = ("warning", "note", "unmeasured", "passed")
+    return tuple(sorted(found, key=lambda finding: order.index(finding.severity)))
+
+
+def forecast_pairs(log: Sequence[Mapping[str, Any]]) -> npt.NDArray[np.float64]:
+    """(pairs, 2): predicted and realised drop of the target loss."""
+    keys = ("selection/predicted_drop", "selection/realised_drop")
+    pairs = [[entry[key] for key in keys] for entry in log if all(entry.get(key) is not None for key in keys)]
+    return np.array(pairs, dtype=np.float64).reshape(-1, 2)
+
+
+def held_out_losses(log: Sequence[Mapping[str, Any]]) -> tuple[Curve, ...]:
+    """The mean over all targets first, then each of several; before the run, on the way and after it."""
+    names = sorted({key for entry in log for key in entry if key == "eval_loss" or key.startswith("eval_loss/")})
+    curves = []
+    for key in names:
+        steps, values = steps_of(log, key)
+        last, final = steps_of(log, f"final_{key}")
+        if last and (not steps or last[-1] != steps[-1] or final[-1] != values[-1]):
+            steps, values = (*steps, last[-1]), (*values, final[-1])
+        title = key.removeprefix("eval_loss").removeprefix("/") or "all targets"
+        curves.append(Curve(name=one_line(title, 60), steps=steps, values=values))
+    return tuple(curves)
+
+
+def _unfinished(evidence: Evidence) -> list[Finding]:
+    if evidence.is_finished:
+        return []
+    return [
+        Finding(
+            key="unfinished", severity="note", title="The run is not finished",
+            sentence="The page shows what was logged so far; costs are counted at the end.",
+        )
+    ]  # fmt: skip
+
+
+def _forecasts(evidence: Evidence) -> Finding:
+    title = "Do choices do what they promise?"
+    pairs = len(evidence.forecasts)
+    correlation, _ = forecast_correlation(evidence.log)
+    if correlation is None:
+        why = f"There {'is' if pairs == 1 else 'are'} {counted(pairs, 'comparison')} of forecast and outcome."
+        if evidence.method in ("uniform", "full"):
+            why = f"The method {evidence.method} looks at no target and promises nothing."
+        return Finding(key="forecasts", severity="unmeasured", title=title, sentence=why,
+                       advice="Give --forecast-every, and train longer, for a few dozen.")  # fmt: skip
+    predicted, realised = evidence.forecasts.mean(axis=0)
+    same = float((np.sign(evidence.forecasts[:, 0]) == np.sign(evidence.forecasts[:, 1])).mean())
+    said = (
+        f"Over {counted(pairs, 'update')} the predicted and the realised drop of the target loss correlate at "
+        f"{correlation:.2f}; they have the same sign in {percent(same)}. The mean forecast is {number(predicted, 2)}, "
+        f"the mean outcome {number(realised, 2)}."
+    )
+    if pairs < _FEW_PAIRS:
+        return Finding(key="forecasts", severity="note", title=title, sentence=f"{said} That is too few to judge by.")
+    if correlation >= _HOLDS:
+        return Finding(key="forecasts", severity="passed", title=title, sentence=f"Yes. {said}")
+    if correlation >= _LOOSE:
+        return Finding(key="forecasts", severity="note", title=title, sentence=f"Loosely. {said}")
+    return Finding(
+        key="forecasts", severity="warning", title=title, sentence=f"No. {said}",
+        advice="The choice follows noise here: try a lower rate, more target rows, or a method that keeps all "
+        "candidates, and compare with full.",
+    )  # fmt: skip
+
+
+def _held_out(evidence: Evidence) -> Finding:
+    title = "Did the target loss fall on rows that only measure?"
+    if not evidence.held_out or len(evidence.held_out[0].values) < 2:
+        return Finding(key="held-out", severity="unmeasured", title=title, sentence="No row was held out.",
+                       advice="Give --eval-target, or --held-out above 0.")  # fmt: skip
+    curve = evidence.held_out[0]
+    first, last, best = curve.values[0], curve.values[-1], min(curve.values)
+    at = curve.steps[curve.values.index(best)]
+    said = f"From {number(first)} to {number(last)}; the lowest was {number(best)}, after update {count(at)}."
+    if last >= first:
+        return Finding(key="held-out", severity="warning", title=title, sentence=f"No. {said}",
+                       advice="Lower the rate, or stop early with --eval-steps and --patience.")  # fmt: skip
+    if last - best > 0.1 * (first - best):
+        return Finding(key="held-out", severity="warning", title=title, sentence=f"It fell, and rose again. {said}",
+                       advice="Stop early with --eval-steps and --patience.")  # fmt: skip
+    sentence = f"Yes. {said} Whether choosing did it, only a run with --method full or uniform tells."
+    return Finding(key="held-out", severity="passed", title=title, sentence=sentence)
+
+
+def _target_rows(evidence: Evidence) -> list[Finding]:
+    if evidence.target_seen is None:
+        return []
+    rows = int(evidence.target_seen)
+    severity, advice = "passed", ""
+    if rows < _FEW_TARGET_ROWS:
+        severity, advice = "warning", "Choices may fit these very rows; give more, or prefer anchored or tilt."
+    return [
+        Finding(key="target-rows", severity=severity, title="Distinct target rows", advice=advice,  # type: ignore[arg-type]
+                sentence=f"Choices looked at {counted(rows, 'distinct target row')} in all.")
+    ]  # fmt: skip
+
+
+def _fallbacks(evidence: Evidence) -> list[Finding]:
+    share = fallback_share(evidence.log)
+    if share == 0:
+        return []
+    return [
+        Finding(
+            key="fallbacks", severity="warning" if share > 0.2 else "note", title="Choices that could not be made",
+            sentence=f"In {percent(share)} of the choices nothing pointed towards the target, so weights were equal.",
+        )
+    ]  # fmt: skip

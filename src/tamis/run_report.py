@@ -1,0 +1,81 @@
+"""The page of a run, made from its folder: of a training run anew; a selection has written its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tamis.config import read_config
+from tamis.data.examples import read_examples
+from tamis.errors import InvalidInput, TamisError
+from tamis.online.fate import read_candidates
+from tamis.online.resume import read_log
+from tamis.outputs import IDENTITY
+from tamis.report.page import render_training_page, write_text
+from tamis.report.training import TrainingInputs, build_training_content
+from tamis.settings import TrainRunSettings, from_dict, target_parts
+from tamis.types import Example
+
+__all__ = ["write_report"]
+
+
+def write_report(folder: str | Path, *, out: str | Path | None = None) -> Path:
+    """Write the page about the training run in ``folder``, finished or not, and say where it is.
+
+    Args:
+        folder: of ``tamis train``, or of ``tamis select``, whose page is there already.
+        out: where to write it; None: ``report.html`` in the folder.
+
+    Raises:
+        InvalidInput: the folder is of no run, has nothing to report yet, or its page cannot be made again.
+    """
+    folder = Path(folder)
+    if (folder / "candidates").is_dir() and (folder / "run.yaml").is_file():
+        path = folder / "report.html" if out is None else Path(out)
+        page = render_training_page(build_training_content(_inputs(folder)))
+        try:
+            write_text(page, path)
+        except OSError as error:
+            raise InvalidInput(f"{path}: {error.strerror or error}; pass an --out file that can be written") from error
+        return path
+    if (folder / "scores.parquet").is_file():
+        page_there = folder / "report.html"
+        if out is None and page_there.is_file():
+            return page_there
+        raise InvalidInput(
+            f"{folder} is of a selection, whose page needs scores of the baselines that are not kept; "
+            f"`tamis select --config {folder / 'run.yaml'} --report` writes it again from features that are kept"
+        )
+    raise InvalidInput(
+        f"{folder} holds neither a training run with choices (run.yaml, candidates/) nor a selection (scores.parquet); "
+        "give the --out folder of `tamis train` or `tamis select`"
+    )
+
+
+def _inputs(folder: Path) -> TrainingInputs:
+    settings = from_dict(TrainRunSettings, read_config(folder / "run.yaml"), origin=str(folder / "run.yaml"))
+    is_finished = (folder / "manifest.json").is_file()
+    described: dict[str, Any] = json.loads((folder / ("manifest.json" if is_finished else IDENTITY)).read_text("utf-8"))
+    read, why = _texts(settings, described)
+    return TrainingInputs(
+        log=read_log(folder / "log.jsonl"),
+        candidates=read_candidates(folder / "candidates"),
+        manifest=described,
+        target_names=[target_parts(text)[0] for text in settings.target],
+        read_example=read,
+        no_texts=why,
+        is_finished=is_finished,
+    )
+
+
+def _texts(settings: TrainRunSettings, described: Mapping[str, Any]) -> tuple[Callable[[int], Example] | None, str]:
+    """The pool's rows, if they are what the run read; else why they cannot be shown, which the page says."""
+    try:
+        pool = read_examples(settings.pool, kind="pool", row_format=settings.row_format, on_bad_row=settings.on_bad_row)
+    except TamisError as error:
+        return None, f"the pool cannot be read from here ({error})"
+    if pool.identity != described["data"]["pool"]:
+        return None, "the pool's files have changed since the run"
+    return pool.__getitem__, ""

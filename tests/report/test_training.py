@@ -1,0 +1,194 @@
+"""The report of a training run: every number against plain loops over a planted log, the page in a real browser."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from planted_reports import ATTACKS
+from tamis.cli.main import run
+from tamis.errors import InvalidInput
+from tamis.online.fate import _SCHEMA
+from tamis.report.page import render_training_page, write_text
+from tamis.report.training import TrainingContent, TrainingInputs, build_training_content
+from tamis.run_report import write_report
+from tamis.types import Example
+
+STEPS, KEEP, OFFERED = 40, 2, 4
+
+
+def planted(*, good_forecasts: bool = True, hostile: bool = False) -> TrainingInputs:
+    """40 updates: two cold ones, row ``step % 10`` and another of four kept; sources by the row's last digit."""
+    draw = np.random.default_rng(0)
+    rows: list[dict[str, Any]] = []
+    for step in range(1, STEPS + 1):
+        offered = [(step + 3 * i) % 20 for i in range(OFFERED)]
+        for place, row in enumerate(offered):
+            kept, source = place < KEEP, ATTACKS[row % 2] if hostile else f"s{row % 3}"
+            rows.append(
+                {
+                    "step": step, "choice": step - 1, "row": row, "source": source,
+                    "tokens": 5, "loss": 2.0, "alignment": None if step <= 2 else float(row - 6), "kept": kept,
+                    "weight": (1.5, 0.5)[place] if kept else 0.0, "dropped": False, "cold": step <= 2,
+                }
+            )  # fmt: skip
+    log: list[dict[str, Any]] = [{"eval_loss": 3.0, "step": 0}]
+    for step in range(1, STEPS + 1):
+        entry: dict[str, Any] = {"loss": 2.0, "step": step, "selection/fallback": 0.25}
+        entry["selection/target_rows_seen"] = min(24, 4 * step)
+        if step % 4 == 0:
+            predicted = float(draw.random())
+            realised = predicted + 0.05 * float(draw.normal()) if good_forecasts else float(draw.normal())
+            entry |= {"selection/predicted_drop": predicted, "selection/realised_drop": realised}
+        log.append(entry)
+        if step % 10 == 0:
+            log.append({"eval_loss": 3.0 - step / 20 if step <= 30 else 1.6, "step": step})
+    log.append({"final_eval_loss": 1.5, "step": STEPS})
+    text = "".join(ATTACKS) if hostile else "How much is 1 plus 2?"
+    manifest = {
+        "settings": {"model": text if hostile else "tiny", "method": "filter-then-weight", "target": ["t.jsonl"]},
+        "method": {"name": "filter-then-weight"}, "command": "tamis train --config run.yaml",
+        "warnings": [text] if hostile else [],
+        "training": {"steps": STEPS, "stopped_early": True},
+        "cost": {
+            "seconds": 12.5, "candidate_tokens": 700, "target_tokens": 300, "total_tflops": 4.5,
+            "tflops": {"candidates": 3.0, "target": 1.0, "update": 0.5},
+        },
+    }  # fmt: skip
+
+    def read(row: int) -> Example:
+        return Example(
+            index=row, id=f"id-{row}", file="p.jsonl", row=row, source="s", format="messages",
+            messages=({"role": "user", "content": f"{text} {row}"}, {"role": "assistant", "content": text}),
+        )  # fmt: skip
+
+    return TrainingInputs(
+        log=log, candidates=pa.Table.from_pylist(rows, schema=_SCHEMA), manifest=manifest,
+        target_names=[text if hostile else "sums"], read_example=read,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def content() -> TrainingContent:
+    return build_training_content(planted())
+
+
+def test_fates_are_those_of_a_plain_count(content: TrainingContent) -> None:
+    rows = planted().candidates.to_pylist()
+    chosen = {row: sum(r["kept"] for r in rows if r["row"] == row) for row in range(20)}
+    labels = {"never": [0], "once": [1], "twice": [2], "3 to 5 times": [3, 4, 5], "more often": range(6, 99)}
+    for label, found in content.times_chosen:
+        assert found == sum(times in labels[label] for times in chosen.values())
+    total = sum(r["weight"] for r in rows)
+    shares = [source.weight_share for source in content.source_fates]
+    assert shares == sorted(shares, reverse=True)
+    for source in content.source_fates:
+        own = [r for r in rows if r["source"] == source.name]
+        assert (source.offered, source.rows) == (len(own), len({r["row"] for r in own}))
+        assert source.chosen == sum(r["kept"] for r in own)
+        assert source.never == sum(not chosen[row] for row in {r["row"] for r in own})
+        assert source.weight_share == pytest.approx(sum(r["weight"] for r in own) / total)
+    weights = {row: sum(r["weight"] for r in rows if r["row"] == row) for row in range(20)}
+    assert weights[content.most_weight[0].row] == max(weights.values())
+    assert all(not chosen[card.row] for card in content.never_chosen)
+
+
+def test_curves_are_those_of_a_plain_loop(content: TrainingContent) -> None:
+    rows = planted().candidates.to_pylist()
+    assert (content.offered, content.effective.steps) == (OFFERED, tuple(range(1, STEPS + 1)))
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert content.effective.values == pytest.approx([math.exp(entropy)] * STEPS)
+    for step, share in zip(content.aligned.steps, content.aligned.values, strict=True):
+        assert share == np.mean([r["alignment"] > 0 for r in rows if r["step"] == step])
+    assert content.aligned.steps == tuple(range(3, STEPS + 1))  # cold choices measure nothing
+    shares = {curve.name: dict(zip(curve.steps, curve.values, strict=True)) for curve in content.sources}
+    edges = sorted(shares["s0"])
+    for first, last in zip([0, *edges], edges, strict=False):
+        part = [r for r in rows if first < r["step"] <= last]
+        for name, curve in shares.items():
+            own = sum(r["weight"] for r in part if r["source"] == name)
+            assert curve[last] == pytest.approx(own / sum(r["weight"] for r in part))
+    (held_out,) = content.held_out
+    assert held_out.steps == (0, 10, 20, 30, 40, 40)
+    assert held_out.values == (3.0, 2.5, 2.0, 1.5, 1.6, 1.5)
+    assert (content.best_step, content.stopped_early) == (30, True)
+    assert content.target_seen.values[-1] == 24
+    assert [part.share for part in content.parts] == pytest.approx([3 / 4.5, 1 / 4.5, 0.5 / 4.5])
+
+
+def test_the_verdict_follows_the_forecasts(content: TrainingContent) -> None:
+    for inputs, severity, word in (
+        (planted(), "passed", "Yes."),
+        (planted(good_forecasts=False), "warning", "No."),
+    ):
+        found = build_training_content(inputs)
+        (finding,) = [f for f in found.findings if f.key == "forecasts"]
+        correlation = np.corrcoef(found.forecasts.T)[0, 1]
+        assert (finding.severity, finding.sentence.split()[0]) == (severity, word)
+        assert f"{correlation:.2f}" in finding.sentence and len(found.forecasts) == 10
+    keys = {finding.key: finding.severity for finding in content.findings}
+    assert keys["held-out"] == "passed" and keys["target-rows"] == "passed" and keys["fallbacks"] == "warning"
+    bare = build_training_content(
+        TrainingInputs(
+            log=[{"step": 1, "loss": 1.0}], candidates=planted().candidates, manifest={"settings": {"method": "full"}},
+            target_names=["t"], read_example=None, no_texts="gone", is_finished=False,
+        )
+    )  # fmt: skip
+    words = {finding.key: finding for finding in bare.findings}
+    assert "looks at no target" in words["forecasts"].sentence and words["unfinished"].severity == "note"
+    assert "gone" in render_training_page(bare) and "not finished yet" in render_training_page(bare)
+
+
+def test_the_page_in_a_browser_is_complete_quiet_and_harmless(tmp_path: Path) -> None:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    executable = next((found for name in names if (found := shutil.which(name))), None)
+    if executable is None:
+        pytest.skip(f"no browser on PATH (looked for {', '.join(names)})")
+    path, complaints = tmp_path / "report.html", list[str]()
+    write_text(render_training_page(build_training_content(planted(hostile=True))), path)
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": 360, "height": 900}, color_scheme="dark")
+
+        def routed(route: Any) -> None:
+            if route.request.url == path.as_uri():
+                route.continue_()
+            else:
+                complaints.append(f"request: {route.request.url}")
+                route.abort()
+
+        page.route("**/*", routed)
+        page.on("dialog", lambda shown: (complaints.append(f"dialog: {shown.message}"), shown.dismiss()))
+        page.on("console", lambda message: complaints.append(f"console: {message.text}"))
+        page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
+        page.goto(path.as_uri())
+        page.wait_for_selector("html[data-drawn]", state="attached")
+        figures = page.locator("[data-figure]").count()
+        shapes = "box => box.querySelector('svg.main-svg .trace path') !== null"
+        assert figures == 8
+        assert page.evaluate(f"[...document.querySelectorAll('[data-figure]')].filter({shapes}).length") == figures
+        page.evaluate("document.querySelectorAll('details').forEach(part => { part.open = true; })")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        assert page.locator("#rows details.row .text").first.is_visible()
+        browser.close()
+    assert complaints == []
+
+
+def test_folders_of_other_kinds_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InvalidInput, match="holds neither a training run"):
+        write_report(tmp_path)
+    (tmp_path / "scores.parquet").touch()
+    with pytest.raises(InvalidInput, match=r"is of a selection.*tamis select --config .*run.yaml --report"):
+        write_report(tmp_path)
+    (tmp_path / "report.html").write_text("the page")
+    assert run(["report", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"report": str(tmp_path / "report.html")}
+    assert (tmp_path / "report.html").read_text() == "the page"

@@ -1,0 +1,318 @@
+"""Second-order weights: products against dense matrices, selections against SLSQP, resumed runs byte by byte."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from score_task import POOL, TARGET, batch_of, file_bytes, loop_gradients_of, make_task, save_tiny, unit
+from solver_oracles import enumerated_weights
+from tamis.budget import Budget
+from tamis.collect import Task
+from tamis.embeddings import HiddenMean
+from tamis.errors import InvalidInput, InvalidSettings
+from tamis.gradients.hessian import hessian_products
+from tamis.maths.second_order import adam_quadratic, adam_scores
+from tamis.score import landmark_curvature
+from tamis.score.influence_distillation import InfluenceDistillation
+from tamis.score.landmark_gradients import adam_vectors
+from tamis.score.row_embeddings import RowEmbeddings
+from tamis.score.tracin import TracIn
+from tamis.selection.choose import choose
+from tamis.selection.second_order import second_order_scores
+from tamis.types import Curvature, LayerSpec, TargetScores
+
+COLD = {"warmup": "none", "projection": "none", "feature_dtype": "float32", "weights": "second-order"}
+WARM = {"warmup_rows": 6, "warmup_batch_rows": 3, "warmup_epochs": 1, "lora_rank": 2, "warmup_learning_rate": 5e-3}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("model") / "llama")
+
+
+def dense_hessian_products(task: Task, model: nn.Module, layers: tuple[LayerSpec, ...], rows, coefficients, grads):
+    """``H g`` for each row of ``grads``, one direction at a time."""
+    batch = batch_of(task.target, rows)
+    found = []
+    for grad in grads:
+        parts = torch.split(grad, [layer.numel for layer in layers])
+        direction = {layer.name: part.view(1, *layer.shape).float() for layer, part in zip(layers, parts, strict=True)}
+        product = hessian_products(model, [(batch, torch.tensor(coefficients))], layers, direction)
+        found.append(torch.cat([product[layer.name].flatten() for layer in layers]))
+    return torch.stack(found).double()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+@pytest.mark.parametrize("aggregate", ["mean", "round-robin"])
+def test_scores_and_products_are_those_of_dense_matrices(tmp_path: Path, family: str, aggregate: str) -> None:
+    model = save_tiny(tmp_path / "model", family)
+    task = make_task(tmp_path, model, groups=[0, 0, 1], aggregate=aggregate)
+    scores = InfluenceDistillation(**COLD, eta=0.1).score(task)
+    module, layers = task.loaded.model, task.layers()
+    _, pool, target = loop_gradients_of(task, module, layers)
+    pool, lengths = unit(pool), target.norm(dim=1)
+    columns = [[0, 1], [2]] if aggregate == "mean" else [[0], [1], [2]]
+    assert scores.curvature is not None and scores.curvature.products.shape[0] == len(columns)
+    for c, rows in enumerate(columns):
+        coefficients = [1 / (len(rows) * float(lengths[row])) for row in rows]
+        p = pool @ sum(w * target[row] for w, row in zip(coefficients, rows, strict=True))
+        np.testing.assert_allclose(scores.values[:, c], p.numpy(), rtol=0, atol=3e-6)  # float32 gradients
+        products = dense_hessian_products(task, module, layers, rows, coefficients, pool)
+        # adam_quadratic with a of ones is equation 4: G H G^T / n, symmetrised.
+        wanted = adam_quadratic(pool, torch.ones_like(pool[0]), products) * len(pool)
+        got = scores.curvature.products[c]
+        np.testing.assert_allclose(got, wanted.numpy(), rtol=0, atol=2e-5 * float(wanted.abs().max()))
+        ratio = 0.05 * float(wanted.sum()) / len(pool) / float(p.sum())
+        assert scores.curvature.ratio[c] == pytest.approx(abs(ratio), rel=1e-3)
+    np.testing.assert_array_equal(scores.curvature.coefficients, np.eye(len(POOL)))
+    assert any("plain kernel (math)" in note for note in task.notes)
+
+
+def test_adam_s_form_is_that_of_equations_8_and_9(tmp_path: Path, llama: Path) -> None:
+    settings = InfluenceDistillation(**{**COLD, "warmup": "lora"}, **WARM, form="adam", eta=0.5)
+    task = make_task(tmp_path, llama, aggregate="mean")
+    scores = settings.score(task)
+    *_, last = sorted(task.store.glob("influence-distillation-warm-up-*/step-*"))
+    warm = make_task(tmp_path / "warm", last)
+    module, layers = warm.loaded.model, warm.layers()
+    _, pool, target = loop_gradients_of(warm, module, layers)
+    scale, offset = (vector.double() for vector in adam_vectors(warm, last))
+    lengths = (pool * scale).norm(dim=1)
+    coefficients = [1 / (len(target) * float(length)) for length in target.norm(dim=1)]
+    gradient = sum(w * row for w, row in zip(coefficients, target, strict=True))
+    rows = [0, 1, 2]
+    product = dense_hessian_products(warm, module, layers, rows, coefficients, (offset / lengths.mean())[None])[0]
+    for momentum, pool_size in (("paper", len(pool)), ("whole", 1), ("none", None)):
+        found = dataclasses.replace(settings, momentum=momentum).score(make_task(tmp_path, llama, aggregate="mean"))
+        wanted = adam_scores(
+            pool, scale, gradient, None if pool_size is None else product, eta=0.5, pool_size=pool_size
+        )
+        np.testing.assert_allclose(found.values[:, 0], (wanted / lengths).numpy(), rtol=0, atol=1e-5)
+    whole = pool * scale / lengths[:, None]
+    products = dense_hessian_products(warm, module, layers, rows, coefficients, whole)
+    wanted_q = adam_quadratic(pool / lengths[:, None], scale, products) * len(pool)
+    assert scores.curvature is not None
+    got = scores.curvature.products[0]
+    np.testing.assert_allclose(got, wanted_q.numpy(), rtol=0, atol=1e-4 * float(wanted_q.abs().max()))
+
+
+def convex(products: np.ndarray) -> np.ndarray:
+    values, vectors = np.linalg.eigh(products.astype(np.float64))
+    return (vectors * values.clip(min=0)) @ vectors.T
+
+
+@pytest.mark.parametrize("eta", [0.01, 0.3, 3.0])
+def test_the_selection_is_the_quadratic_programme_s(tmp_path: Path, llama: Path, eta: float) -> None:
+    task = make_task(tmp_path, llama, aggregate="mean")
+    scores = InfluenceDistillation(**COLD, eta=eta).score(task)
+    choice = choose(scores, budget=Budget(kind="rows", value=3), tokens=task.pool.lengths, aggregate="mean")
+    assert scores.curvature is not None
+    n, p = len(POOL), scores.values[:, 0].astype(np.float64)
+    _, (solution,) = second_order_scores(scores.values, scores.curvature, np.array([3]), np.ones(n, np.bool_))
+    q = eta * convex(scores.curvature.products[0]) / n
+    wanted = enumerated_weights(p, q + solution.lam * np.eye(n))
+    assert solution.gap < 1e-7 and set(choice.order) == set(np.flatnonzero(wanted))
+    # Weights of selected rows average 1, those of the programme sum to n.
+    np.testing.assert_allclose(choice.example_weights, wanted * 3 / n, rtol=0, atol=1e-5)
+    bending = wanted @ q @ wanted / 2
+    assert solution.terms.second == pytest.approx(bending, rel=1e-4)
+    assert solution.terms.first == pytest.approx(wanted @ p, rel=1e-4)
+
+
+def test_target_rows_pick_in_turn_each_by_its_own_programme(tmp_path: Path, llama: Path) -> None:
+    task = make_task(tmp_path, llama, groups=[0, 1, 1], target=TARGET)
+    scores = InfluenceDistillation(**COLD, eta=1.0).score(task)
+    budget = Budget(kind="rows", value=4)
+    choice = choose(scores, budget=budget, tokens=task.pool.lengths)
+    assert scores.curvature is not None
+    counts = np.bincount(choice.target_row, minlength=3)
+    assert counts.sum() == 4 and counts[0] == 2  # half of the budget is the first target's, which has one row
+    marginal, solutions = second_order_scores(scores.values, scores.curvature, counts, np.ones(len(POOL), np.bool_))
+    first = choice.order[choice.target_row == 0][0]
+    assert first == marginal[:, 0].argmax()
+    for solution in solutions:  # v - p = -η Q w with a w that sums to n
+        q = convex(scores.curvature.products[solution.column]) / len(POOL)
+        r = q + solution.lam * np.eye(len(POOL))
+        w = enumerated_weights(scores.values[:, solution.column].astype(np.float64), r)
+        np.testing.assert_allclose(
+            marginal[:, solution.column], scores.values[:, solution.column] - q @ w, rtol=0, atol=1e-5
+        )
+
+
+def bent(products: np.ndarray, values: np.ndarray, eta: float) -> TargetScores:
+    """Scores with a curvature of our choice; every row is a landmark of its own."""
+    n = len(values)
+    curvature = Curvature(
+        coefficients=np.eye(n, dtype=np.float32),
+        products=products.astype(np.float32)[None],
+        eta=eta,
+        ratio=np.zeros(1, np.float32),
+    )
+    return TargetScores(
+        rows=np.arange(n),
+        values=values.astype(np.float32)[:, None],
+        group=np.zeros(1, np.int64),
+        target_names=("t",),
+        weights="second-order",
+        curvature=curvature,
+    )
+
+
+def test_rows_that_say_the_same_are_not_both_taken_by_hand() -> None:
+    # Rows 0 and 1 bend the loss along one line, row 2 along another: the second order takes 0 and 2, the first 0 and 1.
+    products = np.array([[1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
+    values = np.array([3.0, 2.9, 2.0, 0.0])
+    flat = choose(bent(products, values, 1e-9), budget=Budget(kind="rows", value=2), tokens=np.ones(4, np.int64))
+    curved = choose(bent(products, values, 4.0), budget=Budget(kind="rows", value=2), tokens=np.ones(4, np.int64))
+    assert sorted(flat.order) == [0, 1] and sorted(curved.order) == [0, 2]
+    assert curved.example_weights.sum() == pytest.approx(2)
+    assert any("first-order weights would have done" in note for note in flat.notes)
+    assert not any("first-order weights would have done" in note for note in curved.notes)
+
+
+def test_without_curvature_weights_are_those_of_the_first_order() -> None:
+    values = np.cos(np.arange(8.0))
+    second = bent(np.zeros((8, 8)), values, 0.1)
+    first = dataclasses.replace(second, weights="first-order", curvature=None)
+    budget, tokens = Budget(kind="rows", value=3), np.ones(8, np.int64)
+    found, wanted = (choose(scores, budget=budget, tokens=tokens) for scores in (second, first))
+    np.testing.assert_array_equal(found.order, wanted.order)
+    np.testing.assert_allclose(found.example_weights, wanted.example_weights, rtol=0, atol=1e-6)
+    # Section 5 of the specification, case 1: the same weights on the pool's scale of 8.
+    reference = np.array([3.364157703435, 3.072676065173, 1.563166231393])
+    np.testing.assert_allclose(found.example_weights[[0, 6, 7]] * 8 / 3, reference, rtol=0, atol=1e-6)
+
+
+def test_copies_share_one_place_in_the_programme() -> None:
+    products, values = np.eye(4), np.array([3.0, 3.0, 2.0, 1.0])
+    scores = bent(products, values, 1e-6)
+    found = choose(
+        scores,
+        budget=Budget(kind="rows", value=2),
+        tokens=np.ones(4, np.int64),
+        first_of=np.array([0, 0, 2, 3]),
+    )
+    assert sorted(found.order) == [0, 2]
+    np.testing.assert_allclose(
+        found.example_weights[[0, 2]], [4 / 3, 2 / 3], rtol=0.06
+    )  # margins 2 and 1, but for lambda
+
+
+def test_rows_that_stand_in_for_rows_already_taken_weigh_something() -> None:
+    # Both columns want row 0 and, far behind, row 1; the second column must make do with rows 1 and 2 or 3.
+    values = np.array([[5.0, 5.0], [1.0, 1.0], [0.5, 0.4], [0.4, 0.5]], np.float32)
+    one = bent(np.eye(4), values[:, 0], 1e-6)
+    assert one.curvature is not None
+    products = np.repeat(one.curvature.products, 2, axis=0)
+    scores = dataclasses.replace(
+        one,
+        values=values,
+        group=np.zeros(2, np.int64),
+        curvature=dataclasses.replace(one.curvature, products=products, ratio=np.zeros(2, np.float32)),
+    )
+    found = choose(scores, budget=Budget(kind="rows", value=4), tokens=np.ones(4, np.int64))
+    assert sorted(found.order) == [0, 1, 2, 3] and (found.example_weights > 0).all()
+    for column in (0, 1):
+        mine = found.order[found.target_row == column]
+        assert found.example_weights[mine].mean() == pytest.approx(1)
+        assert np.argmax(found.example_weights[mine]) == np.argmax(values[mine, column])
+
+
+def test_curvature_of_other_columns_is_refused() -> None:
+    scores = bent(np.eye(3), np.ones(3), 0.1)
+    wide = dataclasses.replace(scores, values=np.ones((3, 2), np.float32), group=np.zeros(2, np.int64))
+    with pytest.raises(InvalidInput, match="second-order term is of 1 columns, the scores are of 2"):
+        choose(wide, budget=Budget(kind="rows", value=2), tokens=np.ones(3, np.int64))
+
+
+CARRIED = {**COLD, "landmarks": 14, "hessian_landmarks": 6, "embedding": "hidden-mean", "kernel": "rbf", "scale": 2.0}
+POOL_OF_20 = tuple((f"{prompt} {i}", answer) for i, (prompt, answer) in enumerate(POOL * 3))[:20]
+
+
+def test_the_term_is_carried_to_other_rows_as_kernel_ridge_has_it(tmp_path: Path, llama: Path) -> None:
+    settings = InfluenceDistillation(**CARRIED, damping=0.1, centred=False, eta=0.1)
+    task = make_task(tmp_path, llama, pool=POOL_OF_20)
+    scores = settings.score(task)
+    assert scores.curvature is not None and scores.curvature.products.shape == (3, 6, 6)
+    found = scores.curvature.coefficients
+    landmarks = np.flatnonzero((found == 1).sum(1) == 1)
+    assert len(landmarks) == 6 and set(landmarks) <= set(np.flatnonzero(scores.extra["is_landmark"]))
+    embedded = RowEmbeddings(task, dtype="float32").of(HiddenMean(), task.pool, task.rows)(0, 20).double()
+    distances = torch.cdist(unit(embedded), unit(embedded)).square()
+    own = distances[landmarks][:, landmarks]
+    median = torch.tensor(np.median(own.numpy()[np.triu_indices(6, 1)]))
+    kernel = torch.exp(-distances[:, landmarks] / (2 * median))
+    wanted = kernel @ torch.linalg.inv(kernel[landmarks] + 0.1 * torch.eye(6))
+    others = np.setdiff1d(np.arange(20), landmarks)
+    np.testing.assert_allclose(found[others], wanted[others].numpy(), rtol=0, atol=1e-4)  # float32 embeddings
+    passing = dataclasses.replace(settings, keep_embeddings=False).score(make_task(tmp_path, llama, pool=POOL_OF_20))
+    assert passing.curvature is not None
+    np.testing.assert_allclose(passing.curvature.coefficients, found, rtol=0, atol=1e-6)
+
+
+def test_the_size_of_the_term_alone_costs_one_product_and_is_the_same(tmp_path: Path, llama: Path) -> None:
+    whole = make_task(tmp_path, llama)
+    InfluenceDistillation(**COLD, eta=1e-4).score(whole)
+    alone = make_task(tmp_path / "alone", llama)
+    plain = InfluenceDistillation(**{**COLD, "weights": "none"}, hessian_ratio=True, eta=1e-4).score(alone)
+    assert plain.weights == "equal" and plain.curvature is None
+    (first,), (second,) = (
+        [note for note in task.notes if note.startswith("The second-order term is")] for task in (whole, alone)
+    )
+    assert first == second and "At 5 % or less the first order may stand alone" in first
+    bold = make_task(tmp_path / "bold", llama)
+    InfluenceDistillation(**{**COLD, "weights": "none"}, hessian_ratio=True, eta=100.0).score(bold)
+    assert any("set weights=second-order, or lower eta" in said for said in bold.warnings)
+
+
+def test_an_interrupted_run_ends_in_the_same_bytes(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = InfluenceDistillation(**CARRIED, eta=0.1, memory_gb=2e-4)
+    whole = make_task(tmp_path / "whole", llama, pool=POOL_OF_20)
+    wanted = settings.score(whole)
+    assert wanted.curvature is not None
+    real, calls = landmark_curvature.hessian_products, []
+
+    def dies(*arguments: object) -> object:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(landmark_curvature, "hessian_products", dies)
+    with pytest.raises(KeyboardInterrupt):
+        settings.score(make_task(tmp_path / "cut", llama, pool=POOL_OF_20))
+    monkeypatch.setattr(landmark_curvature, "hessian_products", real)
+    resumed = make_task(tmp_path / "cut", llama, pool=POOL_OF_20)
+    found = settings.score(resumed)
+    assert found.curvature is not None
+    np.testing.assert_array_equal(found.curvature.products, wanted.curvature.products)
+    assert resumed.notes == whole.notes
+    cut, uncut = (file_bytes(tmp_path / name / "store") for name in ("cut", "whole"))
+    assert {name for name in uncut if name.startswith("hessian-products")}
+    assert cut == uncut
+
+
+def test_half_precision_is_refused_before_a_product_is_taken(tmp_path: Path, llama: Path) -> None:
+    task = make_task(tmp_path, llama, dtype="bfloat16")
+    with pytest.raises(InvalidSettings, match="load it with --dtype float32"):
+        InfluenceDistillation(**COLD).score(task)
+
+
+def test_the_published_variant_with_true_gradients_scores_every_row_exactly(tmp_path: Path, llama: Path) -> None:
+    made = InfluenceDistillation(
+        preset="true-gradients", warmup="none", form="raw", projection="none", projection_dim=None
+    )
+    assert made.landmarks == "all" and made.weights == "none"
+    task = make_task(tmp_path, llama)
+    scores = made.score(task)
+    assert scores.extra["is_landmark"].all()
+    wanted = TracIn(projection="none").score(make_task(tmp_path / "b", llama))
+    np.testing.assert_allclose(scores.values, wanted.values, rtol=0, atol=1e-3)  # stored in float16
