@@ -13,10 +13,13 @@ __version__ = "0.1.0"
 __all__ = [
     "AttributeSettings",
     "Attribution",
+    "CompareResult",
+    "CompareSettings",
     "DoctorSettings",
     "OnlineSFTTrainer",
     "OnlineTrainer",
     "PlanSettings",
+    "PlantedResult",
     "ProxyResult",
     "ProxySettings",
     "SelectSettings",
@@ -29,6 +32,7 @@ __all__ = [
     "VerifySettings",
     "__version__",
     "attribute",
+    "compare",
     "doctor",
     "methods",
     "online",
@@ -43,11 +47,14 @@ if TYPE_CHECKING:
     from tamis import methods, online
     from tamis.api import (
         Attribution,
+        CompareResult,
+        PlantedResult,
         ProxyResult,
         Selection,
         TrainResult,
         Verification,
         attribute,
+        compare,
         doctor,
         plan,
         proxy,
@@ -55,6 +62,7 @@ if TYPE_CHECKING:
         train,
         verify,
     )
+    from tamis.compare_settings import CompareSettings
     from tamis.errors import TamisError
     from tamis.online.sft import OnlineSFTTrainer
     from tamis.online.trainer import OnlineTrainer
@@ -66,12 +74,15 @@ if TYPE_CHECKING:
 _HOMES = {
     "AttributeSettings": "tamis.trace_settings",
     "Attribution": "tamis.api",
+    "CompareResult": "tamis.api",
+    "CompareSettings": "tamis.compare_settings",
     "DoctorSettings": "tamis.settings",
     "OnlineSFTTrainer": "tamis.online.sft",
     "OnlineTrainer": "tamis.online.trainer",
     "PlanSettings": "tamis.settings",
     "ProxyResult": "tamis.api",
     "ProxySettings": "tamis.proxy_settings",
+    "PlantedResult": "tamis.api",
     "SelectSettings": "tamis.settings",
     "Selection": "tamis.api",
     "TamisError": "tamis.errors",
@@ -81,6 +92,7 @@ _HOMES = {
     "Verification": "tamis.api",
     "VerifySettings": "tamis.trace_settings",
     "attribute": "tamis.api",
+    "compare": "tamis.api",
     "doctor": "tamis.api",
     "plan": "tamis.api",
     "proxy": "tamis.api",

@@ -10,6 +10,8 @@ from typing import Any
 from torch import nn
 
 from tamis.attribute_run import Attribution, attribute_from_settings
+from tamis.compare_run import CompareResult, PlantedResult, compare_from_settings
+from tamis.compare_settings import CompareSettings
 from tamis.data.rows import Rows, are_rows, checked_rows, held_name
 from tamis.errors import InvalidSettings
 from tamis.evaluate.cost import PlanResult, estimate_plan
@@ -27,12 +29,16 @@ from tamis.verify_run import Verification, verify_from_settings
 
 __all__ = [
     "Attribution",
+    "CompareResult",
+    "PlantedResult",
     "ProxyResult",
     "Selection",
     "TrainResult",
     "Verification",
     "attribute",
     "attribute_from_settings",
+    "compare",
+    "compare_from_settings",
     "doctor",
     "plan",
     "proxy",
@@ -178,6 +184,67 @@ def train(
         method=None if isinstance(method, str) else method,
         progress=progress,
         held=held,
+    )
+
+
+def compare(
+    *,
+    model: str | Path,
+    pool: str | Path | Sequence[str | Path] | Rows,
+    target: str | Path | Sequence[str | Path] | Rows | Mapping[str, str | Path | Rows],
+    eval: str | Path | Sequence[str | Path] | Rows | Mapping[str, str | Path | Rows] = (),
+    methods: str | Sequence[str] = ("tracin",),
+    budget: str | int | float = "5%",
+    seeds: int = 5,
+    out: str | Path = "tamis-compare",
+    progress: Progress | None = None,
+    **settings: Any,
+) -> CompareResult | PlantedResult:
+    """Fine-tune ``model`` on what each method selects, and say which helped, whether by chance, and at what cost.
+
+    Baselines always run: uniform draws, BM25, longest answers, random rows of the chosen sources, the whole pool at
+    equal updates, and the whole pool at equal cost, which the verdict leads with.
+
+    Args:
+        model: hub id, local folder, PEFT adapter folder or GGUF file.
+        pool: files, globs or hub ids of the rows to choose from, or the rows themselves; as for ``tamis.select``.
+        target: rows of the task, in the same forms.
+        eval: rows of the task that only measure, in the same forms.
+        methods: ``[LABEL=][SHORTLIST+]METHOD`` with a method of ``tamis.select``, or ``online:METHOD`` with one of
+            ``tamis.train``. Their settings go to ``set`` as ``{"LABEL.NAME": value}``.
+        budget: rows (500), a share of the pool ("5%" or 0.05) or tokens ("200k-tokens").
+        seeds: training runs of every contender.
+        out: folder for the result; called again it goes on, and keeps every finished run.
+        progress: where to say how far it is; by default nowhere.
+        settings: any other field of ``tamis.CompareSettings``; ``planted=True`` checks the methods on a pool whose
+            answer is known, and trains nothing.
+
+    Returns:
+        The verdict, with what it was made from.
+
+    Raises:
+        InvalidInput: the data cannot be used (which file, row and field, and what to do).
+        InvalidSettings: settings contradict each other, the data, or the folder's earlier comparison.
+        NonFinite: a training run diverged.
+        Unsupported: the model cannot be trained, or a row does not fit in memory.
+    """
+    held: dict[str, Rows] = {}
+    extra = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
+    if are_rows(extra.get("relevant", ())):
+        extra["relevant"] = _paths(extra["relevant"], "relevant", held)
+    values = {
+        "model": str(model),
+        "pool": _paths(pool, "pool", held),
+        "target": _targets(target, "target", held),
+        "eval": _targets(eval, "eval", held),
+        "methods": [methods] if isinstance(methods, str) else list(methods),
+        "budget": budget,
+        "seeds": seeds,
+        "out": str(out),
+        **extra,
+    }
+    return compare_from_settings(
+        from_dict(CompareSettings, values, origin="tamis.compare"), progress=progress, held=held
     )
 
 

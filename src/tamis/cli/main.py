@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tamis import __version__
-from tamis.cli import attribute, doctor, plan, proxy, report, select, train, verify
+from tamis.cli import attribute, compare, doctor, plan, proxy, report, select, train, verify
 from tamis.cli.command import UserInterruptError, VerbCommand
 from tamis.errors import TamisError
 from tamis.report.wording import visible
@@ -59,6 +59,7 @@ app.command("doctor", cls=VerbCommand, epilog=doctor.EPILOG)(doctor.doctor)
 app.command("plan", cls=VerbCommand, epilog=plan.EPILOG)(plan.plan)
 app.command("proxy", cls=VerbCommand, epilog=proxy.EPILOG)(proxy.proxy)
 app.command("train", cls=VerbCommand, epilog=train.EPILOG)(train.train)
+app.command("compare", cls=VerbCommand, epilog=compare.EPILOG)(compare.compare)
 app.command("attribute", cls=VerbCommand, epilog=attribute.EPILOG)(attribute.attribute)
 app.command("verify", cls=VerbCommand, epilog=verify.EPILOG)(verify.verify)
 app.command("report", cls=VerbCommand, epilog=report.EPILOG)(report.report)
