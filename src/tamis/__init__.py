@@ -11,46 +11,94 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttributeSettings",
+    "Attribution",
+    "CompareResult",
+    "CompareSettings",
     "DoctorSettings",
     "OnlineSFTTrainer",
     "OnlineTrainer",
     "PlanSettings",
+    "PlantedResult",
+    "ProxyResult",
+    "ProxySettings",
     "SelectSettings",
     "Selection",
     "TamisError",
     "TrainResult",
     "TrainRunSettings",
+    "TrajectoryRecorder",
+    "Verification",
+    "VerifySettings",
     "__version__",
+    "attribute",
+    "compare",
     "doctor",
     "methods",
     "online",
     "plan",
+    "proxy",
     "select",
     "train",
+    "verify",
 ]
 
 if TYPE_CHECKING:
     from tamis import methods, online
-    from tamis.api import Selection, TrainResult, doctor, plan, select, train
+    from tamis.api import (
+        Attribution,
+        CompareResult,
+        PlantedResult,
+        ProxyResult,
+        Selection,
+        TrainResult,
+        Verification,
+        attribute,
+        compare,
+        doctor,
+        plan,
+        proxy,
+        select,
+        train,
+        verify,
+    )
+    from tamis.compare_settings import CompareSettings
     from tamis.errors import TamisError
     from tamis.online.sft import OnlineSFTTrainer
     from tamis.online.trainer import OnlineTrainer
+    from tamis.proxy_settings import ProxySettings
     from tamis.settings import DoctorSettings, PlanSettings, SelectSettings, TrainRunSettings
+    from tamis.trace_settings import AttributeSettings, VerifySettings
+    from tamis.trajectory.recorder import TrajectoryRecorder
 
 _HOMES = {
+    "AttributeSettings": "tamis.trace_settings",
+    "Attribution": "tamis.api",
+    "CompareResult": "tamis.api",
+    "CompareSettings": "tamis.compare_settings",
     "DoctorSettings": "tamis.settings",
     "OnlineSFTTrainer": "tamis.online.sft",
     "OnlineTrainer": "tamis.online.trainer",
     "PlanSettings": "tamis.settings",
+    "ProxyResult": "tamis.api",
+    "ProxySettings": "tamis.proxy_settings",
+    "PlantedResult": "tamis.api",
     "SelectSettings": "tamis.settings",
     "Selection": "tamis.api",
     "TamisError": "tamis.errors",
     "TrainResult": "tamis.api",
     "TrainRunSettings": "tamis.settings",
+    "TrajectoryRecorder": "tamis.trajectory.recorder",
+    "Verification": "tamis.api",
+    "VerifySettings": "tamis.trace_settings",
+    "attribute": "tamis.api",
+    "compare": "tamis.api",
     "doctor": "tamis.api",
     "plan": "tamis.api",
+    "proxy": "tamis.api",
     "select": "tamis.api",
     "train": "tamis.api",
+    "verify": "tamis.api",
 }
 
 

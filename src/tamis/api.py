@@ -7,6 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from tamis.attribute_run import Attribution, attribute_from_settings
+from tamis.compare_run import CompareResult, PlantedResult, compare_from_settings
+from tamis.compare_settings import CompareSettings
 from tamis.data.rows import Rows, are_rows, checked_rows, held_name
 from tamis.errors import InvalidSettings
 from tamis.evaluate.cost import PlanResult, estimate_plan
@@ -15,18 +20,35 @@ from tamis.online.by_name import plain_settings as online_settings
 from tamis.online.choice import Method as OnlineMethod
 from tamis.pipeline import Selection, select_from_settings
 from tamis.protocols import Method, Progress
+from tamis.proxy_run import ProxyResult, proxy_from_settings
+from tamis.proxy_settings import ProxySettings
 from tamis.settings import DoctorSettings, PlanSettings, SelectSettings, TrainRunSettings, from_dict
+from tamis.trace_settings import AttributeSettings, VerifySettings
 from tamis.train_run import TrainResult, train_from_settings
+from tamis.verify_run import Verification, verify_from_settings
 
 __all__ = [
+    "Attribution",
+    "CompareResult",
+    "PlantedResult",
+    "ProxyResult",
     "Selection",
     "TrainResult",
+    "Verification",
+    "attribute",
+    "attribute_from_settings",
+    "compare",
+    "compare_from_settings",
     "doctor",
     "plan",
+    "proxy",
+    "proxy_from_settings",
     "select",
     "select_from_settings",
     "train",
     "train_from_settings",
+    "verify",
+    "verify_from_settings",
 ]
 
 
@@ -163,6 +185,197 @@ def train(
         progress=progress,
         held=held,
     )
+
+
+def compare(
+    *,
+    model: str | Path,
+    pool: str | Path | Sequence[str | Path] | Rows,
+    target: str | Path | Sequence[str | Path] | Rows | Mapping[str, str | Path | Rows],
+    eval: str | Path | Sequence[str | Path] | Rows | Mapping[str, str | Path | Rows] = (),
+    methods: str | Sequence[str] = ("tracin",),
+    budget: str | int | float = "5%",
+    seeds: int = 5,
+    out: str | Path = "tamis-compare",
+    progress: Progress | None = None,
+    **settings: Any,
+) -> CompareResult | PlantedResult:
+    """Fine-tune ``model`` on what each method selects, and say which helped, whether by chance, and at what cost.
+
+    Baselines always run: uniform draws, BM25, longest answers, random rows of the chosen sources, the whole pool at
+    equal updates, and the whole pool at equal cost, which the verdict leads with.
+
+    Args:
+        model: hub id, local folder, PEFT adapter folder or GGUF file.
+        pool: files, globs or hub ids of the rows to choose from, or the rows themselves; as for ``tamis.select``.
+        target: rows of the task, in the same forms.
+        eval: rows of the task that only measure, in the same forms.
+        methods: ``[LABEL=][SHORTLIST+]METHOD`` with a method of ``tamis.select``, or ``online:METHOD`` with one of
+            ``tamis.train``. Their settings go to ``set`` as ``{"LABEL.NAME": value}``.
+        budget: rows (500), a share of the pool ("5%" or 0.05) or tokens ("200k-tokens").
+        seeds: training runs of every contender.
+        out: folder for the result; called again it goes on, and keeps every finished run.
+        progress: where to say how far it is; by default nowhere.
+        settings: any other field of ``tamis.CompareSettings``; ``planted=True`` checks the methods on a pool whose
+            answer is known, and trains nothing.
+
+    Returns:
+        The verdict, with what it was made from.
+
+    Raises:
+        InvalidInput: the data cannot be used (which file, row and field, and what to do).
+        InvalidSettings: settings contradict each other, the data, or the folder's earlier comparison.
+        NonFinite: a training run diverged.
+        Unsupported: the model cannot be trained, or a row does not fit in memory.
+    """
+    held: dict[str, Rows] = {}
+    extra = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
+    if are_rows(extra.get("relevant", ())):
+        extra["relevant"] = _paths(extra["relevant"], "relevant", held)
+    values = {
+        "model": str(model),
+        "pool": _paths(pool, "pool", held),
+        "target": _targets(target, "target", held),
+        "eval": _targets(eval, "eval", held),
+        "methods": [methods] if isinstance(methods, str) else list(methods),
+        "budget": budget,
+        "seeds": seeds,
+        "out": str(out),
+        **extra,
+    }
+    return compare_from_settings(
+        from_dict(CompareSettings, values, origin="tamis.compare"), progress=progress, held=held
+    )
+
+
+def proxy(
+    *,
+    model: str | Path,
+    pool: str | Path | Sequence[str | Path] | Rows,
+    target: str | Path | Sequence[str | Path] | Rows | Mapping[str, str | Path | Rows] = (),
+    sparsity: float = 0.5,
+    out: str | Path = "tamis-proxy",
+    progress: Progress | None = None,
+    **settings: Any,
+) -> ProxyResult:
+    """Build a cheap copy of ``model`` that ranks the rows of ``pool`` as it does, and measure how far it does.
+
+    The folder ``out`` loads wherever tamis takes a model: ``tamis.select(model=out, ...)`` with any method.
+
+    Args:
+        model: hub id, local folder, PEFT adapter folder (which is merged) or GGUF file.
+        pool: rows to build it from and to measure it on, in the forms that ``tamis.select`` takes.
+        target: rows of the task, in the same forms; without any, rows of the pool stand in.
+        sparsity: share of the compressed layers' numbers that is removed.
+        out: folder for the proxy; an interrupted build with the same arguments resumes there.
+        progress: where to say how far it is; by default nowhere.
+        settings: any other field of ``tamis.proxy_settings.ProxySettings``.
+
+    Returns:
+        Where the proxy lies and what it keeps.
+
+    Raises:
+        InvalidInput: the data cannot be used (which file, row and field, and what to do).
+        InvalidSettings: settings contradict each other, the data, or the folder's earlier build.
+        NonFinite: alignment diverged.
+        Unsupported: no layer of the model can be compressed, or its proxy could not be loaded again.
+    """
+    held: dict[str, Rows] = {}
+    values = {
+        "model": str(model),
+        "pool": _paths(pool, "pool", held),
+        "target": _targets(target, "target", held),
+        "sparsity": sparsity,
+        "out": str(out),
+        **{key: str(value) if isinstance(value, Path) else value for key, value in settings.items()},
+    }
+    return proxy_from_settings(from_dict(ProxySettings, values, origin="tamis.proxy"), progress=progress, held=held)
+
+
+def attribute(
+    *,
+    run: str | Path,
+    target: str | Path | Sequence[str | Path] | Rows | Mapping[str, str | Path | Rows],
+    method: str = "adamw-influence",
+    out: str | Path = "tamis-attribution",
+    model: str | Path | nn.Module | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Attribution:
+    """Score every sample of a recorded run by what removing it would do to the loss of ``target`` at the end.
+
+    Args:
+        run: folder that ``tamis.TrajectoryRecorder`` or ``tamis train --record`` wrote.
+        target: rows of the task, as for ``tamis.select``; or rows of ``input_ids`` and ``labels``, taken as they are.
+        method: ``adamw-influence``, ``sgd-influence`` or ``tracin``.
+        out: folder for the result; an interrupted call with the same arguments resumes there.
+        model: what training started from, by name or as an object; None: what the record names.
+        progress: where to say how far it is; by default nowhere.
+        settings: any other field of ``tamis.AttributeSettings``.
+
+    Returns:
+        The scores. Positive: removing the sample raises the target loss, so training on it lowered it.
+
+    Raises:
+        InvalidInput: the run did not come to its end, or the target cannot be used.
+        InvalidSettings: settings contradict each other or the run.
+        StoreMismatch: the model is not the run's, or replaying does not reproduce what was recorded.
+    """
+    held: dict[str, Rows] = {}
+    values = _trace_values(run, target, out, model, settings, held)
+    chosen = from_dict(AttributeSettings, {**values, "method": method}, origin="tamis.attribute")
+    return attribute_from_settings(chosen, model=_as_module(model), progress=progress, held=held)
+
+
+def verify(
+    *,
+    run: str | Path,
+    target: str | Path | Sequence[str | Path] | Rows | Mapping[str, str | Path | Rows],
+    samples: int = 50,
+    out: str | Path = "tamis-verification",
+    model: str | Path | nn.Module | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Verification:
+    """Retrain a recorded run without each of some random samples, and see which scores foretold the outcome.
+
+    Args:
+        run: folder that ``tamis.TrajectoryRecorder`` or ``tamis train --record`` wrote.
+        target: as for ``tamis.attribute``.
+        samples: how many are left out, one retraining each.
+        out: folder for the result; an interrupted call with the same arguments resumes there.
+        model: as for ``tamis.attribute``.
+        progress: where to say how far it is; by default nowhere.
+        settings: any other field of ``tamis.VerifySettings``.
+
+    Returns:
+        Spearman's correlation and its interval for every method.
+
+    Raises:
+        InvalidInput: the run did not come to its end, or the target cannot be used.
+        InvalidSettings: settings contradict each other or the run.
+        StoreMismatch: the model is not the run's, or replaying does not reproduce what was recorded.
+    """
+    held: dict[str, Rows] = {}
+    values = _trace_values(run, target, out, model, settings, held)
+    chosen = from_dict(VerifySettings, {**values, "samples": samples}, origin="tamis.verify")
+    return verify_from_settings(chosen, model=_as_module(model), progress=progress, held=held)
+
+
+def _trace_values(
+    run: str | Path, target: Any, out: str | Path, model: Any, settings: Mapping[str, Any], held: dict[str, Rows]
+) -> dict[str, Any]:
+    return {
+        "run": str(run),
+        "target": _targets(target, "target", held),
+        "out": str(out),
+        **({"model": str(model)} if isinstance(model, str | Path) else {}),
+        **{key: str(value) if isinstance(value, Path) else value for key, value in settings.items()},
+    }
+
+
+def _as_module(model: Any) -> nn.Module | None:
+    return None if model is None or isinstance(model, str | Path) else model
 
 
 def _check_method(method: Any, example: str) -> None:

@@ -1,6 +1,7 @@
 """The selection methods as Python objects: ``tamis.select(..., method=tamis.methods.Less(lora_rank=16))``."""
 
 from tamis.score import METHODS
+from tamis.score.adamw_influence import AdamwInfluence
 from tamis.score.influence_distillation import InfluenceDistillation
 from tamis.score.influence_function import InfluenceFunction
 from tamis.score.length import Length
@@ -14,6 +15,7 @@ from tamis.score.uniform import Uniform
 
 __all__ = [
     "METHODS",
+    "AdamwInfluence",
     "Bm25",
     "InfluenceDistillation",
     "InfluenceFunction",

@@ -13,6 +13,7 @@ __all__ = [
     "METHOD_SUMMARIES",
     "ONLINE_SUMMARIES",
     "PROJECTION_NAMES",
+    "PROXY_SUMMARIES",
     "candidates_parts",
     "check_method",
     "check_online_method",
@@ -34,6 +35,7 @@ METHOD_SUMMARIES: dict[str, str] = {
     "less": "Adam update of the row against the target gradient, over checkpoints of a LoRA warm-up",
     "influence-function": "exact gradients through the inverse curvature of the loss, as EK-FAC or K-FAC has it",
     "influence-distillation": "exact gradients of a few landmark rows, carried to all others by cheap embeddings",
+    "adamw-influence": "what each row did to the target along one whole training run (offline)",
 }
 GRADIENT_METHODS = ("tracin", "less", "influence-function")
 # The methods of ``tamis.online.METHODS``, likewise.
@@ -48,6 +50,18 @@ ONLINE_SUMMARIES: dict[str, str] = {
     "uniform": "a random draw: what every other method has to beat",
     "full": "plain training on all candidates: what every other method has to beat at equal compute",
     "target-only": "trains on the target rows themselves: a warning, small targets are memorised",
+    "lookahead": "largest effect on the target k updates later, through AdamW's own dynamics (set horizon)",
+}
+# The presets of ``tamis proxy``.
+PROXY_SUMMARIES: dict[str, str] = {
+    "default": "influence-preserving factors: inputs weigh fully, output gradients steer; aligned by outputs",
+    "ipsvd": "the same with both sides weighing fully (relative damping .01 each)",
+    "activation": "factors weighted by the inputs alone",
+    "svd": "plain truncated SVD",
+    "paper": "IProX as published: core form, absolute damping, gradient alignment, influence over the factors",
+    "layer-extraction": "baseline: the blocks that change their input most, whole",
+    "sibling": "baseline: a smaller model of the family, as it is (--sibling)",
+    "influence-scorer": "baseline: a head on a smaller model's states, fitted to scores; gives scores, no model",
 }
 PROJECTION_NAMES = ("none", "factorized", "rademacher", "hadamard", "mask")
 

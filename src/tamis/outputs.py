@@ -100,6 +100,8 @@ def _has_work(out: Path) -> bool:
     """Whether a run left results in ``out``, or anything in its store that a model was needed for."""
     if any((out / name).exists() for name in _RESULTS) or any((out / "checkpoints").glob("checkpoint-*")):
         return True
+    if any((out / "records").glob("*.json")) or any((out / "selections").glob("*")):  # of a comparison
+        return True
     return any(
         file.is_file() and file.name != PLAN_FILE and not file.name.endswith(TEMPORARY_SUFFIX)
         for stage in (out / "store").glob("*")

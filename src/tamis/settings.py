@@ -32,9 +32,11 @@ __all__ = [
     "ONLINE_SUMMARIES",
     "PROJECTION_NAMES",
     "DoctorSettings",
+    "Format",
     "PlanSettings",
     "SelectSettings",
     "TrainRunSettings",
+    "check_targets",
     "from_dict",
     "nearest",
     "shortlist_parts",
@@ -93,7 +95,7 @@ class SelectSettings:
         object.__setattr__(self, "budget", _budget_text(self.budget))
         check_types(self)
         _check_sources("pool", self.pool)
-        names = _check_targets(self.target, required=True)
+        names = check_targets(self.target, required=True)
         check_method(self.method)
         _check_method_settings(self.set)
         if self.shortlist is not None:
@@ -150,7 +152,7 @@ class DoctorSettings:
     def __post_init__(self) -> None:
         check_types(self)
         _check_sources("pool", self.pool)
-        _check_targets(self.target, required=False)
+        check_targets(self.target, required=False)
         _at_least("preview", self.preview, 0)
         _at_least("sample", self.sample, 0)
         check_projection(self.projection)
@@ -199,7 +201,7 @@ class PlanSettings:
         object.__setattr__(self, "budget", _budget_text(self.budget))
         check_types(self)
         _check_sources("pool", self.pool)
-        _check_targets(self.target, required=False)
+        check_targets(self.target, required=False)
         shortlist_parts(self.shortlist)
         check_projection(self.projection)
         _check_plan_settings(self.set)
@@ -261,6 +263,8 @@ class TrainRunSettings:
     log_steps: int = 10
     forecast_every: int = 10  # updates between comparisons of predicted and realised drop; 0: never
     report_to: tuple[str, ...] = ()
+    record: str | None = None  # folder for what tamis attribute needs of the run
+    record_every: int | None = None  # updates between two recorded states; None: the root of all, at least 10
     seed: int = 0
     max_length: int = 2048
     dtype: Dtype = "auto"
@@ -276,8 +280,8 @@ class TrainRunSettings:
     def __post_init__(self) -> None:
         check_types(self)
         _check_sources("pool", self.pool)
-        _check_targets(self.target, required=True)
-        _check_targets(self.eval_target, required=False)
+        check_targets(self.target, required=True)
+        check_targets(self.eval_target, required=False)
         check_online_method(self.method)
         _check_method_settings(self.set)
         for name in ("keep", "oversample"):
@@ -288,6 +292,11 @@ class TrainRunSettings:
         for name in ("batch_rows", "accumulation", "save_steps", "log_steps"):
             _at_least(name, getattr(self, name), 1)
         _at_least("forecast_every", self.forecast_every, 0)
+        _at_least("record_every", self.record_every, 1)
+        if self.record_every is not None and self.record is None:
+            raise InvalidSettings("record_every: nothing is recorded; pass --record too")
+        if self.record is not None and self.method == "target-only":
+            raise InvalidSettings("record: target-only trains on target rows, which are no samples to attribute to")
         _at_least("seed", self.seed, 0)
         _at_least("max_length", self.max_length, 2)
         self._check_candidates()
@@ -295,7 +304,7 @@ class TrainRunSettings:
         self._check_measuring()
         self._check_optimizer()
         self._check_place()
-        _check_not_empty(self, "model", "out", "device", "attention", "revision", "chat_template")
+        _check_not_empty(self, "model", "out", "device", "attention", "revision", "chat_template", "record")
 
     @property
     def held_out_share(self) -> float:
@@ -375,7 +384,8 @@ def _check_sources(name: str, paths: tuple[str, ...]) -> None:
         raise InvalidSettings(f"{name}: expected at least one file, glob or hub id, got {list(paths)!r}; pass --{name}")
 
 
-def _check_targets(texts: tuple[str, ...], *, required: bool) -> list[str]:
+def check_targets(texts: tuple[str, ...], *, required: bool) -> list[str]:
+    """The targets' names; refuses two of one name, and none where one is required."""
     if required:
         _check_sources("target", texts)
     names: list[str] = []

@@ -27,6 +27,7 @@ from tamis.manifest import versions
 from tamis.model.load import ModelSettings, model_fingerprint, no_progress_bars, template_text
 from tamis.model.memory import is_out_of_memory
 from tamis.model.processes import barrier, is_main, world_size
+from tamis.model.proxy_folder import layout_of, write_layout
 from tamis.notation import candidates_parts
 from tamis.online.by_name import make_method
 from tamis.online.choice import Method, cold_updates
@@ -38,6 +39,7 @@ from tamis.outputs import check_claim, claim_folder, write_json
 from tamis.progress import NoProgress
 from tamis.protocols import Progress
 from tamis.settings import TrainRunSettings, to_dict
+from tamis.trace_inputs import write_examples
 from tamis.train_account import describe_cost, describe_training
 from tamis.train_rows import RunRows, check_candidates, measuring_targets, num_updates, split_rows
 from tamis.train_setup import (
@@ -48,13 +50,19 @@ from tamis.train_setup import (
     open_model,
     training_arguments,
 )
+from tamis.trajectory.log import LogReader, mark_finished
+from tamis.trajectory.recorder import TrajectoryRecorder
+from tamis.trajectory.token_rows import TokenRow
 
 __all__ = ["TrainResult", "train_from_settings"]
 
 logger = logging.getLogger(__name__)
 
 # Settings that cannot change the weights; all others make a folder the folder of one run.
-_FREE_SETTINGS = ("out", "save_steps", "log_steps", "forecast_every", "report_to", "on_bad_row")
+_FREE_SETTINGS = (
+    *("out", "save_steps", "log_steps", "forecast_every", "report_to", "on_bad_row"),
+    *("record", "record_every"),
+)
 _KNOWN_BY_CONTENT = ("model", "revision", "chat_template")
 
 
@@ -234,6 +242,7 @@ class _Run:
                 advance(start.step)
             try:
                 steps, stopped = self._to_the_end(trainer, start)
+                self._finish_record()
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -276,10 +285,34 @@ class _Run:
             candidates_folder=self.out / "candidates",
             sources=[examples.source_names[i] for i in index],
             held_out=held_out,
-            callbacks=[callback],
+            callbacks=[*self._recorders(), callback],  # a checkpoint counts as whole once it is recorded too
         )
         trainer.remove_callback(PrinterCallback)  # it prints every entry, which the log has
         return trainer
+
+    def _recorders(self) -> list[TrajectoryRecorder]:
+        settings = self.settings
+        if settings.record is None:
+            return []
+        folder = Path(settings.record)
+        examples, rows = self.rendered.pool.examples, self.rows.pool
+        source = [examples.source_names[i] for i in examples.source_index[rows]]
+        write_examples(folder, examples, rows, source)
+        # The folder is the run's own: killed before its first checkpoint, it begins its record anew.
+        recorder = TrajectoryRecorder(
+            folder, every=settings.record_every, model_name=settings.model, over_unfinished=True
+        )
+        return [recorder]
+
+    def _finish_record(self) -> None:
+        """A run killed after its last checkpoint trains no more, and its recorder is not told of the end."""
+        record = self.settings.record
+        if record is None or not is_main() or LogReader(Path(record)).end is not None:
+            return
+        rows = self.rendered.pool.take(self.rows.pool)
+        digests = [TokenRow(ids=r.input_ids, supervised=r.supervised).trimmed().digest() for r in rows]
+        first = {digest: position for position, digest in reversed(list(enumerate(digests)))}
+        mark_finished(Path(record), first)
 
     def _to_the_end(self, trainer: RunTrainer, start: WholeCheckpoint | None) -> tuple[int, bool]:
         """Updates done, and whether the run stopped before all were."""
@@ -303,6 +336,9 @@ class _Run:
                 shutil.rmtree(old, ignore_errors=True)
             options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
             model.save_pretrained(partial, **options)
+            layout = None if hasattr(model, "peft_config") else layout_of(model)
+            if layout is not None:  # a proxy that was trained whole is a proxy still
+                write_layout(layout, partial)
             tokenizer.save_pretrained(partial)
             partial.replace(folder)
 

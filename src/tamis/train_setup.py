@@ -20,10 +20,18 @@ from tamis.model.source import resolve_source
 from tamis.settings import TrainRunSettings
 from tamis.training.lora import add_lora, train_adapter
 
-__all__ = ["check_device", "check_reports", "check_tuning", "compute_dtype", "open_model", "training_arguments"]
+__all__ = [
+    "LEARNING_RATES",
+    "check_device",
+    "check_reports",
+    "check_tuning",
+    "compute_dtype",
+    "open_model",
+    "training_arguments",
+]
 
 _LORA_RANK = 16
-_LEARNING_RATES = {"lora": 2e-4, "full": 2e-5}
+LEARNING_RATES = {"lora": 2e-4, "full": 2e-5}
 
 
 def compute_dtype(settings: TrainRunSettings) -> str:
@@ -46,7 +54,7 @@ def check_device(settings: TrainRunSettings) -> None:
     if world_size() == 1 and count > 1 and settings.device in ("auto", "cuda"):
         raise InvalidSettings(
             f"one process sees {count} GPUs; start one for each: accelerate launch --num_processes {count} -m tamis "
-            "train ..., or use one of them: CUDA_VISIBLE_DEVICES=0"
+            "..., or use one of them: CUDA_VISIBLE_DEVICES=0"
         )
 
 
@@ -122,7 +130,7 @@ def training_arguments(settings: TrainRunSettings, *, total: int, dtype: str, ou
         "max_steps": total,
         "per_device_train_batch_size": settings.batch_rows,
         "gradient_accumulation_steps": settings.accumulation,
-        "learning_rate": settings.learning_rate or _LEARNING_RATES[settings.tune],
+        "learning_rate": settings.learning_rate or LEARNING_RATES[settings.tune],
         "lr_scheduler_type": scheduler,
         "warmup_steps": warmup,
         "weight_decay": settings.weight_decay,

@@ -23,10 +23,12 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
 CODE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PUBLIC = {
-    *("select", "doctor", "plan", "train", "methods"),
+    *("select", "doctor", "plan", "train", "compare", "proxy", "attribute", "verify", "methods"),
     *("OnlineTrainer", "OnlineSFTTrainer", "online"),
-    *("SelectSettings", "DoctorSettings", "PlanSettings", "TrainRunSettings"),
-    *("Selection", "TrainResult", "TamisError", "__version__"),
+    *("CompareSettings", "CompareResult", "PlantedResult"),
+    *("SelectSettings", "DoctorSettings", "PlanSettings", "TrainRunSettings", "ProxySettings"),
+    *("AttributeSettings", "VerifySettings", "TrajectoryRecorder", "Attribution", "Verification"),
+    *("Selection", "TrainResult", "ProxyResult", "TamisError", "__version__"),
 }
 
 
@@ -134,7 +136,8 @@ SCRIPT_RUN = re.compile(r"python ((?:benchmarks|examples)/[\w/]+\.py)((?:[^\n`]*
 def test_flags_in_the_documents_exist(name: str) -> None:
     """Every --flag in running text belongs to a verb, except where another program is spoken of."""
     others = {"--num_processes", "--nproc-per-node", "--version", "--help", "--no-deps", "--constraint"}
-    known = {flag for verb in ("select", "doctor", "plan", "train") for flag in flags_of(verb)}
+    verbs = ("select", "doctor", "plan", "train", "compare", "proxy", "attribute", "verify")
+    known = {flag for verb in verbs for flag in flags_of(verb)}
     assert set(FLAG.findall(SCRIPT_RUN.sub("", TEXTS[name]))) - known - others == set()
 
 
@@ -187,7 +190,7 @@ def test_names_that_are_not_public_are_refused_by_name() -> None:
 
 
 def test_every_verb_has_help_that_names_its_flags() -> None:
-    for verb in ("select", "doctor", "plan", "train"):
+    for verb in ("select", "doctor", "plan", "train", "proxy", "compare"):
         result = CliRunner().invoke(cli.app, [verb, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
         assert result.exit_code == 0
         assert "--model" in result.output

@@ -32,6 +32,7 @@ def test_a_plan_holds_every_method_and_a_cascade_for_the_dear_ones(tiny: TinyRun
         *(("uniform", None), ("length", None), ("bm25", None), ("loss-drop", None), ("mid-ppl", None), ("rds+", None)),
         *(("tracin", None), ("tracin", "bm25:5x"), ("less", None), ("less", "bm25:5x")),
         *(("influence-function", None), ("influence-function", "bm25:5x"), ("influence-distillation", None)),
+        ("adamw-influence", None),
     ]
     assert plan.pool.rows == 60 and plan.target.rows == 4 and plan.budget_rows == 3
     cascade = plan.methods[7]

@@ -37,7 +37,10 @@ __all__ = [
     "write_result",
 ]
 
-_SEVERAL = ("--pool", "--target", "--eval-target", "--lora-targets", "--report-to")
+_SEVERAL = (
+    *("--pool", "--target", "--eval-target", "--lora-targets", "--report-to"),
+    *("--eval", "--methods", "--budgets", "--relevant", "--relevant-sources"),
+)
 _PAIRS = {"set_": ("set", "--set"), "share": ("shares", "--share")}  # parameter -> setting, flag
 
 

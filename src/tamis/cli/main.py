@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tamis import __version__
-from tamis.cli import doctor, plan, report, select, train
+from tamis.cli import attribute, compare, doctor, plan, proxy, report, select, train, verify
 from tamis.cli.command import UserInterruptError, VerbCommand
 from tamis.errors import TamisError
 from tamis.report.wording import visible
@@ -57,7 +57,11 @@ def _tamis(
 app.command("select", cls=VerbCommand, epilog=select.EPILOG)(select.select)
 app.command("doctor", cls=VerbCommand, epilog=doctor.EPILOG)(doctor.doctor)
 app.command("plan", cls=VerbCommand, epilog=plan.EPILOG)(plan.plan)
+app.command("proxy", cls=VerbCommand, epilog=proxy.EPILOG)(proxy.proxy)
 app.command("train", cls=VerbCommand, epilog=train.EPILOG)(train.train)
+app.command("compare", cls=VerbCommand, epilog=compare.EPILOG)(compare.compare)
+app.command("attribute", cls=VerbCommand, epilog=attribute.EPILOG)(attribute.attribute)
+app.command("verify", cls=VerbCommand, epilog=verify.EPILOG)(verify.verify)
 app.command("report", cls=VerbCommand, epilog=report.EPILOG)(report.report)
 
 

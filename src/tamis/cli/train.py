@@ -232,6 +232,23 @@ def train(
     log_steps: Annotated[
         int, typer.Option(help="Updates between log entries.", rich_help_panel=RESULTS)
     ] = TrainRunSettings.log_steps,
+    record: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder for all that [cyan]tamis attribute[/cyan] needs of the run: states, batches, rates.",
+            metavar="DIR",
+            rich_help_panel=RESULTS,
+            show_default=False,
+        ),
+    ] = None,
+    record_every: Annotated[
+        int | None,
+        typer.Option(
+            help="Updates between two recorded states, each three times what is trained; the root of all updates, at "
+            "least 10, when left out.",
+            rich_help_panel=RESULTS,
+        ),
+    ] = None,
     report_to: Annotated[
         list[str] | None,
         typer.Option(

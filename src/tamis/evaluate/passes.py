@@ -177,6 +177,19 @@ def _influence_function(question: MethodQuestion) -> list[PassPlan]:
     return [*passes, *[question.model_pass("influence (pool)", "gradient", question.scored)] * lots]
 
 
+def _adamw_influence(question: MethodQuestion) -> list[PassPlan]:
+    values = question.values
+    adapted = question.with_lora(int(values["lora_rank"]))
+    seen = question.scored.times(float(values["epochs"]))
+    # As measured: the way back costs two to three training steps, least without curvature.
+    back = seen.times({"none": 2.0, "exact": 3.0}.get(str(values["curvature"]), 2.5))
+    return [
+        question.model_pass("reference run (LoRA)", "gradient", seen, shape=adapted),
+        question.model_pass("replay of it", "gradient", seen, shape=adapted),
+        question.model_pass("sweep back", "gradient", back, shape=adapted),
+    ]
+
+
 def _influence_distillation(question: MethodQuestion) -> list[PassPlan]:
     method = InfluenceDistillation(**question.values)
     lora = method.moments is None and method.warmup == "lora"
@@ -266,6 +279,7 @@ _PASSES: dict[str, Callable[[MethodQuestion], list[PassPlan]]] = {
     "less": _less,
     "influence-function": _influence_function,
     "influence-distillation": _influence_distillation,
+    "adamw-influence": _adamw_influence,
 }
 
 

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tamis.errors import Unsupported
 from tamis.model.loss import evaluation_mode, gathered_before_head, supervised_positions
+from tamis.model.lowrank import LowRankLinear, moved_products
 from tamis.model.states import mean_by_row, states_before_head
 from tamis.seeds import child_seed, random_normal
 from tamis.types import Batch, LayerSpec
@@ -86,9 +87,11 @@ def hidden_tangents(
 
     # The fused attention kernels have no forward-mode rule; the plain one has, and every "sdpa" model can use it.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
-        params = _dual_params(model, layers, direction)
+        plain, moves = _split(model, layers, direction)
+        params = _dual_params(model, plain, direction)
         try:
-            return states_before_head(model, batch, take=take, params=params)
+            with moved_products(model, moves):
+                return states_before_head(model, batch, take=take, params=params)
         except NotImplementedError as error:
             raise _without_rule(model, error, "choose another embedding than jvp") from error
 
@@ -135,6 +138,21 @@ def loss_tangents(
         pair = torch.stack([-log_probs.gather(1, labels)[:, 0], slopes], dim=1)  # (n, 2)
         means = mean_by_row(pair, positions)
     return means[:, 0], means[:, 1]
+
+
+def _split(
+    model: nn.Module, layers: Sequence[LayerSpec], direction: Mapping[str, Tensor]
+) -> tuple[list[LayerSpec], dict[str, Tensor]]:
+    """Layers whose weight is a parameter, and for those in factors a zero matrix with the direction as its tangent."""
+    plain, moves = list[LayerSpec](), {}
+    for layer in layers:
+        module = model.get_submodule(layer.name)
+        if isinstance(module, LowRankLinear):
+            tangent = direction[layer.name].to(module.A.weight)
+            moves[layer.name] = _dual(torch.zeros_like(tangent), tangent)
+        else:
+            plain.append(layer)
+    return plain, moves
 
 
 def _dual_params(model: nn.Module, layers: Sequence[LayerSpec], direction: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tamis.model.loss import evaluation_mode
+from tamis.model.lowrank import LowRankLinear, moved_products
 from tamis.types import Batch, LayerSpec
 
 __all__ = ["reference_gradients", "reference_loss"]
@@ -29,14 +30,23 @@ def reference_gradients(
 ) -> tuple[Float[Tensor, " B"], list[dict[str, Float[Tensor, "O I2"]]]]:
     """Losses, and per row ``{layer name: gradient (O, I + bias)}``, by autograd on the weights themselves."""
     modules = dict(model.named_modules())
+    # A factored layer's matrix is nowhere stored; its gradient is that of a matrix of zeros added to the product.
+    moves = {
+        layer.name: torch.zeros(layer.shape, device=found.A.weight.device, dtype=found.A.weight.dtype).requires_grad_()
+        for layer in layers
+        if isinstance(found := modules[layer.name], LowRankLinear)
+    }
     losses, grads = [], []
-    with evaluation_mode(model, checkpointing=False), torch.enable_grad():
+    with evaluation_mode(model, checkpointing=False), torch.enable_grad(), moved_products(model, moves):
         for ids, mask, supervised in zip(batch.input_ids, batch.attention_mask, batch.supervised, strict=True):
             length = int(mask.sum())
             loss = reference_loss(model, ids[:length], supervised[:length])
-            params = [p for layer in layers for p in _params(modules[layer.name], layer)]
-            found = iter(torch.autograd.grad(loss, params))
-            grads.append({layer.name: _as_matrix(layer, found) for layer in layers})
+            plain = [layer for layer in layers if layer.name not in moves]
+            params = [p for layer in plain for p in _params(modules[layer.name], layer)]
+            found = iter(torch.autograd.grad(loss, [*moves.values(), *params]))
+            moved = {name: next(found) for name in moves}
+            of_plain = {layer.name: _as_matrix(layer, found) for layer in plain}
+            grads.append({layer.name: {**moved, **of_plain}[layer.name] for layer in layers})
             losses.append(loss.detach())
     return torch.stack(losses), grads
 

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tamis.errors import InvalidInput, first_line
 from tamis.model.load import ModelSettings
+from tamis.model.proxy_folder import proxy_class
 from tamis.model.source import resolve_source
 from tamis.model.targets import embedding_matrix, output_embeddings
 
@@ -92,8 +93,13 @@ def skeleton(settings: ModelSettings, *, lora_rank: int | None = None) -> nn.Mod
             adapter.inference_mode = False
         elif lora_rank is not None:
             adapter = LoraConfig(r=lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        layout = base.proxy_layout()
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
+            if layout is None:
+                made = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
+            else:
+                made = proxy_class(config, layout, settings.name)._from_config(config)
+            model = cast(nn.Module, made)
         if adapter is None:
             return model
         with torch.device("meta"), warnings.catch_warnings():

@@ -14,11 +14,18 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, modeling_gguf_pytorch_utils
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    modeling_gguf_pytorch_utils,
+)
 from transformers.utils import logging as transformers_logging
 
 from tamis.errors import InvalidInput, InvalidSettings, TamisError, Unsupported, first_line
 from tamis.model.processes import local_rank
+from tamis.model.proxy_folder import proxy_class
 from tamis.model.source import ModelSource, fingerprint_of, resolve_source
 from tamis.model.targets import embedding_matrix
 
@@ -197,8 +204,15 @@ def _load_weights(source: ModelSource, settings: ModelSettings, dtype: torch.dty
         options["device_map"] = settings.device_map
     if source.gguf_file is not None:
         options.update(gguf_file=source.gguf_file, **_gguf_options(settings.name))
+    layout = source.proxy_layout()
     with _as_tamis_errors(settings.name, "model"), no_progress_bars():
-        model, info = AutoModelForCausalLM.from_pretrained(source.name, **options)
+        loads_as: Any = AutoModelForCausalLM
+        if layout is not None:
+            # Nobody needs code of the folder to load a proxy, so none runs, whatever was allowed.
+            config = AutoConfig.from_pretrained(source.name, revision=source.revision, trust_remote_code=False)
+            loads_as = proxy_class(config, layout, settings.name)
+            options.update(trust_remote_code=False, config=config)
+        model, info = loads_as.from_pretrained(source.name, **options)
     missing = sorted(info["missing_keys"])
     if missing:
         raise InvalidInput(

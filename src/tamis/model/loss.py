@@ -24,6 +24,7 @@ __all__ = [
     "gathered_before_head",
     "per_sample_losses",
     "require_finite",
+    "supervised_logits",
     "supervised_positions",
     "twice_differentiable_losses",
 ]
@@ -85,7 +86,7 @@ def per_sample_losses(
         Unsupported: the model's LM head is not fed ``(B, T, hidden)``.
     """
     positions = supervised_positions(batch) if positions is None else positions
-    logits = _supervised_logits(model, batch, positions)
+    logits = supervised_logits(model, batch, positions)
     if relabel is not None:
         positions = replace(positions, labels=relabel(logits))
     losses: Tensor = _MeanCrossEntropy.apply(logits, positions)  # type: ignore[no-untyped-call]
@@ -102,16 +103,21 @@ def twice_differentiable_losses(model: nn.Module, batch: Batch) -> Float[Tensor,
         Unsupported: the model's LM head is not fed ``(B, T, hidden)``.
     """
     positions = supervised_positions(batch)
-    logits = _supervised_logits(model, batch, positions, checkpointing=False)
+    logits = supervised_logits(model, batch, positions, checkpointing=False)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     labels, row, counts = (x.to(logits.device) for x in (positions.labels, positions.row, positions.counts))
     token_losses = nn.functional.cross_entropy(logits.to(dtype), labels, reduction="none")
     return token_losses.new_zeros(len(counts)).index_add(0, row, token_losses) / counts
 
 
-def _supervised_logits(
+def supervised_logits(
     model: nn.Module, batch: Batch, positions: SupervisedPositions, *, checkpointing: bool = True
 ) -> Float[Tensor, "n V"]:
+    """The logits that predict the supervised tokens, in the order of ``positions``: one forward pass without dropout.
+
+    Raises:
+        Unsupported: the model's LM head is not fed ``(B, T, hidden)``.
+    """
     tokens = tuple(batch.input_ids.shape)
     with evaluation_mode(model, checkpointing=checkpointing), gathered_before_head(model, positions, tokens):
         output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)

@@ -21,12 +21,13 @@ from transformers.utils import cached_file, extract_commit_hash
 
 from tamis.errors import InvalidInput, Unsupported, first_line
 from tamis.identity import file_sha256
+from tamis.model.proxy_folder import PROXY_FILE, ProxyLayout, read_layout
 
 __all__ = ["ModelSource", "fingerprint_of", "resolve_source"]
 
 logger = logging.getLogger(__name__)
 
-_MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", "*.py")
+_MODEL_FILES = ("config.json", "proxy.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", "*.py")
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model*")
 _FILE_ENDINGS = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".onnx", ".json", ".zip", ".tar", ".gz")
 _HUB_TIMEOUT_S = 10.0
@@ -56,6 +57,15 @@ class ModelSource:
     def is_adapter(self) -> bool:
         """True if these files hold a PEFT adapter only."""
         return self.base is not None
+
+    def proxy_layout(self) -> ProxyLayout | None:
+        """What ``proxy.json`` says, None for a model that is no proxy.
+
+        Raises:
+            InvalidInput: the file cannot be used.
+        """
+        found = None if self.gguf_file is not None else _file(self, PROXY_FILE)
+        return None if found is None else read_layout(found)
 
     def has_tokenizer(self) -> bool:
         """Whether the tokenizer is here; adapters are often saved without."""

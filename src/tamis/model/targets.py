@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tamis.errors import InvalidSettings, Unsupported
+from tamis.model.lowrank import LowRankLinear
 from tamis.types import LayerSpec
 
 __all__ = [
@@ -118,7 +119,8 @@ def has_routed_experts(model: nn.Module) -> bool:
 def gradient_layers(model: nn.Module, *, include_head: bool = False) -> tuple[LayerSpec, ...]:
     """The layers whose per-sample gradients are taken, in the order of the model's modules.
 
-    A plain model: every trainable ``nn.Linear`` and ``Conv1D`` but the LM head. A model with a LoRA adapter: the
+    A plain model: every trainable ``nn.Linear`` and ``Conv1D`` but the LM head. A proxy: its factored layers as one
+    matrix each, their product, or as two if its folder says so. A model with a LoRA adapter: the
     factors ``lora_A`` and ``lora_B`` of the active adapter. ``include_head`` adds the LM head; when it is tied to the
     token embedding, the gradient of the shared matrix has both parts.
 
@@ -129,7 +131,12 @@ def gradient_layers(model: nn.Module, *, include_head: bool = False) -> tuple[La
     head = output_embeddings(model)
     adapter = _active_lora_factors(model)
     layers: list[LayerSpec] = []
+    inside: set[str] = set()  # factors of layers that count as their product
     for name, module in model.named_modules():
+        if name in inside:
+            continue
+        if adapter is None and isinstance(module, LowRankLinear) and module.space == "product":
+            inside.update((f"{name}.A", f"{name}.B"))
         if module is head:
             if include_head:
                 layers.append(_head_spec(model, name, module))
@@ -155,11 +162,15 @@ def coverage(model: nn.Module, layers: Sequence[LayerSpec]) -> Coverage:
         module_name, _, leaf = name.rpartition(".")
         module = modules[module_name]
         layer = by_name.get(module_name)
+        if layer is None and isinstance(modules.get(module_name.rpartition(".")[0]), LowRankLinear):
+            layer = by_name.get(module_name.rpartition(".")[0])  # a factor, covered by the product
         if layer is None and module is embedding and is_tied(model):  # named once, under the embedding
             layer = next((spec for spec in layers if spec.kind == "head"), None)
         if layer is not None and (leaf == "weight" or layer.has_bias):
             covered = True
             reason = {"conv1d": "Conv1D", "head": "LM head"}.get(layer.kind, "linear layer")
+            if module_name != layer.name and layer.kind == "linear":
+                reason = "factor of a low-rank layer"
             if layer.kind == "head" and is_tied(model):
                 reason = "LM head and token embedding, one matrix"
             elif adapter and layer.kind == "linear":
@@ -187,6 +198,17 @@ def _spec(name: str, module: nn.Module) -> LayerSpec | None:
     """The layer a module is, or None if it is no trainable linear layer."""
     if is_routed(name):
         return None
+    if isinstance(module, LowRankLinear):
+        weight, bias = module.A.weight, module.A.bias
+        if module.space == "factors" or not (weight.requires_grad and module.B.weight.requires_grad):
+            return None
+        return LayerSpec(
+            name=name,
+            out_features=module.out_features,
+            in_features=module.in_features,
+            has_bias=bias is not None and bias.requires_grad,
+            kind="linear",
+        )
     if isinstance(module, nn.Linear):
         out_features, in_features = module.weight.shape
     elif isinstance(module, Conv1D):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tamis.online.baselines import Full, GradMatch, Greats, Less, TargetOnly, TracIn, Uniform
+from tamis.online.lookahead import Lookahead
 from tamis.online.scorers import METHODS, Anchored, FilterThenWeight, Tilt
 from tamis.online.settings import StepSettings
 
@@ -14,6 +15,7 @@ __all__ = [
     "GradMatch",
     "Greats",
     "Less",
+    "Lookahead",
     "StepSettings",
     "TargetOnly",
     "Tilt",

@@ -56,6 +56,7 @@ class Needs:
     sketch_dim: int | None = None  # numbers per side of a layer's sketch, if the method itself prescribes sketches
     token_level: bool = False  # alignments of equal positions only, an ablation
     target_only: bool = False  # train on the target rows themselves; candidates are not looked at
+    ahead: bool = False  # scores come from training ahead, not from one step's inner products
 
     @property
     def adam(self) -> bool:

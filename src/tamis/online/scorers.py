@@ -27,6 +27,7 @@ from tamis.online.choice import (
     unweighted,
     weighted,
 )
+from tamis.online.lookahead import Lookahead
 from tamis.online.weights import (
     LEAST_RIDGE,
     anchored_weights,
@@ -287,4 +288,5 @@ METHODS: dict[str, type[Method]] = {
     "uniform": Uniform,
     "full": Full,
     "target-only": TargetOnly,
+    "lookahead": Lookahead,
 }

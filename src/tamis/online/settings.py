@@ -88,6 +88,9 @@ def check_combination(method: Method, settings: StepSettings) -> None:
     if needs.alignment is None or needs.target_only:
         cheap = kind != "exact" or settings.target_every > 1 or settings.target_ema > 0
         why = "scores no candidate" if cheap else ""
+    elif needs.ahead:
+        cheap = kind != "exact" or settings.target_every > 1 or settings.target_ema > 0
+        why = "trains ahead on the candidates themselves, and looks at the target where that ends" if cheap else ""
     elif kind == "exact":
         return _check_target(method, settings)
     elif method.keeps_all:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tamis.errors import InvalidInput
+from tamis.errors import InvalidInput, NonFinite
 from tamis.gradients.parameters import param_matrices
 from tamis.gradients.rows import RowGradients
 from tamis.model.processes import counts_of_all
@@ -23,7 +23,8 @@ from tamis.model.trainable import trainable_layers
 from tamis.online.adam_state import learning_rate, read_adam
 from tamis.online.batches import supervised_tokens
 from tamis.online.checks import refuse_sharded
-from tamis.online.choice import Choice, Method, Vector, everything, unweighted
+from tamis.online.choice import Choice, Evidence, Method, Vector, everything, unweighted
+from tamis.online.cost import Part
 from tamis.online.evidence import Measured, Measurer, row_sizes
 from tamis.online.passes import Passes
 from tamis.online.proposal import Proposal
@@ -139,6 +140,43 @@ class OnlineStep:
             measured = self._proxy.measure(candidates, target, counts=counts, tokens=tokens)
             return self._chosen(measured, candidates, optimizer, tokens, counts)
         return self._measured(candidates, target, optimizer, tokens, counts, fresh=fresh_target)
+
+    def propose_scored(self, candidates: Sequence[Batch], scores: Tensor) -> Proposal:
+        """The gradient that the method makes of ``scores`` found elsewhere; only what is chosen is run.
+
+        Args:
+            candidates: of the one process, one batch per forward pass.
+            scores: (n,), where alignments stand; those that are not finite are left out.
+
+        Raises:
+            NonFinite: no candidate has a finite score.
+        """
+        tokens = supervised_tokens(candidates).numpy()
+        good = torch.isfinite(scores)
+        if not bool(good.any()):
+            raise NonFinite(f"none of the {len(scores)} candidates of a step has a finite score; lower the rate")
+        used = good.nonzero()[:, 0].numpy()
+        found = self.method.choose(Evidence(alignments=scores[good].numpy()))
+        choice = replace(found, rows=used[found.rows])
+        coefficients, divisor = self._coefficients(choice, tokens)
+        gradient, losses = self._passes.run_chosen(candidates, coefficients, [len(tokens)])
+        return Proposal(
+            gradient=gradient,
+            divisor=divisor,
+            choice=choice,
+            losses=losses,
+            tokens=tokens,
+            alignments=torch.where(good, scores, torch.nan).numpy(),
+            dropped=(~good).nonzero()[:, 0].numpy(),
+            target_loss=None,
+            target_gradient=None,
+            cold=False,
+        )
+
+    def count(self, part: Part, batches: Sequence[Batch], *, times: int) -> None:
+        """Add ``times`` forward and backward passes made elsewhere to what the run has cost."""
+        for _ in range(times):
+            self._passes.counter.add(part, "gradient", batches)
 
     def look(self, target: Sequence[Batch]) -> Look:
         """One pass over target rows for a forecast, which is no part of the run's cost.

@@ -20,6 +20,7 @@ from transformers import Trainer, TrainerCallback
 
 from tamis.errors import InvalidInput, InvalidSettings, Unsupported
 from tamis.model.processes import counts_of_all, is_main, rank, world_size
+from tamis.online.ahead import Ahead
 from tamis.online.baselines import TargetOnly
 from tamis.online.batches import target_positions, to_batches
 from tamis.online.checks import dropout_of, refuse_settings, refuse_sharded
@@ -27,10 +28,12 @@ from tamis.online.choice import Method, cold_updates
 from tamis.online.fate import CandidateLog, refuse_earlier_parts
 from tamis.online.forecast import Forecaster, clip_factor
 from tamis.online.loader import candidate_loader
+from tamis.online.lookahead import Lookahead
 from tamis.online.meter import Meter
 from tamis.online.numbered import ROWS
 from tamis.online.proposal import Proposal
 from tamis.online.proxy import check_proxy, load_proxy
+from tamis.online.recording import tell_recorders
 from tamis.online.saved import load_selection, save_selection
 from tamis.online.settings import StepSettings, check_combination
 from tamis.online.step import OnlineStep
@@ -114,6 +117,7 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         if isinstance(selection, TargetOnly):
             logger.warning("target-only trains on the target rows themselves, which memorises small targets")
         self._step: OnlineStep | None = None
+        self._ahead: Ahead | None = None
         self._saved_state: dict[str, Tensor] = {}
         self._target_seen = np.zeros(len(self.target_dataset), dtype=np.bool_)
         self._micro, self._divisor = 0, 0.0
@@ -148,10 +152,22 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         self._step, self._saved_state, self._candidates = None, {}, None
         self._forecasts.forget()
         self._micro, self._divisor, self._meter = 0, 0.0, Meter()
+        self._ahead = Ahead(self.selection, self.args) if isinstance(self.selection, Lookahead) else None
         self._target_seen = np.zeros(len(self.target_dataset), dtype=np.bool_)
         if self._log_candidates and not resume_from_checkpoint:
             self._refuse_earlier_candidates()
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; with a look-ahead, through a buffer of coming batches."""
+        source = epoch_iterator if self._ahead is None else self._ahead.batches(epoch_iterator)
+        return super().get_batch_samples(source, *args, **kwargs)
+
+    def _raw_batches(self, inputs: Any) -> list[Batch]:
+        """A batch of the data loader as candidates."""
+        inputs = dict(self._prepare_inputs(inputs))
+        rows: Tensor = inputs.pop(ROWS)
+        return to_batches(inputs, rows, most_rows=self.args.per_device_train_batch_size)
 
     def get_total_train_batch_size(self, args: Any) -> int:
         """Candidates of one update, by which the Trainer counts samples."""
@@ -164,18 +180,20 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
             self.optimizer.train()
         step = self._online_step()
         self._compare_forecast()
-        inputs = dict(self._prepare_inputs(inputs))
-        rows: Tensor = inputs.pop(ROWS)
-        self._check_count(len(rows))
-        most = self.args.per_device_train_batch_size
-        candidates = to_batches(inputs, rows, most_rows=most)
+        self._check_count(len(inputs[ROWS]))
+        candidates = self._raw_batches(inputs)
         number = self.state.global_step * self.args.gradient_accumulation_steps + self._micro
         cold = self.state.global_step < cold_updates(self.selection)
         looks = step.looks(candidates, cold=cold)
         target = self._target_batches(number) if looks else []
         seed = child_seed(self.args.seed, "uniform choice", number)
         with self.compute_loss_context_manager():
-            proposal = step.propose(candidates, target, self.optimizer, cold=cold, seed=seed, fresh_target=looks)
+            if self._ahead is not None and not cold:
+                where = (self.optimizer, self.lr_scheduler, self._raw_batches)
+                proposal = self._ahead.propose(self.state.global_step, candidates, target, step, *where)
+                looks = self._ahead.rehearsed
+            else:
+                proposal = step.propose(candidates, target, self.optimizer, cold=cold, seed=seed, fresh_target=looks)
         for name, param in step.params.items():
             grad = proposal.gradient[name]
             # In the parameter's own layout: fused optimizers read both as one stretch of memory.
@@ -254,6 +272,7 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         places = gather_rows(torch.cat([batch.rows.cpu() for batch in candidates])).numpy()
         numbers, sources = self._in_the_log(places)
         self._meter.add(proposal, sources)
+        tell_recorders(self.callback_handler.callbacks, candidates, proposal, reduction=self._step_settings.reduction)
         if looked:
             self._target_seen[self._target_places(number)] = True
             self._meter.note_last("target_rows_seen", float(self._target_seen.sum()))
@@ -320,6 +339,7 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         self._flush()
         super()._save_checkpoint(*args, **kwargs)
         state = {} if self._step is None else self._step.state_dict()
+        state |= {} if self._ahead is None else self._ahead.state_dict()
         if self.args.should_save:
             folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
             save_selection(folder, state, self._target_seen)
@@ -330,6 +350,8 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
             self._saved_state, self._target_seen = load_selection(
                 Path(checkpoint), target_rows=len(self.target_dataset)
             )
+            if self._ahead is not None:
+                self._saved_state = self._ahead.load_state_dict(self._saved_state)
 
     def _flush(self) -> None:
         if self._candidates is not None:

@@ -41,6 +41,7 @@ METHOD_WORDS: Mapping[str, str] = {
     "tracin": "whether a training step on it also lowers the target's loss (TracIn)",
     "less": "whether an Adam step on it also lowers the target's loss (LESS)",
     "influence-distillation": "its estimated influence on the target's loss (influence distillation)",
+    "adamw-influence": "what it did to the target's loss along one training run (AdamW-influence)",
     "influence-function": "its estimated influence on the target's loss (influence function)",
 }
 

@@ -23,7 +23,7 @@ from tamis.report.content import ReportContent
 from tamis.report.drawing import PALETTE, Figure
 from tamis.report.training import TrainingContent
 
-__all__ = ["render_page", "render_training_page", "write_page", "write_text"]
+__all__ = ["render_page", "render_template", "render_training_page", "write_page", "write_text"]
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -43,15 +43,16 @@ def write_text(page: str, path: str | Path) -> None:
 
 def render_page(content: ReportContent) -> str:
     """The page of a selection as text."""
-    return _render("report.html.j2", content, figures.draw(content))
+    return render_template("report.html.j2", content, figures.draw(content))
 
 
 def render_training_page(content: TrainingContent) -> str:
     """The page of a training run as text."""
-    return _render("training.html.j2", content, training_figures.draw(content))
+    return render_template("training.html.j2", content, training_figures.draw(content))
 
 
-def _render(template: str, content: ReportContent | TrainingContent, drawn: Sequence[Figure]) -> str:
+def render_template(template: str, content: Any, drawn: Sequence[Figure]) -> str:
+    """A page from one of the templates, with the house's style, scripts and figures."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,

@@ -33,7 +33,9 @@ BAD_SHARE = 0.05  # truncated rows in the selection
 FLAGGED_SHARE = 0.1  # flagged rows: about 5 % of clean data are
 
 # Methods whose score estimates a change of the target loss, so that its sign means something.
-_SIGNED_METHODS = frozenset({"tracin", "less", "loss-drop", "influence-function", "influence-distillation"})
+_SIGNED_METHODS = frozenset(
+    {"tracin", "less", "loss-drop", "influence-function", "influence-distillation", "adamw-influence"}
+)
 _SEVERITIES: tuple[Severity, ...] = ("warning", "note", "unmeasured", "passed")
 
 

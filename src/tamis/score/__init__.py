@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tamis.score.adamw_influence import AdamwInfluence
 from tamis.score.influence_distillation import InfluenceDistillation
 from tamis.score.influence_function import InfluenceFunction
 from tamis.score.length import Length
@@ -24,4 +25,5 @@ METHODS = {
     "less": Less,
     "influence-function": InfluenceFunction,
     "influence-distillation": InfluenceDistillation,
+    "adamw-influence": AdamwInfluence,
 }

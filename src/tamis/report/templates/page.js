@@ -16,6 +16,7 @@
       } else if (trace.mode === "markers") {
         trace.marker.color = own;
         trace.marker.line.color = own;
+        if (trace.error_x) trace.error_x.color = own;
       } else if (trace.mode === "text") {
         trace.textfont = { color: own, size: 12 };
       } else {

@@ -1,0 +1,341 @@
+"""``tamis compare``: parse, call the library, print the verdict and where it lies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tamis.cli import options as opt
+from tamis.cli.command import clean_output, plain, print_json, print_warnings, typed_flags
+from tamis.cli.config import merge_settings
+from tamis.cli.progress import choose_progress, is_main_rank
+from tamis.compare_settings import CompareSettings
+from tamis.report.wording import number, percent, visible
+
+__all__ = ["EPILOG", "compare"]
+
+HOW, MEASURE, TRAINING, PLANTED, RESULTS = "What to compare", "Measuring", "Training", "Known answers", "Results"
+
+EPILOG = """
+[bold]Methods[/bold]
+
+[cyan]METHOD[/cyan]  any of [cyan]tamis select[/cyan]; [cyan]bm25:5x+METHOD[/cyan] with a shortlist before it
+
+[cyan]online:METHOD[/cyan]  any of [cyan]tamis train[/cyan], choosing at every update
+
+[cyan]LABEL=METHOD[/cyan]  under another name, for [cyan]--set LABEL.NAME=VALUE[/cyan]
+
+Always beside them: uniform, bm25, length, random rows of the chosen sources, full at equal updates, and
+[cyan]full[/cyan] at equal cost for every method that costs model passes.
+
+[bold]Examples[/bold]
+
+[cyan]tamis compare --model M --pool P --target T --planted --methods tracin less[/cyan]   five minutes, nothing trained
+
+[cyan]tamis compare --model M --pool P --target T --eval E --methods tracin bm25:5x+tracin --seeds 5[/cyan]
+
+[cyan]tamis compare --model M --pool P --target T --eval E --methods tracin --budget 5% --budgets 1% 20%[/cyan]
+
+[cyan]tamis compare --model M --pool P --target T --eval E --methods tracin dot=tracin --set dot.normalize=dot[/cyan]
+
+[cyan]tamis compare --config out/run.yaml --seeds 10[/cyan]   the same with more seeds; finished runs are kept
+
+Killed or interrupted comparisons go on with the same command.
+"""
+
+
+def compare(
+    ctx: typer.Context,
+    model: opt.Model = None,
+    pool: opt.Pool = None,
+    target: opt.Target = None,
+    eval: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Rows of the task that only measure, like --target; nothing else may see them.",
+            metavar="EVAL...",
+            rich_help_panel=opt.WHAT,
+            show_default=False,
+        ),
+    ] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Methods to compare, as below; [cyan]tracin[/cyan] when left out.",
+            metavar="METHOD...",
+            rich_help_panel=HOW,
+            show_default=False,
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="A setting of a method (or aggregate, drop_flagged of its selection), read as YAML. Repeat for "
+            "several.",
+            metavar="LABEL.NAME=VALUE",
+            rich_help_panel=HOW,
+            show_default=False,
+        ),
+    ] = None,
+    budget: Annotated[
+        str,
+        typer.Option(
+            help="Rows ([cyan]500[/cyan]), a share of the pool ([cyan]5%[/cyan]) or tokens ([cyan]200k-tokens[/cyan]).",
+            rich_help_panel=HOW,
+        ),
+    ] = CompareSettings.budget,
+    budgets: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Further budgets, for a curve; every contender runs at each of them.",
+            metavar="BUDGET...",
+            rich_help_panel=HOW,
+            show_default=False,
+        ),
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option(help="Training runs of every contender; uniform has at least 4.", rich_help_panel=HOW)
+    ] = CompareSettings.seeds,
+    aggregate: Annotated[
+        str,
+        typer.Option(
+            help="round-robin over the target rows, or mean over them.",
+            metavar="round-robin|mean",
+            rich_help_panel=HOW,
+        ),
+    ] = CompareSettings.aggregate,
+    duplicates: Annotated[
+        str,
+        typer.Option(
+            help="one copy of exact duplicates, keep all, or near: one of near-duplicates too.",
+            metavar="one|keep|near",
+            rich_help_panel=HOW,
+        ),
+    ] = CompareSettings.duplicates,
+    drop_leaks: Annotated[
+        bool,
+        typer.Option(
+            "--drop-leaks/--keep-leaks", help="Leave out pool rows that are target rows.", rich_help_panel=HOW
+        ),
+    ] = CompareSettings.drop_leaks,
+    metric: Annotated[
+        str,
+        typer.Option(
+            help="What the verdict is about: loss of the held-out answers, or exact-match of answers that the model "
+            "writes (their loss is measured, too).",
+            metavar="loss|exact-match",
+            rich_help_panel=MEASURE,
+        ),
+    ] = CompareSettings.metric,
+    answer_pattern: Annotated[
+        str | None,
+        typer.Option(
+            help="Regular expression whose last match is the answer ([cyan]#### (.+)[/cyan]); the whole text when left "
+            "out.",
+            metavar="REGEX",
+            rich_help_panel=MEASURE,
+        ),
+    ] = None,
+    answer_tokens: Annotated[
+        int, typer.Option(help="Tokens that the model may write.", rich_help_panel=MEASURE)
+    ] = CompareSettings.answer_tokens,
+    subsets: Annotated[
+        int,
+        typer.Option(
+            help="Random parts of the pool to train on, to see whether scores foretell the loss of each: the linear "
+            "datamodelling score. For small models; 0: none.",
+            rich_help_panel=MEASURE,
+        ),
+    ] = CompareSettings.subsets,
+    subset_share: Annotated[
+        float, typer.Option(help="Of the pool's rows in each of them.", rich_help_panel=MEASURE)
+    ] = CompareSettings.subset_share,
+    planted: Annotated[
+        bool,
+        typer.Option(
+            "--planted/--no-planted",
+            help="Check the methods on a pool whose answer is known: relevant, wrong, broken, copied and irrelevant "
+            "rows among rows of yours. Trains nothing.",
+            rich_help_panel=PLANTED,
+        ),
+    ] = CompareSettings.planted,
+    relevant: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Rows to plant as relevant; half of the target rows are held back when left out.",
+            metavar="FILE...",
+            rich_help_panel=PLANTED,
+            show_default=False,
+        ),
+    ] = None,
+    relevant_sources: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Sources of the pool that are of the target's kind, left out of the background.",
+            metavar="SOURCE...",
+            rich_help_panel=PLANTED,
+            show_default=False,
+        ),
+    ] = None,
+    planted_rows: Annotated[
+        int, typer.Option(help="Relevant rows planted at most.", rich_help_panel=PLANTED)
+    ] = CompareSettings.planted_rows,
+    background_rows: Annotated[
+        int, typer.Option(help="Rows of the pool that they are mixed into; 0: all.", rich_help_panel=PLANTED)
+    ] = CompareSettings.background_rows,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Updates of every run; what --epochs takes when left out.", rich_help_panel=TRAINING),
+    ] = None,
+    epochs: Annotated[
+        int, typer.Option(help="Passes over as many rows as the budget allows.", rich_help_panel=TRAINING)
+    ] = CompareSettings.epochs,
+    update_rows: Annotated[
+        int, typer.Option(help="Rows of one update.", rich_help_panel=TRAINING)
+    ] = CompareSettings.update_rows,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(help="The peak; 2e-4 with LoRA and 2e-5 without when left out.", rich_help_panel=TRAINING),
+    ] = None,
+    warmup_share: Annotated[
+        float, typer.Option(help="Of the updates, in which the rate rises.", rich_help_panel=TRAINING)
+    ] = CompareSettings.warmup_share,
+    weight_decay: Annotated[
+        float, typer.Option(help="Decoupled, as in AdamW.", rich_help_panel=TRAINING)
+    ] = CompareSettings.weight_decay,
+    clip: Annotated[
+        float, typer.Option(help="Largest norm of an update's gradient (0: any).", rich_help_panel=TRAINING)
+    ] = CompareSettings.clip,
+    tune: Annotated[
+        str,
+        typer.Option(
+            help="lora: a fresh adapter, or the one that MODEL is; full: all weights.",
+            metavar="lora|full",
+            rich_help_panel=TRAINING,
+        ),
+    ] = CompareSettings.tune,
+    lora_rank: Annotated[
+        int | None, typer.Option(help="Of the fresh adapter; 16 when left out.", rich_help_panel=TRAINING)
+    ] = None,
+    lora_alpha: Annotated[
+        float | None,
+        typer.Option(help="Its scale is alpha over rank; twice the rank when left out.", rich_help_panel=TRAINING),
+    ] = None,
+    lora_targets: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Layers it stands on, by the end of their names; all linear ones but the head when left out.",
+            metavar="NAME...",
+            rich_help_panel=TRAINING,
+            show_default=False,
+        ),
+    ] = None,
+    oversample: Annotated[
+        int, typer.Option(help="Of online methods: candidates per row of an update.", rich_help_panel=TRAINING)
+    ] = CompareSettings.oversample,
+    out: Annotated[
+        str, typer.Option(help="Folder for the results.", metavar="DIR", rich_help_panel=RESULTS)
+    ] = CompareSettings.out,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder of computed features, shared by runs that name it; OUT/store when left out.",
+            metavar="DIR",
+            rich_help_panel=RESULTS,
+        ),
+    ] = None,
+    save_steps: Annotated[
+        int,
+        typer.Option(
+            help="Updates between checkpoints of a run, the most a kill can lose; shorter runs start anew.",
+            rich_help_panel=RESULTS,
+        ),
+    ] = CompareSettings.save_steps,
+    revision: opt.Revision = None,
+    dtype: opt.Dtype = CompareSettings.dtype,
+    device: opt.Device = CompareSettings.device,
+    attention: opt.Attention = CompareSettings.attention,
+    chat_template: opt.ChatTemplate = None,
+    trust_remote_code: opt.TrustRemoteCode = CompareSettings.trust_remote_code,
+    gradient_checkpointing: opt.GradientCheckpointing = CompareSettings.gradient_checkpointing,
+    max_length: opt.MaxLength = CompareSettings.max_length,
+    row_format: opt.RowFormat = None,
+    on_bad_row: opt.OnBadRow = CompareSettings.on_bad_row,
+    batch_tokens: opt.BatchTokens = None,
+    seed: opt.Seed = CompareSettings.seed,
+    config: opt.Config = None,
+    quiet: opt.Quiet = False,
+    as_json: opt.JsonOutput = False,
+) -> None:
+    """Train on what each method selects, and say which one helped, whether by chance, and at what cost.
+
+    Writes to the --out folder: [bold]report.html[/bold] (the verdict on one page), [bold]verdict.json[/bold],
+    [bold]results.csv[/bold] (a line a run), [bold]rows.parquet[/bold] (the loss of every held-out row),
+    [bold]records[/bold] (each finished run), [bold]selections[/bold] (each method's own result), and
+    [bold]run.yaml[/bold], which repeats it.
+    """
+    settings = merge_settings(CompareSettings, typed_flags(ctx), config)
+    with clean_output(quiet=quiet or as_json) as console:
+        from tamis import api  # imports PyTorch; help and wrong settings must not wait for it
+
+        result = api.compare_from_settings(settings, progress=choose_progress(console, quiet=quiet))
+        summary = plain(result.summary())
+    if as_json:
+        print_json(summary)
+        return
+    print_warnings(console, list(summary["warnings"]))
+    if not quiet and is_main_rank():
+        _print_verdict(Console(), summary, planted=settings.planted)
+
+
+def _print_verdict(console: Console, summary: Mapping[str, Any], *, planted: bool) -> None:
+    """The verdict, how everybody stands, what to do next, and where the page is."""
+    console.print(Text(visible(summary["verdict"]), style="bold"), soft_wrap=True)
+    console.print(Text(visible(summary["details"])), soft_wrap=True)
+    console.print(_found_table(summary["standings"]) if planted else _standing_table(summary))
+    for step in summary["next"]:
+        console.print(Text.assemble(("next: ", "bold"), visible(step)), soft_wrap=True)
+    for name in ("report", "results"):
+        console.print(Text.assemble((f"{name}  ", "bold"), visible(summary[name])), soft_wrap=True)
+
+
+def _standing_table(summary: Mapping[str, Any]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("contender", overflow="fold")  # the one column that may wrap: no number is ever cut
+    for head in ("budget", summary["metric"], "std", "updates", "TFLOPs", "selecting"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for standing in summary["standings"]:
+        share = standing["select_tflops"] / standing["tflops"] if standing["tflops"] else None
+        table.add_row(
+            Text(visible(standing["name"]), style="" if standing["is_baseline"] else "bold"),
+            standing["budget"],
+            number(standing["mean"]),
+            number(standing["std"], 2),
+            number(standing["steps"]),
+            number(standing["tflops"], 3),
+            percent(share),
+        )
+    return table
+
+
+def _found_table(standings: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("method", overflow="fold")
+    for head in ("found", "precision", "wrong taken", "AUC wrong", "AUC relevant"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for standing in standings:
+        table.add_row(
+            Text(visible(standing["name"]), style="" if standing["is_baseline"] else "bold"),
+            str(standing["found"]),
+            percent(standing["precision"]),
+            str(standing["taken"]["wrong answer"]),
+            number(standing["wrong_auc"], 2),
+            number(standing["background_auc"], 2),
+        )
+    return table

@@ -1,0 +1,243 @@
+"""``tamis proxy``: parse, call the library, print what was built and what it keeps."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from tamis.cli import options as opt
+from tamis.cli.command import clean_output, plain, print_json, print_warnings, typed_flags
+from tamis.cli.config import merge_settings
+from tamis.cli.progress import choose_progress, is_main_rank
+from tamis.cli.select import print_summary
+from tamis.notation import PROXY_SUMMARIES
+from tamis.proxy_settings import ProxySettings
+
+__all__ = ["EPILOG", "proxy"]
+
+HOW, PROBES, ALIGN, MEASURE, RESULTS = "How to compress", "The probes", "Alignment", "Measuring", "Results"
+
+_PRESETS = "\n\n".join(f"[cyan]{name}[/cyan]  {summary}" for name, summary in PROXY_SUMMARIES.items())
+
+EPILOG = f"""
+[bold]Presets[/bold]
+
+{_PRESETS}
+
+[bold]Examples[/bold]
+
+[cyan]tamis proxy --model Qwen/Qwen2.5-0.5B --pool pool/*.jsonl --target gsm8k.jsonl --sparsity 0.5 --out proxy[/cyan]
+
+[cyan]tamis select --model proxy --pool pool/*.jsonl --target gsm8k.jsonl --out run1[/cyan]   any method runs on it
+
+[cyan]tamis proxy --model M --pool P --sparsity 0.7 --allocation share --steps 300 --out proxy70[/cyan]
+
+[cyan]tamis proxy --model M --pool P --preset paper --out paper[/cyan]   as published, with its control beside
+
+[cyan]tamis proxy --model M --pool P --preset sibling --sibling SMALL --out small[/cyan]   is a smaller model as good?
+
+A killed build resumes with the same command. The report says what the proxy keeps and which sparsity to take.
+"""
+
+
+def proxy(
+    ctx: typer.Context,
+    model: opt.Model = None,
+    pool: opt.Pool = None,
+    target: opt.Target = None,
+    sparsity: Annotated[
+        float,
+        typer.Option(
+            help="Share of the blocks' numbers that is removed, above 0 and below 1.", rich_help_panel=opt.WHAT
+        ),
+    ] = ProxySettings.sparsity,
+    preset: Annotated[
+        str,
+        typer.Option(
+            help="One of the presets below; single settings change it.",
+            metavar="PRESET",
+            rich_help_panel=HOW,
+            autocompletion=lambda: list(PROXY_SUMMARIES),
+        ),
+    ] = ProxySettings.preset,
+    sibling: Annotated[
+        str | None,
+        typer.Option(
+            help="The smaller model of the presets sibling and influence-scorer.", metavar="MODEL", rich_help_panel=HOW
+        ),
+    ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            help="probe (exact and quick), dense (the same by large eigenproblems) or core (the paper's).",
+            metavar="FORM",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    weighting: Annotated[
+        str | None,
+        typer.Option(
+            help="influence for gradient scores, inverse for influence functions.",
+            metavar="influence|inverse",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    damping: Annotated[
+        str | None,
+        typer.Option(
+            help="Whether dampings are relative to a side's mean eigenvalue, or absolute as in the paper.",
+            metavar="relative|absolute",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    damping_input: Annotated[
+        float | None, typer.Option(help="Of the inputs' second moment.", rich_help_panel=HOW)
+    ] = None,
+    damping_output: Annotated[
+        float | None, typer.Option(help="Of the output gradients' second moment.", rich_help_panel=HOW)
+    ] = None,
+    gauge: Annotated[
+        str | None,
+        typer.Option(
+            help="balanced factors, or weighted ones as the paper's formula leaves them.",
+            metavar="balanced|weighted",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    allocation: Annotated[
+        str | None,
+        typer.Option(
+            help="Ranks uniform over layers, or by each direction's share of its layer's energy (from 0.7 on).",
+            metavar="uniform|share",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    space: Annotated[
+        str | None,
+        typer.Option(
+            help="What the proxy's per-sample gradients are of: each layer's product, or its two factors.",
+            metavar="product|factors",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    probe_rows: Annotated[
+        int, typer.Option(help="Pool rows whose tokens weigh the layers.", rich_help_panel=PROBES)
+    ] = ProxySettings.probe_rows,
+    probe_tokens: Annotated[
+        int, typer.Option(help="Tokens drawn from each of them.", rich_help_panel=PROBES)
+    ] = ProxySettings.probe_tokens,
+    probe_gb: Annotated[
+        float,
+        typer.Option(
+            help="Most memory for probes; less means more passes over the probe rows.", rich_help_panel=PROBES
+        ),
+    ] = ProxySettings.probe_gb,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            help="kl (outputs), align (gradients), align+kl (the paper's) or none.",
+            metavar="OBJECTIVE",
+            rich_help_panel=ALIGN,
+        ),
+    ] = None,
+    kl_weight: Annotated[
+        float | None, typer.Option(help="Weight of the outputs in align+kl.", rich_help_panel=ALIGN)
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Updates.", rich_help_panel=ALIGN)] = ProxySettings.steps,
+    batch_rows: Annotated[
+        int, typer.Option(help="Rows of an update.", rich_help_panel=ALIGN)
+    ] = ProxySettings.batch_rows,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(
+            help="The peak; 1e-3 for hidden sizes up to 256 and 1e-4 above when left out.", rich_help_panel=ALIGN
+        ),
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(help="Of the outputs compared.", rich_help_panel=ALIGN)
+    ] = ProxySettings.temperature,
+    measure_steps: Annotated[
+        int, typer.Option(help="Updates between measurements on validation rows.", rich_help_panel=ALIGN)
+    ] = ProxySettings.measure_steps,
+    patience: Annotated[
+        int, typer.Option(help="Measurements without a better one after which it stops.", rich_help_panel=ALIGN)
+    ] = ProxySettings.patience,
+    control: Annotated[
+        bool,
+        typer.Option(
+            "--control/--no-control",
+            help="With align and align+kl: also align a copy by outputs alone, for as long.",
+            rich_help_panel=ALIGN,
+        ),
+    ] = ProxySettings.control,
+    held_out_rows: Annotated[
+        int, typer.Option(help="Pool rows of the report; 200 give about ±0.06.", rich_help_panel=MEASURE)
+    ] = ProxySettings.held_out_rows,
+    validation_rows: Annotated[
+        int, typer.Option(help="Pool rows by which alignment is stopped.", rich_help_panel=MEASURE)
+    ] = ProxySettings.validation_rows,
+    target_rows: Annotated[
+        int, typer.Option(help="Without --target: pool rows that stand in for one.", rich_help_panel=MEASURE)
+    ] = ProxySettings.target_rows,
+    keep: Annotated[
+        float, typer.Option(help="Rank correlation that the advised sparsity must keep.", rich_help_panel=MEASURE)
+    ] = ProxySettings.keep,
+    sweep: Annotated[
+        bool,
+        typer.Option(
+            "--sweep/--no-sweep",
+            help="Measure the sparsities 0.1 to 0.9 before alignment, too, for the advice.",
+            rich_help_panel=MEASURE,
+        ),
+    ] = ProxySettings.sweep,
+    projection_dim: Annotated[
+        int, typer.Option(help="Side of each layer's sketch in the measurements.", rich_help_panel=MEASURE)
+    ] = ProxySettings.projection_dim,
+    out: Annotated[
+        str, typer.Option(help="Folder of the proxy.", metavar="DIR", rich_help_panel=RESULTS)
+    ] = ProxySettings.out,
+    report: Annotated[
+        bool, typer.Option("--report/--no-report", help="Write report.html.", rich_help_panel=RESULTS)
+    ] = ProxySettings.report,
+    revision: opt.Revision = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="auto is float32, in which layers are best compressed and aligned; the proxy then runs in any.",
+            metavar="DTYPE",
+            rich_help_panel=opt.MODEL,
+        ),
+    ] = ProxySettings.dtype,
+    device: opt.Device = ProxySettings.device,
+    attention: opt.Attention = ProxySettings.attention,
+    chat_template: opt.ChatTemplate = None,
+    trust_remote_code: opt.TrustRemoteCode = ProxySettings.trust_remote_code,
+    max_length: opt.MaxLength = ProxySettings.max_length,
+    row_format: opt.RowFormat = None,
+    on_bad_row: opt.OnBadRow = ProxySettings.on_bad_row,
+    batch_tokens: opt.BatchTokens = None,
+    seed: opt.Seed = ProxySettings.seed,
+    config: opt.Config = None,
+    quiet: opt.Quiet = False,
+    as_json: opt.JsonOutput = False,
+) -> None:
+    """Build a cheap copy of a model that ranks a pool as the model does, and measure how far it does.
+
+    The --out folder is a model: give it as --model to any verb. Beside the weights it has [bold]proxy.json[/bold]
+    (which layers are in factors), [bold]retention.json[/bold] and [bold]report.html[/bold] (what the proxy keeps, at
+    what cost, and which sparsity to take), [bold]manifest.json[/bold], and [bold]run.yaml[/bold], which repeats it.
+    """
+    settings = merge_settings(ProxySettings, typed_flags(ctx), config)
+    with clean_output(quiet=quiet or as_json) as console:
+        from tamis import api  # imports PyTorch; help and wrong settings must not wait for it
+
+        result = api.proxy_from_settings(settings, progress=choose_progress(console, quiet=quiet))
+        summary = plain(result.summary())
+    if as_json:
+        print_json(summary)
+        return
+    print_warnings(console, list(result.warnings))
+    if not quiet and is_main_rank():
+        print_summary(Console(), summary)

@@ -1,0 +1,311 @@
+"""A comparison from top to bottom: claim, read, select, train and measure every cell, test, write.
+
+Called again after an interruption it goes on: selections are found in their folders and finished runs in their records.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tamis.compare_grid import Grid, common_spec, make_missing
+from tamis.compare_selections import Chosen, PoolTable, select_rows
+from tamis.compare_settings import CompareSettings, method_parts
+from tamis.compare_training import Bench
+from tamis.comparison.cells import Cell, Price
+from tamis.comparison.contenders import Contender, contenders_of
+from tamis.comparison.datamodel import Foretold, foretell
+from tamis.comparison.records import Records, Run, write_rows, write_runs
+from tamis.comparison.result import CompareResult, SelectionFacts, source_shares
+from tamis.comparison.verdict import compare_pairs, standings_of
+from tamis.config import write_config
+from tamis.corpora import Rendered, Sources, leaked_rows, model_settings, read_sources, render_corpora, write_skipped
+from tamis.data.examples import read_examples
+from tamis.data.rows import Rows
+from tamis.disk import check_writable
+from tamis.identity import text_sha256
+from tamis.manifest import versions
+from tamis.model.flops import ModelShape
+from tamis.model.limits import skeleton
+from tamis.model.load import model_fingerprint, resolved_dtype, template_text
+from tamis.model.processes import barrier, is_main
+from tamis.outputs import check_claim, claim_folder, write_json
+from tamis.planted_run import PlantedResult, planted_from_settings
+from tamis.progress import NoProgress
+from tamis.protocols import Progress
+from tamis.report.comparison import comparison_document
+from tamis.report.conclude import conclude
+from tamis.report.document import write_document
+from tamis.report.wording import counted
+from tamis.settings import SelectSettings, target_parts, to_dict
+from tamis.train_setup import check_device, check_tuning
+
+__all__ = ["CompareResult", "PlantedResult", "compare_from_settings"]
+
+logger = logging.getLogger(__name__)
+
+
+def compare_from_settings(
+    settings: CompareSettings,
+    *,
+    progress: Progress | None = None,
+    held: Mapping[str, Rows] | None = None,
+) -> CompareResult | PlantedResult:
+    """The comparison that ``settings`` describe; see ``tamis.compare``. ``held`` has the rows in memory they name."""
+    held, progress = held or {}, progress or NoProgress()
+    if settings.planted:
+        return planted_from_settings(settings, progress=progress, held=held)
+    out = Path(settings.out)
+    if is_main():  # what takes no time is tried before files are read and weights are hashed
+        check_writable(out)
+    run = settings.train_settings(out=settings.out, steps=1, seed=settings.seed)
+    resolved_dtype(model_settings(run))  # refuses a device that is not there
+    if any(text.is_online for text in settings.contenders):  # only these train with the Trainer
+        check_device(run)
+    check_tuning(run)
+    model = model_fingerprint(model_settings(run))
+    target = read_examples(
+        [path for _, path in map(target_parts, settings.target)],
+        kind="target",
+        row_format=settings.row_format,
+        on_bad_row=settings.on_bad_row,
+        held=held,
+    )
+    measured = _measured_in_place_of_target(settings)
+    sources = read_sources(measured, held)
+    template = None if settings.chat_template is None else text_sha256(template_text(settings.chat_template))
+    content = {
+        "tamis": metadata.version("tamis"),
+        "model": model,
+        "chat_template": template,
+        "libraries": {name: metadata.version(name) for name in ("torch", "transformers", "peft", "tokenizers")},
+    }
+    identity = {
+        **content,
+        "data": {"pool": sources.pool.identity, "target": target.identity, "eval": sources.target.identity},
+    }
+    if is_main():
+        claim_folder(out, identity)
+        write_config("compare", settings, out / "run.yaml", held=list(held))
+    barrier()
+
+    rendered = render_corpora(sources, measured, store=_store(settings), progress=progress)
+    if is_main():
+        write_skipped(out / "skipped.jsonl", rendered.skipped)
+    contenders = contenders_of(settings)
+    chosen = _select_all(settings, contenders, progress, held)
+    any_table = chosen["bm25", settings.budget].table
+    grid = Grid(
+        settings=settings,
+        contenders=contenders,
+        chosen=chosen,
+        table=PoolTable.of(any_table, settings),
+        pool=rendered.pool,
+        price=Price(shape=ModelShape.from_model(skeleton(model_settings(run))), trains_all=settings.tune == "full"),
+        common=common_spec(
+            settings,
+            **content,
+            dtype=resolved_dtype(model_settings(run)),
+            attention=settings.attention,
+            pool=rendered.pool.identity,
+            eval=rendered.target.identity,
+        ),
+        target=target.identity["content"],
+    )
+    bench = Bench(
+        settings=settings,
+        rendered=rendered,
+        held_out=rendered.target_rows,
+        task_of=rendered.target_group,
+        tasks=sources.target_names,
+        price=grid.price,
+        held=held,
+    )
+    records = Records(out / "records")
+    cells = _train_all(grid, bench, records, progress)
+    runs = {key: [records.read(cell.key) for cell in own] for key, own in cells.items()}
+    foretold, parts = _foretell(grid, bench, records, progress)
+    result = _result(settings, grid, rendered, sources, target.digests, runs, foretold, identity, held)
+    if is_main():
+        check_claim(out, identity)
+        _write(result, rendered, [*_distinct(runs), *parts])
+    barrier()
+    return result
+
+
+def _measured_in_place_of_target(settings: CompareSettings) -> SelectSettings:
+    """Held-out rows are read, checked and rendered like target rows."""
+    plain = settings.select_settings(method_parts("uniform"), budget=settings.budget, out=settings.out)
+    return replace(plain, target=settings.eval)
+
+
+def _store(settings: CompareSettings) -> Path:
+    return Path(settings.store) if settings.store else Path(settings.out) / "store"
+
+
+def _select_all(
+    settings: CompareSettings, contenders: Sequence[Contender], progress: Progress, held: Mapping[str, Rows]
+) -> dict[tuple[str, str], Chosen]:
+    """The selection of every method at every budget, from one store of features."""
+    return {
+        (contender.name, budget): select_rows(settings, contender.text, budget, progress=progress, held=held)
+        for contender in contenders
+        if contender.kind == "selected" and contender.text is not None
+        for budget in settings.all_budgets
+    }
+
+
+def _train_all(grid: Grid, bench: Bench, records: Records, progress: Progress) -> dict[tuple[str, str], list[Cell]]:
+    """Every run; first those known from the start, then those whose length follows from what others cost."""
+    cells = {
+        (contender.name, budget): grid.cells(contender, budget)
+        for budget in grid.settings.all_budgets
+        for contender in grid.contenders
+        if contender.kind != "equal-cost"
+    }
+    make_missing(bench, [cell for own in cells.values() for cell in own], records, progress=progress)
+    matched = {}
+    for budget in grid.settings.all_budgets:
+        for contender in grid.contenders:
+            if contender.kind == "equal-cost":
+                runs = [records.read(cell.key) for cell in cells[contender.of, budget]]
+                found = grid.matched_cells(contender, budget, runs)
+                if found:
+                    matched[contender.name, budget] = found
+                    logger.info(
+                        "%s, budget %s: %d updates, for the %d of %s and its selection",
+                        *(contender.name, budget, found[0].steps, runs[0].steps, contender.of),
+                    )
+    make_missing(bench, [cell for own in matched.values() for cell in own], records, progress=progress)
+    return {**matched, **cells}
+
+
+def _foretell(grid: Grid, bench: Bench, records: Records, progress: Progress) -> tuple[tuple[Foretold, ...], list[Run]]:
+    """The linear datamodelling score of every method that selects, and the runs that it comes from."""
+    cells, parts = grid.subset_cells()
+    if not cells:
+        return (), []
+    make_missing(bench, cells, records, progress=progress)
+    runs = [records.read(cell.key) for cell in cells]
+    losses, seed = [run.loss for run in runs], grid.settings.seed
+    found = []
+    for (name, budget), chosen in grid.chosen.items():
+        if budget == grid.settings.budget:  # a method's scores are the same at every budget
+            score = np.asarray(chosen.table["score"].to_numpy(zero_copy_only=False), dtype=np.float64)
+            found.append(foretell(name, score, parts, losses, seed=seed))
+    return tuple(found), runs
+
+
+def _result(
+    settings: CompareSettings,
+    grid: Grid,
+    rendered: Rendered,
+    sources: Sources,
+    target_digests: Sequence[str],
+    runs: Mapping[tuple[str, str], Sequence[Run]],
+    foretold: tuple[Foretold, ...],
+    identity: Mapping[str, Any],
+    held: Mapping[str, Rows],
+) -> CompareResult:
+    by_name = {contender.name: contender for contender in grid.contenders}
+    spent = {key: (chosen.tflops, chosen.seconds) for key, chosen in grid.chosen.items()}
+    standings = standings_of(runs, by_name, spent, metric=settings.metric)
+    differences = [
+        difference
+        for budget in settings.all_budgets
+        for difference in compare_pairs(runs, grid.contenders, budget=budget, metric=settings.metric)
+    ]
+    selections = tuple(_facts(name, budget, chosen, grid.table) for (name, budget), chosen in grid.chosen.items())
+    conclusion = conclude(
+        standings,
+        differences,
+        selections,
+        budget=settings.budget,
+        metric=settings.metric,
+        seeds=settings.seeds,
+        held_out_rows=len(rendered.target_rows),
+        warnings=[
+            *rendered.warnings,
+            *_contamination(rendered, sources, target_digests),
+            *dict.fromkeys(f"{run.contender}: {said}" for run in _distinct(runs) for said in run.warnings),
+        ],
+    )
+    command = f"tamis compare --config {Path(settings.out) / 'run.yaml'}"
+    manifest = {
+        **identity,
+        "command": command if not held else "tamis.compare(...) in Python with the same rows",
+        "versions": versions(),
+        "settings": to_dict(settings),
+        "updates": {budget: grid.steps(budget) for budget in settings.all_budgets},
+        "records": {f"{name} at {budget}": [run.key for run in own] for (name, budget), own in runs.items()},
+        "cost": {
+            "selection_seconds": sum(chosen.seconds for chosen in grid.chosen.values()),
+            "training_seconds": sum(run.train_seconds for run in _distinct(runs)),
+            "measuring_seconds": sum(run.measure_seconds for run in _distinct(runs)),
+        },
+    }
+    return CompareResult(
+        out=Path(settings.out),
+        metric=settings.metric,
+        budget=settings.budget,
+        seeds=settings.seeds,
+        held_out_rows=len(rendered.target_rows),
+        tasks=sources.target_names,
+        standings=tuple(standings),
+        differences=tuple(differences),
+        selections=selections,
+        foretold=foretold,
+        conclusion=conclusion,
+        manifest=manifest,
+    )
+
+
+def _facts(name: str, budget: str, chosen: Chosen, table: PoolTable) -> SelectionFacts:
+    source, share = source_shares([str(source) for source in table.source[chosen.rows]])
+    return SelectionFacts(
+        name=name,
+        budget=budget,
+        folder=str(chosen.folder),
+        rows=len(chosen.rows),
+        largest_source=source,
+        largest_share=share,
+        warnings=chosen.warnings,
+    )
+
+
+def _contamination(rendered: Rendered, sources: Sources, target_digests: Sequence[str]) -> list[str]:
+    """What flatters the measurement."""
+    found = []
+    leaked = int((rendered.pool.usable & leaked_rows(sources)).sum())
+    if leaked:
+        found.append(
+            f"Of the pool, {counted(leaked, 'row')} (or the prompt) is held out, too: what trains on it is flattered. "
+            "Remove it from the pool."
+        )
+    shared = len({sources.target.digests[row] for row in rendered.target_rows} & set(target_digests))
+    if shared:
+        found.append(
+            f"Of the held-out rows, {counted(shared, 'row')} is in the target, too: methods see what measures them."
+        )
+    return found
+
+
+def _distinct(runs: Mapping[tuple[str, str], Sequence[Run]]) -> list[Run]:
+    return list({run.key: run for own in runs.values() for run in own}.values())
+
+
+def _write(result: CompareResult, rendered: Rendered, runs: Sequence[Run]) -> None:
+    out = result.out
+    write_runs(out / "results.csv", runs)
+    names = np.asarray(result.tasks, dtype=object)[rendered.target_group]
+    ids = [rendered.target.examples.ids[int(row)] for row in rendered.target_rows]
+    write_rows(out / "rows.parquet", runs, tasks=[str(name) for name in names], ids=ids)
+    write_json(out / "verdict.json", result.summary())
+    write_document(comparison_document(result), out / "report.html")
+    write_json(out / "manifest.json", result.manifest)  # last: its presence says that the comparison is complete

@@ -1,0 +1,142 @@
+"""Which rows each contender trains on: selections by the methods, over one store, and random draws."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tamis.budget import parse_budget
+from tamis.compare_settings import CompareSettings, MethodText
+from tamis.comparison.contenders import slug
+from tamis.data.rows import Rows
+from tamis.errors import InvalidSettings
+from tamis.identity import fingerprint
+from tamis.model.processes import barrier
+from tamis.pipeline import select_from_settings
+from tamis.protocols import Progress
+from tamis.seeds import child_seed, random_subset, random_uniform
+from tamis.selection.choose import choose
+from tamis.settings import SelectSettings, to_dict
+from tamis.types import IntArray, TargetScores
+
+__all__ = ["Chosen", "PoolTable", "select_rows"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """What a method selected, and at which price."""
+
+    rows: IntArray  # pool rows, ascending
+    folder: Path  # the selection's own, with its report
+    tflops: float
+    seconds: float
+    warnings: tuple[str, ...]
+    table: pa.Table  # scores.parquet
+
+
+def select_rows(
+    settings: CompareSettings,
+    text: MethodText,
+    budget: str,
+    *,
+    progress: Progress,
+    held: Mapping[str, Rows],
+    changed: Callable[[SelectSettings], SelectSettings] = lambda settings: settings,
+) -> Chosen:
+    """The selection of one method, made now or found made. All ranks call this together.
+
+    ``changed`` may put other rows in place of those that ``settings`` name.
+
+    Raises:
+        InvalidSettings: the method weights its rows, which runs of a comparison do not.
+    """
+    own = to_dict(changed(settings.select_settings(text, budget=budget, out="-")))
+    # A method with other settings has another folder, so that settings may change from call to call.
+    known = {key: value for key, value in own.items() if key not in ("out", "store")}
+    folder = Path(settings.out) / "selections" / f"{slug(text.label)}-{slug(budget)}-{fingerprint(known)[:8]}"
+    if not (folder / "manifest.json").is_file():
+        select_from_settings(
+            changed(settings.select_settings(text, budget=budget, out=str(folder))), progress=progress, held=held
+        )
+    barrier()
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    table = pq.read_table(folder / "scores.parquet")
+    selected = np.flatnonzero(table["selected"].to_numpy()).astype(np.int64)
+    if not bool((table["weight"].to_numpy()[selected] == 1).all()):
+        raise InvalidSettings(
+            f"{text.label} weights its rows, and runs of a comparison train on all rows alike; "
+            f"leave --set {text.label}.weights out"
+        )
+    return Chosen(
+        rows=selected,
+        folder=folder,
+        tflops=float(manifest["cost"]["total_tflops"]),
+        seconds=float(manifest["cost"]["total_seconds"]),
+        warnings=tuple(manifest["warnings"]),
+        table=table,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolTable:
+    """The pool's rows as every selection sees them, for draws that no method makes."""
+
+    tokens: IntArray
+    source: Any  # (N,) names
+    usable: Any  # (N,) bool: has something to learn, and is not left out as a leak
+    first_of: IntArray | None  # the first copy of each row; None: copies are kept
+
+    @classmethod
+    def of(cls, table: pa.Table, settings: CompareSettings) -> PoolTable:
+        """From any selection's scores."""
+        usable = table["supervised_tokens"].to_numpy() > 0
+        if settings.drop_leaks:
+            usable &= ~table["leaked"].to_numpy()
+        column = {"keep": None, "one": "duplicate_of", "near": "near_duplicate_of"}[settings.duplicates]
+        first = None
+        if column is not None:
+            copies = table[column].to_numpy()
+            first = np.where(copies < 0, np.arange(len(copies)), copies).astype(np.int64)
+        return cls(
+            tokens=table["tokens"].to_numpy().astype(np.int64),
+            source=np.asarray(table["source"].to_pylist(), dtype=object),
+            usable=usable,
+            first_of=first,
+        )
+
+    def all_rows(self) -> IntArray:
+        """What ``full`` trains on."""
+        return np.flatnonzero(self.usable).astype(np.int64)
+
+    def uniform(self, budget: str, *, seed: int) -> IntArray:
+        """A blind draw within ``budget``, by the rules that hold for selections; ascending."""
+        count = len(self.tokens)
+        scores = TargetScores(
+            rows=np.arange(count),
+            values=random_uniform(child_seed(seed, "uniform"), count).astype(np.float32)[:, None],
+            group=np.zeros(1, dtype=np.int64),
+            target_names=("any",),
+        )
+        made = choose(
+            scores, budget=parse_budget(budget), tokens=self.tokens, first_of=self.first_of, eligible=self.usable
+        )
+        return np.sort(made.order)
+
+    def same_sources(self, rows: IntArray, *, seed: int) -> IntArray:
+        """A blind draw with as many rows of each source as ``rows`` have; ascending."""
+        candidates = self.usable.copy()
+        if self.first_of is not None:
+            candidates &= self.first_of == np.arange(len(self.first_of))
+        drawn = []
+        for source in sorted(set(self.source[rows]), key=str):
+            own = np.flatnonzero(candidates & (self.source == source))
+            wanted = min(int((self.source[rows] == source).sum()), len(own))
+            drawn.append(own[random_subset(child_seed(seed, "same sources", str(source)), len(own), wanted)])
+        return np.sort(np.concatenate(drawn)).astype(np.int64)

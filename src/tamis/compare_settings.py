@@ -1,0 +1,231 @@
+"""What a user can ask of ``tamis compare``, and what that asks of the selections and training runs inside it.
+
+Nothing in this file reads a disk or imports PyTorch. Most values are checked by the settings of the verbs that a
+comparison is made of, which are built here once for every method as soon as the comparison's own settings are made.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from tamis.budget import describe_budget, parse_budget
+from tamis.errors import InvalidSettings
+from tamis.notation import check_method, check_online_method, shortlist_parts, target_parts
+from tamis.settings import Dtype, Format, SelectSettings, TrainRunSettings
+from tamis.values import check_plain, check_types, nearest
+
+__all__ = ["BASELINES", "ONLINE", "CompareSettings", "MethodText", "method_parts"]
+
+ONLINE = "online:"
+BASELINES = ("uniform", "bm25", "length", "full")  # always compared with, whatever is named
+# Settings of a selection, not of a method, that --set may change for one method.
+_OF_THE_SELECTION = ("aggregate", "drop_flagged")
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodText:
+    """One of ``--methods``, taken apart: ``[LABEL=][SHORTLIST+]METHOD`` or ``[LABEL=]online:METHOD``."""
+
+    label: str
+    method: str
+    shortlist: str | None = None
+    is_online: bool = False
+
+
+def method_parts(text: str) -> MethodText:
+    """The parts of ``text``.
+
+    >>> method_parts("quick=bm25:5x+tracin")
+    MethodText(label='quick', method='tracin', shortlist='bm25:5x', is_online=False)
+
+    Raises:
+        InvalidSettings: it is not of that form, or names a method that there is not.
+    """
+    label, equals, rest = text.strip().rpartition("=")
+    if equals and not _LABEL.fullmatch(label.strip()):
+        raise InvalidSettings(
+            f"methods: {text!r}: expected LABEL=METHOD with a label of letters, digits, '.', '_', '+' and '-'"
+        )
+    if rest.startswith(ONLINE):
+        name = rest.removeprefix(ONLINE)
+        check_online_method(name)
+        return MethodText(label=label.strip() or rest, method=name, is_online=True)
+    shortlist, plus, name = rest.partition("+")
+    if not plus or rest == "rds+":
+        shortlist, name = "", rest
+    check_method(name, setting="methods")
+    if shortlist:
+        shortlist_parts(shortlist)
+    return MethodText(label=label.strip() or rest, method=name, shortlist=shortlist or None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareSettings:
+    """Everything that determines a comparison. ``tamis compare`` and ``tamis.compare`` share it.
+
+    Raises:
+        InvalidSettings: a value is of the wrong type, out of its range, or contradicts another one.
+    """
+
+    model: str
+    pool: tuple[str, ...]
+    target: tuple[str, ...]  # like SelectSettings.target
+    eval: tuple[str, ...] = ()  # rows that only measure, "path" or "name=path"
+    methods: tuple[str, ...] = ("tracin",)
+    set: Mapping[str, Any] = field(default_factory=dict)  # settings of methods, as "LABEL.NAME"
+    budget: str = "5%"  # the verdict's
+    budgets: tuple[str, ...] = ()  # further ones, for a curve
+    seeds: int = 5
+    metric: Literal["loss", "exact-match"] = "loss"
+    answer_pattern: str | None = None  # regular expression whose last match is the answer; None: the whole text
+    answer_tokens: int = 64  # generated at most
+    subsets: int = 0  # random parts of the pool to train on, for the linear datamodelling score; 0: none
+    subset_share: float = 0.5  # of the pool's rows
+    planted: bool = False  # known-answer rows in the pool; nothing is trained
+    relevant: tuple[str, ...] = ()  # rows to plant as relevant; empty: half of the target's rows are held back
+    relevant_sources: tuple[str, ...] = ()  # sources of the pool that are of the target's kind: not background
+    planted_rows: int = 40  # relevant rows planted at most
+    background_rows: int = 400  # rows of the pool that the planted ones are mixed into; 0: all
+    out: str = "tamis-compare"
+    store: str | None = None  # features shared with other runs; None: <out>/store
+    steps: int | None = None  # updates of every run; None: as many as the epochs take
+    epochs: int = 2  # passes over the selected rows
+    update_rows: int = 8  # rows of one update
+    learning_rate: float | None = None  # None: 2e-4 with LoRA, 2e-5 without
+    warmup_share: float = 0.03
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    tune: Literal["lora", "full"] = "lora"
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
+    lora_targets: tuple[str, ...] = ()
+    oversample: int = 4  # of online methods: candidates per row kept
+    save_steps: int = 200  # updates that a kill can lose; shorter runs start anew
+    aggregate: Literal["round-robin", "mean"] = "round-robin"
+    duplicates: Literal["one", "keep", "near"] = "one"
+    drop_leaks: bool = False
+    seed: int = 0
+    max_length: int = 2048
+    dtype: Dtype = "auto"
+    device: str = "auto"
+    attention: str = "sdpa"
+    revision: str | None = None
+    chat_template: str | None = None
+    trust_remote_code: bool = False
+    gradient_checkpointing: bool = False
+    row_format: Format | None = None
+    on_bad_row: Literal["fail", "skip"] = "fail"
+    batch_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "budget", describe_budget(parse_budget(self.budget)))
+        written: Any = self.budgets  # YAML and Python also write numbers, or a single one
+        given = [written] if isinstance(written, (str, int, float)) else list(written)
+        object.__setattr__(self, "budgets", tuple(describe_budget(parse_budget(text)) for text in given))
+        check_types(self)
+        for name in ("seeds", "answer_tokens", "planted_rows", "epochs", "update_rows", "save_steps"):
+            if getattr(self, name) < 1:
+                raise InvalidSettings(f"{name}={getattr(self, name)}: expected at least 1")
+        if self.background_rows < 0:
+            raise InvalidSettings(f"background_rows={self.background_rows}: expected at least 0 (all rows)")
+        if self.subsets < 0 or self.subsets in (1, 2):
+            raise InvalidSettings(f"subsets={self.subsets}: expected 0, or at least 3 for a rank correlation")
+        if not 0 < self.subset_share < 1:
+            raise InvalidSettings(f"subset_share={self.subset_share}: expected a share above 0 and below 1")
+        self._check_methods()
+        self._check_measuring()
+        for text in (*self.contenders, *map(method_parts, ("bm25", "length"))):
+            if text.is_online:
+                self.train_settings(out=self.out, steps=1, seed=self.seed, online=text)
+            else:
+                self.select_settings(text, budget=self.budget, out=self.out)
+        self.train_settings(out=self.out, steps=1 if self.steps is None else self.steps, seed=self.seed)
+
+    @property
+    def contenders(self) -> tuple[MethodText, ...]:
+        """The methods named, without those that always run."""
+        parts = [method_parts(text) for text in self.methods]
+        return tuple(text for text in parts if text.label not in BASELINES)
+
+    @property
+    def all_budgets(self) -> tuple[str, ...]:
+        """The verdict's budget first."""
+        return tuple(dict.fromkeys([self.budget, *self.budgets]))
+
+    def own_settings(self, label: str) -> dict[str, Any]:
+        """What ``set`` says of one method."""
+        return {key.rpartition(".")[2]: v for key, v in self.set.items() if key.rpartition(".")[0] == label}
+
+    def select_settings(self, text: MethodText, *, budget: str, out: str) -> SelectSettings:
+        """Of the selection that a method makes."""
+        own = self.own_settings(text.label)
+        of_selection = {name: own.pop(name) for name in _OF_THE_SELECTION if name in own}
+        return SelectSettings(
+            model=self.model, pool=self.pool, target=self.target, method=text.method, set=own, budget=budget, out=out,
+            shortlist=text.shortlist, duplicates=self.duplicates, drop_leaks=self.drop_leaks,
+            seed=self.seed, max_length=self.max_length, dtype=self.dtype, device=self.device,
+            attention=self.attention, revision=self.revision, chat_template=self.chat_template,
+            trust_remote_code=self.trust_remote_code, gradient_checkpointing=self.gradient_checkpointing,
+            row_format=self.row_format, on_bad_row=self.on_bad_row, batch_tokens=self.batch_tokens,
+            store=self.store or f"{self.out}/store", **{"aggregate": self.aggregate, **of_selection},
+        )  # fmt: skip
+
+    def train_settings(self, *, out: str, steps: int, seed: int, online: MethodText | None = None) -> TrainRunSettings:
+        """Of a training run: an online method's, or one on given rows, which takes only its model from here."""
+        return TrainRunSettings(
+            model=self.model, pool=self.pool, target=self.target, method=online.method if online else "full",
+            set=self.own_settings(online.label) if online else {}, keep=self.update_rows, oversample=self.oversample,
+            steps=steps, out=out, held_out=0.0, tune=self.tune, lora_rank=self.lora_rank, lora_alpha=self.lora_alpha,
+            lora_targets=self.lora_targets, learning_rate=self.learning_rate, warmup_share=self.warmup_share,
+            weight_decay=self.weight_decay, clip=self.clip, drop_leaks=self.drop_leaks, save_steps=self.save_steps,
+            forecast_every=0, seed=seed, max_length=self.max_length, dtype=self.dtype, device=self.device,
+            attention=self.attention, revision=self.revision, chat_template=self.chat_template,
+            trust_remote_code=self.trust_remote_code, gradient_checkpointing=self.gradient_checkpointing,
+            row_format=self.row_format, on_bad_row=self.on_bad_row,
+        )  # fmt: skip
+
+    def _check_methods(self) -> None:
+        if not self.methods:
+            raise InvalidSettings("methods: expected at least one; pass --methods tracin, for example")
+        parts = [method_parts(text) for text in self.methods]
+        labels = [text.label for text in parts]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise InvalidSettings(f"methods: two are called {label!r}; name them: --methods a=tracin b=tracin")
+        for text in parts:
+            if text.label in BASELINES and (text.label != text.method or text.is_online):
+                raise InvalidSettings(f"methods: {text.label!r} is a baseline's name; choose another label")
+        known = [*labels, "bm25", "length"]
+        for key, value in self.set.items():
+            label, dot, name = key.rpartition(".")
+            if not dot or not name.isidentifier():
+                raise InvalidSettings(f"set: {key!r}: a comparison has several methods, so write LABEL.NAME=VALUE")
+            if label not in known:
+                raise InvalidSettings(f"set: no method is called {label!r}{nearest(label, known)}")
+            check_plain(f"set.{key}", value)
+
+    def _check_measuring(self) -> None:
+        if self.planted:
+            if any(text.is_online for text in self.contenders):
+                raise InvalidSettings(
+                    "planted: nothing is trained, so online methods cannot be checked; leave them out"
+                )
+            return
+        if not self.eval:
+            raise InvalidSettings("eval: no row measures; pass --eval (rows of the task that nothing else sees)")
+        if self.relevant or self.relevant_sources:
+            raise InvalidSettings("relevant, relevant_sources: they belong to --planted; add it, or leave them out")
+        names = [target_parts(text)[0] for text in self.eval]
+        if len(frozenset(names)) < len(names):
+            raise InvalidSettings(f"eval: two are called {sorted(names)[0]!r}; name them: --eval NAME=PATH")
+        if self.metric == "loss" and self.answer_pattern is not None:
+            raise InvalidSettings("answer_pattern: it reads generated answers; add --metric exact-match")
+        if self.answer_pattern is not None:
+            try:
+                re.compile(self.answer_pattern)
+            except re.error as error:
+                raise InvalidSettings(f"answer_pattern={self.answer_pattern!r}: {error}") from error

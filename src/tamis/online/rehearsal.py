@@ -1,0 +1,125 @@
+"""Look-ahead scores: train ahead without touching the model, take the target's gradient there, and sweep back.
+
+All of it happens on copies: losses are functions of a flat vector, the live model and optimizer are only read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tamis.gradients.functional import per_sample_gradients
+from tamis.maths.step_derivative import AdamStep
+from tamis.online.batches import supervised_tokens
+from tamis.online.lookahead import Lookahead
+from tamis.trajectory.adjoint import Channel, start_channel, sweep_step
+from tamis.trajectory.causal import CausalProblem
+from tamis.trajectory.optimizer_state import LiveOptimizer, live_optimizer
+from tamis.trajectory.replay import Played, mean_gradient, play
+from tamis.trajectory.run import Rule, Step
+from tamis.trajectory.secant import SecantWindow
+from tamis.trajectory.token_rows import TokenMicro
+from tamis.types import Batch
+
+__all__ = ["coming_rates", "rehearse"]
+
+
+def rehearse(
+    method: Lookahead,
+    model: nn.Module,
+    optimizer: Any,
+    block: Sequence[Sequence[Batch]],
+    target: Sequence[Batch],
+    *,
+    rates: Sequence[tuple[float, ...]],
+    clip: float | None,
+    reduction: str = "rows",
+    autocast: torch.dtype | None = None,
+) -> list[Tensor]:
+    """Scores of the candidates of every slot of ``block``, float64: positive, the candidate lowers the target loss.
+
+    Args:
+        method: horizon, form and curvature.
+        model: as it is before the coming update.
+        optimizer: likewise, AdamW or Adam.
+        block: the candidates of the coming updates, one list of batches for each; of the "frozen" form, of one.
+        target: target rows.
+        rates: of every parameter group, for as many coming updates as are looked ahead.
+        clip: largest norm of an update's gradient.
+        reduction: whether rows or supervised tokens count alike in an update.
+        autocast: what the trainer computes in.
+
+    Raises:
+        Unsupported: the optimizer's steps cannot be foreseen.
+    """
+    live = live_optimizer(optimizer, model)
+    problem = CausalProblem(model, live.shapes, autocast=autocast)
+    rule, state, played = live.rule(clip), live.state(), list[Played]()
+    for index, (batches, own) in enumerate(zip(block, rates, strict=False)):
+        step = _step(index, batches, own, reduction, state.theta)
+        played.append(play(problem, rule, state, step))
+        state = played[-1].after
+    at = state.theta if method.form == "rehearsal" and method.horizon > 1 else played[0].before.theta
+    micros = [TokenMicro(batch=batch) for batch in target]
+    _, goal = mean_gradient(problem, at, micros)
+    channel = start_channel("ahead", "adamw-influence", method.curvature, goal[None], moments=2)
+    if method.form == "frozen":
+        _repeat(problem, rule, played[0], channel, rates[1 : method.horizon])
+    window = SecantWindow(1) if method.secant else None
+    found: list[Tensor] = []
+    for one in reversed(played):
+        if one is played[0]:
+            channel.curvature = "none"  # what it would carry further back is not needed
+        if window is not None:
+            window.enter(one, channel.adjoint)
+            grads = [per_sample_gradients(problem, one.before.theta, micro) for micro in one.step.micros]
+            scores = window.scores(one, torch.cat(grads), one.step.weights)
+        else:
+            scores = torch.zeros(0)
+        if window is None or one is not played[0]:
+            first_order = sweep_step(problem, one, channel)
+            scores = first_order if window is None else scores
+        found.insert(0, scores[:, 0].double().cpu())
+    return found
+
+
+def coming_rates(scheduler: Any, live: LiveOptimizer, count: int) -> list[tuple[float, ...]] | None:
+    """Learning rates of the coming ``count`` updates, by group; None if the scheduler cannot be foreseen."""
+    inner = getattr(scheduler, "scheduler", scheduler)  # Accelerate wraps it
+    now = live.rates()
+    if count == 1:
+        return [now]
+    if type(inner) is not torch.optim.lr_scheduler.LambdaLR:
+        return None
+    used = [i for i, group in enumerate(inner.optimizer.param_groups) if group["params"]]
+    return [
+        tuple(float(inner.base_lrs[i] * inner.lr_lambdas[i](inner.last_epoch + ahead)) for i in used)
+        for ahead in range(count)
+    ]
+
+
+def _repeat(
+    problem: CausalProblem, rule: Rule, first: Played, channel: Channel, rates: Sequence[tuple[float, ...]]
+) -> None:
+    """Carry the adjoint back through later updates that are taken to be as the first one was, but for c1, c2 and η."""
+    derivative = first.derivative()
+    assert isinstance(derivative, AdamStep)
+    for ahead, own in reversed(list(enumerate(rates, start=1))):
+        later = derivative.advanced(count=first.after.count + ahead, lr=rule.over(first.g, own))
+        sweep_step(problem, first, channel, derivative=later)
+
+
+def _step(index: int, batches: Sequence[Batch], rates: tuple[float, ...], reduction: str, like: Tensor) -> Step:
+    tokens = supervised_tokens(batches).double()
+    counts = tokens if reduction == "tokens" else torch.ones_like(tokens)
+    rows = torch.cat([batch.rows.cpu() for batch in batches]).numpy()
+    return Step(
+        index=index,
+        micros=tuple(TokenMicro(batch=batch) for batch in batches),
+        rows=rows,
+        weights=(counts / counts.sum()).to(like.device),
+        rates=rates,
+    )

@@ -1,0 +1,290 @@
+"""A proxy from top to bottom: claim, read, draw rows, load, build, align, measure, write.
+
+The folder is the proxy's and a run's at once: a killed build goes on where it was, a finished one says so. What only
+the build needed lies in ``store`` and is removed at the end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any, cast
+
+from peft import PeftModel
+from torch import nn
+
+from tamis.config import write_config
+from tamis.data.examples import Examples, read_examples, warn_of
+from tamis.data.render import Renderer
+from tamis.data.rows import Rows
+from tamis.disk import check_writable, replace_atomically
+from tamis.errors import InvalidSettings
+from tamis.identity import file_sha256, text_sha256
+from tamis.manifest import versions
+from tamis.model.limits import model_limits
+from tamis.model.load import (
+    LoadedModel,
+    ModelSettings,
+    load_model,
+    load_tokenizer,
+    model_fingerprint,
+    resolved_dtype,
+    template_text,
+)
+from tamis.model.lowrank import low_rank_layers
+from tamis.model.processes import world_size
+from tamis.notation import target_parts
+from tamis.outputs import check_claim, claim_folder, write_json
+from tamis.progress import NoProgress
+from tamis.projection.factorized import FactorizedProjector
+from tamis.protocols import Progress
+from tamis.proxies.baselines import build_extraction, build_scorer, build_sibling
+from tamis.proxies.bench import Bench
+from tamis.proxies.build import build_low_rank
+from tamis.proxies.retention import Retention
+from tamis.proxies.rows import RowSizes, assign_roles, usable_rows
+from tamis.proxy_settings import ProxySettings
+from tamis.report.retention_page import retention_page
+from tamis.types import Example
+from tamis.values import to_dict
+
+__all__ = ["ProxyResult", "prepare", "proxy_from_settings", "read_rows"]
+
+logger = logging.getLogger(__name__)
+
+# Settings that cannot change the weights or a score; all others make a folder the folder of one proxy.
+_FREE_SETTINGS = ("out", "report", "on_bad_row", "keep")
+_KNOWN_BY_CONTENT = ("model", "revision", "chat_template", "sibling")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProxyResult:
+    """What was built, also on disk under ``out``, which loads wherever a model is taken."""
+
+    out: Path
+    retention: Mapping[str, Any]  # as in retention.json
+    warnings: tuple[str, ...]
+    manifest: Mapping[str, Any]
+    was_finished: bool  # before this call, which built nothing
+
+    def summary(self) -> dict[str, Any]:
+        """The result in a few plain values, as ``tamis proxy --json`` prints it."""
+        found = self.retention
+        final, cost = found["final"], found["cost"]
+        report = self.out / "report.html"
+        return {
+            "preset": found["preset"],
+            "was_finished": self.was_finished,
+            "sparsity": {key: found[key] for key in ("sparsity", "achieved", "achieved_whole")},
+            "parameters": {"full": cost["params_full"], "proxy": cost["params_proxy"]},
+            "loss": {"full": found["loss_full"], "proxy": final["loss"]},
+            "ranking_kept": final["agreement"]["spearman"],
+            "top_5_percent_kept": final["agreement"]["top_overlap"],
+            "cost_ratio": {"block_flops": found["flops_ratio"], "seconds": found["seconds_ratio"]},
+            "built_for": {
+                "seconds": cost["build_seconds"] + cost["align_seconds"],
+                "of_a_pool_pass": found["build_share"],
+            },
+            "left_out": [f"{entry['layers']}: {entry['reason']}" for entry in found["left_out"]],
+            "advice": " ".join(found["advice"]["sentences"]),
+            "warnings": list(self.warnings),
+            "proxy": str(self.out),
+            "report": str(report) if report.exists() else None,
+        }
+
+
+def proxy_from_settings(
+    settings: ProxySettings, *, progress: Progress | None = None, held: Mapping[str, Rows] | None = None
+) -> ProxyResult:
+    """The build that ``settings`` describe; see ``tamis.proxy``. ``held`` has the rows in memory that they name."""
+    held, progress = held or {}, progress or NoProgress()
+    out = Path(settings.out)
+    if world_size() > 1:
+        raise InvalidSettings(
+            f"a proxy is built by one process, and {world_size()} were started; run it without a launcher (its folder "
+            "then loads on any number of them)"
+        )
+    check_writable(out)
+    loading = _loading(settings)
+    resolved_dtype(loading)  # refuses a device that is not there
+    pool, target = read_rows(settings, held)
+    identity = _identity(settings, loading, pool, target)
+    claim_folder(out, identity)
+    write_config("proxy", settings, out / "run.yaml", held=list(held))
+    if (out / "manifest.json").is_file():
+        logger.info("%s holds this proxy already, finished; nothing is built again", out)
+        shutil.rmtree(out / "store", ignore_errors=True)
+        return _result(out, was_finished=True)
+
+    loaded, bench, warnings = prepare(settings, pool, target)
+    for sentence in warnings:
+        logger.warning("%s", sentence)
+    retention = _build(settings, loaded, bench, pool, out, progress)
+    check_claim(out, identity)
+    plain = {
+        **json.loads(json.dumps(dataclasses.asdict(retention))),
+        "loss_ratio": retention.loss_ratio,
+        "flops_ratio": retention.cost.flops_ratio,
+        "seconds_ratio": retention.cost.seconds_ratio,
+        "build_share": retention.cost.build_share,
+    }
+    write_json(out / "retention.json", plain)
+    if settings.report:
+        page = retention_page(retention, command=_command(out, held), warnings=warnings)
+        replace_atomically(out / "report.html", (page.encode("utf-8"),))
+    manifest = {
+        **identity,
+        "command": _command(out, held),
+        "versions": versions(),
+        "settings": to_dict(settings),
+        "models": [loaded.description],
+        "warnings": warnings,
+        "files": {path.name: file_sha256(path) for path in sorted(out.glob("*.safetensors"))},
+    }
+    write_json(out / "manifest.json", manifest)  # last: its presence says that the proxy is complete
+    shutil.rmtree(out / "store", ignore_errors=True)
+    return _result(out, was_finished=False)
+
+
+def read_rows(settings: ProxySettings, held: Mapping[str, Rows] | None = None) -> tuple[Examples, Examples | None]:
+    """The pool's rows and the target's, None without a target.
+
+    Raises:
+        BadRow: a row cannot be used and ``on_bad_row`` is "fail".
+        InvalidInput: a file cannot be used.
+    """
+    how: dict[str, Any] = {"row_format": settings.row_format, "on_bad_row": settings.on_bad_row, "held": held}
+    pool = read_examples(settings.pool, kind="pool", **how)
+    warn_of(pool, "pool")
+    if not settings.target:
+        return pool, None
+    target = read_examples([target_parts(text)[1] for text in settings.target], kind="target", **how)
+    warn_of(target, "target")
+    return pool, target
+
+
+def prepare(settings: ProxySettings, pool: Examples, target: Examples | None) -> tuple[LoadedModel, Bench, list[str]]:
+    """The model, the bench with every row's role, and what to warn of.
+
+    Raises:
+        InvalidInput: there are too few rows, or the model cannot be read.
+        InvalidSettings: the model is a proxy already.
+    """
+    loading = _loading(settings)
+    names = [target_parts(text)[0] for text in settings.target]
+    groups = {name: _of_target(target, index) for index, name in enumerate(names)} if target is not None else {}
+    renderer = Renderer(load_tokenizer(loading), max_length=settings.max_length)
+    roles = assign_roles(
+        pool, groups, renderer, sizes=_sizes(settings), seed=settings.seed, on_bad_row=settings.on_bad_row
+    )
+    warnings = [*renderer.notes, *roles.check_fit(model_limits(loading), load_tokenizer(loading))]
+    loaded = _load(loading)
+    bench = Bench(
+        roles=roles,
+        projector=FactorizedProjector(dim=settings.projection_dim, seed=settings.seed),
+        batch_tokens=settings.batch_tokens or (2048 if loaded.device.type == "cpu" else 16384),
+        pad_id=loaded.pad_id,
+        seed=settings.seed,
+    )
+    return loaded, bench, warnings
+
+
+def _build(
+    settings: ProxySettings, loaded: LoadedModel, bench: Bench, pool: Examples, out: Path, progress: Progress
+) -> Retention:
+    if settings.is_low_rank:
+        return build_low_rank(loaded, settings, bench, work=out / "store", out=out, progress=progress)
+    if settings.preset == "layer-extraction":
+        return build_extraction(loaded, settings, bench, out=out)
+    loading = replace(_loading(settings), name=cast(str, settings.sibling), revision=None)
+    renderer = Renderer(load_tokenizer(loading), max_length=settings.max_length)
+    sibling, roles = _load(loading), bench.roles.rendered_by(renderer)
+    if settings.preset == "sibling":
+        return build_sibling(loaded, sibling, roles, settings, bench, out=out)
+    rows = usable_rows(pool, renderer, settings.on_bad_row)
+    return build_scorer(loaded, sibling, roles, settings, bench, pool=rows, out=out, progress=progress)
+
+
+def _command(out: Path, held: Mapping[str, Rows]) -> str:
+    """What repeats the build."""
+    if held:
+        return f"tamis.proxy(...) in Python with the same rows: run.yaml cannot bring back {' and '.join(held)}"
+    return f"tamis proxy --config {out / 'run.yaml'}"
+
+
+def _loading(settings: ProxySettings) -> ModelSettings:
+    return ModelSettings(
+        name=settings.model,
+        revision=settings.revision,
+        # Factors are found and aligned in float32; the folder then runs in whatever type it is loaded in.
+        dtype="float32" if settings.dtype == "auto" else settings.dtype,
+        device=settings.device,
+        attention=settings.attention,
+        trust_remote_code=settings.trust_remote_code,
+        chat_template=settings.chat_template,
+    )
+
+
+def _load(loading: ModelSettings) -> LoadedModel:
+    """The model whole: an adapter is merged into its base, because factors are of what the model computes."""
+    loaded = load_model(loading)
+    if low_rank_layers(loaded.model):
+        raise InvalidSettings(f"'{loading.name}' is a proxy already; build from the model that it was made of")
+    if isinstance(loaded.model, PeftModel):
+        loaded.model = cast(nn.Module, cast(Any, loaded.model).merge_and_unload())
+        loaded.description["merged_adapter"] = True
+    for param in loaded.model.parameters():
+        param.requires_grad_(True)
+    return loaded
+
+
+def _of_target(target: Examples | None, index: int) -> list[Example]:
+    assert target is not None
+    return [example for example, file in zip(target, target.file_index, strict=True) if target.named_by[file] == index]
+
+
+def _sizes(settings: ProxySettings) -> RowSizes:
+    return RowSizes(
+        held_out=settings.held_out_rows,
+        validation=settings.validation_rows,
+        stand_ins=settings.target_rows,
+        probe=settings.probe_rows,
+        align=max(settings.batch_rows, settings.steps * settings.batch_rows),
+    )
+
+
+def _identity(
+    settings: ProxySettings, loading: ModelSettings, pool: Examples, target: Examples | None
+) -> dict[str, Any]:
+    plain = {k: v for k, v in to_dict(settings).items() if k not in (*_FREE_SETTINGS, *_KNOWN_BY_CONTENT)}
+    inputs = {}
+    if settings.chat_template is not None:
+        inputs["chat_template"] = text_sha256(template_text(settings.chat_template))
+    if settings.sibling is not None:
+        inputs["sibling"] = model_fingerprint(replace(loading, name=settings.sibling, revision=None))
+    return {
+        "tamis": metadata.version("tamis"),
+        "verb": "proxy",
+        "model": model_fingerprint(loading),
+        "data": {"pool": pool.identity, **({"target": target.identity} if target is not None else {})},
+        "libraries": {name: metadata.version(name) for name in ("torch", "transformers", "peft", "tokenizers")},
+        "settings": plain,
+        "inputs": inputs,
+    }
+
+
+def _result(out: Path, *, was_finished: bool) -> ProxyResult:
+    manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    return ProxyResult(
+        out=out,
+        retention=json.loads((out / "retention.json").read_text(encoding="utf-8")),
+        warnings=tuple(manifest["warnings"]),
+        manifest=manifest,
+        was_finished=was_finished,
+    )

@@ -1,0 +1,186 @@
+"""What a user can ask of ``tamis proxy``, and the recipes that a preset stands for. No disk, no PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from tamis.errors import InvalidSettings
+from tamis.notation import PROXY_SUMMARIES, target_parts
+from tamis.values import check_types, nearest
+
+__all__ = ["SWEEP", "ProxySettings", "Recipe", "recipe_of"]
+
+Form = Literal["probe", "dense", "core"]
+Weighting = Literal["influence", "inverse"]
+Gauge = Literal["balanced", "weighted"]
+Allocation = Literal["uniform", "share"]
+Space = Literal["product", "factors"]
+Objective = Literal["none", "kl", "align", "align+kl"]
+Damping = Literal["relative", "absolute"]
+
+SWEEP = (0.1, 0.3, 0.5, 0.7, 0.9)  # sparsities whose retention before alignment a build also measures
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How layers are compressed and aligned, every choice made; one per preset, changed by single settings."""
+
+    form: Form = "probe"
+    weighting: Weighting = "influence"
+    weigh_input: bool = True
+    weigh_output: bool = True
+    damping: Damping = "relative"
+    damping_input: float | None = None  # None: .01, .1 or 1 by how many tokens there are for each input
+    damping_output: float = 1.0
+    gauge: Gauge = "balanced"
+    allocation: Allocation = "uniform"
+    space: Space = "product"
+    objective: Objective = "kl"
+    kl_weight: float = 0.1  # of "align+kl"
+
+
+_RECIPES: Mapping[str, Recipe] = {
+    "default": Recipe(),
+    "ipsvd": Recipe(damping_input=0.01, damping_output=0.01),
+    "activation": Recipe(weigh_output=False),
+    "svd": Recipe(weigh_input=False, weigh_output=False),
+    # As published: the core form of appendix F, damped by the same absolute number on both sides, in the gauge in
+    # which equation 14 leaves the factors, aligned by gradients anchored by outputs, with influence over the factors.
+    "paper": Recipe(
+        form="core",
+        damping="absolute",
+        damping_input=1e-3,
+        damping_output=1e-3,
+        gauge="weighted",
+        space="factors",
+        objective="align+kl",
+    ),
+}
+_INVERSE_DAMPING = 0.1
+_NEEDS_SIBLING = ("sibling", "influence-scorer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProxySettings:
+    """Everything that determines a proxy. ``tamis proxy`` and ``tamis.proxy`` share it.
+
+    Raises:
+        InvalidSettings: a value is of the wrong type, out of its range, or contradicts another one.
+    """
+
+    model: str
+    pool: tuple[str, ...]
+    target: tuple[str, ...] = ()  # rows whose ranking of the pool must survive; none: rows of the pool stand in
+    sparsity: float = 0.5  # share of the compressed layers' numbers that is removed
+    out: str = "tamis-proxy"
+    preset: str = "default"
+    sibling: str | None = None  # the smaller model of the presets "sibling" and "influence-scorer"
+    form: Form | None = None  # this and the following: None means the preset's
+    weighting: Weighting | None = None
+    damping: Damping | None = None
+    damping_input: float | None = None
+    damping_output: float | None = None
+    gauge: Gauge | None = None
+    allocation: Allocation | None = None
+    space: Space | None = None
+    objective: Objective | None = None
+    kl_weight: float | None = None
+    probe_rows: int = 128
+    probe_tokens: int = 64  # tokens drawn from each of them; shorter rows give all
+    probe_gb: float = 4.0  # bound on the probes held at once; less means more passes over the probe rows
+    steps: int = 100  # of alignment
+    batch_rows: int = 8  # of one such step
+    learning_rate: float | None = None  # None: 1e-3 for hidden sizes up to 256, 1e-4 above
+    temperature: float = 1.0
+    measure_steps: int = 50  # steps between measurements on rows kept for that
+    patience: int = 2  # measurements without a better one after which alignment stops
+    control: bool = True  # with "align" and "align+kl": also align a copy by outputs alone, for as long
+    held_out_rows: int = 200
+    validation_rows: int = 64
+    target_rows: int = 32  # without a target: pool rows that stand in for one
+    keep: float = 0.9  # rank correlation that the recommended sparsity must keep
+    sweep: bool = True
+    projection_dim: int = 16
+    seed: int = 0
+    max_length: int = 2048
+    batch_tokens: int | None = None  # padded tokens of one pass; None: 2,048 on a CPU, 16,384 on an accelerator
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # auto: float32
+    device: str = "auto"
+    attention: str = "sdpa"
+    revision: str | None = None
+    chat_template: str | None = None
+    trust_remote_code: bool = False
+    row_format: Literal["messages", "prompt-completion", "instruction", "text"] | None = None
+    on_bad_row: Literal["fail", "skip"] = "fail"
+    report: bool = True
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if not self.pool or not all(path.strip() for path in self.pool):
+            raise InvalidSettings(f"pool: expected at least one file, glob or hub id, got {list(self.pool)!r}")
+        names = [target_parts(text)[0] for text in self.target]
+        for name in names:
+            if names.count(name) > 1:
+                raise InvalidSettings(f"two targets are called {name!r}; name them: --target NAME=PATH")
+        if self.preset not in PROXY_SUMMARIES:
+            raise InvalidSettings(
+                f"preset={self.preset!r}: expected one of {', '.join(PROXY_SUMMARIES)}"
+                f"{nearest(self.preset, PROXY_SUMMARIES)}"
+            )
+        self._check_numbers()
+        self._check_baseline()
+        for name in ("model", "out", "device", "attention", "sibling", "revision", "chat_template"):
+            value = getattr(self, name)
+            if value is not None and not value.strip():
+                raise InvalidSettings(f"{name}={value!r}: expected a text that is not empty")
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether layers are factored, and not blocks left out or another model taken."""
+        return self.preset in _RECIPES
+
+    def _check_numbers(self) -> None:
+        if not 0 < self.sparsity < 1:
+            raise InvalidSettings(f"sparsity={self.sparsity}: expected a share above 0 and below 1, such as 0.5")
+        if not 0 < self.keep <= 1:
+            raise InvalidSettings(f"keep={self.keep}: expected a rank correlation above 0 and at most 1")
+        for name in ("damping_input", "damping_output", "kl_weight"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise InvalidSettings(f"{name}={value}: expected at least 0")
+        for name in ("learning_rate", "temperature", "probe_gb"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise InvalidSettings(f"{name}={value}: expected a number above zero")
+        least = {"steps": 0, "seed": 0, "max_length": 2, "held_out_rows": 20, "validation_rows": 8, "target_rows": 1}
+        ones = ("probe_rows", "probe_tokens", "batch_rows", "measure_steps", "patience", "projection_dim")
+        for name, minimum in {**least, **dict.fromkeys((*ones, "batch_tokens"), 1)}.items():
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise InvalidSettings(f"{name}={value}: expected at least {minimum}")
+
+    def _check_baseline(self) -> None:
+        if self.preset in _NEEDS_SIBLING and self.sibling is None:
+            raise InvalidSettings(f"preset={self.preset!r} takes a smaller model of the family; pass --sibling MODEL")
+        if self.preset not in _NEEDS_SIBLING and self.sibling is not None:
+            raise InvalidSettings(f"sibling: only the presets {' and '.join(_NEEDS_SIBLING)} take one; leave it out")
+        if self.preset == "influence-scorer" and not self.target:
+            raise InvalidSettings("preset='influence-scorer' learns the scores for a target; pass --target")
+        if not self.is_low_rank:
+            changed = [entry.name for entry in fields(Recipe) if getattr(self, entry.name, None) is not None]
+            if changed:
+                raise InvalidSettings(f"{changed[0]}: the preset {self.preset!r} factors no layer; leave it out")
+
+
+def recipe_of(settings: ProxySettings) -> Recipe:
+    """The preset's recipe with the single settings in place."""
+    chosen: dict[str, Any] = {
+        entry.name: value for entry in fields(Recipe) if (value := getattr(settings, entry.name, None)) is not None
+    }
+    recipe = _RECIPES[settings.preset]
+    if settings.weighting == "inverse" and recipe.damping == "relative":
+        # Inverse moments blow up just those directions that the probes did not measure.
+        chosen = {"damping_input": _INVERSE_DAMPING, "damping_output": _INVERSE_DAMPING, **chosen}
+    return replace(recipe, **chosen)

@@ -1,0 +1,139 @@
+"""The tables of a comparison: standings, tasks, tests and costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tamis.comparison.datamodel import Foretold
+from tamis.comparison.result import CompareResult
+from tamis.comparison.verdict import Difference, Standing
+from tamis.report.conclude import mean_text, p_text
+from tamis.report.document import Table
+from tamis.report.wording import count, number, one_line, percent, seconds
+
+__all__ = ["cost_table", "foretold_table", "standings_table", "task_tables", "tests_table"]
+
+
+def standings_table(standings: Sequence[Standing], result: CompareResult, *, folded: bool = False) -> Table:
+    """Where every contender ended, and on what."""
+    budget = standings[0].budget if standings else ""
+    return Table(
+        label=f"Contenders at {budget}",
+        heads=(
+            ("contender", False),
+            ("runs", True),
+            (f"{result.metric}, mean ± std", True),
+            *((("loss", True),) if result.metric != "loss" else ()),
+            ("updates", True),
+            ("rows", True),
+            ("tokens", True),
+            ("answer tokens a row", True),
+        ),
+        rows=tuple(
+            (
+                one_line(s.name, 80),
+                count(len(s.values)),
+                mean_text(s),
+                *((number(s.loss),) if result.metric != "loss" else ()),
+                count(s.steps),
+                count(s.rows),
+                count(s.tokens),
+                number(s.supervised_a_row, 3),
+            )
+            for s in standings
+        ),
+        folded=folded,
+    )
+
+
+def task_tables(standings: Sequence[Standing], result: CompareResult) -> tuple[Table, ...]:
+    """The mean loss of every task; none for a single one."""
+    if len(result.tasks) < 2:
+        return ()
+    return (
+        Table(
+            label="Loss by task",
+            heads=(("contender", False), *((one_line(task, 40), True) for task in result.tasks)),
+            rows=tuple((one_line(s.name, 80), *(number(s.by_task[task]) for task in result.tasks)) for s in standings),
+        ),
+    )
+
+
+def tests_table(differences: Sequence[Difference]) -> Table:
+    """Every difference with its tests."""
+
+    def interval(d: Difference) -> str:
+        if d.over_seeds.low is None or d.over_seeds.high is None:
+            return "–"
+        return f"{number(d.over_seeds.low, 3)} to {number(d.over_seeds.high, 3)}"
+
+    return Table(
+        label="Tests of every difference",
+        heads=(
+            ("method", False),
+            ("against", False),
+            ("gain", True),
+            ("in %", True),
+            ("95% interval, seeds", True),
+            ("seeds", True),
+            ("p, seeds", True),
+            ("p, rows", True),
+            ("more than chance", False),
+        ),
+        rows=tuple(
+            (
+                one_line(d.contender, 60),
+                d.against if d.against == d.opponent else f"{d.against}: {one_line(d.opponent, 60)}",
+                number(d.gain, 3),
+                percent(d.relative),
+                interval(d),
+                count(d.over_seeds.n),
+                p_text(d.seeds_p),
+                p_text(d.rows_p),
+                ("yes, better" if d.gain > 0 else "yes, worse") if d.is_sure else "not shown",
+            )
+            for d in differences
+        ),
+    )
+
+
+def cost_table(standings: Sequence[Standing]) -> Table:
+    """What one run of every contender costs."""
+    return Table(
+        label="Cost of one run",
+        heads=(
+            ("contender", False),
+            ("selecting, TFLOPs", True),
+            ("training, TFLOPs", True),
+            ("all, TFLOPs", True),
+            ("selecting", True),
+            ("training", True),
+        ),
+        rows=tuple(
+            (
+                one_line(s.name, 80),
+                number(s.select_tflops, 3),
+                number(s.train_tflops, 3),
+                number(s.tflops, 3),
+                seconds(s.select_seconds),
+                seconds(s.train_seconds),
+            )
+            for s in standings
+        ),
+    )
+
+
+def foretold_table(foretold: Sequence[Foretold]) -> Table:
+    """The linear datamodelling score of every method."""
+
+    def interval(entry: Foretold) -> str:
+        return "–" if entry.low is None else f"{number(entry.low, 2)} to {number(entry.high, 2)}"
+
+    return Table(
+        label="Linear datamodelling score",
+        heads=(("method", False), ("correlation", True), ("95% interval", True), ("parts", True)),
+        rows=tuple(
+            (one_line(entry.name, 60), number(entry.correlation, 2), interval(entry), count(entry.parts))
+            for entry in foretold
+        ),
+    )

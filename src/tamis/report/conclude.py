@@ -1,0 +1,173 @@
+"""The verdict in words: does selecting pay at equal cost, by how much, may that be chance, what to run next."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from tamis.comparison.result import Conclusion, SelectionFacts
+from tamis.comparison.verdict import LEVEL, Difference, Standing
+from tamis.report.wording import counted, joined, number, percent
+
+__all__ = ["conclude", "mean_text", "p_text"]
+
+_TOKEN_DIFFERENCE = 0.10  # tokens that training went through, against uniform: worth saying
+_MOST_SEEDS = 30  # beyond so many, more seeds are not the answer
+
+
+def conclude(
+    standings: Sequence[Standing],
+    differences: Sequence[Difference],
+    selections: Sequence[SelectionFacts],
+    *,
+    budget: str,
+    metric: str,
+    seeds: int,
+    held_out_rows: int,
+    warnings: Sequence[str] = (),
+) -> Conclusion:
+    """What the runs at ``budget`` say. ``warnings`` are what is known to be wrong with the data."""
+    own = {standing.name: standing for standing in standings if standing.budget == budget}
+    named = [standing for standing in own.values() if not standing.is_baseline]
+    here = [difference for difference in differences if difference.budget == budget]
+    found = [*warnings, *_warnings(own, here, [s for s in selections if s.budget == budget])]
+    if not named:
+        best = min(own.values(), key=lambda standing: list(own).index(standing.name))
+        return Conclusion(
+            title=f"{best.name} is ahead of the other baselines",
+            sentence=f"{best.name}: {metric} {mean_text(best)}. No method was named, so none is tested against them.",
+            next_steps=("Name a method to compare with the baselines: --methods tracin.",),
+            warnings=tuple(found),
+        )
+    best = named[0]  # standings come best first
+    key = next(d for d in here if d.contender == best.name and d.against == "full at equal cost")
+    return Conclusion(
+        title=_title(best.name, key),
+        sentence=_sentence(best, own, key, metric),
+        next_steps=tuple(_next_steps(best, own, here, key, seeds, held_out_rows)),
+        warnings=tuple(found),
+    )
+
+
+def mean_text(standing: Standing) -> str:
+    """Mean and standard deviation over runs."""
+    spread = "" if standing.std is None else f" ± {number(standing.std, 2)}"
+    return f"{number(standing.mean)}{spread}"
+
+
+def p_text(p: float | None) -> str:
+    """A p-value as a person reads it."""
+    if p is None:
+        return "not known"
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _title(name: str, key: Difference) -> str:
+    size = percent(abs(key.relative)) if math.isfinite(key.relative) else number(abs(key.gain), 3)
+    if key.is_sure:
+        if key.gain > 0:
+            return f"{name} beats training on everything at equal cost, by {size}"
+        return f"At equal cost, training on everything beats {name}, by {size}"
+    direction = "ahead of" if key.gain > 0 else "behind"
+    if key.p is None:
+        return f"{name} is {direction} training on everything at equal cost by {size}; one run cannot exclude chance"
+    return f"{name} is {direction} training on everything at equal cost by {size}, which chance could explain"
+
+
+def _sentence(best: Standing, own: dict[str, Standing], key: Difference, metric: str) -> str:
+    opponent = own[key.opponent]
+    better = "lower" if metric == "loss" else "higher"
+    said = (
+        f"Held-out {metric} ({better} is better): {best.name}, the best of the methods named, {mean_text(best)} over "
+        f"{counted(len(best.values), 'run')} of {counted(best.steps, 'update')}; {opponent.name} {mean_text(opponent)} "
+        f"with {counted(opponent.steps, 'update')}. "
+    )
+    said += f"p = {p_text(key.seeds_p)} over seeds and {p_text(key.rows_p)} over held-out rows, adjusted for all tests."
+    first = next(iter(own.values()))
+    if first.name != best.name:
+        said += f" Best of all contenders: {first.name}, {mean_text(first)}."
+    return said
+
+
+def _next_steps(
+    best: Standing,
+    own: dict[str, Standing],
+    here: Sequence[Difference],
+    key: Difference,
+    seeds: int,
+    held_out_rows: int,
+) -> list[str]:
+    against = {d.against: d for d in here if d.contender == best.name}
+    steps = []
+    if key.seeds_p is None or (key.seeds_p >= LEVEL and key.over_seeds.std):
+        needed = seeds + 3 if key.over_seeds.std is None else _seeds_needed(key)
+        if needed <= _MOST_SEEDS:
+            steps.append(
+                f"Run the same command with --seeds {max(needed, seeds + 1)}: the finished runs are kept, and about so "
+                "many would show a difference of this size."
+            )
+        else:
+            steps.append(
+                f"More seeds will hardly decide it: a difference this small beside its spread would need over "
+                f"{_MOST_SEEDS}. Take the cheaper of the two."
+            )
+    if key.rows_p is not None and key.rows_p >= LEVEL and held_out_rows < 200:
+        steps.append(
+            f"Give more held-out rows by --eval (there are {held_out_rows}): the rows disagree with each other."
+        )
+    equal_updates = against.get("full") or key
+    if key.gain < 0 < equal_updates.gain and key.opponent != "full":
+        steps.append(
+            f"{best.name} wins only while updates are limited. Make its score cheaper (--methods bm25:5x+METHOD scores "
+            "five times the budget only), let one pass serve several targets, or spend the cost on longer training."
+        )
+    lexical = against.get("bm25")
+    if lexical is not None and not (lexical.is_sure and lexical.gain > 0):
+        steps.append(f"bm25 costs no model pass and is not shown to be worse than {best.name}: it may be all you need.")
+    if key.is_sure and key.gain > 0:
+        steps.append("Train on that selection: its selected.jsonl lies in the folder named below under Selections.")
+    return steps
+
+
+def _seeds_needed(key: Difference) -> int:
+    """Seeds at which a paired t-test finds the difference as it was seen, four times out of five."""
+    assert key.over_seeds.std is not None
+    if key.gain == 0:
+        return _MOST_SEEDS + 1
+    return min(_MOST_SEEDS + 1, 2 + math.ceil((2.8 * key.over_seeds.std / abs(key.gain)) ** 2))
+
+
+def _warnings(own: dict[str, Standing], here: Sequence[Difference], selections: Sequence[SelectionFacts]) -> list[str]:
+    found = []
+    uniform = own.get("uniform")
+    if uniform is not None and uniform.std:
+        spread = max(uniform.values) - min(uniform.values)
+        found += [
+            f"{difference.contender}: the difference to uniform ({number(difference.gain, 3)}) is smaller than the "
+            f"spread of uniform's own draws ({number(spread, 3)})."
+            for difference in here
+            if difference.against == "uniform" and abs(difference.gain) < spread
+        ]
+    for facts in selections:
+        beside = next((d for d in here if d.contender == facts.name and d.against == "same sources"), None)
+        if facts.largest_share > 0.8 and not own[facts.name].is_baseline:
+            drawn = (
+                f" Random rows of the same sources reach {mean_text(own[beside.opponent])}, {facts.name} "
+                f"{mean_text(own[facts.name])}: what lies between them is all that the rows' scores add."
+                if beside is not None
+                else " No random draw from the same sources was trained beside it: name the method first to get one."
+            )
+            found.append(
+                f"{facts.name}: {percent(facts.largest_share)} of its rows come from one source "
+                f"('{facts.largest_source}').{drawn}"
+            )
+    if uniform is not None and uniform.tokens:
+        seen = {
+            standing.name: (standing.tokens / standing.steps) / (uniform.tokens / uniform.steps)
+            for standing in own.values()
+            if standing.kind == "selected" and standing.steps
+        }
+        off = [f"{name} {percent(ratio)}" for name, ratio in seen.items() if abs(ratio - 1) > _TOKEN_DIFFERENCE]
+        if off:
+            found.append(f"Equal updates are not equal tokens. Of what an update of uniform sees: {joined(off, 12)}.")
+    return found

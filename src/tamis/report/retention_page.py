@@ -1,0 +1,137 @@
+"""The page of a proxy: what it keeps of its target, at what cost, and what to do. One file, no script, nothing fetched.
+
+It looks like the report of a selection and is as safe against hostile names: the template escapes everything, hidden
+characters are made visible, and the page's own policy lets no script run and no request leave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from tamis.proxies.align import Aligned
+from tamis.proxies.retention import Retention
+from tamis.report import figures, wording
+
+__all__ = ["Drawing", "retention_page"]
+
+_TEMPLATES = Path(__file__).parent / "templates"
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 260, 48, 16, 14, 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """Lines in the coordinates of an SVG of fixed size; numbers only, so nothing in it needs escaping."""
+
+    title: str
+    alt: str
+    x_label: str
+    lines: tuple[tuple[str, str, str], ...]  # role, label, points
+    x_ticks: tuple[tuple[float, str], ...]
+    y_ticks: tuple[tuple[float, str], ...]
+    width: int = _WIDTH
+    height: int = _HEIGHT
+
+
+def retention_page(content: Retention, *, command: str, warnings: Sequence[str]) -> str:
+    """The page as text."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        finalize=_visible,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        count=wording.count, percent=wording.percent, number=wording.number, seconds=wording.seconds
+    )
+    return environment.get_template("retention.html.j2").render(
+        content=content,
+        command=command,
+        warnings=list(warnings),
+        drawings=[*_sweep(content), *_curves(content)],
+        palette=figures.PALETTE,
+        style=Markup((_TEMPLATES / "page.css").read_text(encoding="utf-8")),
+    )
+
+
+def _visible(value: Any) -> Any:
+    return wording.visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _sweep(content: Retention) -> list[Drawing]:
+    if len(content.sweep) < 2:
+        return []
+    points = [(p.sparsity, p.kept.agreement.spearman.value) for p in content.sweep]
+    losses = [(p.sparsity, content.loss_full / p.kept.loss) for p in content.sweep if p.kept.loss]
+    final = content.final.agreement.spearman.value
+    said = ", ".join(f"{value:.2f} at {rho:g}" for rho, value in points)
+    lines = [("selected", "ranking kept, before alignment", points), ("pool", "loss kept (full over proxy)", losses)]
+    lines.append(
+        ("target", "ranking kept by this proxy", [(content.sparsity - 0.03, final), (content.sparsity + 0.03, final)])
+    )
+    return [
+        _drawing(
+            "What is kept at each sparsity",
+            f"Rank correlation with the full model before alignment: {said}. This proxy: {final:.2f}.",
+            "sparsity",
+            lines,
+        )
+    ]
+
+
+def _curves(content: Retention) -> list[Drawing]:
+    curves = [("selected", content.objective, content.aligned), ("pool", "control: outputs alone", content.control)]
+    known = [(role, label, aligned) for role, label, aligned in curves if aligned is not None]
+    if not known or all(len(aligned.curve) < 2 for _, _, aligned in known):
+        return []
+    lines = [(role, label, _by_seconds(aligned)) for role, label, aligned in known]
+    ends = ", ".join(f"{label} {aligned.curve[-1].retention:.2f}" for _, label, aligned in known)
+    return [
+        _drawing(
+            "Alignment: ranking kept on validation rows",
+            f"Rank correlation on validation rows over seconds of training; at the end: {ends}.",
+            "seconds of training",
+            lines,
+        )
+    ]
+
+
+def _by_seconds(aligned: Aligned) -> list[tuple[float, float]]:
+    return [(point.seconds, point.retention) for point in aligned.curve]
+
+
+def _drawing(
+    title: str, alt: str, x_label: str, lines: Sequence[tuple[str, str, Sequence[tuple[float, float]]]]
+) -> Drawing:
+    xs = [x for _, _, points in lines for x, _ in points]
+    ys = [y for _, _, points in lines for _, y in points]
+    low_x, high_x = min(xs), max(xs)
+    low_y, high_y = min(0.0, *ys), max(1.0, *ys)
+
+    def across(x: float) -> float:
+        return round(_LEFT + (x - low_x) / ((high_x - low_x) or 1) * (_WIDTH - _LEFT - _RIGHT), 1)
+
+    def up(y: float) -> float:
+        return round(_TOP + (high_y - y) / ((high_y - low_y) or 1) * (_HEIGHT - _TOP - _BOTTOM), 1)
+
+    return Drawing(
+        title=title,
+        alt=alt,
+        x_label=x_label,
+        lines=tuple(
+            (role, label, " ".join(f"{across(x)},{up(y)}" for x, y in points)) for role, label, points in lines
+        ),
+        x_ticks=tuple((across(x), f"{x:.3g}") for x in _spread(low_x, high_x)),
+        y_ticks=tuple((up(y), f"{y:.2g}") for y in _spread(low_y, high_y)),
+    )
+
+
+def _spread(low: float, high: float, parts: int = 4) -> list[float]:
+    return [low + (high - low) * part / parts for part in range(parts + 1)]

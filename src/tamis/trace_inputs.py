@@ -1,0 +1,201 @@
+"""What attribution and verification start with: a recorded run opened with its model, and the target as token rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch import nn
+
+from tamis.corpus import tokenize
+from tamis.data.examples import Examples, read_examples
+from tamis.data.render import Renderer
+from tamis.data.rows import Rows
+from tamis.disk import make_folder
+from tamis.errors import InvalidInput
+from tamis.identity import canonical_json, file_sha256, text_sha256
+from tamis.model.load import ModelSettings, load_tokenizer, template_text
+from tamis.outputs import write_scores
+from tamis.protocols import Progress
+from tamis.settings import target_parts, to_dict
+from tamis.trace_settings import AttributeSettings, VerifySettings
+from tamis.trajectory.causal import RecordedRun
+from tamis.trajectory.log import LogReader
+from tamis.trajectory.open_run import model_of_run, open_run, run_model_settings
+from tamis.trajectory.token_rows import IGNORED_LABEL, TokenMicro, TokenRow
+from tamis.types import IntArray
+
+__all__ = [
+    "EXAMPLES",
+    "OpenedRun",
+    "TargetRows",
+    "open_inputs",
+    "read_target",
+    "recorded_rows",
+    "run_digest",
+    "run_identity",
+    "write_examples",
+]
+
+EXAMPLES = "examples.parquet"  # in a record: the user's rows by position in the training data
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetRows:
+    """Rows of the task, as tokens up to the last supervised one."""
+
+    rows: tuple[TokenRow, ...]
+    ids: tuple[str, ...]
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedRun:
+    """A run and a target, on the model's device."""
+
+    trajectory: RecordedRun
+    micros: tuple[TokenMicro, ...]  # of the target
+    target: TargetRows
+
+
+def open_inputs(
+    settings: AttributeSettings | VerifySettings,
+    target: TargetRows,
+    *,
+    model: nn.Module | None = None,
+) -> OpenedRun:
+    """Open the run, with the model that it names or the one given.
+
+    Raises:
+        InvalidInput: there is no whole run, or its model cannot be read.
+        StoreMismatch: the model is not the run's.
+    """
+    folder = Path(settings.run)
+    if model is None:
+        model = model_of_run(folder, _model_settings(settings)).model
+    trajectory = open_run(folder, model)
+    micros = trajectory.micros_of(target.rows, most=settings.batch_rows)
+    return OpenedRun(trajectory=trajectory, micros=micros, target=target)
+
+
+def read_target(
+    settings: AttributeSettings | VerifySettings, *, store: Path, held: Mapping[str, Rows], progress: Progress
+) -> TargetRows:
+    """Render the target with the tokenizer of the run's model; rows with ``input_ids`` and ``labels`` are as they are.
+
+    Raises:
+        InvalidInput: no row has a supervised token.
+        BadRow: a row cannot be used and ``on_bad_row`` is "fail".
+    """
+    paths = [path for _, path in (target_parts(text) for text in settings.target)]
+    if all(path in held and "input_ids" in held[path][0] for path in paths):
+        found = [(f"{path}:{n}", _of_tokens(row)) for path in paths for n, row in enumerate(held[path])]
+        rows, ids = [row for _, row in found if row is not None], [name for name, row in found if row is not None]
+    else:
+        examples = read_examples(
+            paths, kind="target", row_format=settings.row_format, on_bad_row=settings.on_bad_row, held=held
+        )
+        renderer = Renderer(load_tokenizer(_model_settings(settings)), max_length=settings.max_length)
+        corpus = tokenize("target", examples, renderer, root=store, on_bad_row=settings.on_bad_row, progress=progress)
+        usable = np.flatnonzero(corpus.usable).astype(np.int64)
+        rows = [TokenRow(ids=t.input_ids, supervised=t.supervised).trimmed() for t in corpus.take(usable)]
+        ids = [examples.ids[int(row)] for row in usable]
+    if not rows:
+        raise InvalidInput(f"no row of the target ({', '.join(paths)}) carries a supervised token; give it usable rows")
+    digest = text_sha256("".join(row.digest().hex() for row in rows))
+    return TargetRows(rows=tuple(rows), ids=tuple(ids), digest=digest)
+
+
+def run_digest(folder: Path) -> str:
+    """Of a whole record: what it says of itself, and the bytes of its last segment, which every earlier one led to.
+
+    Raises:
+        InvalidInput: there is no whole run.
+    """
+    reader = LogReader(folder)
+    reader.require_complete()
+    last = sorted((folder / "segments").glob("*.safetensors"))[-1]
+    state = folder / "states" / f"{reader.bounds[-1]:08d}.safetensors"
+    return text_sha256(canonical_json([reader.manifest, reader.end, file_sha256(last), file_sha256(state)]))
+
+
+def run_identity(
+    verb: str, settings: AttributeSettings | VerifySettings, target: TargetRows, *, free: tuple[str, ...]
+) -> dict[str, Any]:
+    """What determines the numbers of a verb; settings in ``free`` do not."""
+    known = ("run", "target", "out", "model", "revision", "chat_template", "store", "on_bad_row", *free)
+    template = None if settings.chat_template is None else text_sha256(template_text(settings.chat_template))
+    return {
+        "verb": verb,
+        "run": run_digest(Path(settings.run)),
+        "target": target.digest,
+        "chat_template": template,
+        "settings": {key: value for key, value in to_dict(settings).items() if key not in known},
+    }
+
+
+def recorded_rows(folder: Path) -> pa.Table:
+    """One line per recorded row: its number, where it stands in the training data, and what the user calls it.
+
+    ``position`` is null where it is not known. ``id``, ``file``, ``file_row`` and ``source`` are there if the run was
+    one of ``tamis train``.
+    """
+    position = LogReader(folder).positions()
+    known = position >= 0
+    table = pa.table(
+        {
+            "row": pa.array(np.arange(len(position)), type=pa.int64()),
+            "position": pa.array(position, type=pa.int64(), mask=~known),
+        }
+    )
+    path = folder / EXAMPLES
+    if not path.is_file():
+        return table
+    examples = pq.read_table(path)
+    at = pa.array(np.where(known, position, 0), type=pa.int64(), mask=~known)
+    for name in examples.column_names:
+        table = table.append_column(name, examples[name].combine_chunks().take(at))
+    return table
+
+
+def write_examples(folder: Path, examples: Examples, rows: IntArray, sources: Sequence[str]) -> None:
+    """What the user calls the training data of a run, by position, into the folder of its record.
+
+    Raises:
+        InvalidInput: the folder cannot be written.
+    """
+    make_folder(folder)
+    table = pa.table(
+        {
+            "id": pa.array([examples.ids[int(row)] for row in rows], type=pa.string()),
+            "file": pa.array([examples.files[int(examples.file_index[row])] for row in rows], type=pa.string()),
+            "file_row": pa.array([int(examples.row[row]) for row in rows], type=pa.int64()),
+            "source": pa.array(list(sources), type=pa.string()),
+        }
+    )
+    write_scores(folder / EXAMPLES, table)
+
+
+def _of_tokens(row: Mapping[str, Any]) -> TokenRow | None:
+    ids, labels = np.asarray(row["input_ids"]), np.asarray(row["labels"])
+    supervised = labels != IGNORED_LABEL
+    if not supervised[1:].any():
+        return None
+    return TokenRow(ids=ids.astype(np.int32), supervised=supervised).trimmed()
+
+
+def _model_settings(settings: AttributeSettings | VerifySettings) -> ModelSettings:
+    named = LogReader(Path(settings.run)).manifest["model"]["name"]
+    base = ModelSettings(
+        name=settings.model or named or "(unnamed)",
+        revision=settings.revision,
+        device=settings.device,
+        trust_remote_code=settings.trust_remote_code,
+        chat_template=settings.chat_template,
+    )
+    return run_model_settings(Path(settings.run), base if settings.model or named else None)

@@ -1,0 +1,345 @@
+"""What makes a training run remember enough to be replayed: a callback for Transformers' and TRL's trainers.
+
+It looks and writes; nothing of the run changes. A forward hook sees what goes through the model, the callback events
+see the gradient and the rates of every update.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from tamis.disk import check_writable
+from tamis.errors import InvalidInput, InvalidSettings, Unsupported
+from tamis.manifest import versions
+from tamis.model.processes import world_size
+from tamis.trajectory.causal import random_state_of
+from tamis.trajectory.identity import base_dtype, describe_model, frozen_digest, has_dropout
+from tamis.trajectory.log import LOG_VERSION, LoggedMicro, LoggedStep, LogWriter
+from tamis.trajectory.optimizer_state import LiveOptimizer, live_optimizer
+from tamis.trajectory.token_rows import TOKEN_INPUTS, TokenRow, rows_of_inputs
+from tamis.types import Batch
+
+__all__ = ["TrajectoryRecorder"]
+
+logger = logging.getLogger(__name__)
+
+_FEWEST_STEPS = 10  # between two states, by default
+
+
+class TrajectoryRecorder(TrainerCallback):  # type: ignore[misc]  # transformers has no types here
+    """Records a run of ``Trainer``, ``SFTTrainer``, ``OnlineTrainer`` or any trainer with their callbacks.
+
+    Needs a causal language model in float32 (or LoRA factors in float32, or bfloat16 autocast), one process, AdamW,
+    Adam or SGD, and the model's own loss. Others are refused when training starts, by name.
+
+    Args:
+        folder: where the record goes; a resumed run goes on with it.
+        every: updates between two states on disk, 3 numbers per trained parameter each. Attribution replays from one
+            state to the next and holds 4 numbers per parameter and update in between. None: the root of the number of
+            updates, at least 10.
+        model_name: what opens the model that training started from; None: what the model says of itself.
+        most_gb: refuse to start if the record would be larger.
+        over_unfinished: begin anew over a record that the same run began and did not finish, for callers that know that
+            there is nothing to resume from.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        every: int | None = None,
+        model_name: str | None = None,
+        most_gb: float | None = None,
+        over_unfinished: bool = False,
+    ) -> None:
+        if every is not None and every < 1:
+            raise InvalidSettings(f"every must be at least 1 update, got {every}")
+        self.folder = Path(folder)
+        self._every, self._model_name, self._most_gb = every, model_name, most_gb
+        self._over_unfinished = over_unfinished
+        self._writer: LogWriter | None = None
+        self._live: LiveOptimizer | None = None
+        self._hooks: list[Any] = []
+        self._steps: list[LoggedStep] = []  # since the last state
+        self._first = 0  # the first of them
+        self._passes: list[_Pass] = []  # of the update that is being made
+        self._divisor: float | None = None  # of an online choice
+        self._pending: tuple[tuple[float, ...], float] | None = None
+        self._random = False
+
+    # The trainer's events, in the order in which they come.
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check that the run can be replayed, say what the record will take, and open it."""
+        model, live = kwargs["model"], live_optimizer(kwargs["optimizer"], kwargs["model"])
+        _refuse_arguments(args)
+        every = self._every or max(_FEWEST_STEPS, math.isqrt(state.max_steps))
+        self._announce(live, every, state.max_steps, args)
+        clip = float(args.max_grad_norm) if args.max_grad_norm else None
+        self._random = has_dropout(model)
+        manifest = {
+            "version": LOG_VERSION,
+            "model": describe_model(model, self._model_name),
+            "trained": [[name, list(shape)] for name, shape in live.shapes.items()],
+            "dtype": str(next(iter(live.params.values())).dtype).removeprefix("torch."),
+            "base_dtype": base_dtype(model),
+            "autocast": "bfloat16" if args.bf16 else None,
+            "dropout": self._random,
+            "frozen": frozen_digest(model),
+            **{key: value for key, value in asdict(live.rule(clip)).items() if key != "clip"},
+            "clip": clip,
+            "every": every,
+            "planned": state.max_steps,
+            "versions": versions(),
+        }
+        begun = state.global_step
+        if begun:
+            self._writer = LogWriter.open_again(self.folder, manifest, begun)
+        else:
+            over = self._over_unfinished
+            self._writer = LogWriter.open_new(self.folder, manifest, live.state(), over_unfinished=over)
+        self._live, self._first, self._steps, self._between = live, begun, [], every
+        self._passes, self._divisor, self._pending = [], None, None
+        self._remove_hooks()
+        self._hooks = [
+            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            model.register_forward_hook(self._after_forward, with_kwargs=True),
+        ]
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The gradient is what the optimizer will see; the rates are still those of this step."""
+        assert self._live is not None
+        self._live.require_constants()
+        self._pending = (self._live.rates(), self._live.gradient_norm())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """One update is done; write when it is time, and before the trainer writes a checkpoint."""
+        if self._pending is None:
+            raise Unsupported("this trainer does not announce its optimizer steps (on_pre_optimizer_step); update it")
+        rates, norm = self._pending
+        micros = _weigh(self._passes, self._divisor)
+        if not micros:
+            raise Unsupported(
+                f"update {state.global_step} was made without a forward pass that the recorder could see; give the "
+                "trainer the model itself, without a wrapper that calls its parts"
+            )
+        self._steps.append(LoggedStep(micros=micros, rates=rates, norm=norm))
+        self._passes, self._divisor, self._pending = [], None, None
+        if state.global_step % self._between == 0 or control.should_save:
+            self._flush()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A checkpoint that was asked for in another way than by the step number."""
+        self._flush()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write what is left, and that the run is whole."""
+        self._flush()
+        self._remove_hooks()
+        assert self._writer is not None
+        self._writer.finish(state.global_step, positions=self._positions(kwargs.get("train_dataloader")))
+
+    # What else is told to it.
+
+    def note_choice(self, batches: Sequence[Batch], coefficients: Tensor, losses: Tensor, divisor: float) -> None:
+        """One choice of an online trainer: its candidates, what each counts, their losses, and the choice's divisor.
+
+        The update's gradient is the sum of ``coefficients * grad l`` over all its choices by the sum of their divisors.
+        """
+        first, self._divisor = 0, (self._divisor or 0.0) + divisor
+        self._passes = [one for one in self._passes if one.is_choice]  # not what the hook saw of it
+        for batch in batches:
+            own, at = coefficients[first : first + len(batch.rows)], losses[first : first + len(batch.rows)]
+            first += len(batch.rows)
+            used = own.nonzero()[:, 0].tolist()
+            if not used:
+                continue
+            rows = [
+                TokenRow(
+                    ids=batch.input_ids[i].cpu().numpy().astype(np.int32),
+                    supervised=batch.supervised[i].cpu().numpy(),
+                ).trimmed()
+                for i in used
+            ]
+            self._passes.append(
+                _Pass(
+                    numbers=self._numbers(rows),
+                    counts=[float(own[i]) for i in used],
+                    width=batch.input_ids.shape[1],
+                    is_choice=True,
+                    loss=float(sum(own[i] * at[i] for i in used)),
+                )
+            )
+
+    # Inside.
+
+    def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if not module.training or not torch.is_grad_enabled():
+            return
+        if args:
+            raise Unsupported("the trainer calls the model with positional arguments; the recorder reads named ones")
+        found = rows_of_inputs(kwargs)
+        items = kwargs.get("num_items_in_batch")
+        used = [row for row in found if row is not None]
+        if not used:
+            return
+        ids = kwargs["input_ids"]
+        self._passes.append(
+            _Pass(
+                numbers=self._numbers(used),
+                counts=[float(row.supervised.sum()) for row in used],
+                width=ids.shape[1],
+                items=None if items is None else float(torch.as_tensor(items).flatten()[0]),
+                random_state=random_state_of(ids.device) if self._random else {},
+            )
+        )
+        if self._random and len(used) < len(found):
+            raise Unsupported("rows without a supervised token go through a model with dropout; remove them")
+
+    def _after_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if not module.training or not torch.is_grad_enabled() or not self._passes:
+            return
+        loss = output.get("loss") if hasattr(output, "get") else None
+        self._passes[-1].loss = None if loss is None else loss.detach()
+
+    def _positions(self, loader: Any) -> list[int]:
+        """For each recorded row, where it first stands in the training data; -1 where that is not known."""
+        assert self._writer is not None
+        found = [-1] * len(self._writer.known)
+        data, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
+        if data is None or collate is None or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+            return found
+        for position in range(len(data)):
+            inputs = {key: value for key, value in collate([data[position]]).items() if key in TOKEN_INPUTS}
+            row = rows_of_inputs(inputs)[0]
+            number = None if row is None else self._writer.known.get(row.digest())
+            if number is not None and found[number] < 0:
+                found[number] = position
+        return found
+
+    def _numbers(self, rows: Sequence[TokenRow]) -> list[int]:
+        assert self._writer is not None
+        return [self._writer.number_of(row) for row in rows]
+
+    def _flush(self) -> None:
+        if self._steps:
+            assert self._writer is not None and self._live is not None
+            self._writer.write_segment(self._first, self._steps, self._live.state())
+            self._first += len(self._steps)
+            self._steps = []
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _announce(self, live: LiveOptimizer, every: int, steps: int, args: Any) -> None:
+        """Say what the record will take, and refuse what does not fit.
+
+        Raises:
+            InvalidInput: there is not enough room.
+            InvalidSettings: it is more than was allowed.
+        """
+        check_writable(self.folder)
+        first = next(iter(live.params.values()))
+        numel = sum(group.numel for group in live.groups)
+        slots = 2 if live.kind == "sgd" else 3
+        saves = steps // args.save_steps if args.save_strategy == "steps" and args.save_steps >= 1 else 0
+        count = 1 + -(-steps // every) + int(saves)
+        size = count * slots * numel * first.element_size()
+        logger.info(
+            "recording %d updates into %s: %d states of %d numbers, about %.2f GB, and the rows",
+            steps, self.folder, count, slots * numel, size / 1e9,
+        )  # fmt: skip
+        if self._most_gb is not None and size > self._most_gb * 1e9:
+            raise InvalidSettings(
+                f"the record would take {size / 1e9:.1f} GB and most_gb={self._most_gb:g}; record fewer states: "
+                f"every={math.ceil(every * size / (self._most_gb * 1e9))} or more"
+            )
+        place = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
+        free = shutil.disk_usage(place).free
+        if size > free:
+            raise InvalidInput(
+                f"the record would take {size / 1e9:.1f} GB and {self.folder} has {free / 1e9:.1f} GB free; give "
+                f"every={math.ceil(every * size / free)} or more, or another folder"
+            )
+
+
+class _Pass:
+    """One forward pass of the update that is being made."""
+
+    def __init__(
+        self,
+        *,
+        numbers: list[int],
+        counts: list[float],
+        width: int,
+        items: float | None = None,
+        random_state: dict[str, Tensor] | None = None,
+        is_choice: bool = False,
+        loss: Any = None,
+    ) -> None:
+        self.numbers, self.counts, self.width, self.items = numbers, counts, width, items
+        self.random_state, self.is_choice, self.loss = random_state or {}, is_choice, loss
+
+
+def _weigh(passes: Sequence[_Pass], divisor: float | None) -> tuple[LoggedMicro, ...]:
+    """Every row's weight in the update's loss, as the trainer makes it of token means.
+
+    A model that is given ``num_items_in_batch`` divides by it. A trainer that takes the loss into its own hands (no
+    loss in the outputs) does likewise, over the update. Else a pass is a mean, and an update the mean of its passes.
+    What this says is held against the norm of the gradient when the run is replayed.
+    """
+    total = sum(sum(one.counts) for one in passes)
+    found = []
+    for one in passes:
+        if one.is_choice:
+            assert divisor is not None
+            by, loss = divisor, one.loss / divisor
+        elif one.items is not None:
+            by, loss = one.items, one.loss
+        elif one.loss is None:
+            by, loss = total, None
+        else:
+            by, loss = sum(one.counts) * len(passes), one.loss / len(passes)
+        found.append(
+            LoggedMicro(
+                rows=np.array(one.numbers, dtype=np.int64),
+                weights=tuple(count / by for count in one.counts),
+                loss=float("nan") if loss is None else float(loss),
+                width=one.width,
+                random_state=one.random_state,
+            )
+        )
+    return tuple(found)
+
+
+def _refuse_arguments(args: Any) -> None:
+    refused = {
+        "fp16": (args.fp16, "loss scaling skips updates; use bf16 or float32"),
+        "deepspeed": (bool(args.deepspeed), "parameters are sharded"),
+        "fsdp": (bool(args.fsdp), "parameters are sharded"),
+        "label_smoothing_factor": (args.label_smoothing_factor != 0, "the loss is plain cross-entropy"),
+        "neftune_noise_alpha": (getattr(args, "neftune_noise_alpha", None) is not None, "its noise is not logged"),
+        "torch_compile": (args.torch_compile, "the compiled model hides its inputs"),
+        "use_liger_kernel": (getattr(args, "use_liger_kernel", False), "its fused loss is another computation"),
+        "packing": (getattr(args, "packing", False), "packed rows cannot be told apart"),
+        "padding_free": (getattr(args, "padding_free", False), "joined rows cannot be told apart"),
+        "loss_type": (getattr(args, "loss_type", "nll") not in ("nll", "chunked_nll", None), "the loss is another"),
+    }
+    for name, (found, why) in refused.items():
+        if found:
+            raise Unsupported(f"a run with {name} cannot be recorded: {why}")
+    if world_size() > 1 or getattr(args, "n_gpu", 1) > 1:
+        raise Unsupported("a run of several processes or GPUs cannot be recorded yet; record one of a single process")

@@ -1,0 +1,208 @@
+"""Can the scores of this run be trusted? Retrain it without each of some samples, and compare.
+
+Every retraining is a file of its own, so that a killed run goes on and several processes share the work.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from tamis.config import write_config
+from tamis.data.rows import Rows
+from tamis.disk import check_writable, make_folder, replace_atomically
+from tamis.errors import InvalidSettings
+from tamis.manifest import versions
+from tamis.outputs import claim_folder, write_json
+from tamis.progress import NoProgress
+from tamis.protocols import Progress
+from tamis.seeds import child_seed, random_subset
+from tamis.settings import to_dict
+from tamis.trace_inputs import OpenedRun, TargetRows, open_inputs, read_target, run_identity
+from tamis.trace_settings import VerifySettings
+from tamis.trajectory.causal import RecordedRun
+from tamis.trajectory.fidelity import agreement
+from tamis.trajectory.leave_out import leave_out_effect
+from tamis.trajectory.replay import play_segment, segments
+from tamis.trajectory.sweep import SweepSettings, run_sweep
+
+__all__ = ["Verification", "verify_from_settings"]
+
+_FREE = ("batch_rows", "device", "tolerance", "processes", "methods", "secant", "curvature")
+Use = tuple[int, int]  # step and place in its batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """How well each method's scores agree with retraining, also on disk under ``out``."""
+
+    out: Path
+    methods: Mapping[str, Mapping[str, Any]]  # spearman, low, high, samples, relative_error
+    manifest: Mapping[str, Any]
+
+    def summary(self) -> dict[str, Any]:
+        """The result in a few plain values, as ``tamis verify --json`` prints it."""
+        return {
+            "samples": self.manifest["samples"],
+            "target_rows": self.manifest["target_rows"],
+            "methods": {name: dict(values) for name, values in self.methods.items()},
+            "seconds": self.manifest["cost"]["seconds"],
+            "retrained": str(self.out / "truth"),
+        }
+
+
+def verify_from_settings(
+    settings: VerifySettings,
+    *,
+    model: nn.Module | None = None,
+    progress: Progress | None = None,
+    held: Mapping[str, Rows] | None = None,
+) -> Verification:
+    """The comparison that ``settings`` ask for; see ``tamis.verify``.
+
+    Raises:
+        InvalidSettings: several processes and a model in memory, which they cannot share.
+    """
+    held, progress = held or {}, progress or NoProgress()
+    if model is not None and settings.processes > 1:
+        raise InvalidSettings("processes: a model object cannot be given to several; pass its name or folder instead")
+    out = Path(settings.out)
+    check_writable(out)
+    target = read_target(settings, store=out / "store", held=held, progress=progress)
+    identity = run_identity("verify", settings, target, free=_FREE)
+    claim_folder(out, identity)
+    write_config("verify", settings, out / "run.yaml", held=list(held))
+    make_folder(out / "truth")
+    started = time.perf_counter()
+    opened = open_inputs(settings, target, model=model)
+    scores = _all_scores(settings, opened, out, progress)
+    uses = choose_uses(opened.trajectory, settings.samples, settings.seed)
+    _retrain_all(settings, opened, target, uses, out, progress)
+    truth = np.stack([_read(out, use) for use in uses])
+    if not settings.per_row:
+        truth = truth.mean(axis=1, keepdims=True)
+    methods = {}
+    for name, by_step in scores.items():
+        own = np.stack([by_step[step][place].double().numpy() for step, place in uses])
+        methods[name] = asdict(agreement(own, truth, seed=settings.seed))
+    manifest = {
+        **identity,
+        "versions": versions(),
+        "settings": to_dict(settings),
+        "samples": len(uses),
+        "uses": [{"step": step + 1, "place": place} for step, place in uses],
+        "target_rows": len(target.rows),
+        "methods": methods,
+        "cost": {"seconds": round(time.perf_counter() - started, 3)},
+    }
+    write_json(out / "manifest.json", manifest)
+    return Verification(out=out, methods=methods, manifest=manifest)
+
+
+def choose_uses(run: RecordedRun, count: int, seed: int) -> list[Use]:
+    """Random uses of samples, over all steps alike."""
+    sizes = [len(run.step(index).rows) for index in range(run.num_steps)]
+    first = np.concatenate([[0], np.cumsum(sizes)])
+    chosen = random_subset(child_seed(seed, "left out"), int(first[-1]), min(count, int(first[-1])))
+    steps = np.searchsorted(first, chosen, side="right") - 1
+    return [(int(step), int(use - first[step])) for step, use in zip(steps, chosen, strict=True)]
+
+
+def _all_scores(
+    settings: VerifySettings, opened: OpenedRun, out: Path, progress: Progress
+) -> dict[str, list[torch.Tensor]]:
+    wanted = {name: SweepSettings(**_options(settings, name, 0)) for name in settings.methods}
+    if settings.secant:
+        name = f"adamw-influence, finite removal over {settings.secant} steps"
+        wanted[name] = SweepSettings(**_options(settings, "adamw-influence", settings.secant))
+    if opened.trajectory.rule.kind == "sgd":  # methods of Adam have nothing to say of it
+        wanted = {name: one for name, one in wanted.items() if one.method != "adamw-influence"}
+    found = {}
+    for name, one in wanted.items():
+        folder = out / "store" / f"scores-{one.method}-{one.curvature}-{one.secant}"
+        with progress.stage(name, opened.trajectory.num_steps, "updates") as advance:
+            swept = run_sweep(
+                opened.trajectory, opened.micros, one, per_row=settings.per_row, folder=folder, advance=advance
+            )
+        found[name] = swept["scores"]
+    return found
+
+
+def _options(settings: VerifySettings, name: str, secant: int) -> dict[str, Any]:
+    return {
+        "method": name,
+        "curvature": settings.curvature,
+        "secant": secant,
+        "renormalise": settings.removal == "renormalise",
+        "tolerance": settings.tolerance,
+    }
+
+
+def _retrain_all(
+    settings: VerifySettings, opened: OpenedRun, target: TargetRows, uses: Sequence[Use], out: Path, progress: Progress
+) -> None:
+    left = [use for use in uses if not _path(out, use).is_file()]
+    with progress.stage("retrain", len(uses), "runs") as advance:
+        advance(len(uses) - len(left))
+        if settings.processes == 1 or not left:
+            _check_replay(opened.trajectory, settings.tolerance, needed=bool(left))
+            _retrain(opened, left, settings, out, advance)
+            return
+        # Neighbours share a state to start from, so that the undisturbed end is replayed once for all of them.
+        shares = [part.tolist() for part in np.array_split(np.array(left), settings.processes) if len(part)]
+        context = multiprocessing.get_context("spawn")  # a forked PyTorch may hang
+        with ProcessPoolExecutor(len(shares), mp_context=context) as pool:
+            jobs = {pool.submit(_work, settings, target, share, out): len(share) for share in shares}
+            for job in as_completed(jobs):
+                job.result()
+                advance(jobs[job])
+
+
+def _work(settings: VerifySettings, target: TargetRows, uses: Sequence[Use], out: Path) -> None:
+    """One process's share."""
+    torch.set_num_threads(1)
+    _retrain(open_inputs(settings, target), [(step, place) for step, place in uses], settings, out, lambda done: None)
+
+
+def _retrain(
+    opened: OpenedRun, uses: Sequence[Use], settings: VerifySettings, out: Path, advance: Callable[[int], None]
+) -> None:
+    undisturbed: dict[int, torch.Tensor] = {}
+    for step, place in uses:
+        effect = leave_out_effect(
+            opened.trajectory,
+            step,
+            place,
+            opened.micros,
+            renormalise=settings.removal == "renormalise",
+            undisturbed=undisturbed,
+        )
+        text = json.dumps({"step": step, "place": place, "effect": effect.double().tolist()})
+        replace_atomically(_path(out, (step, place)), (text.encode(),))
+        advance(1)
+
+
+def _check_replay(run: RecordedRun, tolerance: float | None, *, needed: bool) -> None:
+    """Refuse a run whose first segment does not replay, before anything is retrained."""
+    if needed:
+        start, stop = segments(run)[0]
+        play_segment(run, start, stop, tolerance=tolerance)
+
+
+def _path(out: Path, use: Use) -> Path:
+    return out / "truth" / f"{use[0]:08d}-{use[1]:05d}.json"
+
+
+def _read(out: Path, use: Use) -> npt.NDArray[np.float64]:
+    return np.array(json.loads(_path(out, use).read_text(encoding="utf-8"))["effect"], dtype=np.float64)

@@ -1,0 +1,91 @@
+"""What is typed after ``tamis attribute`` and ``tamis verify`` arrives as settings, and what comes back is printed."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import sys
+import types
+from typing import Any
+
+import pytest
+
+import tamis
+from tamis.cli.attribute import attribute
+from tamis.cli.main import run
+from tamis.cli.verify import verify
+from tamis.trace_settings import AttributeSettings, VerifySettings
+
+ARGUMENTS = ["--run", "r", "--target", "t.jsonl"]
+VALUES = {"spearman": 0.912, "low": None, "high": 0.97, "samples": 4, "relative_error": 0.3}
+
+
+class FakeResult:
+    def __init__(self, summary: dict[str, Any]) -> None:
+        self._summary = summary
+
+    def summary(self) -> dict[str, Any]:
+        return self._summary
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    found: list[Any] = []
+
+    def attribute_from_settings(settings: AttributeSettings, *, progress: Any) -> FakeResult:
+        found.append(settings)
+        return FakeResult({"updates": 5, "target_rows": ["a", "b"], "curvature_advice": "use --curvature exact"})
+
+    def verify_from_settings(settings: VerifySettings, *, progress: Any) -> FakeResult:
+        found.append(settings)
+        return FakeResult({"samples": 4, "methods": {"adamw-influence": VALUES}})
+
+    module = types.ModuleType("tamis.api")
+    module.attribute_from_settings = attribute_from_settings  # type: ignore[attr-defined]
+    module.verify_from_settings = verify_from_settings  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tamis.api", module)
+    monkeypatch.setattr(tamis, "api", module, raising=False)
+    return found
+
+
+def test_flags_arrive_as_settings(seen: list[Any]) -> None:
+    words = "--method adamw-influence --curvature fisher --secant 10 --error proxy --per-row --removal renormalise"
+    assert run(["attribute", *ARGUMENTS, *words.split(), "--no-diagnose", "--model", "m"]) == 0
+    assert (
+        run(["verify", *ARGUMENTS, "--samples", "9", "--methods", "tracin", "sgd-influence", "--processes", "2"]) == 0
+    )
+    assert seen == [
+        AttributeSettings(
+            run="r", target=("t.jsonl",), curvature="fisher", secant=10, error="proxy", per_row=True,
+            removal="renormalise", diagnose=False, model="m",
+        ),
+        VerifySettings(
+            run="r", target=("t.jsonl",), samples=9, methods=("tracin", "sgd-influence"), processes=2
+        ),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "settings"), [(attribute, AttributeSettings), (verify, VerifySettings)])
+def test_every_setting_has_a_flag(command: Any, settings: Any) -> None:
+    flags = set(inspect.signature(command).parameters) - {"ctx", "config", "quiet", "as_json"}
+    assert flags == {field.name for field in dataclasses.fields(settings)}
+
+
+def test_results_are_printed_or_given_as_json(seen: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["attribute", *ARGUMENTS]) == 0
+    printed = capsys.readouterr().out
+    assert "use --curvature exact" in printed and "target rows" in printed
+    assert run(["verify", *ARGUMENTS]) == 0
+    printed = capsys.readouterr().out
+    assert "0.912" in printed and "– to 0.970" in printed
+    assert run(["verify", *ARGUMENTS, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["methods"]["adamw-influence"]["low"] is None
+
+
+def test_contradictions_are_answered_at_once(seen: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["attribute", *ARGUMENTS, "--method", "adam-influence"]) == 2
+    assert "did you mean" in capsys.readouterr().err.lower()
+    assert run(["verify", *ARGUMENTS, "--samples", "1"]) == 2
+    assert "samples=1: expected at least 3" in capsys.readouterr().err
+    assert seen == []

@@ -1,0 +1,134 @@
+"""What is concluded from finished runs: signs, pairs by seed, corrections, and words that fit the numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from comparison_runs import contender, made_run
+from tamis.comparison.records import Run
+from tamis.comparison.result import SelectionFacts
+from tamis.comparison.statistics import holm
+from tamis.comparison.verdict import compare_pairs, standings_of
+from tamis.report.conclude import conclude
+
+MATCHED = "full at tracin's cost"
+CONTENDERS = [
+    contender("tracin", "selected"),
+    contender(MATCHED, "equal-cost", of="tracin"),
+    contender("uniform", "uniform"),
+    contender("bm25", "selected"),
+    contender("full", "full"),
+]
+
+
+def runs_of(levels: dict[str, float], *, seeds: int = 3, noise: float = 0.01, rows: int = 12) -> dict[Any, list[Run]]:
+    """Every contender's rows around its level; uniform has one draw more."""
+    draw = np.random.default_rng(0)
+    hard = draw.normal(size=rows)
+    found = {}
+    for name, level in levels.items():
+        count = seeds + (name == "uniform")
+        losses = [(level + hard + noise * draw.normal(size=rows)).tolist() for _ in range(count)]
+        found[name, "5%"] = [made_run(name, seed, own) for seed, own in enumerate(losses)]
+    return found
+
+
+def concluded(runs: dict[Any, list[Run]], **more: Any) -> Any:
+    by_name = {one.name: one for one in CONTENDERS}
+    standings = standings_of(runs, by_name, {("tracin", "5%"): (3.0, 9.0)}, metric="loss")
+    differences = compare_pairs(runs, CONTENDERS, budget="5%", metric="loss")
+    values: dict[str, Any] = {"budget": "5%", "metric": "loss", "seeds": 3, "held_out_rows": 12, **more}
+    return standings, differences, conclude(standings, differences, values.pop("selections", ()), **values)
+
+
+LEVELS = {"tracin": 1.0, MATCHED: 1.1, "uniform": 1.4, "bm25": 1.2, "full": 1.3}
+
+
+def test_standings_come_best_first_with_the_cost_of_selecting() -> None:
+    standings, _, _ = concluded(runs_of(LEVELS))
+    assert [s.name for s in standings] == ["tracin", MATCHED, "bm25", "full", "uniform"]
+    assert standings[0].tflops == 4.0 and standings[0].select_seconds == 9.0
+    assert standings[0].mean == pytest.approx(float(np.mean(standings[0].values)), rel=1e-12)
+    assert standings[0].std == pytest.approx(float(np.std(standings[0].values, ddof=1)), rel=1e-12)
+    assert len(standings[-1].values) == 4 and standings[0].keys == ("tracin-0", "tracin-1", "tracin-2")
+
+
+def test_differences_are_scipys_paired_tests_over_common_seeds_and_over_rows() -> None:
+    runs = runs_of(LEVELS)
+    _, differences, _ = concluded(runs)
+    assert [d.against for d in differences] == ["full at equal cost", "full", "uniform", "bm25"]
+    assert differences[0].opponent == MATCHED
+    for d in differences:
+        mine, theirs = runs["tracin", "5%"], runs[d.opponent, "5%"][:3]
+        seeds = stats.ttest_rel([r.loss for r in theirs], [r.loss for r in mine])
+        rows = stats.ttest_rel(
+            np.mean([r.row_losses for r in theirs], axis=0), np.mean([r.row_losses for r in mine], axis=0)
+        )
+        assert d.gain > 0 and d.over_seeds.n == 3 and d.over_rows.n == 12
+        assert d.over_seeds.p == pytest.approx(float(seeds.pvalue), rel=1e-9)
+        assert d.over_rows.p == pytest.approx(float(rows.pvalue), rel=1e-9)
+    assert [d.seeds_p for d in differences] == holm([d.over_seeds.p for d in differences])
+    assert [d.rows_p for d in differences] == holm([d.over_rows.p for d in differences])
+
+
+def test_a_free_selection_has_full_as_its_equal_at_equal_cost() -> None:
+    runs = runs_of({name: level for name, level in LEVELS.items() if name != MATCHED})
+    _, differences, _ = concluded(runs)
+    assert (differences[0].against, differences[0].opponent) == ("full at equal cost", "full")
+
+
+def test_exact_match_counts_upwards() -> None:
+    def matched(name: str, hits: list[bool]) -> list[Run]:
+        share = sum(hits) / len(hits)
+        return [made_run(name, s, [1.0] * 4, exact_match=share, row_matches=tuple(hits)) for s in range(2)]
+
+    runs = {
+        ("tracin", "5%"): matched("tracin", [True, True, True, False]),
+        ("full", "5%"): matched("full", [True] + [False] * 3),
+    }
+    (difference,) = compare_pairs(runs, CONTENDERS, budget="5%", metric="exact-match")
+    assert difference.gain == pytest.approx(0.5) and difference.relative == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    ("level", "noise", "seeds", "title"),
+    [
+        (0.8, 0.01, 3, "tracin beats training on everything at equal cost"),
+        (1.3, 0.01, 3, "At equal cost, training on everything beats tracin"),
+        (1.09, 0.4, 3, "which chance could explain"),
+        (0.8, 0.01, 1, "one run cannot exclude chance"),
+    ],
+)
+def test_the_title_says_who_won_and_whether_by_chance(level: float, noise: float, seeds: int, title: str) -> None:
+    _, _, conclusion = concluded(runs_of({**LEVELS, "tracin": level}, noise=noise, seeds=seeds), seeds=seeds)
+    assert title in conclusion.title
+    assert conclusion.next_steps
+
+
+def test_what_to_run_next_follows_from_the_numbers() -> None:
+    _, _, lost = concluded(runs_of({**LEVELS, "tracin": 1.15}))
+    assert any("wins only while updates are limited" in step for step in lost.next_steps)
+    _, _, won = concluded(runs_of({**LEVELS, "tracin": 0.8}))
+    assert won.next_steps == (
+        "Train on that selection: its selected.jsonl lies in the folder named below under Selections.",
+    )
+    _, _, open_ = concluded(runs_of({**LEVELS, "bm25": 0.8}))
+    assert any(step.startswith("bm25 costs no model pass") for step in open_.next_steps)
+
+
+def test_warnings_of_spread_sources_and_tokens() -> None:
+    runs = runs_of(LEVELS)
+    runs["uniform", "5%"] = [made_run("uniform", s, [1.0 + s] * 12, tokens=800) for s in range(4)]
+    facts = SelectionFacts(
+        name="tracin", budget="5%", folder="f", rows=9, largest_source="sums", largest_share=0.9, warnings=()
+    )
+    _, _, conclusion = concluded(runs, selections=[facts], warnings=["3 rows leak"])
+    said = "\n".join(conclusion.warnings)
+    assert conclusion.warnings[0] == "3 rows leak"
+    assert "smaller than the spread of uniform's own draws (3)" in said
+    assert "90% of its rows come from one source ('sums')" in said and "name the method first" in said
+    assert "Of what an update of uniform sees: tracin 50%" in said

@@ -1,0 +1,199 @@
+"""Look-ahead scores are what differences of real training say; a trainer that chooses by them can be interrupted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tamis
+from online_runs import arguments, collate, rows_of
+from tamis.errors import InvalidSettings, Unsupported
+from tamis.model.loss import per_sample_losses
+from tamis.online import Lookahead
+from tamis.online.ahead import EarlyBatches
+from tamis.online.fate import read_candidates
+from tamis.online.rehearsal import coming_rates, rehearse
+from tamis.trajectory.optimizer_state import live_optimizer
+from tamis.types import Batch
+from tiny_models import random_batch, tiny_model
+
+CLIP, RATES = 0.8, (0.01, 0.008, 0.006)
+
+
+def warmed() -> tuple[nn.Module, torch.optim.AdamW]:
+    """A float64 adapter and its optimizer after two updates. GPT-2: Llama's norms compute in float32 whatever comes."""
+    model = tiny_model("gpt2", lora=True)
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=RATES[0], weight_decay=0.1, betas=(0.9, 0.99))
+    for seed in (7, 8):
+        update(model, optimizer, random_batch([5, 6, 7], seed=seed), torch.full((3,), 1 / 3, dtype=torch.float64))
+    return model, optimizer
+
+
+def update(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, weights: Tensor) -> None:
+    optimizer.zero_grad()
+    (per_sample_losses(model, batch) @ weights).backward()
+    torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], CLIP)
+    optimizer.step()
+
+
+BLOCK = [random_batch([6, 5, 8, 7], seed=seed) for seed in (1, 2, 3)]
+TARGET = random_batch([6, 9], seed=4)
+
+
+def after(slot: int, place: int, eps: float, slots: int) -> float:
+    """The target loss after ``slots`` real updates with one weight of one of them turned down by ``eps``."""
+    model, optimizer = warmed()
+    for number in range(slots):
+        optimizer.param_groups[0]["lr"] = RATES[number]
+        weights = torch.full((4,), 0.25, dtype=torch.float64)
+        if number == slot:
+            weights[place] *= 1 - eps
+        update(model, optimizer, BLOCK[number], weights)
+    with torch.no_grad():
+        return float(per_sample_losses(model, TARGET).mean())
+
+
+def scores(method: Lookahead, slots: int) -> list[Tensor]:
+    model, optimizer = warmed()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    rates = [(rate,) for rate in RATES[: method.horizon]]
+    found = rehearse(method, model, optimizer, [[b] for b in BLOCK[:slots]], [TARGET], rates=rates, clip=CLIP)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert all(p.grad is None or p.requires_grad for p in model.parameters())
+    return found
+
+
+@pytest.mark.parametrize(("slot", "place"), [(0, 1), (1, 3)])
+def test_rehearsed_scores_are_differences_of_real_training(slot: int, place: int) -> None:
+    found = scores(Lookahead(horizon=3, curvature="exact"), 3)
+    eps = 1e-5
+    difference = (after(slot, place, eps, 3) - after(slot, place, -eps, 3)) / (2 * eps)
+    assert float(found[slot][place]) == pytest.approx(difference, rel=1e-5, abs=1e-10)
+
+
+def test_one_step_ahead_forms_agree_and_the_target_s_gradient_is_where_the_run_is() -> None:
+    rehearsed, frozen = (scores(Lookahead(horizon=1, form=form), 1)[0] for form in ("rehearsal", "frozen"))
+    torch.testing.assert_close(rehearsed, frozen, rtol=0, atol=0)
+    # K J g and the target's gradient by differences of one real step each: the k = 1 rule, at the run's own place.
+    model, optimizer = warmed()
+    params = [p for p in model.parameters() if p.requires_grad]
+    goal = torch.autograd.grad(per_sample_losses(model, TARGET).mean(), params)
+    ends = []
+    for eps in (1e-5, -1e-5):
+        model, optimizer = warmed()
+        weights = torch.full((4,), 0.25, dtype=torch.float64)
+        weights[2] *= 1 - eps
+        update(model, optimizer, BLOCK[0], weights)
+        ends.append([p.detach() for p in model.parameters() if p.requires_grad])
+    moved = sum(float(((a - b) / 2e-5 * g).sum()) for a, b, g in zip(*ends, goal, strict=True))
+    assert float(rehearsed[2]) == pytest.approx(moved, rel=1e-5, abs=1e-10)
+
+
+def test_exact_removal_one_step_ahead_is_the_true_difference_of_the_update() -> None:
+    found = scores(Lookahead(horizon=1, secant=True), 1)[0]
+    model, _ = warmed()
+    params = [p for p in model.parameters() if p.requires_grad]
+    goal = torch.autograd.grad(per_sample_losses(model, TARGET).mean(), params)
+    ends = []
+    for keep in (0.0, 1.0):
+        model, optimizer = warmed()
+        weights = torch.full((4,), 0.25, dtype=torch.float64)
+        weights[1] *= keep
+        update(model, optimizer, BLOCK[0], weights)
+        ends.append([p.detach() for p in model.parameters() if p.requires_grad])
+    moved = sum(float(((a - b) * g).sum()) for a, b, g in zip(*ends, goal, strict=True))
+    assert float(found[1]) == pytest.approx(moved, rel=1e-9)
+
+
+def test_a_frozen_horizon_is_the_recursion_at_one_place() -> None:
+    """Two updates ahead: by hand, with the first update's moments and gradient, its count and rate moved on by one."""
+    model, optimizer = warmed()
+    live = live_optimizer(optimizer, model)
+    found = scores(Lookahead(horizon=2, form="frozen", curvature="none"), 1)[0]
+    params = list(live.params.values())
+    losses = per_sample_losses(model, BLOCK[0])
+    grads = torch.stack([flat(torch.autograd.grad(loss, params, retain_graph=True)) for loss in losses])
+    raw = grads.mean(dim=0)
+    n = raw.norm()
+    kappa = min(1.0, CLIP / (float(n) + 1e-6))
+    assert kappa < 1
+    g, state = kappa * raw, live.state()
+    m, v = 0.9 * state.moments[0] + 0.1 * g, 0.99 * state.moments[1] + 0.01 * g * g
+    corrections = [1 / (1 - 0.9**t) for t in (3, 4)], [1 / (1 - 0.99**t) for t in (3, 4)]
+    root = (corrections[1][0] * v).sqrt()
+    d = 1 / (root + 1e-8)
+    e = corrections[0][0] * m * d * d / (2 * root)
+    a = flat(torch.autograd.grad(per_sample_losses(model, TARGET).mean(), params))
+    b, c = -0.9 * RATES[1] * corrections[0][1] * d * a, 0.99 * RATES[1] * corrections[1][1] * e * a
+    a = (1 - RATES[1] * 0.1) * a
+    k = -RATES[0] * (corrections[0][0] * 0.1 * d - 2 * corrections[1][0] * 0.01 * e * g)
+    q = k * a + 0.1 * b + 2 * 0.01 * g * c
+    q = kappa * (q - raw * (raw @ q) / (n * (n + 1e-6)))
+    torch.testing.assert_close(found, -(grads @ q) / 4, rtol=1e-9, atol=0)
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def test_coming_rates_are_those_of_the_scheduler() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    live = live_optimizer(optimizer, model)
+    foreseen = coming_rates(scheduler, live, 3)
+    seen = []
+    for _ in range(3):
+        seen.append(live.rates())
+        optimizer.step()
+        scheduler.step()
+    assert foreseen == seen
+    assert coming_rates(torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5), live, 2) is None
+
+
+def test_batches_seen_early_come_in_their_turn() -> None:
+    early = EarlyBatches(iter(range(5)))
+    assert early.peek(2) == [0, 1] and next(early) == 0 and early.peek(3) == [1, 2, 3]
+    assert list(early) == [1, 2, 3, 4] and early.peek(1) == []
+
+
+def trained(folder: Path, *, resume: bool = False, **changes: Any) -> Any:
+    trainer = tamis.OnlineTrainer(
+        model=tiny_model("llama", dtype=torch.float32, lora=True),
+        args=arguments(folder, **{"max_steps": 7, "save_strategy": "steps", "save_steps": 3, **changes}),
+        train_dataset=rows_of(40, seed=1),
+        target_dataset=rows_of(6, seed=2),
+        data_collator=collate,
+        selection=Lookahead(keep=2, oversample=3, horizon=4),
+        target_rows=4,
+    )
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3") if resume else None)
+    return trainer
+
+
+def test_a_run_resumed_within_a_block_makes_the_same_choices(tmp_path: Path) -> None:
+    whole = trained(tmp_path)
+    chosen = read_candidates(tmp_path / "candidates").to_pandas()
+    assert (chosen.groupby("step")["kept"].sum() == 2).all()
+    again = trained(tmp_path, resume=True)
+    later = read_candidates(tmp_path / "candidates").to_pandas()
+    np.testing.assert_array_equal(chosen[["row", "kept"]].to_numpy(), later[["row", "kept"]].to_numpy())
+    for one, other in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_settings_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(InvalidSettings, match="horizon must be at least 1"):
+        Lookahead(horizon=0)
+    with pytest.raises(InvalidSettings, match="form must be"):
+        Lookahead(form="guess")  # type: ignore[arg-type]
+    with pytest.raises(Unsupported, match="set gradient_accumulation_steps=1"):
+        trained(tmp_path, gradient_accumulation_steps=2)
+    assert "every 5 updates the target rows" in Lookahead(horizon=5).cost

@@ -1,0 +1,81 @@
+"""A build from a model in memory to a folder, over families: Conv1D, biases, tied embeddings, scaled ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import proxy_case
+from tamis.model.load import LoadedModel, ModelSettings, load_model
+from tamis.model.lowrank import low_rank_layers
+from tamis.progress import NoProgress
+from tamis.proxies.build import build_low_rank
+from tamis.proxies.compressible import find_compressible
+from tamis.proxies.retention import Retention
+from tamis.proxy_settings import ProxySettings
+from tamis.report.retention_page import retention_page
+from tiny_models import random_batch
+from tiny_run import byte_tokenizer
+
+SETTINGS = ProxySettings(model="in memory", pool=("-",), **proxy_case.SETTINGS)
+
+
+def built(family: str, folder: Path, *, tied: bool = True, **changes: object) -> tuple[LoadedModel, Retention]:
+    loaded = LoadedModel(
+        model=proxy_case.model(family, tied=tied), tokenizer=byte_tokenizer(), fingerprint="none", description={}
+    )
+    settings = replace(SETTINGS, **changes)  # type: ignore[arg-type]
+    found = build_low_rank(
+        loaded, settings, proxy_case.bench(), work=folder / "work", out=folder / "proxy", progress=NoProgress()
+    )
+    return loaded, found
+
+
+@pytest.mark.parametrize(("family", "tied"), [("llama", True), ("qwen2", False), ("gemma3", True), ("gpt2", True)])
+def test_every_family_is_built_saved_and_loaded(family: str, tied: bool, tmp_path: Path) -> None:
+    loaded, found = built(family, tmp_path, tied=tied)
+    again = load_model(ModelSettings(name=str(tmp_path / "proxy"), device="cpu")).model
+    expected = find_compressible(loaded.model, random_batch([5]))
+    assert set(low_rank_layers(again)) == {layer.name for layer in expected.layers} and not found.left_out
+    whole = sum(p.numel() for p in loaded.model.parameters())
+    assert sum(p.numel() for p in again.parameters()) == found.cost.params_proxy < whole
+    # What was measured in memory is what the folder computes.
+    losses = proxy_case.bench().held_out(again).losses
+    assert float(losses.mean()) == pytest.approx(found.final.loss, rel=1e-6)
+    own = dict(loaded.model.named_parameters())
+    for name, param in again.named_parameters():
+        if name in own:  # embeddings, norms and head; biases have moved into A
+            assert torch.equal(param, own[name]), name
+    for name, layer in low_rank_layers(again).items():
+        if layer.A.bias is not None:
+            assert torch.equal(layer.A.bias, own[f"{name}.bias"])
+
+
+def test_half_precision_is_aligned_in_float32_and_saved_in_its_own_type(tmp_path: Path) -> None:
+    loaded = LoadedModel(
+        model=proxy_case.model().to(torch.bfloat16), tokenizer=byte_tokenizer(), fingerprint="none", description={}
+    )
+    build_low_rank(
+        loaded, SETTINGS, proxy_case.bench(), work=tmp_path / "work", out=tmp_path / "proxy", progress=NoProgress()
+    )
+    again = load_model(ModelSettings(name=str(tmp_path / "proxy"), device="cpu", dtype="bfloat16")).model
+    assert {param.dtype for param in again.parameters()} == {torch.bfloat16}
+
+
+def test_layers_that_would_not_get_smaller_stay_and_are_named(tmp_path: Path) -> None:
+    _, found = built("llama", tmp_path, sparsity=0.02)  # ranks round up to what saves nothing
+    assert any("stays whole" in note for note in found.notes)
+    assert found.compressed_layers < 14
+
+
+def test_the_page_holds_the_numbers_of_the_report(tmp_path: Path) -> None:
+    _, found = built("llama", tmp_path, sweep=True)
+    page = retention_page(found, command="tamis proxy --config <x>", warnings=["a <b> warning"])
+    assert f"{found.final.agreement.spearman.value:.2g}".replace("-", "−") in page
+    assert "tamis proxy --config &lt;x&gt;" in page and "a &lt;b&gt; warning" in page
+    for sentence in found.advice.sentences:
+        assert sentence in page
+    assert page.count("<polyline") == 4  # three lines over sparsities, one of alignment

@@ -1,0 +1,115 @@
+"""Scores, their agreement, and the advice that follows from it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import spearmanr
+
+import proxy_case
+from tamis.gradients.per_sample import MaterialisedGradients, run_batch
+from tamis.model.targets import gradient_layers
+from tamis.projection.factorized import FactorizedProjector
+from tamis.proxies.influence import (
+    Agreement,
+    Interval,
+    agreement,
+    mixed_scores,
+    resampled_correlation,
+    resampled_overlap,
+)
+from tamis.proxies.retention import Kept, SweepPoint, advise
+from tamis.proxies.rows import batches_of
+
+
+def test_scores_are_mean_cosines_of_gradients() -> None:
+    model = proxy_case.model(dtype=torch.float64)
+    wide = replace(proxy_case.bench(), projector=FactorizedProjector(dim=99, seed=0))  # nothing is projected
+    found = wide.held_out(model)
+    layers, roles = gradient_layers(model), proxy_case.roles()
+
+    def units(rows: tuple[object, ...]) -> torch.Tensor:
+        made = torch.zeros(len(rows), sum(layer.numel for layer in layers), dtype=torch.float64)
+        for batch in batches_of(rows, batch_tokens=1, pad_id=0):  # type: ignore[arg-type]
+            consumer = MaterialisedGradients(layers)
+            run_batch(model, batch, layers, consumer)
+            made[batch.rows] = consumer.grads / consumer.grads.norm(dim=1, keepdim=True)
+        return made
+
+    cosines = units(roles.held_out) @ units(roles.target.rows).T
+    expected = torch.stack([cosines[:, :3].mean(dim=1), cosines[:, 3:].mean(dim=1)], dim=1)
+    np.testing.assert_allclose(found.scores, expected.numpy(), rtol=1e-5, atol=1e-6)  # features are float32
+    again = mixed_scores(found, found, roles.target)
+    assert again is not None
+    np.testing.assert_array_equal(again, found.scores)
+
+
+def test_agreement_is_spearmans_and_the_interval_holds_it() -> None:
+    draw = np.random.default_rng(0)
+    full = draw.normal(size=(200, 2)).astype(np.float32)
+    ours = (full + draw.normal(size=(200, 2))).astype(np.float32)
+    found = agreement(ours, full, ["a", "b"])
+    expected = [spearmanr(ours[:, j], full[:, j]).statistic for j in range(2)]
+    assert found.by_target == pytest.approx({"a": expected[0], "b": expected[1]}, abs=1e-9)
+    assert found.spearman.value == pytest.approx(np.mean(expected), abs=1e-9)
+    assert found.spearman.low < found.spearman.value < found.spearman.high
+    assert found.spearman.high - found.spearman.low < 0.25
+    assert agreement(full, full, ["a", "b"]).spearman == Interval(value=1.0, low=1.0, high=1.0)
+    assert agreement(ours, full, ["a", "b"]) == found  # the same rows are drawn again
+
+
+def test_overlap_counts_the_best_rows() -> None:
+    once = np.ones((1, 40), dtype=np.int64)
+    x = np.arange(40, dtype=np.float32)
+    y = x.copy()
+    y[[39, 0]] = y[[0, 39]]
+    found = [float(resampled_overlap(x, other, once)[0]) for other in (y, x, -x)]
+    assert found == [0.5, 1, 0]
+
+
+@given(seed=st.integers(0, 9999), ties=st.booleans())
+def test_resampled_measures_are_those_of_the_rows_written_out(seed: int, ties: bool) -> None:
+    draw = np.random.default_rng(seed)
+    x, y = (draw.normal(size=30).astype(np.float32) for _ in range(2))
+    if ties:
+        x, y = np.round(x), np.round(y)
+    sample = draw.integers(0, 30, 30)
+    counts = np.bincount(sample, minlength=30)[None]
+    written = np.repeat(np.arange(30), counts[0])
+    expected = spearmanr(x[written], y[written]).statistic
+    assert resampled_correlation(x, y, counts)[0] == pytest.approx(expected, abs=1e-9)
+    best = [set(np.argsort(-scores[written], kind="stable")[:3].tolist()) for scores in (x, y)]
+    assert resampled_overlap(x, y, counts, share=0.1)[0] == pytest.approx(len(best[0] & best[1]) / 3)
+
+
+def at(value: float, *, name: str = "x", width: float = 0.1) -> Kept:
+    interval = Interval(value=value, low=value - width / 2, high=value + width / 2)
+    return Kept(name=name, loss=1.0, agreement=Agreement(spearman=interval, top_overlap=interval, by_target={}))
+
+
+@pytest.mark.parametrize(
+    ("final", "sweep", "sparsity", "said"),
+    [
+        (0.95, {0.3: 0.97, 0.7: 0.8}, 0.5, "Score with it"),
+        (0.95, {0.3: 0.97, 0.7: 0.92}, 0.7, "0.7 kept that much before alignment"),
+        (0.8, {0.3: 0.93, 0.1: 0.97}, 0.3, "build with --sparsity 0.3"),
+        (0.6, {0.1: 0.7}, None, "No sparsity that was measured kept it"),
+    ],
+)
+def test_advice_names_the_largest_measured_sparsity_that_keeps_enough(
+    final: float, sweep: dict[float, float], sparsity: float | None, said: str
+) -> None:
+    points = [SweepPoint(sparsity=rho, achieved=rho, kept=at(value)) for rho, value in sweep.items()]
+    found = advise(keep=0.9, sparsity=0.5, before=None, final=at(final), sweep=points, control=None)
+    assert found.sparsity == sparsity and said in " ".join(found.sentences)
+
+
+def test_advice_says_when_alignment_or_rows_were_not_enough() -> None:
+    found = advise(keep=0.9, sparsity=0.5, before=at(0.8), final=at(0.7, width=0.3), sweep=(), control=at(0.75))
+    said = " ".join(found.sentences)
+    assert "did not raise the agreement" in said and "--objective kl" in said and "raise --held-out-rows" in said

@@ -1,0 +1,226 @@
+"""Attribution and verification of a recorded LoRA run: numbers against the pieces, files, interruption, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import Trainer
+
+import tamis
+from online_runs import arguments, collate, rows_of
+from tamis.cli.main import run as run_command
+from tamis.errors import InvalidInput, InvalidSettings
+from tamis.maths.ranks import rank_correlation
+from tamis.trajectory import segment_store, sweep
+from tamis.trajectory.fidelity import agreement
+from tamis.trajectory.leave_out import leave_out_effect
+from tamis.trajectory.open_run import open_run
+from tamis.trajectory.sweep import SweepSettings, run_sweep
+from tiny_models import tiny_model
+from tiny_run import make_run
+
+TARGET = [dict(row) for row in rows_of(5, seed=7)]
+
+
+@dataclass
+class Recorded:
+    folder: Path
+    model: nn.Module
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+    folder = tmp_path_factory.mktemp("run")
+    trainer = Trainer(
+        model=tiny_model("llama", dtype=torch.float32, lora=True).train(),
+        args=arguments(folder / "trainer", max_steps=7, learning_rate=3e-3, gradient_accumulation_steps=2),
+        train_dataset=rows_of(24, seed=1),
+        data_collator=collate,
+        callbacks=[tamis.TrajectoryRecorder(folder / "record", every=3)],
+    )
+    trainer.train()
+    return Recorded(folder / "record", trainer.model)
+
+
+def attribute(recorded: Recorded, out: Path, **settings: Any) -> tamis.Attribution:
+    return tamis.attribute(run=recorded.folder, target=TARGET, out=out, model=recorded.model, **settings)
+
+
+def test_scores_are_those_of_the_sweep_by_use_and_summed_by_sample(recorded: Recorded, tmp_path: Path) -> None:
+    found = attribute(recorded, tmp_path / "a", per_row=True, error="exact", error_samples=1)
+    run = open_run(recorded.folder, recorded.model)
+    micros = run.micros_of([_row(row) for row in TARGET], most=2)
+    by_step = run_sweep(run, micros, SweepSettings(error=True), per_row=True)
+    scores = torch.cat(by_step["scores"]).double().numpy()
+    table = found.uses.to_pandas()
+    np.testing.assert_allclose(np.stack(table["scores"]), scores, rtol=2e-3, atol=1e-6)  # batches of 16 and of 2
+    np.testing.assert_allclose(table["score"], scores.mean(axis=1), rtol=2e-3, atol=1e-6)
+    total = np.zeros(len(run.rows))
+    np.add.at(total, table["row"], table["score"])
+    np.testing.assert_allclose(found.samples["score"].to_numpy(), total)
+    assert found.samples["uses"].to_pylist() == np.bincount(table["row"]).tolist()
+    exact = table.dropna(subset=["error_exact"])
+    assert len(exact) == 1 and (exact["error_exact"] > 0).all() and (table["error_proxy"] > 0).all()
+    assert found.samples["position"].to_pylist() == run.reader.positions().tolist()
+    assert json.loads((tmp_path / "a/manifest.json").read_text())["uses"] == len(table)
+
+
+def _row(row: dict[str, Any]) -> Any:
+    from tamis.trace_inputs import _of_tokens
+
+    return _of_tokens(row)
+
+
+def killed_at(count: int, module: Any, work: Callable[[], Any]) -> None:
+    """Run ``work`` in another process, which dies at its ``count``-th write of ``module``."""
+    child = os.fork()
+    if child == 0:
+        left, write = [count], module.replace_atomically
+
+        def dying(*args: Any) -> None:
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(*args)
+
+        module.replace_atomically = dying
+        try:
+            work()
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+def test_a_killed_attribution_goes_on_and_ends_in_the_same_bytes(recorded: Recorded, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"secant": 2, "error": "proxy", "diagnose": True}
+    whole = attribute(recorded, tmp_path / "whole", **settings)
+    # The fifth write: the second segment's scores are there, its state and its mark are not.
+    killed_at(5, segment_store, lambda: attribute(recorded, tmp_path / "cut", **settings))
+    assert json.loads((tmp_path / "cut/store/sweep/reached.json").read_text()) == {"step": 6}
+    resumed = attribute(recorded, tmp_path / "cut", **settings)
+    for name in ("uses.parquet", "samples.parquet"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+    assert resumed.manifest["curvature_agreement"] == whole.manifest["curvature_agreement"]
+    assert "curvature" in whole.manifest["curvature_advice"]
+    with pytest.raises(InvalidSettings, match=r"holds another run: settings\.curvature"):
+        attribute(recorded, tmp_path / "cut", curvature="none", **settings)
+
+
+def test_embeddings_serve_a_target_that_comes_later(
+    recorded: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = {"form": "matrix", "curvature": "fisher", "masks": 8, "store": tmp_path / "store"}
+    first = attribute(recorded, tmp_path / "a", **shared)
+    adjoint = attribute(recorded, tmp_path / "b", curvature="fisher", diagnose=False)
+    agree = rank_correlation(first.uses["score"].to_numpy(), adjoint.uses["score"].to_numpy())
+    assert agree is not None and agree > 0.95  # all but curvature between the masks
+    last = first.uses["step"].to_numpy() == 7  # where there is none
+    np.testing.assert_allclose(
+        first.uses["score"].to_numpy()[last], adjoint.uses["score"].to_numpy()[last], rtol=1e-3, atol=1e-7
+    )
+    monkeypatch.setattr("tamis.trajectory.embeddings.play_segment", lambda *a, **k: pytest.fail("replayed again"))
+    other = tamis.attribute(
+        run=recorded.folder,
+        target=TARGET[:2],
+        out=tmp_path / "c",
+        model=recorded.model,
+        **shared,  # type: ignore[arg-type]
+    )
+    assert len(other.uses) == len(first.uses)
+
+
+def test_a_killed_verification_goes_on_and_tells_the_methods_apart(recorded: Recorded, tmp_path: Path) -> None:
+    import tamis.verify_run as module
+
+    def verify(out: Path) -> tamis.Verification:
+        return tamis.verify(
+            run=recorded.folder, target=TARGET, out=out, model=recorded.model, samples=10, secant=7, seed=1
+        )
+
+    killed_at(4, module, lambda: verify(tmp_path / "cut"))
+    assert len(list((tmp_path / "cut/truth").iterdir())) == 3
+    found = verify(tmp_path / "cut")
+    truth = sorted((tmp_path / "cut/truth").iterdir())
+    run = open_run(recorded.folder, recorded.model)
+    micros = run.micros_of([_row(row) for row in TARGET], most=16)
+    for path in truth[::9]:
+        said = json.loads(path.read_text())
+        effect = leave_out_effect(run, said["step"], said["place"], micros)
+        np.testing.assert_array_equal(said["effect"], effect.double().numpy())
+    best = found.methods["adamw-influence, finite removal over 7 steps"]
+    assert best["spearman"] > 0.95 and best["relative_error"] < 0.1
+    assert best["spearman"] >= found.methods["adamw-influence"]["spearman"] > found.methods["tracin"]["spearman"]
+    assert found.methods["adamw-influence"]["low"] <= found.methods["adamw-influence"]["spearman"]
+
+
+def test_the_interval_of_an_agreement_holds_the_truth_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    inside = []
+    for seed in range(40):
+        truth = rng.standard_normal((60, 1))
+        scores = truth + rng.standard_normal((60, 1))
+        found = agreement(scores, truth, seed=seed)
+        inside.append(found.low <= 6 / np.pi * np.arcsin(np.sqrt(0.5) / 2) <= found.high)  # Spearman of Gaussians
+    assert sum(inside) >= 33  # 38 expected; 33 or fewer of 40 at 95 % has probability 0.3 %, and this seed is fixed
+    assert agreement(np.zeros((5, 1)), np.ones((5, 1))).spearman is None
+
+
+def test_settings_that_contradict_each_other_are_refused(recorded: Recorded, tmp_path: Path) -> None:
+    for settings, message in (
+        ({"method": "dvemb"}, "expected one of adamw-influence"),
+        ({"form": "matrix"}, "the matrix form is of the empirical Fisher"),
+        ({"method": "tracin", "secant": 3}, "secant: is of adamw-influence"),
+        ({"masks": 3}, "the adjoint form needs none"),
+    ):
+        with pytest.raises(InvalidSettings, match=message):
+            attribute(recorded, tmp_path / "never", **settings)
+    with pytest.raises(InvalidSettings, match="a model object cannot be given to several"):
+        tamis.verify(run=recorded.folder, target=TARGET, model=recorded.model, processes=2, out=tmp_path / "v")
+    with pytest.raises(InvalidInput, match="holds no recorded run"):
+        tamis.attribute(run=tmp_path / "nothing", target=TARGET, out=tmp_path / "o", model=recorded.model)
+    assert not list(tmp_path.glob("never*"))
+    assert tuple(tamis.trace_settings.TRACE_METHODS) == sweep.METHODS  # type: ignore[attr-defined]
+
+
+def test_the_three_verbs_work_one_after_the_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = make_run(tmp_path, rows=24)
+    common = ["--json", "--quiet"]
+    train = [
+        "train",
+        "--model",
+        str(tiny.model),
+        "--pool",
+        str(tiny.pool),
+        "--target",
+        str(tiny.target),
+        "--steps",
+        "4",
+    ]
+    more = ["--method", "full", "--keep", "4", "--oversample", "1", "--lora-rank", "2", "--max-length", "64"]
+    record = ["--record", str(tmp_path / "record"), "--record-every", "2", "--out", str(tmp_path / "t")]
+    assert run_command([*train, *more, *record, *common]) == 0
+    capsys.readouterr()
+    trace = ["--run", str(tmp_path / "record"), "--target", str(tiny.target), "--max-length", "64", *common]
+    assert run_command(["attribute", *trace, "--out", str(tmp_path / "a")]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["updates"] == 4 and summary["uses"] == 16
+    import pyarrow.parquet as pq
+
+    samples = pq.read_table(summary["scores_by_sample"])
+    pool = [json.loads(line) for line in tiny.pool.read_text().splitlines()]
+    for sample in samples.to_pylist():
+        assert sample["id"] == pool[sample["file_row"]].get("id", sample["id"])
+    assert run_command(["verify", *trace, "--samples", "4", "--out", str(tmp_path / "v")]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert set(summary["methods"]) == {"adamw-influence", "sgd-influence", "tracin"} and summary["samples"] == 4

@@ -1,0 +1,292 @@
+"""A recorded run replays to itself, whatever trained it; what cannot be replayed is refused by name."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+import tamis
+from chat_tokenizers import tiny_tokenizer
+from online_runs import arguments, collate, rows_of
+from tamis.errors import InvalidInput, InvalidSettings, StoreMismatch, TamisError, Unsupported
+from tamis.model.loss import per_sample_losses
+from tamis.online import FilterThenWeight, StepSettings
+from tamis.trajectory.causal import RecordedRun
+from tamis.trajectory.log import LogReader, mark_finished
+from tamis.trajectory.open_run import open_run
+from tamis.trajectory.optimizer_state import live_optimizer
+from tamis.trajectory.replay import play_segment, segments
+from tiny_models import tiny_model
+
+TOLERANCE = 1e-5  # float32 sums in another order, six steps of Adam
+
+
+def record(
+    folder: Path, model: nn.Module, *, callbacks: tuple[Any, ...] = (), resume: bool = False, **changes: Any
+) -> Any:
+    trainer = Trainer(
+        model=model,
+        args=arguments(folder / "trainer", **changes),
+        train_dataset=rows_of(22, seed=1),
+        data_collator=collate,
+        callbacks=[tamis.TrajectoryRecorder(folder / "record", every=4), *callbacks],
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def model_of(**options: Any) -> nn.Module:
+    return tiny_model("llama", dtype=torch.float32, **options).train()
+
+
+def assert_replays(run: RecordedRun, tolerance: float = TOLERANCE) -> None:
+    for start, stop in segments(run):
+        played = play_segment(run, start, stop, tolerance=tolerance)
+        moved = (run.state(stop).theta - run.state(start).theta).norm()
+        assert (played[-1].after.theta - run.state(stop).theta).norm() < 50 * tolerance * moved
+
+
+@pytest.mark.parametrize(
+    ("options", "changes"),
+    [
+        ({"lora": True}, {}),
+        ({}, {"gradient_accumulation_steps": 2, "weight_decay": 0.1, "max_grad_norm": 0.5}),
+        ({"dropout": 0.2}, {"lr_scheduler_type": "cosine", "max_grad_norm": 0.0}),
+        ({"lora": True}, {"optim": "sgd", "learning_rate": 0.1}),
+    ],
+    ids=["LoRA", "accumulation, two groups and clipping", "dropout", "SGD"],
+)
+def test_a_recorded_run_replays_to_itself(tmp_path: Path, options: Any, changes: Any) -> None:
+    trainer = record(tmp_path, model_of(**options), **changes)
+    run = open_run(tmp_path / "record", trainer.model)
+    assert run.boundaries == [0, 4, 6]
+    assert_replays(run)
+    end = {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    torch.testing.assert_close(run.state(6).theta, run.problem.layout.flatten(end), rtol=0, atol=0)
+
+
+def test_steps_are_in_the_effective_batch_and_rows_are_those_of_the_data(tmp_path: Path) -> None:
+    trainer = record(tmp_path, model_of(lora=True), gradient_accumulation_steps=2)
+    run = open_run(tmp_path / "record", trainer.model)
+    data = rows_of(22, seed=1)
+    tokens = [sum(label != -100 for label in row["labels"][1:]) for row in data]
+    positions = run.reader.positions()
+    assert sorted(set(positions.tolist())) == sorted(positions.tolist())
+    for index in range(2):
+        step = run.step(index)
+        counts = torch.tensor([float(tokens[positions[row]]) for row in step.rows], dtype=torch.float64)
+        torch.testing.assert_close(step.weights, counts / counts.sum())  # tokens of both micro-batches count alike
+        assert [len(micro) for micro in step.micros] == [4, 4]
+    for number, row in enumerate(run.rows):
+        assert row.ids.tolist() == data[int(positions[number])]["input_ids"][: len(row.ids)]
+
+
+def test_a_run_of_chosen_and_weighted_data_replays_to_itself(tmp_path: Path) -> None:
+    trainer = tamis.OnlineTrainer(
+        model=model_of(lora=True),
+        args=arguments(tmp_path / "trainer", max_steps=5, gradient_accumulation_steps=2),
+        train_dataset=rows_of(40, seed=1),
+        target_dataset=rows_of(6, seed=2),
+        data_collator=collate,
+        selection=FilterThenWeight(keep=3, oversample=2, cold_start=1),
+        step_settings=StepSettings(reduction="tokens"),
+        callbacks=[tamis.TrajectoryRecorder(tmp_path / "record", every=4)],
+    )
+    trainer.train()
+    run = open_run(tmp_path / "record", trainer.model)
+    assert_replays(run)
+    assert all(1 < len(run.step(index).rows) <= 6 for index in range(5))  # two choices of three, some weighted 0
+    assert float(run.step(4).weights.sum()) == pytest.approx(1.0)
+
+
+def test_a_run_of_trl_replays_to_itself(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    tokenizer = tiny_tokenizer()
+    args = trl.SFTConfig(
+        output_dir=str(tmp_path / "trainer"), max_steps=3, per_device_train_batch_size=2, use_cpu=True, report_to=[],
+        gradient_accumulation_steps=2, learning_rate=1e-2, disable_tqdm=True, dataloader_pin_memory=False, bf16=False,
+        gradient_checkpointing=False, save_strategy="no",
+    )  # fmt: skip
+    rows = [{"prompt": f"What is {i} + 1? ", "completion": f"{i + 1} of " + "course " * (i % 3)} for i in range(12)]
+    torch.manual_seed(0)
+    model = tiny_model("llama", dtype=torch.float32)
+    model.resize_token_embeddings(len(tokenizer))  # type: ignore[operator]
+    trainer = trl.SFTTrainer(
+        model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+        callbacks=[tamis.TrajectoryRecorder(tmp_path / "record")],
+    )  # fmt: skip
+    trainer.train()
+    # Adam turns the rounding noise of a coordinate without gradient into a step of full length: one differs here.
+    assert_replays(open_run(tmp_path / "record", trainer.model), tolerance=1e-3)
+
+
+def killed(work: Callable[[], Any]) -> None:
+    """Run ``work`` in a process of its own, which kills itself by SIGKILL on the way."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)  # not reached where the test means something
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+class DieAt(TrainerCallback):  # type: ignore[misc]
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_killed_recording_resumes_with_its_trainer_to_the_same_bytes(tmp_path: Path) -> None:
+    saves = {"save_strategy": "steps", "save_steps": 3, "max_steps": 8}
+    record(tmp_path / "whole", model_of(lora=True, dropout=0.1), **saves)
+    killed(lambda: record(tmp_path / "cut", model_of(lora=True, dropout=0.1), callbacks=(DieAt(5),), **saves))
+    with pytest.raises(InvalidInput, match="its log ends at update 4 of 8; resume the training"):
+        open_run(tmp_path / "cut/record", model_of(lora=True, dropout=0.1))
+    record(tmp_path / "cut", model_of(lora=True, dropout=0.1), resume=True, **saves)
+    assert files(tmp_path / "cut/record") == files(tmp_path / "whole/record")
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    record(tmp_path, model_of(lora=True))
+    with pytest.raises(StoreMismatch, match="other frozen weights"):
+        open_run(tmp_path / "record", model_of(lora=True, seed=1))
+    with pytest.raises(StoreMismatch, match="recorded from another model: its config differs"):
+        open_run(tmp_path / "record", model_of(lora=True, blocks=1))
+    with pytest.raises(InvalidInput, match="holds a recorded run already"):
+        record(tmp_path, model_of(lora=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("weights", lambda w: w.flip(0), "recorded a loss of .* and replaying it gives"),
+        ("norms", lambda n: n * 2, "was given a gradient of norm"),
+        (
+            "rates",
+            lambda r: torch.cat([r[:-1], r[-1:] * 3]),
+            "end .* away from them; something that is not in",
+        ),
+    ],
+)
+def test_a_log_that_does_not_replay_is_refused(tmp_path: Path, name: str, change: Any, message: str) -> None:
+    model = model_of(lora=True)
+    record(tmp_path, model)
+    path = tmp_path / "record/segments/00000000-00000004.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, name: change(tensors[name]).contiguous()}, path)
+    run = open_run(tmp_path / "record", model)
+    with pytest.raises(StoreMismatch, match=message):
+        play_segment(run, 0, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optim": "adafactor"}, "Adafactor cannot be replayed; record a run of optim='adamw_torch'"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor cannot be recorded"),
+    ],
+)
+def test_runs_that_cannot_be_replayed_are_refused_when_they_begin(tmp_path: Path, changes: Any, message: str) -> None:
+    with pytest.raises(Unsupported, match=message):
+        record(tmp_path, model_of(lora=True), **changes)
+    assert not (tmp_path / "record/manifest.json").exists()
+
+
+def test_optimizers_that_make_another_step_are_refused_by_name() -> None:
+    class Mine(torch.optim.AdamW):
+        pass
+
+    model = nn.Linear(2, 2)
+    for optimizer, message in (
+        (torch.optim.AdamW(model.parameters(), amsgrad=True), "AdamW with amsgrad=True cannot be replayed"),
+        (torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True), "SGD with nesterov=True"),
+        (torch.optim.NAdam(model.parameters()), "NAdam cannot be replayed; record a run of"),
+        (Mine(model.parameters()), "Mine cannot be replayed"),
+        (torch.optim.AdamW([model.weight]), "'bias' is trainable but not in the optimizer"),
+    ):
+        with pytest.raises(Unsupported, match=message):
+            live_optimizer(optimizer, model)
+    half = nn.Linear(2, 2).bfloat16()
+    with pytest.raises(Unsupported, match=r"trained in torch\.bfloat16, whose rounding no replay repeats"):
+        live_optimizer(torch.optim.AdamW(half.parameters()), half)
+
+
+def test_packed_rows_are_refused(tmp_path: Path) -> None:
+    def packed(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = collate(rows)
+        return {**batch, "position_ids": torch.arange(batch["input_ids"].shape[1])[None].expand_as(batch["input_ids"])}
+
+    trainer = Trainer(
+        model=model_of(lora=True), args=arguments(tmp_path / "t"), train_dataset=rows_of(8, seed=1),
+        data_collator=packed, callbacks=[tamis.TrajectoryRecorder(tmp_path / "b")],
+    )  # fmt: skip
+    with pytest.raises(Unsupported, match="batches hold 'position_ids'"):
+        trainer.train()
+
+
+def test_the_size_is_said_before_it_starts_and_may_be_limited(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="tamis"):
+        record(tmp_path / "a", model_of(lora=True))
+    assert "recording 6 updates into" in caplog.text and "3 states of 4176 numbers" in caplog.text
+    args = arguments(tmp_path / "t")
+    recorder = tamis.TrajectoryRecorder(tmp_path / "b", every=1, most_gb=1e-5)
+    trainer = Trainer(
+        model=model_of(lora=True), args=args, train_dataset=rows_of(8, seed=1), data_collator=collate,
+        callbacks=[recorder],
+    )  # fmt: skip
+    with pytest.raises(InvalidSettings, match=r"would take 0\.0 GB and most_gb=1e-05; record fewer states: every="):
+        trainer.train()
+
+
+def test_the_problem_s_losses_are_those_of_the_engine(tmp_path: Path) -> None:
+    trainer = record(tmp_path, model_of(lora=True))
+    run = open_run(tmp_path / "record", trainer.model)
+    micro = run.step(0).micros[0]
+    params = {name: param for name, param in trainer.model.named_parameters() if param.requires_grad}
+    found = run.problem.predict(params, micro).losses()
+    torch.testing.assert_close(found, per_sample_losses(trainer.model, micro.batch), rtol=1e-5, atol=0)
+    assert issubclass(StoreMismatch, TamisError) and isinstance(run.reader, LogReader)
+    assert np.isfinite(found.detach().numpy()).all()
+
+
+def test_a_run_that_owns_its_record_begins_it_anew_or_ends_it(tmp_path: Path) -> None:
+    def unfinished(**options: Any) -> None:
+        trainer = Trainer(
+            model=model_of(lora=True), args=arguments(tmp_path / "t"), train_dataset=rows_of(22, seed=1),
+            data_collator=collate, callbacks=[tamis.TrajectoryRecorder(tmp_path / "record", every=4, **options)],
+        )  # fmt: skip
+        trainer.train()
+
+    unfinished()
+    whole = files(tmp_path / "record")
+    for name in ("end.json", "positions.safetensors", "segments/00000004-00000006.safetensors"):
+        (tmp_path / "record" / name).unlink()
+    with pytest.raises(InvalidInput, match="holds a recorded run already"):
+        unfinished()
+    unfinished(over_unfinished=True)
+    assert files(tmp_path / "record") == whole
+    (tmp_path / "record/end.json").unlink()
+    reader = LogReader(tmp_path / "record")
+    places = {row.digest(): int(place) for row, place in zip(reader.rows(), reader.positions(), strict=True)}
+    mark_finished(tmp_path / "record", places)
+    assert files(tmp_path / "record") == whole
