@@ -162,10 +162,14 @@ def spoilt(pool: Sequence[Example], kind: str) -> list[Example]:
     order = random.Random(1)
     if kind == "noise":
         wrong = order.sample(range(len(pool)), len(pool) // 2)
-        answers = [pool[i].messages[-1] for i in wrong[1:] + wrong[:1]]
+        if len({bool(row.messages) for row in pool}) > 1 or any(row.text is not None for row in pool):
+            raise SystemExit("--pools noise: rows must be all chats, or all prompts with completions, to swap answers")
         rows = list(pool)
-        for i, answer in zip(wrong, answers, strict=True):
-            rows[i] = replace(pool[i], messages=(*pool[i].messages[:-1], answer))
+        for i, j in zip(wrong, wrong[1:] + wrong[:1], strict=True):
+            if pool[i].messages:
+                rows[i] = replace(pool[i], messages=(*pool[i].messages[:-1], pool[j].messages[-1]))
+            else:
+                rows[i] = replace(pool[i], completion=pool[j].completion)
         return rows
     if kind == "copies":
         few = order.sample(list(pool), max(1, len(pool) // 20))
