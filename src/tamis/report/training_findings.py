@@ -170,6 +170,7 @@ def _fallbacks(evidence: Evidence) -> list[Finding]:
     return [
         Finding(
             key="fallbacks", severity="warning" if share > 0.2 else "note", title="Choices that could not be made",
-            sentence=f"In {percent(share)} of the choices nothing pointed towards the target, so weights were equal.",
+            sentence=f"In {percent(share)} of the choices nothing pointed towards the target, or a solver failed, so "
+            "weights were equal.",
         )
     ]  # fmt: skip
