@@ -162,10 +162,14 @@ def spoilt(pool: Sequence[Example], kind: str) -> list[Example]:
     order = random.Random(1)
     if kind == "noise":
         wrong = order.sample(range(len(pool)), len(pool) // 2)
-        answers = [pool[i].messages[-1] for i in wrong[1:] + wrong[:1]]
+        if len({bool(row.messages) for row in pool}) > 1 or any(row.text is not None for row in pool):
+            raise SystemExit("--pools noise: rows must be all chats, or all prompts with completions, to swap answers")
         rows = list(pool)
-        for i, answer in zip(wrong, answers, strict=True):
-            rows[i] = replace(pool[i], messages=(*pool[i].messages[:-1], answer))
+        for i, j in zip(wrong, wrong[1:] + wrong[:1], strict=True):
+            if pool[i].messages:
+                rows[i] = replace(pool[i], messages=(*pool[i].messages[:-1], pool[j].messages[-1]))
+            else:
+                rows[i] = replace(pool[i], completion=pool[j].completion)
         return rows
     if kind == "copies":
         few = order.sample(list(pool), max(1, len(pool) // 20))
@@ -293,12 +297,6 @@ class Runs:
             with self._path.open("w", newline="") as file:
                 csv.DictWriter(file, FIELDS).writeheader()
 
-    @property
-    def current(self) -> list[dict[str, str]]:
-        """Those of this model under these settings."""
-        own = (self._arguments.model_name, self._arguments.weights, self._settings)
-        return [line for line in self.lines if (line["model"], line["weights"], line["settings"]) == own]
-
     def get(
         self, method: str, budget: str, kind: str, target: str, rate: float, seed: int, stage: str, steps: int
     ) -> dict[str, str]:
@@ -380,23 +378,24 @@ def compared(own: dict[int, float], other: dict[int, float], name: str) -> Compa
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction: p-values that hold for all comparisons together."""
-    order = sorted(range(len(values)), key=lambda i: values[i])
+    """Holm's step-down correction: p-values that hold for all comparisons together; 1 where there is no p-value."""
+    order = sorted(range(len(values)), key=lambda i: (math.isnan(values[i]), values[i]))  # of runs that diverged
     corrected, largest = [1.0] * len(values), 0.0
     for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(values) - rank) * values[i]))
+        own = 1.0 if math.isnan(values[i]) else (len(values) - rank) * values[i]
+        largest = max(largest, min(1.0, own))
         corrected[i] = largest
     return corrected
 
 
 def summary(lines: Sequence[dict[str, str]], arguments: argparse.Namespace) -> list[Table]:
-    """One table for each pool, target and budget."""
+    """One table for each pool, target and budget, of the final runs at the chosen rates."""
     groups = [(k, t, b) for k in arguments.pools for t in arguments.targets for b in arguments.budgets]
     after: dict[tuple[str, ...], dict[str, dict[int, float]]] = {}
     cost: dict[tuple[str, ...], float] = {}
     for group in groups:
         kind, target, budget = group
-        own = [li for li in lines if li["stage"] == "final" and (li["pool"], li["target"], li["budget"]) == group]
+        own = [li for li in lines if (li["pool"], li["target"], li["budget"]) == group]
         after[group] = {
             m: {int(li["seed"]): float(li["held_out_after"]) for li in own if li["method"] == m}
             for m in arguments.methods
@@ -411,7 +410,9 @@ def summary(lines: Sequence[dict[str, str]], arguments: argparse.Namespace) -> l
         for other in ("full", "uniform")
         if other in after[group] and (found := compared(after[group][method], after[group][other], other)) is not None
     }
-    corrected = dict(zip(pairs, holm([pair.p for pair in pairs.values()]), strict=True))
+    # The two baselines meet in both columns, which is one comparison.
+    tests = {(group, frozenset((method, other))): pair.p for (group, method, other), pair in pairs.items()}
+    corrected = dict(zip(tests, holm(list(tests.values())), strict=True))
     tables = []
     for group in groups:
         kind, target, budget = group
@@ -425,7 +426,7 @@ def summary(lines: Sequence[dict[str, str]], arguments: argparse.Namespace) -> l
                 key = (group, method, other)
                 found = pairs.get(key)
                 cells += ["", "", ""] if found is None else [
-                    f"{found.difference:+.4f}", f"{found.p:.3f}", f"{corrected[key]:.3f}"
+                    f"{found.difference:+.4f}", f"{found.p:.3f}", f"{corrected[group, frozenset((method, other))]:.3f}"
                 ]  # fmt: skip
             table.add_row(method, *cells)
         tables.append(table)
@@ -462,15 +463,18 @@ def main() -> None:
     for method in arguments.methods:
         make_method(method, arguments.keep, arguments.oversample)  # refuses what does not go together
     runs = Runs(Data(arguments), arguments)
+    finals = []  # not all that the file holds: runs at a rate that lost since are in it, too
     for budget in arguments.budgets:
         for method in arguments.methods:
             steps = steps_of(runs, method, budget, arguments)
             rate = best_rate(runs, method, budget, steps, arguments)
             for kind in arguments.pools:
                 for target in arguments.targets:
-                    for seed in range(FIRST_SEED, FIRST_SEED + arguments.seeds):
+                    finals += [
                         runs.get(method, budget, kind, target, rate, seed, "final", steps)
-    for table in summary(runs.current, arguments):
+                        for seed in range(FIRST_SEED, FIRST_SEED + arguments.seeds)
+                    ]
+    for table in summary(finals, arguments):
         Console(width=150).print(table)
 
 

@@ -107,7 +107,7 @@ def build(variant: str, model_name: str, weights: str, target_rows: int, device:
     step = OnlineStep(model, make_method(variant), settings, proxy=proxy)
 
     def online() -> None:
-        look = step.looks(candidates, cold=False, number=0)
+        look = step.looks(candidates, cold=False)
         proposal = step.propose(candidates, target if look else [], optimizer, fresh_target=look)
         for name, param in step.params.items():
             param.grad = proposal.gradient[name] / proposal.divisor

@@ -80,7 +80,7 @@ def measure(kind: str, tokens: int, side: int, draws: int) -> dict[str, object]:
     scale = float(x.norm() * y.norm())
     exact = float((x * y).sum())
     found = torch.empty(draws, dtype=torch.float64)
-    first_seed = 1_000_000 * (tokens + side)  # no case shares its draws with another
+    first_seed = 1_000_000 * (tokens + side)  # lengths and sides share no draw; kinds do
     for draw in range(draws):
         projector = FactorizedProjector(dim=side, seed=first_seed + draw)
         first, second = projector.project_gradient(LAYER, torch.stack([x, y]))

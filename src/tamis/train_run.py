@@ -44,6 +44,7 @@ from tamis.train_account import describe_cost, describe_training
 from tamis.train_rows import RunRows, check_candidates, measuring_targets, num_updates, split_rows
 from tamis.train_setup import (
     check_device,
+    check_proxy_vocabulary,
     check_reports,
     check_tuning,
     compute_dtype,
@@ -124,6 +125,7 @@ def train_from_settings(
     dtype = compute_dtype(settings)  # refuses a device that is not there
     check_device(settings)
     check_tuning(settings)
+    check_proxy_vocabulary(settings)
     fingerprint = model_fingerprint(model_settings(settings))
     # Rows that measure are read like target rows, as targets of their own.
     sources = read_sources(replace(settings, target=(*settings.target, *measuring_targets(settings))), held)

@@ -13,16 +13,18 @@ import torch
 from transformers import TrainingArguments
 
 from tamis.corpora import model_settings
-from tamis.errors import InvalidSettings, Unsupported
-from tamis.model.load import LoadedModel, load_model, resolved_dtype
+from tamis.errors import InvalidInput, InvalidSettings, Unsupported
+from tamis.model.load import LoadedModel, ModelSettings, load_model, load_tokenizer, resolved_dtype
 from tamis.model.processes import world_size
 from tamis.model.source import resolve_source
+from tamis.notation import candidates_parts
 from tamis.settings import TrainRunSettings
 from tamis.training.lora import add_lora, train_adapter
 
 __all__ = [
     "LEARNING_RATES",
     "check_device",
+    "check_proxy_vocabulary",
     "check_reports",
     "check_tuning",
     "compute_dtype",
@@ -55,6 +57,28 @@ def check_device(settings: TrainRunSettings) -> None:
         raise InvalidSettings(
             f"one process sees {count} GPUs; start one for each: accelerate launch --num_processes {count} -m tamis "
             "..., or use one of them: CUDA_VISIBLE_DEVICES=0"
+        )
+
+
+def check_proxy_vocabulary(settings: TrainRunSettings) -> None:
+    """Refuse a proxy that would read the token ids of the trained model as other tokens: its scores would be noise.
+
+    Tables of the same height do not tell: models of other families have them, too.
+
+    Raises:
+        InvalidInput: naming a token that the two disagree on.
+    """
+    kind, name = candidates_parts(settings.candidates)
+    if kind != "proxy":
+        return
+    own, other = (load_tokenizer(each).get_vocab() for each in (model_settings(settings), ModelSettings(name=name)))
+    strange = sorted((place, token) for token, place in own.items() if other.get(token) != place)
+    if strange:
+        place, token = strange[0]
+        raise InvalidInput(
+            f"candidates={settings.candidates!r}: token {place} of '{settings.model}' is {token!r} and the proxy has "
+            f"{'no such token' if token not in other else f'it as {other[token]}'} ({len(strange)} of {len(own)} "
+            "tokens differ); take a proxy with the same tokenizer"
         )
 
 

@@ -25,7 +25,7 @@ import tamis
 from online_runs import arguments, collate
 from tamis.data.examples import read_examples
 from tamis.data.render import Renderer
-from tamis.errors import InvalidSettings, Unsupported
+from tamis.errors import InvalidInput, InvalidSettings, Unsupported
 from tamis.online.fate import read_candidates
 from tamis.online.trainer import OnlineTrainer
 from tamis.run_report import write_report
@@ -362,6 +362,21 @@ def test_a_proxy_is_named_by_its_folder_counted_apart_and_part_of_what_a_run_is(
         train(run, tmp_path / "no", candidates="jvp", method="tilt")
     with pytest.raises(InvalidSettings, match="candidates='proxy': name the model"):
         train(run, tmp_path / "no", candidates="proxy", method="tracin")
+
+
+def test_a_proxy_that_reads_other_tokens_at_the_same_ids_is_refused(run: TinyRun, tmp_path: Path) -> None:
+    """Its table is as high as the model's, so only the tokenizers tell."""
+    proxy = save_model(tmp_path / "proxy", seed=9)
+    path = proxy / "tokenizer.json"
+    plain = json.loads(path.read_text(encoding="utf-8"))
+    vocab = plain["model"]["vocab"]
+    first, second = sorted(vocab, key=lambda token: vocab[token])[-2:]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    path.write_text(json.dumps(plain), encoding="utf-8")
+    said = rf"token {vocab[second]} of .* and the proxy has it as {vocab[first]} \(2 of {len(vocab)}"
+    with pytest.raises(InvalidInput, match=said):
+        train(run, tmp_path / "out", candidates=f"proxy:{proxy}", method="tracin")
+    assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_windows_fill_the_epochs_of_a_run(run: TinyRun, tmp_path: Path) -> None:

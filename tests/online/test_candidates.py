@@ -93,7 +93,7 @@ def test_a_window_is_scored_once_and_chosen_from_without_taking_a_row_twice() ->
     step = OnlineStep(model, method, StepSettings(candidates="reuse:3"))
     left = np.arange(6)
     for number, expected_calls in enumerate(([3, 6], [2], [2])):
-        assert step.looks([CANDIDATES], cold=False, number=number) == (number == 0)
+        assert step.looks([CANDIDATES], cold=False) == (number == 0)
         with calls_of(model) as calls:
             found = step.propose([CANDIDATES], [TARGET] if number == 0 else [], optimizer)
         assert calls == expected_calls
@@ -110,7 +110,7 @@ def test_a_window_is_scored_once_and_chosen_from_without_taking_a_row_twice() ->
         for name, param in step.params.items():
             param.grad = found.gradient[name] / found.divisor
         optimizer.step()
-    assert step.looks([CANDIDATES], cold=False, number=3)  # the same rows are a new window after that
+    assert step.looks([CANDIDATES], cold=False)  # the same rows are a new window after that
 
 
 def test_a_window_survives_a_checkpoint() -> None:
@@ -181,6 +181,8 @@ def test_unreadable_settings_and_missing_or_foreign_proxies_are_refused() -> Non
             _ = StepSettings(candidates=text).reuse
     with pytest.raises(InvalidSettings, match="target_every=2 with candidates='reuse:2'"):
         StepSettings(candidates="reuse:2", target_every=2)
+    with pytest.raises(InvalidSettings, match=r"target_ema=0.5 with candidates='proxy:x': a proxy looks at the target"):
+        StepSettings(candidates="proxy:x", target_ema=0.5)
     for values in ({"target_every": 0}, {"target_ema": 1.0}):
         with pytest.raises(InvalidSettings, match=next(iter(values))):
             StepSettings(**values)
@@ -205,7 +207,7 @@ def test_a_target_gradient_serves_several_choices_and_its_running_mean_is_adams(
     grads = autograd_rows(model, CANDIDATES, trainable(model))
     kept: dict[str, Tensor] = {}
     for number in range(5):
-        fresh = step.looks([CANDIDATES], cold=False, number=number)
+        fresh = step.looks([CANDIDATES], cold=False)
         assert fresh == (number % 2 == 0)
         if fresh:
             look = number // 2

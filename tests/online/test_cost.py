@@ -41,8 +41,8 @@ def spent(method: Any, settings: StepSettings, proxy: Any = None, choices: int =
     model = tiny_model("llama", lora=True)
     optimizer = optimizer_of(model)
     step = OnlineStep(model, method, settings, proxy=proxy)
-    for number in range(choices):
-        look = step.looks([CANDIDATES], cold=False, number=number)
+    for _ in range(choices):
+        look = step.looks([CANDIDATES], cold=False)
         step.propose(split(CANDIDATES, 2), [TARGET] if look else [], optimizer, fresh_target=look)
     return {part: row["tflops"] * 1e12 for part, row in as_plain(step.work()).items()}
 

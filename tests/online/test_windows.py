@@ -153,6 +153,21 @@ def test_a_look_serves_two_choices_and_all_target_rows_have_their_turn(tmp_path:
     assert ages == [0.0, 1.0] * 3
 
 
+def test_a_look_serves_as_many_choices_where_epochs_end_within_an_update(tmp_path: Path) -> None:
+    """Ten choices an epoch in updates of four: the third update has two, and the numbers of choices skip two."""
+    model = tiny_model("gpt2", lora=True)
+    settings = StepSettings(target_every=5)
+    trainer = made(
+        tmp_path, model, TracIn(keep=2, oversample=2), settings, max_steps=6, gradient_accumulation_steps=4,
+        target_rows=3, forecast_every=0, logging_steps=3,
+    )  # fmt: skip
+    with calls_of(model) as calls:
+        trainer.train()
+    assert calls == [3, *[4] * 5] * 4
+    seen = [e["selection/target_rows_seen"] for e in trainer.state.log_history if "selection/target_rows_seen" in e]
+    assert seen == [6.0, 7.0]  # the latest number, no mean over choices
+
+
 def test_a_pool_smaller_than_a_window_is_refused(tmp_path: Path) -> None:
     model, settings = tiny_model("gpt2", lora=True), StepSettings(candidates="reuse:2")
     trainer = made(tmp_path, model, TracIn(keep=8, oversample=8), settings)

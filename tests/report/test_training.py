@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -144,6 +145,23 @@ def test_the_verdict_follows_the_forecasts(content: TrainingContent) -> None:
     words = {finding.key: finding for finding in bare.findings}
     assert "looks at no target" in words["forecasts"].sentence and words["unfinished"].severity == "note"
     assert "gone" in render_training_page(bare) and "not finished yet" in render_training_page(bare)
+
+
+def test_losses_that_are_not_finite_are_a_warning_and_no_gap(tmp_path: Path) -> None:
+    """The log holds them as null."""
+    for names, first in (({"final_eval_loss"}, STEPS), ({"eval_loss", "final_eval_loss"}, 0)):
+        given = planted()
+        log = [{key: None if key in names else value for key, value in entry.items()} for entry in given.log]
+        content = build_training_content(dataclasses.replace(given, log=log))
+        (finding,) = [f for f in content.findings if f.key == "held-out"]
+        assert (finding.severity, finding.advice.split(":")[0]) == (
+            "warning",
+            "Training has diverged, or a row overflows",
+        )
+        assert f"not finite after update {first}" in finding.sentence
+        page = render_training_page(content)
+        assert page.count(f"not finite after update {first}") == 2  # among the key numbers, too
+        assert "No row was held out" not in page
 
 
 def test_the_page_in_a_browser_is_complete_quiet_and_harmless(tmp_path: Path) -> None:

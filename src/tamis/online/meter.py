@@ -23,6 +23,7 @@ class Meter:
 
     def _empty(self) -> None:
         self._sums: dict[str, list[float]] = defaultdict(list)
+        self._last: dict[str, float] = {}
         self._sources: Counter[str] = Counter()
         self._kept = 0.0
 
@@ -56,9 +57,14 @@ class Meter:
         """One more number to average."""
         self._sums[name].append(value)
 
+    def note_last(self, name: str, value: float) -> None:
+        """A number that grows over the run, of which the latest counts."""
+        self._last[name] = value
+
     def take(self) -> dict[str, float]:
         """The averages by name, and the share of the update's weight by source."""
         found = {f"selection/{name}": float(np.mean(values)) for name, values in self._sums.items()}
+        found |= {f"selection/{name}": value for name, value in self._last.items()}
         if self._kept > 0:
             for source, weight in self._sources.most_common(_MOST_SOURCES):
                 found[f"selection/share/{source}"] = weight / self._kept

@@ -54,10 +54,16 @@ class StepSettings:
             raise InvalidSettings(f"target_every must be at least 1, got {self.target_every}")
         if not 0 <= self.target_ema < 1:
             raise InvalidSettings(f"target_ema must be at least 0 and below 1, got {self.target_ema}")
-        if self.candidates_kind != "exact" and self.candidates_kind != "jvp" and self.target_every > 1:
+        if self.candidates_kind in ("reuse", "proxy") and self.target_every > 1:
             raise InvalidSettings(
                 f"target_every={self.target_every} with candidates={self.candidates!r}: a re-used window looks at the "
                 "target once anyway, and a proxy's own look is cheap; leave target_every at 1"
+            )
+
+        if self.candidates_kind == "proxy" and self.target_ema > 0:
+            raise InvalidSettings(
+                f"target_ema={self.target_ema:g} with candidates={self.candidates!r}: a proxy looks at the target anew "
+                "at every choice and keeps no mean; leave target_ema at 0"
             )
 
     @property

@@ -85,14 +85,14 @@ class OnlineStep:
         """Whether choices depend on the target at all."""
         return self.method.needs.target_only or self.method.needs.alignment is not None
 
-    def looks(self, candidates: Sequence[Batch], *, cold: bool, number: int) -> bool:
-        """Whether choice ``number`` of the run will look at target rows. Every process must ask."""
+    def looks(self, candidates: Sequence[Batch], *, cold: bool) -> bool:
+        """Whether the next choice will look at target rows. Every process must ask."""
         needs = self.method.needs
         if needs.target_only:
             return True
         if needs.alignment is None or cold or self._from_window(candidates):
             return False
-        return self._proxy is not None or self._target.is_due(number)
+        return self._proxy is not None or self._target.is_due
 
     def propose(
         self,

@@ -42,9 +42,11 @@ class TargetMemory:
         self._looks, self._mean = 0, dict[str, Tensor]()
         self.age = 0  # choices made since the last look, with the gradient of that look
 
-    def is_due(self, number: int) -> bool:
-        """Whether choice ``number`` of the run (from 0) has to look."""
-        return number % self._every == 0 or not self._looks
+    @property
+    def is_due(self) -> bool:
+        """Whether the next choice has to look."""
+        # By choices made, not by their numbers: those skip some where an epoch ends within an accumulated update.
+        return not self._looks or self.age + 1 >= self._every
 
     def take(self, look: Look) -> dict[str, Tensor]:
         """Take a look in; the gradient to choose with."""

@@ -184,7 +184,7 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         candidates = self._raw_batches(inputs)
         number = self.state.global_step * self.args.gradient_accumulation_steps + self._micro
         cold = self.state.global_step < cold_updates(self.selection)
-        looks = step.looks(candidates, cold=cold, number=number)
+        looks = step.looks(candidates, cold=cold)
         target = self._target_batches(number) if looks else []
         seed = child_seed(self.args.seed, "uniform choice", number)
         with self.compute_loss_context_manager():
@@ -275,7 +275,7 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         tell_recorders(self.callback_handler.callbacks, candidates, proposal, reduction=self._step_settings.reduction)
         if looked:
             self._target_seen[self._target_places(number)] = True
-            self._meter.note("target_rows_seen", float(self._target_seen.sum()))
+            self._meter.note_last("target_rows_seen", float(self._target_seen.sum()))
         if proposal.choice.fallback is not None:
             self._say_once(
                 f"{proposal.choice.fallback}, so weights were equal, first in update {self.state.global_step + 1}; "

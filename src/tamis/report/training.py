@@ -13,7 +13,7 @@ import pyarrow as pa
 from tamis.report.content import Headline, KeyNumber, provenance
 from tamis.report.curves import Curve, Fate, SourceFate, effective_sizes, fates, shares_by_source, steps_of, thinned
 from tamis.report.examples import ExampleCard, card
-from tamis.report.training_findings import Evidence, find, forecast_pairs, held_out_losses
+from tamis.report.training_findings import Evidence, find, forecast_pairs, held_out_losses, lost_at
 from tamis.report.warnings import Finding
 from tamis.report.wording import count, joined, number, one_line, seconds
 from tamis.types import Example
@@ -97,6 +97,7 @@ def build_training_content(inputs: TrainingInputs) -> TrainingContent:
             Evidence(
                 forecasts=forecast_pairs(log),
                 held_out=held_out,
+                lost_at=lost_at(log),
                 target_seen=seen.values[-1] if seen.values else None,
                 effective=effective,
                 offered=offered,
@@ -138,7 +139,10 @@ def _headline(
     model = one_line(str(settings.get("model", "")), 80)
     change = "no row measured"
     value = "–"
-    if held_out and len(held_out[0].values) > 1:
+    lost = lost_at(inputs.log)
+    if lost is not None:
+        change = f"not finite after update {count(lost)}"
+    elif held_out and len(held_out[0].values) > 1:
         first, last = held_out[0].values[0], held_out[0].values[-1]
         value, change = number(last), f"{number(first)} before the run, on rows that only measure"
     numbers = (

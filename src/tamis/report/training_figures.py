@@ -61,8 +61,8 @@ def _forecasts(content: TrainingContent) -> Figure:
         key="forecasts",
         section="forecasts",
         title="Predicted and realised drop of the target loss",
-        alt=f"{count(len(predicted))} updates, predicted drop against realised drop.",
-        legend=(("selected", "realised, one update"), ("target", "what was promised (dashed)")),
+        alt=f"{count(len(predicted))} log entries, predicted drop against realised drop.",
+        legend=(("selected", "realised"), ("target", "what was promised (dashed)")),
         height=320,
         spec=plain_spec(figure),
     )

@@ -14,7 +14,7 @@ from tamis.report.curves import Curve, steps_of
 from tamis.report.warnings import Finding
 from tamis.report.wording import count, counted, number, one_line, percent
 
-__all__ = ["Evidence", "find", "forecast_pairs", "held_out_losses"]
+__all__ = ["Evidence", "find", "forecast_pairs", "held_out_losses", "lost_at"]
 
 _HOLDS, _LOOSE = 0.7, 0.3  # correlations from which forecasts are believed, and half believed
 _FEW_PAIRS = 8
@@ -27,6 +27,7 @@ class Evidence:
 
     forecasts: npt.NDArray[np.float64]
     held_out: Sequence[Curve]
+    lost_at: int | None  # update at which a held-out loss was first not finite
     target_seen: float | None
     effective: Curve
     offered: int
@@ -69,9 +70,18 @@ def held_out_losses(log: Sequence[Mapping[str, Any]]) -> tuple[Curve, ...]:
         last, final = steps_of(log, f"final_{key}")
         if last and (not steps or last[-1] != steps[-1] or final[-1] != values[-1]):
             steps, values = (*steps, last[-1]), (*values, final[-1])
+        if not steps:
+            continue
         title = key.removeprefix("eval_loss").removeprefix("/") or "all targets"
         curves.append(Curve(name=one_line(title, 60), steps=steps, values=values))
     return tuple(curves)
+
+
+def lost_at(log: Sequence[Mapping[str, Any]]) -> int | None:
+    """The first update after which a held-out loss was measured and was not finite, which the log holds as null."""
+    names = ("eval_loss", "final_eval_loss")
+    steps = [int(e["step"]) for e in log if any(name in e and e[name] is None for name in names)]
+    return min(steps, default=None)
 
 
 def _unfinished(evidence: Evidence) -> list[Finding]:
@@ -98,7 +108,7 @@ def _forecasts(evidence: Evidence) -> Finding:
     predicted, realised = evidence.forecasts.mean(axis=0)
     same = float((np.sign(evidence.forecasts[:, 0]) == np.sign(evidence.forecasts[:, 1])).mean())
     said = (
-        f"Over {counted(pairs, 'update')} the predicted and the realised drop of the target loss correlate at "
+        f"Over {counted(pairs, 'comparison')} the predicted and the realised drop of the target loss correlate at "
         f"{correlation:.2f}; they have the same sign in {percent(same)}. The mean forecast is {number(predicted, 2)}, "
         f"the mean outcome {number(realised, 2)}."
     )
@@ -117,6 +127,12 @@ def _forecasts(evidence: Evidence) -> Finding:
 
 def _held_out(evidence: Evidence) -> Finding:
     title = "Did the target loss fall on rows that only measure?"
+    if evidence.lost_at is not None:
+        return Finding(
+            key="held-out", severity="warning", title=title,
+            sentence=f"No. The loss was not finite after update {count(evidence.lost_at)}, so figures leave it out.",
+            advice="Training has diverged, or a row overflows: lower the rate, or clip with --clip.",
+        )  # fmt: skip
     if not evidence.held_out or len(evidence.held_out[0].values) < 2:
         return Finding(key="held-out", severity="unmeasured", title=title, sentence="No row was held out.",
                        advice="Give --eval-target, or --held-out above 0.")  # fmt: skip
@@ -154,6 +170,7 @@ def _fallbacks(evidence: Evidence) -> list[Finding]:
     return [
         Finding(
             key="fallbacks", severity="warning" if share > 0.2 else "note", title="Choices that could not be made",
-            sentence=f"In {percent(share)} of the choices nothing pointed towards the target, so weights were equal.",
+            sentence=f"In {percent(share)} of the choices nothing pointed towards the target, or a solver failed, so "
+            "weights were equal.",
         )
     ]  # fmt: skip
