@@ -205,7 +205,7 @@ def landmarks_of(gram: Tensor, exact: Tensor, chosen: IntArray, task: Task, draw
         without_gradient=task.rows[:0],
         columns=np.arange(exact.shape[1], dtype=np.int64),
         scores=exact[known],
-        gram=gram[known][:, known],
+        gram_of=lambda places: gram[known[places]][:, known[places]],
         identity={"draw": draw, "count": len(chosen), "sample": len(gram)},
     )
 

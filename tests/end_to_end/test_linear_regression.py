@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -15,6 +17,16 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "linear_regression" / "run.py"
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, check=False)
+
+
+def example() -> ModuleType:
+    """The script as a module: nothing runs, and its libraries are loaded once."""
+    spec = importlib.util.spec_from_file_location("linear_regression_example", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_robust_weights_are_on_real_rows_and_unconstrained_ones_are_not(tmp_path: Path) -> None:
@@ -40,5 +52,6 @@ def test_a_file_that_will_not_do_is_refused_with_what_is_needed(tmp_path: Path, 
     path = tmp_path / "images.npz"
     if stored is not None:
         np.savez(path, **stored)
-    done = run("--data", str(path))
-    assert done.returncode != 0 and said in done.stderr and "x_train (rows first" in done.stderr
+    with pytest.raises(SystemExit) as refusal:
+        example().problem_from(path, (0, 1), 0)
+    assert said in str(refusal.value) and "x_train (rows first" in str(refusal.value)

@@ -67,7 +67,7 @@ def test_damping_is_relative_so_the_loss_s_scale_only_scales_the_answer(seed: in
 def test_what_has_no_inverse_is_refused() -> None:
     basis = eigenbasis(torch.zeros(2, 2), torch.zeros(1, 1))
     values = kfac_eigenvalues(basis)
-    with pytest.raises(InvalidInput, match="no curvature"):
+    with pytest.raises(InvalidInput, match=r"no curvature.*use more rows"):
         precondition(torch.ones(1, 1, 2), basis, values, damping=0.1)
     assert not precondition(torch.zeros(1, 1, 2), basis, values, damping=0.1).any()
     with pytest.raises(InvalidSettings, match="damping must be a positive number, got 0"):

@@ -465,6 +465,10 @@ def test_weights_are_asked_of_the_choice(tmp_path: Path, llama: Path) -> None:
         ({"landmarks": "some"}, "landmarks='some': expected a number of rows, or all"),
         ({"hessian_landmarks": 1}, "hessian_landmarks must be at least 2"),
         ({"eta": 0.0}, "eta must be positive"),
+        ({"eta": float("inf"), "hessian_ratio": True}, "eta must be positive and finite, got inf"),
+        ({"eta": 0.1}, "eta is read by the second-order term only"),
+        ({"damping": "much"}, "damping must be positive and finite, got 'much'"),
+        ({"memory_gb": float("inf")}, "memory_gb must be positive and finite, got inf"),
         ({"feature_dtype": "int8"}, "feature_dtype='int8'"),
     ],
 )

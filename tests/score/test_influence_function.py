@@ -204,10 +204,12 @@ def test_one_row_at_a_time_changes_nothing_but_rounding(tmp_path: Path, llama: P
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"strategy": "shampoo"}, "strategy='shampoo' is unknown; choose one of ekfac, kfac"),
-        ({"labels": "random"}, "labels='random' is unknown; choose one of sampled, empirical"),
-        ({"normalize": "l2"}, "normalize='l2' is unknown"),
+        ({"strategy": "shampoo"}, "strategy='shampoo': expected one of ekfac, kfac"),
+        ({"labels": "random"}, "labels='random': expected one of sampled, empirical"),
+        ({"normalize": "l2"}, "normalize='l2': expected one of cosine, dot"),
         ({"damping": 0.0}, "damping must be positive, got 0"),
+        ({"damping": "much"}, "damping='much': expected a number, got str"),
+        ({"memory_gb": float("inf")}, "memory_gb=inf: expected a finite number"),
         ({"factor_rows": 0}, "factor_rows must be at least 1, got 0"),
     ],
 )

@@ -18,13 +18,14 @@ from tamis.embeddings import HiddenMean
 from tamis.errors import InvalidInput, InvalidSettings
 from tamis.gradients.hessian import hessian_products
 from tamis.maths.second_order import adam_quadratic, adam_scores
-from tamis.score import landmark_curvature
+from tamis.score import landmark_curvature, landmark_gradients
 from tamis.score.influence_distillation import InfluenceDistillation
 from tamis.score.landmark_gradients import adam_vectors
 from tamis.score.row_embeddings import RowEmbeddings
 from tamis.score.tracin import TracIn
 from tamis.selection.choose import choose
 from tamis.selection.second_order import second_order_scores
+from tamis.store.reader import StageReader
 from tamis.types import Curvature, LayerSpec, TargetScores
 
 COLD = {"warmup": "none", "projection": "none", "feature_dtype": "float32", "weights": "second-order"}
@@ -298,6 +299,43 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
     cut, uncut = (file_bytes(tmp_path / name / "store") for name in ("cut", "whole"))
     assert {name for name in uncut if name.startswith("hessian-products")}
     assert cut == uncut
+
+
+def test_what_adam_s_offset_is_decides_carried_scores_in_a_store_that_holds_others(tmp_path: Path, llama: Path) -> None:
+    settings = InfluenceDistillation(**{**CARRIED, "warmup": "lora"}, **WARM, form="adam", damping=0.1, eta=50.0)
+    none, whole, bolder = (
+        dataclasses.replace(settings, momentum=momentum, eta=eta).score(make_task(tmp_path, llama, pool=POOL_OF_20))
+        for momentum, eta in (("none", 50.0), ("whole", 50.0), ("whole", 100.0))
+    )
+    carried = ~none.extra["is_landmark"]
+    assert carried.sum() == 6
+    # All that is carried is linear in the landmarks' scores, whose offsets are eta times something.
+    first, second = (found.values[carried] - none.values[carried] for found in (whole, bolder))
+    assert np.abs(first).max() > 1e-3
+    np.testing.assert_allclose(second, 2 * first, rtol=0, atol=1e-4 * np.abs(second).max())
+
+
+def test_where_every_row_is_a_landmark_they_are_not_all_compared(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products between all rows of a large pool would not fit in memory."""
+    real, asked = landmark_gradients._gram, []
+
+    def counted(reader: StageReader, rows: np.ndarray) -> torch.Tensor:
+        asked.append(len(rows))
+        return real(reader, rows)
+
+    monkeypatch.setattr(landmark_gradients, "_gram", counted)
+    plain = InfluenceDistillation(**{**CARRIED, "landmarks": "all", "weights": "none"})
+    found = plain.score(make_task(tmp_path, llama, pool=POOL_OF_20))
+    assert found.extra["is_landmark"].all() and asked == []
+    bent = InfluenceDistillation(**{**CARRIED, "landmarks": "all"}, eta=0.1)
+    task = make_task(tmp_path, llama, pool=POOL_OF_20)
+    scores = bent.score(task)
+    assert asked and set(asked) == {6}
+    np.testing.assert_array_equal(scores.values, found.values)
+    assert not any(stage.name.startswith("landmark-scores") for stage in task.stages)
+    assert scores.curvature is not None and (scores.curvature.coefficients != 0).any(1).all()
 
 
 def test_half_precision_is_refused_before_a_product_is_taken(tmp_path: Path, llama: Path) -> None:

@@ -68,12 +68,14 @@ def label_sampler(batch: Batch, positions: SupervisedPositions, seed: int) -> Ca
 class SecondMoments:
     """``sum a a^T`` over real tokens and ``sum g g^T`` of every layer, the bias column included, added up over batches.
 
-    Padding has no output gradient, but it has inputs: they are left out.
+    Padding has no output gradient, but it has inputs: they are left out. ``tokens`` counts the a of each layer: more
+    than the rows' tokens if the layer is called several times.
     """
 
     def __init__(self) -> None:
         self.inputs: dict[str, Tensor] = {}  # (I, I)
         self.output_grads: dict[str, Tensor] = {}  # (O, O)
+        self.tokens: dict[str, Tensor] = {}  # (1,)
         self._mask = torch.zeros(0)
 
     def see(self, batch: Batch) -> None:
@@ -91,7 +93,11 @@ class SecondMoments:
         real = self._mask.to(act.device).bool().repeat(1, uses)
         tokens = act[real].to(dtype)
         grads = grad_out.flatten(0, 1).to(dtype)
-        for total, part in ((self.inputs, tokens.T @ tokens), (self.output_grads, grads.T @ grads)):
+        for total, part in (
+            (self.inputs, tokens.T @ tokens),
+            (self.output_grads, grads.T @ grads),
+            (self.tokens, tokens.new_full((1,), len(tokens))),
+        ):
             total[layer.name] = total[layer.name].add_(part) if layer.name in total else part
 
 

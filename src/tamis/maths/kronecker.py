@@ -81,7 +81,7 @@ def precondition(
     if mean <= 0:
         if not bool(gradients.any()):  # a fresh adapter's A, whose B is still zero
             return gradients
-        raise InvalidInput("a layer has no curvature: none of the rows used for it has a gradient there")
+        raise InvalidInput("a layer has no curvature: none of the rows used for it has a gradient there; use more rows")
     left, right = basis.vectors_out.to(gradients), basis.vectors_in.to(gradients)
     turned = left.T @ gradients @ right
     scaled = turned / (eigenvalues.double() + damping * mean).to(gradients)

@@ -97,8 +97,13 @@ def check_distillation(chosen: Any) -> None:
             raise InvalidSettings(f"{field} must be at least {0 if field == 'depth' else 1}, got {value}")
     for field in ("scale", "damping", "lora_alpha", "eta", "memory_gb"):
         value = getattr(chosen, field)
-        if value is not None and not value > 0:
-            raise InvalidSettings(f"{field} must be positive, got {value}")
+        if value is not None and not (isinstance(value, (int, float)) and 0 < value < float("inf")):
+            raise InvalidSettings(f"{field} must be positive and finite, got {value!r}")
+    if chosen.eta is not None and chosen.weights != "second-order" and not chosen.hessian_ratio:
+        raise InvalidSettings(
+            "eta is read by the second-order term only; set weights=second-order or hessian_ratio=true, or drop eta "
+            "(the warm-up's learning rate is warmup_learning_rate)"
+        )
     if not 0 <= chosen.embedding_budget < float("inf"):
         raise InvalidSettings(f"embedding_budget must be at least 0, got {chosen.embedding_budget}")
     if not 0 < chosen.warmup_share <= 1:

@@ -187,7 +187,7 @@ def _tried_out(
     compared = torch.arange(count)
     if count > _COMPARED:
         compared = torch.from_numpy(random_subset(child_seed(task.seed, "compared landmarks"), count, _COMPARED))
-    gram = gradients.gram[compared][:, compared]
+    gram = gradients.gram_of(compared.numpy())
     tried: list[Tried] = []
     best: tuple[float, AnyEmbedding, Candidate] | None = None
     for embedding in candidates:
@@ -236,10 +236,11 @@ def _expected(
     def overall(result: CandidateResult) -> float:
         return float(np.mean(by_target(result)))
 
-    plain = try_candidates(rows, gram=gradients.gram, scores=scores, grid=[candidate])[0]
+    gram = gradients.gram_of(np.arange(count))
+    plain = try_candidates(rows, gram=gram, scores=scores, grid=[candidate])[0]
     found, residual = plain, False
     if targets is not None:
-        direct = try_candidates(rows, gram=gradients.gram, scores=scores, targets=targets, grid=[candidate])[0]
+        direct = try_candidates(rows, gram=gram, scores=scores, targets=targets, grid=[candidate])[0]
         if kernels.residual is True or overall(direct) >= overall(plain):
             found, residual = direct, True
     with_half = None

@@ -261,11 +261,18 @@ class InfluenceDistillation:
         if chosen is not None:
             exact = chosen.scores
         choice = self._choice(task, embeddings, gradients, columns, group, chosen)
-        if choice is None:
+        if choice is None or _all_are_landmarks(task, gradients):
             values = empty_scores(task, len(columns))
         else:
             values = transferred_scores(
-                task, embeddings, choice, gradients, exact, columns, keep_embeddings=self.keep_embeddings
+                task,
+                embeddings,
+                choice,
+                gradients,
+                exact,
+                columns,
+                offset=None if chosen is None else chosen.offset,
+                keep_embeddings=self.keep_embeddings,
             )
         places = np.searchsorted(task.rows, gradients.rows)
         values[places] = exact.numpy()
@@ -309,14 +316,16 @@ class InfluenceDistillation:
         second: LandmarkTerm | None,
     ) -> Choice | None:
         """What carries scores, and the second-order term, to other rows; None if there is nothing to carry."""
-        is_exact = len(gradients.rows) + len(gradients.without_gradient) == len(task.rows)
+        is_exact = _all_are_landmarks(task, gradients)
         if is_exact:
             task.note(
                 "Every row to score is a landmark, so all scores are exact up to the projection, and no embedding was "
                 "needed for them"
             )
-        if is_exact and (second is None or not second.is_carried):
-            return None
+            if second is None or not second.is_carried:
+                return None
+            # What carries the term is judged on its own landmarks: these may be all rows of a large pool.
+            gradients = gradients.only(np.searchsorted(gradients.rows, second.rows))
         choice = choose_embedding(
             task,
             embeddings,
@@ -360,3 +369,7 @@ class InfluenceDistillation:
             lora_alpha=2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha,
         )
         return task.at_model(last.model_settings), last.folder
+
+
+def _all_are_landmarks(task: Task, gradients: LandmarkGradients) -> bool:
+    return len(gradients.rows) + len(gradients.without_gradient) == len(task.rows)

@@ -12,7 +12,7 @@ with F the generalised Gauss-Newton matrix of the pool's mean loss, a block per 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from tamis.score.kronecker_factors import KroneckerCurvature, Strategy
 from tamis.score.matrix import with_columns
 from tamis.seeds import child_seed, random_subset
 from tamis.types import IntArray, TargetScores
+from tamis.values import check_types
 
 __all__ = ["InfluenceFunction"]
 
@@ -50,7 +51,7 @@ class InfluenceFunction:
             ceil(4 M P / bound) passes over the pool.
 
     Raises:
-        InvalidSettings: a value is out of range.
+        InvalidSettings: a value is of the wrong type or out of range.
     """
 
     name: ClassVar[str] = "influence-function"
@@ -63,17 +64,9 @@ class InfluenceFunction:
     memory_gb: float = 2.0
 
     def __post_init__(self) -> None:
-        for field, choices in (
-            ("strategy", get_args(Strategy)),
-            ("labels", get_args(Labels)),
-            ("normalize", ("cosine", "dot")),
-        ):
-            if getattr(self, field) not in choices:
-                raise InvalidSettings(
-                    f"{field}={getattr(self, field)!r} is unknown; choose one of {', '.join(choices)}"
-                )
+        check_types(self)
         for field in ("damping", "memory_gb"):
-            if not 0 < getattr(self, field) < float("inf"):
+            if not getattr(self, field) > 0:
                 raise InvalidSettings(f"{field} must be positive, got {getattr(self, field)}")
         if self.factor_rows is not None and self.factor_rows < 1:
             raise InvalidSettings(f"factor_rows must be at least 1, got {self.factor_rows}")

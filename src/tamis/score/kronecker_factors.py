@@ -60,7 +60,7 @@ class KroneckerCurvature:
 
     def _factors(self) -> dict[str, Any]:
         return {
-            "algorithm": "kronecker-factors-v1",
+            "algorithm": "kronecker-factors-v2",
             "labels": self.labels,
             "rows": hashlib.sha256(self.rows.astype("<i8").tobytes()).hexdigest(),
             "seed": self.task.seed if self.labels == "sampled" else None,
@@ -99,10 +99,10 @@ class KroneckerCurvature:
 
     def _make_bases(self) -> None:
         def compute(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            tokens = float(self.task.pool.lengths[self.rows].sum())
             found: dict[str, Tensor] = {}
             for layer in self.task.layers():
-                a, s = sums[f"inputs/{layer.name}"] / tokens, sums[f"output_grads/{layer.name}"] / len(self.rows)
+                a = sums[f"inputs/{layer.name}"] / sums[f"tokens/{layer.name}"]
+                s = sums[f"output_grads/{layer.name}"] / len(self.rows)
                 basis = eigenbasis(a, s)
                 found |= {f"{field}/{layer.name}": getattr(basis, field).float() for field in _FIELDS}
             return found
@@ -132,14 +132,13 @@ class KroneckerCurvature:
         folder = path.parent
         if folder not in self.task.stages:
             self.task.stages.append(folder)  # a run that finds it finished has its cost on disk
-        barrier()  # nobody writes before everybody has looked
         starts = range(0, len(self.rows), _PART_ROWS)
         parts = [folder / f"{name}-{start:08d}.part" for start in starts]
         missing = [] if path.exists() else [k for k, part in enumerate(parts) if not part.exists()]
         is_done = path.exists()
         with self.task.progress.stage(f"{name} ({self.task.pool.name})", len(self.rows), "rows") as advance:
             advance(len(self.rows) - sum(len(self.rows[starts[k] : starts[k] + _PART_ROWS]) for k in missing))
-            barrier()
+            barrier()  # nobody writes before everybody has looked
             for k in missing[rank() :: world_size()]:
                 rows = self.rows[starts[k] : starts[k] + _PART_ROWS]
                 self._part(parts[k], rows, begin(), number=k + (0 if name == "covariances" else len(parts)))

@@ -37,7 +37,9 @@ __all__ = ["LandmarkHessians", "TargetLoss"]
 
 _MAX_ENTRIES = 1 << 26  # gradient numbers formed at once beside those that are kept
 _SHARD_PRODUCTS = 64  # products of a shard at most, which is what a kill can lose
-_COPIES = 4  # tensors of a direction's size that exist at once for every product
+# Tensors of a direction's size that exist at once for every product: directions, one column's share of them, its
+# products, those of the batch at hand (or joined with their biases), the stack of them, and what is handed on.
+_COPIES = 6
 
 
 @dataclass(frozen=True, kw_only=True)

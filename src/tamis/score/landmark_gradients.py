@@ -1,11 +1,14 @@
 """Exact gradients of the landmarks, projected: their scores for every target row, and their inner products.
 
-Nothing else of them is kept in memory: the features lie in the store and are read in blocks.
+Nothing else of them is kept in memory: the features lie in the store and are read in blocks, and inner products are
+taken when they are asked for, since all rows may be landmarks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -40,8 +43,19 @@ class LandmarkGradients:
     without_gradient: IntArray  # pool rows
     columns: IntArray  # (M,) positions in ``task.target_rows``; target rows without gradient are left out
     scores: Float[Tensor, "L M"]
-    gram: Float[Tensor, "L L"]
+    gram_of: Callable[[IntArray], Float[Tensor, "K K2"]]  # inner products among some landmarks, by ascending places
     identity: dict[str, Any]  # of the two stages
+
+    def only(self, places: IntArray) -> LandmarkGradients:
+        """Some of the landmarks alone, by ascending places."""
+        digest = hashlib.sha256(places.astype("<i8").tobytes()).hexdigest()
+        return dataclasses.replace(
+            self,
+            rows=self.rows[places],
+            scores=self.scores[torch.from_numpy(places)],
+            gram_of=lambda among: self.gram_of(places[among]),
+            identity={**self.identity, "only": digest},
+        )
 
 
 def landmark_gradients(
@@ -99,7 +113,7 @@ def landmark_gradients(
         without_gradient=rows[is_zero],
         columns=columns,
         scores=_products(pool, target)[kept][:, torch.from_numpy(columns)],
-        gram=_gram(pool)[kept][:, torch.from_numpy(kept)],
+        gram_of=lambda places: _gram(pool, kept[places]),
         identity={"landmarks": pool.fingerprint, "target": target.fingerprint},
     )
 
@@ -147,10 +161,18 @@ def adam_vectors(task: Task, moments: Path) -> tuple[Float[Tensor, " P"], Float[
     return scale.to(task.loaded.device), offset.to(task.loaded.device)
 
 
-def _unit_blocks(reader: StageReader) -> Iterator[tuple[int, Tensor]]:
+def _unit_blocks(reader: StageReader, rows: IntArray | None = None) -> Iterator[tuple[int, Tensor]]:
+    """Blocks of unit features, of all rows or of some, ascending; and the place of each block's first row."""
     step = max(1, _BLOCK_NUMBERS // max(1, reader.row_shape("feature")[0]))
     for start in range(0, reader.num_rows, step):
-        yield start, unit_rows(read_features(reader, start, min(start + step, reader.num_rows)))
+        stop = min(start + step, reader.num_rows)
+        if rows is None:
+            yield start, unit_rows(read_features(reader, start, stop))
+            continue
+        first, last = np.searchsorted(rows, (start, stop))
+        if first < last:
+            wanted = torch.from_numpy(rows[first:last] - start)
+            yield int(first), unit_rows(read_features(reader, start, stop)[wanted])
 
 
 def _products(pool: StageReader, target: StageReader) -> Float[Tensor, "L M"]:
@@ -162,9 +184,9 @@ def _products(pool: StageReader, target: StageReader) -> Float[Tensor, "L M"]:
     return found
 
 
-def _gram(pool: StageReader) -> Float[Tensor, "L L"]:
-    found = torch.empty(pool.num_rows, pool.num_rows)
-    for column, directions in _unit_blocks(pool):
-        for row, block in _unit_blocks(pool):
+def _gram(pool: StageReader, rows: IntArray) -> Float[Tensor, "K K2"]:
+    found = torch.empty(len(rows), len(rows))
+    for column, directions in _unit_blocks(pool, rows):
+        for row, block in _unit_blocks(pool, rows):
             found[row : row + len(block), column : column + len(directions)] = inner_products(block, directions)
     return found

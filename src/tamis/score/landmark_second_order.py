@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -38,6 +38,7 @@ class LandmarkTerm:
     ratio: FloatArray  # (C,)
     eta: float
     scores: Float[Tensor, "n C"]  # of all landmarks, Adam's offset in them
+    offset: dict[str, Any] | None  # what decides Adam's offset; None if scores hold none
     is_carried: bool  # there are rows that it must be carried to
 
     def curvature(
@@ -115,16 +116,18 @@ class SecondOrder:
             for t1, curved in zip(first, sums, strict=True)
         ]
         self._report(task, terms, len(rows))
-        scores = exact
+        scores, offset = exact, None
         if self.whole and self.moments is not None and self.momentum != "none":
             share = self.eta / (len(task.rows) if self.momentum == "paper" else 1)
             scores = exact - share * from_numpy(hessians.offsets(gradients.rows))
+            offset = {"eta": self.eta, "momentum": self.momentum}
         return LandmarkTerm(
             rows=rows,
             products=products,
             ratio=np.array([term.ratio for term in terms], np.float32),
             eta=self.eta,
             scores=scores,
+            offset=offset,
             is_carried=len(rows) + len(gradients.without_gradient) < len(task.rows),
         )
 

@@ -43,6 +43,7 @@ def transferred_scores(
     scores: Float[Tensor, "L J"],
     groups: Sequence[Tensor],
     *,
+    offset: Mapping[str, Any] | None,
     keep_embeddings: bool,
 ) -> FloatArray:
     """Fitted scores of ``task.rows``, ``(n, J)``, computed as far as they are not in the store.
@@ -54,6 +55,7 @@ def transferred_scores(
         gradients: of the landmarks.
         scores: the landmarks' exact scores, one column per target row or per target.
         groups: the target rows behind each column, as columns of ``gradients.scores``.
+        offset: what, beside the gradients, decides the exact scores; None if nothing does.
         keep_embeddings: store a model's embeddings of the pool; otherwise rows are scored as they pass.
     """
     spec = {
@@ -62,6 +64,7 @@ def transferred_scores(
         "columns": [group.tolist() for group in groups],
         "choice": fingerprint(choice.to_plain()),
         "embedding": embeddings.identity(choice.embedding),
+        **({} if offset is None else {"offset": dict(offset)}),
     }
     # Here and not where they are read: only processes with a shard to do come there, but all must compute these.
     landmarks = embeddings.of(choice.embedding, task.pool, gradients.rows)
