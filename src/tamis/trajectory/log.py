@@ -98,11 +98,11 @@ class LogWriter:
             StoreMismatch: it was begun by another run, or has no state at that step.
         """
         reader = LogReader(folder)
-        for name in ("trained", "groups", "kind", "clip", "frozen", "model"):
+        for name in ("trained", "dtype", "autocast", "dropout", "groups", "kind", "clip", "frozen", "model"):
             if reader.manifest[name] != json.loads(json.dumps(manifest[name])):
                 raise StoreMismatch(
-                    f"{folder} was recorded from another run: its {name} differs; resume with the same model and "
-                    "optimizer, or record into another folder"
+                    f"{folder} was recorded from another run: its {name} differs; resume with the same model, "
+                    "optimizer and precision, or record into another folder"
                 )
         if step not in reader.bounds:
             raise StoreMismatch(
