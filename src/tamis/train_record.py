@@ -20,14 +20,12 @@ from tamis.types import IntArray
 __all__ = ["finish_record", "recorder_of", "require_record"]
 
 
-def recorder_of(settings: TrainRunSettings) -> TrajectoryRecorder | None:
-    """What records the run, None if it is not asked for."""
+def recorder_of(settings: TrainRunSettings, *, owner: str) -> TrajectoryRecorder | None:
+    """What records the run, None if it is not asked for; ``owner`` tells the run from all others."""
     if settings.record is None:
         return None
     # Killed before its first checkpoint, the run begins its record anew.
-    return TrajectoryRecorder(
-        settings.record, every=settings.record_every, model_name=settings.model, over_unfinished=True
-    )
+    return TrajectoryRecorder(settings.record, every=settings.record_every, model_name=settings.model, owner=owner)
 
 
 def finish_record(folder: Path, rendered: Rendered, rows: IntArray) -> None:

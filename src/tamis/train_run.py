@@ -23,6 +23,7 @@ from tamis.data.rows import Rows
 from tamis.disk import check_writable, disk_errors
 from tamis.errors import InvalidSettings
 from tamis.identity import file_sha256, text_sha256
+from tamis.identity import fingerprint as fingerprint_of
 from tamis.manifest import versions
 from tamis.model.load import ModelSettings, model_fingerprint, no_progress_bars, template_text
 from tamis.model.memory import is_out_of_memory
@@ -163,6 +164,7 @@ def train_from_settings(
         write_skipped(out / "skipped.jsonl", rendered.skipped)
     run = _Run(
         settings=settings,
+        digest=fingerprint_of(identity),
         method=method,
         step_settings=step_settings,
         dtype=dtype,
@@ -199,6 +201,7 @@ class _Run:
     """The part of a run that needs the model."""
 
     settings: TrainRunSettings
+    digest: str  # of all that determines the run
     method: Method
     step_settings: StepSettings
     dtype: str
@@ -284,7 +287,10 @@ class _Run:
             candidates_folder=self.out / "candidates",
             sources=[examples.source_names[i] for i in index],
             held_out=held_out,
-            callbacks=[*filter(None, [recorder_of(settings)]), callback],  # a whole checkpoint is recorded too
+            callbacks=[
+                *filter(None, [recorder_of(settings, owner=self.digest)]),
+                callback,
+            ],  # a whole checkpoint is recorded too
         )
         trainer.remove_callback(PrinterCallback)  # it prints every entry, which the log has
         return trainer

@@ -118,9 +118,7 @@ def test_a_killed_attribution_goes_on_and_ends_in_the_same_bytes(recorded: Recor
     with pytest.raises(InvalidSettings, match=r"holds another run: settings\.curvature"):
         attribute(recorded, tmp_path / "cut", curvature="none", **settings)
     (tmp_path / "cut/samples.parquet").unlink()
-    with pytest.raises(
-        StoreCorrupted, match=r"samples\.parquet is missing or was changed since it was written"
-    ):
+    with pytest.raises(StoreCorrupted, match=r"samples\.parquet is missing or was changed since it was written"):
         attribute(recorded, tmp_path / "cut", **settings)
     (tmp_path / "cut/manifest.json").unlink()
     attribute(recorded, tmp_path / "cut", **settings)

@@ -164,10 +164,14 @@ def test_a_killed_recording_resumes_with_its_trainer_to_the_same_bytes(tmp_path:
     killed(lambda: record(tmp_path / "cut", model_of(lora=True, dropout=0.1), callbacks=(DieAt(5),), **saves))
     with pytest.raises(InvalidInput, match="its log ends at update 4 of 8; resume the training"):
         open_run(tmp_path / "cut/record", model_of(lora=True, dropout=0.1))
-    with pytest.raises(
-        StoreMismatch, match="its autocast differs; resume with the same model, optim"
-    ):
+    with pytest.raises(StoreMismatch, match="its autocast differs; resume with the same model, optim"):
         record(tmp_path / "cut", model_of(lora=True, dropout=0.1), resume=True, bf16=True, **saves)
+    state = tmp_path / "cut/record/states/00000003.safetensors"
+    own, tensors = state.read_bytes(), load_file(state)
+    save_file({**tensors, "theta": tensors["theta"] + 1}, state)
+    with pytest.raises(StoreMismatch, match="has other parameters at update 3 than training goes on from"):
+        record(tmp_path / "cut", model_of(lora=True, dropout=0.1), resume=True, **saves)
+    state.write_bytes(own)
     record(tmp_path / "cut", model_of(lora=True, dropout=0.1), resume=True, **saves)
     assert files(tmp_path / "cut/record") == files(tmp_path / "whole/record")
 
@@ -283,13 +287,15 @@ def test_a_run_that_owns_its_record_begins_it_anew_or_ends_it(tmp_path: Path) ->
         )  # fmt: skip
         trainer.train()
 
-    unfinished()
+    unfinished(owner="this")
     whole = files(tmp_path / "record")
     for name in ("end.json", "positions.safetensors", "segments/00000004-00000006.safetensors"):
         (tmp_path / "record" / name).unlink()
     with pytest.raises(InvalidInput, match="holds a recorded run already"):
         unfinished()
-    unfinished(over_unfinished=True)
+    with pytest.raises(InvalidInput, match="holds a recorded run already"):
+        unfinished(owner="another")
+    unfinished(owner="this")
     assert files(tmp_path / "record") == whole
     (tmp_path / "record/end.json").unlink()
     reader = LogReader(tmp_path / "record")
