@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer
 
@@ -202,7 +203,9 @@ def test_settings_that_contradict_each_other_are_refused(recorded: Recorded, tmp
     assert tuple(tamis.trace_settings.TRACE_METHODS) == sweep.METHODS  # type: ignore[attr-defined]
 
 
-def test_the_three_verbs_work_one_after_the_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_three_verbs_work_one_after_the_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     tiny = make_run(tmp_path, rows=24)
     common = ["--json", "--quiet"]
     train = [
@@ -233,6 +236,15 @@ def test_the_three_verbs_work_one_after_the_other(tmp_path: Path, capsys: pytest
     assert run_command(["verify", *trace, "--samples", "4", "--out", str(tmp_path / "v")]) == 0
     summary = json.loads(capsys.readouterr().out)
     assert set(summary["methods"]) == {"adamw-influence", "sgd-influence", "tracin"} and summary["samples"] == 4
+    # Several processes check no replay of their own: it is done before they start.
+    monkeypatch.setattr("tamis.verify_run.ProcessPoolExecutor", lambda *a, **k: pytest.fail("retrained unchecked"))
+    path, lost = tmp_path / "record/segments/00000000-00000002.safetensors", next((tmp_path / "v/truth").iterdir())
+    own, tensors = path.read_bytes(), load_file(path)
+    save_file({**tensors, "losses": tensors["losses"] * 2}, path)
+    lost.unlink()
+    assert run_command(["verify", *trace, "--samples", "4", "--processes", "2", "--out", str(tmp_path / "v")]) == 2
+    assert "and replaying it gives" in " ".join(capsys.readouterr().err.split())
+    path.write_bytes(own)
     # The record keeps its own names when another run asks for its folder; a finished run is not recorded later.
     names = (tmp_path / "record/examples.parquet").read_bytes()
     assert run_command([*train, *more, *record[:-1], str(tmp_path / "u"), "--seed", "1", *common]) == 2
