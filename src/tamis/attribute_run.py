@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tamis.config import write_config
 from tamis.data.rows import Rows
 from tamis.disk import check_writable
+from tamis.errors import StoreCorrupted
 from tamis.identity import file_sha256, fingerprint
 from tamis.manifest import versions
 from tamis.maths.ranks import rank_correlation
@@ -37,7 +38,7 @@ from tamis.trajectory.update_error import exact_errors
 
 __all__ = ["Attribution", "attribute_from_settings", "sweep_settings"]
 
-_FREE = ("batch_rows", "device", "tolerance", "error_samples")
+_FREE = ("batch_rows", "device", "tolerance")
 ENOUGH, TOO_LITTLE = 0.99, 0.9  # agreement of scores without curvature with those of the empirical Fisher
 
 
@@ -107,8 +108,18 @@ def attribute_from_settings(
 
 
 def read_attribution(out: Path) -> Attribution:
-    """A finished attribution from its folder."""
+    """A finished attribution from its folder.
+
+    Raises:
+        StoreCorrupted: a table is not the one that was written.
+    """
     manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    for name, digest in manifest["files"].items():
+        if not (out / name).is_file() or file_sha256(out / name) != digest:
+            raise StoreCorrupted(
+                f"{out / name} is missing or was changed since it was written; remove {out / 'manifest.json'} and "
+                "attribute again, which takes what the sweep has left on disk"
+            )
     return Attribution(
         out=out,
         uses=pq.read_table(out / "uses.parquet"),

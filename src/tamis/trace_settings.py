@@ -68,6 +68,8 @@ class AttributeSettings:
             for name, off in (("secant", 0), ("error", "none"), ("form", "adjoint")):
                 if getattr(self, name) != off:
                     raise InvalidSettings(f"{name}: is of adamw-influence; {self.method} has none, leave it out")
+        if self.error != "none" and self.removal != "subtract":
+            raise InvalidSettings("error: is that of --removal subtract; leave one of the two out")
         if self.form == "matrix":
             self._check_matrix()
         elif self.masks != 1:

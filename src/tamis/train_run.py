@@ -23,6 +23,7 @@ from tamis.data.rows import Rows
 from tamis.disk import check_writable, disk_errors
 from tamis.errors import InvalidSettings
 from tamis.identity import file_sha256, text_sha256
+from tamis.identity import fingerprint as fingerprint_of
 from tamis.manifest import versions
 from tamis.model.load import ModelSettings, model_fingerprint, no_progress_bars, template_text
 from tamis.model.memory import is_out_of_memory
@@ -39,8 +40,8 @@ from tamis.outputs import check_claim, claim_folder, write_json
 from tamis.progress import NoProgress
 from tamis.protocols import Progress
 from tamis.settings import TrainRunSettings, to_dict
-from tamis.trace_inputs import write_examples
 from tamis.train_account import describe_cost, describe_training
+from tamis.train_record import finish_record, recorder_of, require_record
 from tamis.train_rows import RunRows, check_candidates, measuring_targets, num_updates, split_rows
 from tamis.train_setup import (
     check_device,
@@ -51,9 +52,6 @@ from tamis.train_setup import (
     open_model,
     training_arguments,
 )
-from tamis.trajectory.log import LogReader, mark_finished
-from tamis.trajectory.recorder import TrajectoryRecorder
-from tamis.trajectory.token_rows import TokenRow
 
 __all__ = ["TrainResult", "train_from_settings"]
 
@@ -143,6 +141,7 @@ def train_from_settings(
         write_config("train", settings, out / "run.yaml", held=list(held))
     barrier()
     if (out / "manifest.json").is_file() and (out / "model").is_dir():
+        require_record(settings)
         logger.info("%s holds this run already, finished; nothing is trained again", out)
         return _result(out, was_finished=True)
 
@@ -167,6 +166,7 @@ def train_from_settings(
         write_skipped(out / "skipped.jsonl", rendered.skipped)
     run = _Run(
         settings=settings,
+        digest=fingerprint_of(identity),
         method=method,
         step_settings=step_settings,
         dtype=dtype,
@@ -203,6 +203,7 @@ class _Run:
     """The part of a run that needs the model."""
 
     settings: TrainRunSettings
+    digest: str  # of all that determines the run
     method: Method
     step_settings: StepSettings
     dtype: str
@@ -244,7 +245,8 @@ class _Run:
                 advance(start.step)
             try:
                 steps, stopped = self._to_the_end(trainer, start)
-                self._finish_record()
+                if settings.record is not None and is_main():
+                    finish_record(Path(settings.record), self.rendered, self.rows.pool)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -287,34 +289,13 @@ class _Run:
             candidates_folder=self.out / "candidates",
             sources=[examples.source_names[i] for i in index],
             held_out=held_out,
-            callbacks=[*self._recorders(), callback],  # a checkpoint counts as whole once it is recorded too
+            callbacks=[
+                *filter(None, [recorder_of(settings, owner=self.digest)]),
+                callback,
+            ],  # a whole checkpoint is recorded too
         )
         trainer.remove_callback(PrinterCallback)  # it prints every entry, which the log has
         return trainer
-
-    def _recorders(self) -> list[TrajectoryRecorder]:
-        settings = self.settings
-        if settings.record is None:
-            return []
-        folder = Path(settings.record)
-        examples, rows = self.rendered.pool.examples, self.rows.pool
-        source = [examples.source_names[i] for i in examples.source_index[rows]]
-        write_examples(folder, examples, rows, source)
-        # The folder is the run's own: killed before its first checkpoint, it begins its record anew.
-        recorder = TrajectoryRecorder(
-            folder, every=settings.record_every, model_name=settings.model, over_unfinished=True
-        )
-        return [recorder]
-
-    def _finish_record(self) -> None:
-        """A run killed after its last checkpoint trains no more, and its recorder is not told of the end."""
-        record = self.settings.record
-        if record is None or not is_main() or LogReader(Path(record)).end is not None:
-            return
-        rows = self.rendered.pool.take(self.rows.pool)
-        digests = [TokenRow(ids=r.input_ids, supervised=r.supervised).trimmed().digest() for r in rows]
-        first = {digest: position for position, digest in reversed(list(enumerate(digests)))}
-        mark_finished(Path(record), first)
 
     def _to_the_end(self, trainer: RunTrainer, start: WholeCheckpoint | None) -> tuple[int, bool]:
         """Updates done, and whether the run stopped before all were."""

@@ -155,8 +155,8 @@ def _retrain_all(
     left = [use for use in uses if not _path(out, use).is_file()]
     with progress.stage("retrain", len(uses), "runs") as advance:
         advance(len(uses) - len(left))
+        _check_replay(opened.trajectory, settings.tolerance, needed=bool(left))
         if settings.processes == 1 or not left:
-            _check_replay(opened.trajectory, settings.tolerance, needed=bool(left))
             _retrain(opened, left, settings, out, advance)
             return
         # Neighbours share a state to start from, so that the undisturbed end is replayed once for all of them.

@@ -50,18 +50,21 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_flags_arrive_as_settings(seen: list[Any]) -> None:
-    words = "--method adamw-influence --curvature fisher --secant 10 --error proxy --per-row --removal renormalise"
+    words = "--method adamw-influence --curvature fisher --secant 10 --error proxy --per-row"
     assert run(["attribute", *ARGUMENTS, *words.split(), "--no-diagnose", "--model", "m"]) == 0
     assert (
-        run(["verify", *ARGUMENTS, "--samples", "9", "--methods", "tracin", "sgd-influence", "--processes", "2"]) == 0
+        run(
+            ["verify", *ARGUMENTS, "--samples", "9", "--methods", "tracin", "sgd-influence", "--removal", "renormalise"]
+        )
+        == 0
     )
     assert seen == [
         AttributeSettings(
             run="r", target=("t.jsonl",), curvature="fisher", secant=10, error="proxy", per_row=True,
-            removal="renormalise", diagnose=False, model="m",
+            diagnose=False, model="m",
         ),
         VerifySettings(
-            run="r", target=("t.jsonl",), samples=9, methods=("tracin", "sgd-influence"), processes=2
+            run="r", target=("t.jsonl",), samples=9, methods=("tracin", "sgd-influence"), removal="renormalise"
         ),
     ]  # fmt: skip
 

@@ -46,7 +46,14 @@ def test_no_cascade_is_shown_where_it_would_keep_everything(tiny: TinyRun) -> No
 
 @pytest.mark.parametrize("shortlist", [None, "bm25:2x"])
 @pytest.mark.parametrize(
-    ("method", "chosen"), [("tracin", {}), ("mid-ppl", {}), ("rds+", {}), ("influence-function", {})]
+    ("method", "chosen"),
+    [
+        ("tracin", {}),
+        ("mid-ppl", {}),
+        ("rds+", {}),
+        ("influence-function", {}),
+        ("adamw-influence", {}),
+    ],
 )
 def test_the_plan_agrees_with_what_a_run_has_spent(
     tiny: TinyRun, tmp_path: Path, method: str, chosen: dict[str, Any], shortlist: str | None
@@ -67,7 +74,7 @@ def test_the_plan_agrees_with_what_a_run_has_spent(
     )
     plan = plan_of(tiny, budget=12, shortlist=shortlist or "bm25:5x", sample=0, compare=str(out))
     ratios = {c.quantity: c.ratio for c in plan.comparisons}
-    work = "gradient" if method in ("tracin", "influence-function") else "forward"
+    work = "gradient" if method in ("tracin", "influence-function", "adamw-influence") else "forward"
     assert ratios[f"{work} rows"] == pytest.approx(1, abs=1e-9)
     # A shortlist's own lengths are known only when it has run; the plan takes the pool's mix.
     near = 1e-6 if shortlist is None else 0.5

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import tamis
 from online_runs import arguments, collate, rows_of
 from tamis.errors import InvalidSettings, Unsupported
 from tamis.model.loss import per_sample_losses
-from tamis.online import Lookahead
+from tamis.online import Lookahead, rehearsal
 from tamis.online.ahead import EarlyBatches
+from tamis.online.batches import target_positions
 from tamis.online.fate import read_candidates
 from tamis.online.rehearsal import coming_rates, rehearse
 from tamis.trajectory.optimizer_state import live_optimizer
@@ -178,15 +180,90 @@ def trained(folder: Path, *, resume: bool = False, **changes: Any) -> Any:
     return trainer
 
 
-def test_a_run_resumed_within_a_block_makes_the_same_choices(tmp_path: Path) -> None:
-    whole = trained(tmp_path)
-    chosen = read_candidates(tmp_path / "candidates").to_pandas()
-    assert (chosen.groupby("step")["kept"].sum() == 2).all()
-    again = trained(tmp_path, resume=True)
-    later = read_candidates(tmp_path / "candidates").to_pandas()
-    np.testing.assert_array_equal(chosen[["row", "kept"]].to_numpy(), later[["row", "kept"]].to_numpy())
-    for one, other in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+@dataclass
+class Runs:
+    """One run to its end, and resumed within a block; candidates as they were logged by each."""
+
+    whole: Any
+    chosen: Any
+    again: Any
+    later: Any
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder = tmp_path_factory.mktemp("runs")
+    whole = trained(folder)
+    chosen = read_candidates(folder / "candidates").to_pandas()
+    again = trained(folder, resume=True)
+    return Runs(whole, chosen, again, read_candidates(folder / "candidates").to_pandas())
+
+
+def test_a_run_resumed_within_a_block_makes_the_same_choices(runs: Runs) -> None:
+    assert (runs.chosen.groupby("step")["kept"].sum() == 2).all()
+    np.testing.assert_array_equal(runs.chosen[["row", "kept"]].to_numpy(), runs.later[["row", "kept"]].to_numpy())
+    for one, other in zip(runs.whole.model.parameters(), runs.again.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_a_run_costs_its_rehearsals_also_when_it_was_resumed_in_a_block(runs: Runs) -> None:
+    lengths = np.array([len(row["input_ids"]) for row in rows_of(40, seed=1)])
+    target = np.array([len(row["input_ids"]) for row in rows_of(6, seed=2)])
+    by_step = runs.chosen.groupby("step")["row"].agg(lambda rows: lengths[rows].sum())
+    # Update 1 is cold; blocks are updates 2 to 5 and 6 to 7, where training ends. A rehearsed update is a training step
+    # and 2.5 on the way back, over the first of a block, without curvature, 2.
+    times = {2: 3.0, 3: 3.5, 4: 3.5, 5: 3.5, 6: 3.0, 7: 3.5}
+    looked = [target_positions(choice, count=4, total=6, seed=3) for choice in (1, 5)]
+    kept = lengths[runs.chosen["row"][runs.chosen["kept"]]].sum()
+    tokens = [sum(by_step[step] * n for step, n in times.items()), sum(target[own].sum() for own in looked), kept]
+    for trainer in (runs.whole, runs.again):
+        assert trainer.work()[:, 0].tolist() == tokens
+        assert sorted({*looked[0], *looked[1]}) == trainer._target_seen.nonzero()[0].tolist()
+    torch.testing.assert_close(runs.whole.work(), runs.again.work(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("method", "steps"),
+    [
+        (Lookahead(curvature="exact"), [3.0]),
+        (Lookahead(secant=True), [2.0]),
+        (Lookahead(horizon=2, curvature="exact", secant=True), [2.0, 5.0]),
+        (Lookahead(horizon=3, form="frozen", curvature="exact"), [9.0]),
+    ],
+)
+def test_passes_that_are_counted_are_those_that_are_made(
+    method: Lookahead, steps: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a training step ahead, one for gradients of their own, and two or three for a way back that is taken."""
+    made = [0.0] * len(steps)
+
+    def noted(name: str, dear: Callable[..., float]) -> None:
+        own = getattr(rehearsal, name)
+
+        def call(problem: Any, *args: Any, **kwargs: Any) -> Any:
+            slot = next(n for n, block in enumerate(BLOCK) if same_rows(block, args))
+            made[slot] += dear(*args)
+            return own(problem, *args, **kwargs)
+
+        monkeypatch.setattr(rehearsal, name, call)
+
+    def same_rows(block: Batch, args: Any) -> bool:
+        micros = next(found for found in map(micros_of, args) if found is not None)
+        return bool(micros[0].batch is block)
+
+    noted("play", lambda rule, state, step: 1.0)
+    noted("per_sample_gradients", lambda theta, micro: 1.0)
+    noted("sweep_step", lambda played, channel, **_: 3.0 if channel.curvature == "exact" else 2.0)
+    scores(method, len(steps))
+    assert made == steps == [method.spent(slot) for slot in range(len(steps))]
+    assert f"{np.mean(steps):.3g} training steps on all candidates" in method.cost
+
+
+def micros_of(value: Any) -> Any:
+    """The rows that an argument of a pass is about, if it is about rows."""
+    if hasattr(value, "step"):  # what was played
+        return value.step.micros
+    return value.micros if hasattr(value, "micros") else [value] if hasattr(value, "batch") else None
 
 
 def test_settings_are_refused_by_name(tmp_path: Path) -> None:

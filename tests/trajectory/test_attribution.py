@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer
 
 import tamis
 from online_runs import arguments, collate, rows_of
 from tamis.cli.main import run as run_command
-from tamis.errors import InvalidInput, InvalidSettings
+from tamis.errors import InvalidInput, InvalidSettings, StoreCorrupted
 from tamis.maths.ranks import rank_correlation
 from tamis.trajectory import segment_store, sweep
 from tamis.trajectory.fidelity import agreement
@@ -73,6 +74,8 @@ def test_scores_are_those_of_the_sweep_by_use_and_summed_by_sample(recorded: Rec
     assert len(exact) == 1 and (exact["error_exact"] > 0).all() and (table["error_proxy"] > 0).all()
     assert found.samples["position"].to_pylist() == run.reader.positions().tolist()
     assert json.loads((tmp_path / "a/manifest.json").read_text())["uses"] == len(table)
+    with pytest.raises(InvalidSettings, match=r"holds another run: settings\.error_samples"):
+        attribute(recorded, tmp_path / "a", per_row=True, error="exact", error_samples=2)
 
 
 def _row(row: dict[str, Any]) -> Any:
@@ -115,6 +118,12 @@ def test_a_killed_attribution_goes_on_and_ends_in_the_same_bytes(recorded: Recor
     assert "curvature" in whole.manifest["curvature_advice"]
     with pytest.raises(InvalidSettings, match=r"holds another run: settings\.curvature"):
         attribute(recorded, tmp_path / "cut", curvature="none", **settings)
+    (tmp_path / "cut/samples.parquet").unlink()
+    with pytest.raises(StoreCorrupted, match=r"samples\.parquet is missing or was changed since it was written"):
+        attribute(recorded, tmp_path / "cut", **settings)
+    (tmp_path / "cut/manifest.json").unlink()
+    attribute(recorded, tmp_path / "cut", **settings)
+    assert (tmp_path / "whole/samples.parquet").read_bytes() == (tmp_path / "cut/samples.parquet").read_bytes()
 
 
 def test_embeddings_serve_a_target_that_comes_later(
@@ -182,6 +191,7 @@ def test_settings_that_contradict_each_other_are_refused(recorded: Recorded, tmp
         ({"form": "matrix"}, "the matrix form is of the empirical Fisher"),
         ({"method": "tracin", "secant": 3}, "secant: is of adamw-influence"),
         ({"masks": 3}, "the adjoint form needs none"),
+        ({"error": "proxy", "removal": "renormalise"}, "error: is that of --removal subtract"),
     ):
         with pytest.raises(InvalidSettings, match=message):
             attribute(recorded, tmp_path / "never", **settings)
@@ -193,7 +203,9 @@ def test_settings_that_contradict_each_other_are_refused(recorded: Recorded, tmp
     assert tuple(tamis.trace_settings.TRACE_METHODS) == sweep.METHODS  # type: ignore[attr-defined]
 
 
-def test_the_three_verbs_work_one_after_the_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_three_verbs_work_one_after_the_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     tiny = make_run(tmp_path, rows=24)
     common = ["--json", "--quiet"]
     train = [
@@ -224,3 +236,21 @@ def test_the_three_verbs_work_one_after_the_other(tmp_path: Path, capsys: pytest
     assert run_command(["verify", *trace, "--samples", "4", "--out", str(tmp_path / "v")]) == 0
     summary = json.loads(capsys.readouterr().out)
     assert set(summary["methods"]) == {"adamw-influence", "sgd-influence", "tracin"} and summary["samples"] == 4
+    # Several processes check no replay of their own: it is done before they start.
+    monkeypatch.setattr("tamis.verify_run.ProcessPoolExecutor", lambda *a, **k: pytest.fail("retrained unchecked"))
+    path, lost = tmp_path / "record/segments/00000000-00000002.safetensors", next((tmp_path / "v/truth").iterdir())
+    own, tensors = path.read_bytes(), load_file(path)
+    save_file({**tensors, "losses": tensors["losses"] * 2}, path)
+    lost.unlink()
+    assert run_command(["verify", *trace, "--samples", "4", "--processes", "2", "--out", str(tmp_path / "v")]) == 2
+    assert "and replaying it gives" in " ".join(capsys.readouterr().err.split())
+    path.write_bytes(own)
+    # The record keeps its own names when another run asks for its folder; a finished run is not recorded later.
+    names = (tmp_path / "record/examples.parquet").read_bytes()
+    assert run_command([*train, *more, *record[:-1], str(tmp_path / "u"), "--seed", "1", *common]) == 2
+    assert "holds a recorded run already" in capsys.readouterr().err
+    assert (tmp_path / "record/examples.parquet").read_bytes() == names
+    assert run_command([*train, *more, *record, *common]) == 0
+    record[1] = str(tmp_path / "elsewhere")
+    assert run_command([*train, *more, *record, *common]) == 2
+    assert "finished, and its record is not in" in " ".join(capsys.readouterr().err.split())

@@ -26,6 +26,7 @@ from tamis.model.flops import (
 from tamis.score.embedding_candidates import embeddings_within, nominal_passes
 from tamis.score.influence_distillation import InfluenceDistillation
 from tamis.score.row_embeddings import work_of
+from tamis.trajectory.adjoint import steps_back
 
 __all__ = ["MethodPlan", "MethodQuestion", "PassPlan", "landmark_tflops", "method_plan"]
 
@@ -181,8 +182,7 @@ def _adamw_influence(question: MethodQuestion) -> list[PassPlan]:
     values = question.values
     adapted = question.with_lora(int(values["lora_rank"]))
     seen = question.scored.times(float(values["epochs"]))
-    # As measured: the way back costs two to three training steps, least without curvature.
-    back = seen.times({"none": 2.0, "exact": 3.0}.get(str(values["curvature"]), 2.5))
+    back = seen.times(steps_back(str(values["curvature"])))
     return [
         question.model_pass("reference run (LoRA)", "gradient", seen, shape=adapted),
         question.model_pass("replay of it", "gradient", seen, shape=adapted),

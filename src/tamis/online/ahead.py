@@ -57,7 +57,7 @@ class Ahead:
         args: the Trainer's.
 
     Raises:
-        Unsupported: several processes, or accumulation with a block of several updates.
+        Unsupported: several processes, or accumulation.
     """
 
     def __init__(self, method: Lookahead, args: Any) -> None:
@@ -115,7 +115,8 @@ class Ahead:
         if known is not None and np.array_equal(known[0], rows):
             return known[1]
         self._scores.clear()
-        count = self.method.block
+        last = self._args.max_steps if self._args.max_steps > 0 else update + self.method.block
+        count = min(self.method.block, last - update)  # no look beyond the end of training
         coming = self._early.peek(count - 1) if self._early is not None and count > 1 else []
         block = [list(candidates), *(found for found in map(to_batches, coming) if found)]
         live = live_optimizer(optimizer, step.model)
@@ -128,7 +129,7 @@ class Ahead:
         found = rehearse(
             self.method, step.model, optimizer, block, target,
             rates=rates,
-            clip=float(self._args.max_grad_norm) or None,
+            clip=float(self._args.max_grad_norm or 0) or None,
             reduction=step.settings.reduction,
             autocast=torch.bfloat16 if self._args.bf16 else None,
         )  # fmt: skip
@@ -139,11 +140,9 @@ class Ahead:
         return found[0]
 
     def _count(self, step: OnlineStep, block: Sequence[Sequence[Batch]], target: Sequence[Batch]) -> None:
-        """What a rehearsal cost: a training step ahead, and the way back as ``Lookahead.cost`` has it."""
-        back = self.method.back * (self.method.horizon if self.method.form == "frozen" else 1)
-        own = 1 if self.method.secant else 0  # every candidate's gradient by itself
-        for batches in block:
-            step.count("candidates", batches, times=1 + back + own)
+        """What a rehearsal cost."""
+        for slot, batches in enumerate(block):
+            step.count("candidates", batches, times=self.method.spent(slot))
         step.count("target", target, times=1)
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -57,12 +57,14 @@ class Counter:
             forward_flops(self._shape, *sums) + forward_flops(self._shape, tokens, supervised, 2 * squared) + products
         )
 
-    def add(self, part: Part, work: Work, batches: Sequence[Batch], used: Tensor | None = None) -> None:
-        """Rows that went through ``work`` for the sake of ``part``; ``used`` says which, None for all."""
+    def add(
+        self, part: Part, work: Work, batches: Sequence[Batch], used: Tensor | None = None, *, times: float = 1.0
+    ) -> None:
+        """Rows that went ``times`` through ``work`` for the sake of ``part``; ``used`` says which, None for all."""
         sums = token_sums(batches, used)
         own = self._own[PARTS.index(part)]
-        own[0] += 0.0 if work == "assembly" else sums[0]
-        own[1] += self.flops(work, sums)
+        own[0] += 0.0 if work == "assembly" else times * sums[0]
+        own[1] += times * self.flops(work, sums)
 
     def total(self) -> Tensor:
         """(parts, 2): tokens and operations, of all processes and earlier runs. Every process must call it."""

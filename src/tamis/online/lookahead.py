@@ -12,6 +12,7 @@ from typing import Literal
 from tamis.errors import InvalidSettings
 from tamis.online.choice import Choice, Evidence, Needs, check_sizes, unweighted
 from tamis.solve.greedy import top
+from tamis.trajectory.adjoint import steps_back
 
 __all__ = ["Lookahead"]
 
@@ -80,27 +81,27 @@ class Lookahead:
         """Target rows and an Adam that has taken a step; the scores come in place of alignments."""
         return Needs(alignment="jacobian", ahead=True)
 
-    @property
-    def back(self) -> int:
-        """Training steps that the way back over one update is as dear as, by measurement."""
-        return 3 if self.curvature == "exact" else 2
+    def spent(self, slot: int) -> float:
+        """Training steps on the candidates of update ``slot`` of a block that scoring them is as dear as; measured.
+
+        One ahead, one for their own gradients if those are needed, and the way back: without curvature over the first
+        update, which nothing is carried on from, and not at all where finite removal has scored it.
+        """
+        back = steps_back(self.curvature)
+        repeated = back * (self.horizon - 1) if self.form == "frozen" else 0.0
+        over = back if slot else 0.0 if self.secant else steps_back("none")
+        return 1 + self.secant + repeated + over
 
     @property
     def cost(self) -> str:
-        """Work per update beside plain training on all candidates, in a sentence."""
-        passes = {2: "two", 3: "three"}[self.back]
-        own = "every candidate's own gradient, " if self.secant else ""
-        if self.horizon == 1:
-            return f"per update: {own}a pass as dear as {passes} training steps on the candidates, and the target rows"
-        if self.form == "frozen":
-            return (
-                f"per update: {own}{self.horizon} passes, each as dear as {passes} training steps on the candidates, "
-                "and the target rows"
-            )
+        """Work per update beside the update on what was kept, in a sentence."""
+        steps = sum(self.spent(slot) for slot in range(self.block)) / self.block
+        found = f"per update: as much as {steps:.3g} training steps on all candidates, and "
+        if self.block == 1:
+            return f"{found}the target rows"
         return (
-            f"per update: {own}one training step on all candidates and a pass as dear as {passes} more; every "
-            f"{self.horizon} updates the target rows. Memory: {self.horizon} copies of parameters, both moments and "
-            "two gradients"
+            f"{found}every {self.block} updates the target rows. Memory: {self.block} copies of parameters, both "
+            "moments and two gradients"
         )
 
     def choose(self, evidence: Evidence) -> Choice:

@@ -173,10 +173,9 @@ class OnlineStep:
             cold=False,
         )
 
-    def count(self, part: Part, batches: Sequence[Batch], *, times: int) -> None:
+    def count(self, part: Part, batches: Sequence[Batch], *, times: float) -> None:
         """Add ``times`` forward and backward passes made elsewhere to what the run has cost."""
-        for _ in range(times):
-            self._passes.counter.add(part, "gradient", batches)
+        self._passes.counter.add(part, "gradient", batches, times=times)
 
     def look(self, target: Sequence[Batch]) -> Look:
         """One pass over target rows for a forecast, which is no part of the run's cost.

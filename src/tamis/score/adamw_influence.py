@@ -21,10 +21,12 @@ from torch import nn
 from tamis.collect import Task
 from tamis.disk import replace_atomically
 from tamis.errors import InvalidSettings
+from tamis.model.flops import ModelShape, stage_flops
 from tamis.model.processes import barrier, is_main
 from tamis.model.targets import has_adapter
 from tamis.score.matrix import scores_of_targets
 from tamis.training.lora import add_lora, train_adapter
+from tamis.trajectory.adjoint import steps_back
 from tamis.trajectory.reference_run import ReferenceSettings, reference_run
 from tamis.trajectory.sweep import SweepSettings, run_sweep
 from tamis.trajectory.token_rows import TokenRow
@@ -134,14 +136,19 @@ class AdamwInfluence:
         copies = np.bincount(np.array(numbers), minlength=len(run.rows))
         values = torch.from_numpy((by_number / np.maximum(copies, 1)[:, None])[np.array(numbers)])
         replace_atomically(folder / _DONE, (save({"scores": values.contiguous()}),))
-        tokens = int(task.pool.lengths[task.rows].sum()) * self.epochs
+        times = self.epochs * (2 + steps_back(self.curvature))  # the run, its replay, and the way back
+        lengths, supervised = task.pool.lengths[task.rows], task.pool.supervised[task.rows]
+        counts = {
+            "tokens": round(int(lengths.sum()) * times),
+            "supervised_tokens": round(int(supervised.sum()) * times),
+            "squared_tokens": round(int((lengths**2).sum()) * times),
+        }
         task.record_cost(
             folder, 0, time.perf_counter() - started,
             work="gradient",
-            rows=len(rows) * self.epochs,
-            tokens=tokens,
-            supervised_tokens=int(task.pool.supervised[task.rows].sum()) * self.epochs,
-            squared_tokens=int((task.pool.lengths[task.rows] ** 2).sum()) * self.epochs,
+            rows=round(len(rows) * times),
+            operations=stage_flops(ModelShape.from_model(model), "gradient", *counts.values()),
+            **counts,
         )  # fmt: skip
 
     def _model(self, task: Task) -> nn.Module:

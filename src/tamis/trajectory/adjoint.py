@@ -26,7 +26,16 @@ from tamis.gradients.functional import Curvature, Problem, check_curvature, prod
 from tamis.maths.step_derivative import StepDerivative
 from tamis.trajectory.replay import Played
 
-__all__ = ["Channel", "InfluenceMethod", "renormalised", "start_channel", "sweep_step", "tracin_step"]
+__all__ = [
+    "Channel",
+    "InfluenceMethod",
+    "final_values",
+    "renormalised",
+    "start_channel",
+    "steps_back",
+    "sweep_step",
+    "tracin_step",
+]
 
 InfluenceMethod = Literal["adamw-influence", "sgd-influence"]
 
@@ -50,6 +59,11 @@ class Channel:
         if self.method == "sgd-influence":
             return played.rule.as_plain_sgd(played.g, played.step.rates)
         return played.derivative()
+
+
+def steps_back(curvature: str) -> float:
+    """Training steps on the same rows that the way back over one update is as dear as; measured."""
+    return {"none": 2.0, "exact": 3.0}.get(curvature, 2.5)
 
 
 def start_channel(

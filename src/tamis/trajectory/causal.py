@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tamis.gradients.functional import Layout, Predictions
 from tamis.model.loss import evaluation_mode, gathered_before_head, supervised_positions
 from tamis.trajectory.log import LoggedStep, LogReader
-from tamis.trajectory.run import Group, Rule, State, Step
+from tamis.trajectory.run import TOLERANCES, Group, Rule, State, Step
 from tamis.trajectory.token_rows import TokenMicro, TokenRow, collate_rows
 from tamis.types import IntArray
 
@@ -86,6 +86,12 @@ class RecordedRun:
         )
         self.rows: list[TokenRow] = reader.rows()
         self._steps: dict[int, Step] = {}
+
+    @property
+    def tolerance(self) -> float:
+        """By what the run computed in."""
+        manifest = self.reader.manifest
+        return TOLERANCES[getattr(torch, manifest["autocast"] or manifest["dtype"])]
 
     @property
     def num_steps(self) -> int:

@@ -63,17 +63,15 @@ class LogWriter:
         self._first_new = len(rows)
 
     @classmethod
-    def open_new(
-        cls, folder: Path, manifest: Mapping[str, Any], state: State, *, over_unfinished: bool = False
-    ) -> LogWriter:
-        """Begin a log; ``over_unfinished`` takes the place of one that the same run began and did not finish.
+    def open_new(cls, folder: Path, manifest: Mapping[str, Any], state: State) -> LogWriter:
+        """Begin a log; of a run with an owner, in place of one that the same run began and did not finish.
 
         Raises:
             InvalidInput: the folder holds a log already, or cannot be written.
         """
         if (folder / _MANIFEST).exists():
             same = read_manifest(folder) == json.loads(json.dumps(manifest))
-            if not (over_unfinished and same and not (folder / _END).exists()):
+            if not (manifest.get("owner") and same and not (folder / _END).exists()):
                 raise InvalidInput(
                     f"{folder} holds a recorded run already; choose another folder, or resume that run from its "
                     "checkpoint"
@@ -91,24 +89,33 @@ class LogWriter:
         return found
 
     @classmethod
-    def open_again(cls, folder: Path, manifest: Mapping[str, Any], step: int) -> LogWriter:
+    def open_again(
+        cls, folder: Path, manifest: Mapping[str, Any], step: int, *, theta: Tensor | None = None
+    ) -> LogWriter:
         """Go on with a log from ``step``, where its trainer resumes; what it has of later steps is taken back.
 
+        ``theta`` are the parameters that training goes on from; None if they are the log's own.
+
         Raises:
-            StoreMismatch: it was begun by another run, or has no state at that step.
+            StoreMismatch: it was begun by another run, or has no state at that step or another one.
         """
         reader = LogReader(folder)
-        for name in ("trained", "groups", "kind", "clip", "frozen", "model"):
-            if reader.manifest[name] != json.loads(json.dumps(manifest[name])):
+        for name in ("trained", "dtype", "autocast", "dropout", "groups", "kind", "clip", "frozen", "model", "owner"):
+            if reader.manifest.get(name) != json.loads(json.dumps(manifest.get(name))):
                 raise StoreMismatch(
-                    f"{folder} was recorded from another run: its {name} differs; resume with the same model and "
-                    "optimizer, or record into another folder"
+                    f"{folder} was recorded from another run: its {name} differs; resume with the same model, "
+                    "optimizer and precision, or record into another folder"
                 )
         if step not in reader.bounds:
             raise StoreMismatch(
                 f"training goes on from update {step} and {folder} has the run up to update {reader.bounds[-1]}"
                 f"{'' if reader.bounds[-1] < step else ' without a state there'}; resume from a checkpoint that was "
                 "saved while the recorder was on, or record a new run into another folder"
+            )
+        if theta is not None and not torch.equal(reader.state(step).theta, theta.cpu()):
+            raise StoreMismatch(
+                f"{folder} has other parameters at update {step} than training goes on from: it is the record of "
+                "another run with the same model and optimizer; record into another folder"
             )
         with disk_errors(folder, doing="remove"):
             (folder / _END).unlink(missing_ok=True)

@@ -50,8 +50,8 @@ class TrajectoryRecorder(TrainerCallback):  # type: ignore[misc]  # transformers
             updates, at least 10.
         model_name: what opens the model that training started from; None: what the model says of itself.
         most_gb: refuse to start if the record would be larger.
-        over_unfinished: begin anew over a record that the same run began and did not finish, for callers that know that
-            there is nothing to resume from.
+        owner: what tells the run from all others. A run with an owner begins its record anew over what it did not
+            finish; others are refused where there is a record.
     """
 
     def __init__(
@@ -61,13 +61,13 @@ class TrajectoryRecorder(TrainerCallback):  # type: ignore[misc]  # transformers
         every: int | None = None,
         model_name: str | None = None,
         most_gb: float | None = None,
-        over_unfinished: bool = False,
+        owner: str | None = None,
     ) -> None:
         if every is not None and every < 1:
             raise InvalidSettings(f"every must be at least 1 update, got {every}")
         self.folder = Path(folder)
         self._every, self._model_name, self._most_gb = every, model_name, most_gb
-        self._over_unfinished = over_unfinished
+        self._owner = owner
         self._writer: LogWriter | None = None
         self._live: LiveOptimizer | None = None
         self._hooks: list[Any] = []
@@ -101,14 +101,14 @@ class TrajectoryRecorder(TrainerCallback):  # type: ignore[misc]  # transformers
             "clip": clip,
             "every": every,
             "planned": state.max_steps,
+            "owner": self._owner,
             "versions": versions(),
         }
         begun = state.global_step
         if begun:
-            self._writer = LogWriter.open_again(self.folder, manifest, begun)
+            self._writer = LogWriter.open_again(self.folder, manifest, begun, theta=live.state().theta)
         else:
-            over = self._over_unfinished
-            self._writer = LogWriter.open_new(self.folder, manifest, live.state(), over_unfinished=over)
+            self._writer = LogWriter.open_new(self.folder, manifest, live.state())
         self._live, self._first, self._steps, self._between = live, begun, [], every
         self._passes, self._divisor, self._pending = [], None, None
         self._remove_hooks()

@@ -21,9 +21,6 @@ from tamis.trajectory.run import HeldTrajectory, Rule, State, Step, Trajectory
 
 __all__ = ["Played", "mean_gradient", "play", "play_segment", "segments", "train", "weighted_losses"]
 
-# float32 sums in another order differ by about 1e-6; autocast to 16 bits by a percent.
-_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Played:
@@ -66,7 +63,7 @@ def play_segment(
         StoreMismatch: losses, gradient norms or the state at the end are not those of the recorded run.
     """
     state = trajectory.state(start) if state is None else state
-    tolerance = _TOLERANCES.get(state.theta.dtype, 1e-3) if tolerance is None else tolerance
+    tolerance = trajectory.tolerance if tolerance is None else tolerance
     found = []
     for index in range(start, stop):
         played = play(trajectory.problem, trajectory.rule, state, trajectory.step(index))

@@ -16,7 +16,11 @@ from tamis.gradients.functional import Problem
 from tamis.maths.step_derivative import AdamSettings, AdamStep, Coefficient, SgdStep, StepDerivative
 from tamis.types import IntArray
 
-__all__ = ["Group", "HeldTrajectory", "Rule", "State", "Step", "Trajectory"]
+__all__ = ["TOLERANCES", "Group", "HeldTrajectory", "Rule", "State", "Step", "Trajectory"]
+
+# Of losses, relatively. float32 sums in another order differ by about 1e-6; autocast to 16 bits by up to a percent,
+# because a replay takes another attention kernel and other paddings.
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 1e-2}
 
 OptimizerKind = Literal["adamw", "adam", "sgd"]
 
@@ -133,6 +137,11 @@ class Trajectory(Protocol):
         ...
 
     @property
+    def tolerance(self) -> float:
+        """How far a replay of it may be from what was recorded, relatively."""
+        ...
+
+    @property
     def num_steps(self) -> int:
         """T."""
         ...
@@ -159,6 +168,11 @@ class HeldTrajectory:
     rule: Rule
     steps: Sequence[Step]
     states: Mapping[int, State]
+
+    @property
+    def tolerance(self) -> float:
+        """By the kind of its numbers."""
+        return TOLERANCES[self.states[0].theta.dtype]
 
     @property
     def num_steps(self) -> int:

@@ -1,0 +1,64 @@
+"""The record of a training run that owns a folder: what ``tamis train --record`` adds to ``TrajectoryRecorder``.
+
+What the user calls the rows is written when the record is whole, so that a folder with another run's record, which the
+recorder refuses, keeps its own names.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tamis.corpora import Rendered
+from tamis.errors import InvalidInput
+from tamis.settings import TrainRunSettings
+from tamis.trace_inputs import write_examples
+from tamis.trajectory.log import LogReader, mark_finished
+from tamis.trajectory.recorder import TrajectoryRecorder
+from tamis.trajectory.token_rows import TokenRow
+from tamis.types import IntArray
+
+__all__ = ["finish_record", "recorder_of", "require_record"]
+
+
+def recorder_of(settings: TrainRunSettings, *, owner: str) -> TrajectoryRecorder | None:
+    """What records the run, None if it is not asked for; ``owner`` tells the run from all others."""
+    if settings.record is None:
+        return None
+    # Killed before its first checkpoint, the run begins its record anew.
+    return TrajectoryRecorder(settings.record, every=settings.record_every, model_name=settings.model, owner=owner)
+
+
+def finish_record(folder: Path, rendered: Rendered, rows: IntArray) -> None:
+    """Name the rows of the record in ``folder``, and end it.
+
+    A run killed after its last checkpoint trains no more, and its recorder is not told of the end.
+
+    Args:
+        folder: of the record.
+        rendered: the pool.
+        rows: of the pool, what was trained on, by position in the training data.
+    """
+    examples = rendered.pool.examples
+    write_examples(folder, examples, rows, [examples.source_names[i] for i in examples.source_index[rows]])
+    if LogReader(folder).end is not None:
+        return
+    taken = rendered.pool.take(rows)
+    digests = [TokenRow(ids=r.input_ids, supervised=r.supervised).trimmed().digest() for r in taken]
+    mark_finished(folder, {digest: position for position, digest in reversed(list(enumerate(digests)))})
+
+
+def require_record(settings: TrainRunSettings) -> None:
+    """Refuse to call a finished run recorded that is not.
+
+    Raises:
+        InvalidInput: the record that is asked for is not there.
+    """
+    if settings.record is None:
+        return
+    try:
+        LogReader(Path(settings.record)).require_complete()
+    except InvalidInput as error:
+        raise InvalidInput(
+            f"{settings.out} holds this run already, finished, and its record is not in {settings.record}; training is "
+            "not repeated for it: give another --out, or leave --record out"
+        ) from error
