@@ -56,7 +56,7 @@ class Difference:
     against: Against
     budget: str
     gain: float  # mean over the common seeds
-    relative: float  # of the opponent's mean
+    relative: float | None  # of the opponent's mean; None if that is zero
     over_seeds: PairedTest  # would other draws, starts and orders say the same?
     over_rows: PairedTest  # would other held-out rows say the same?
     seeds_p: float | None  # adjusted for all differences of the budget
@@ -183,7 +183,7 @@ def _difference(
         against=against,
         budget=budget,
         gain=over_seeds.difference,
-        relative=over_seeds.difference / base if base else float("nan"),
+        relative=over_seeds.difference / base if base else None,
         over_seeds=over_seeds,
         over_rows=over_rows,
         seeds_p=over_seeds.p,
