@@ -268,6 +268,7 @@ def _result(
 
 def _facts(name: str, budget: str, chosen: Chosen, table: PoolTable) -> SelectionFacts:
     source, share = source_shares([str(source) for source in table.source[chosen.rows]])
+    usable = table.source[table.usable]
     return SelectionFacts(
         name=name,
         budget=budget,
@@ -275,6 +276,8 @@ def _facts(name: str, budget: str, chosen: Chosen, table: PoolTable) -> Selectio
         rows=len(chosen.rows),
         largest_source=source,
         largest_share=share,
+        pool_rows=len(usable),
+        pool_share=float(np.mean([str(name) == source for name in usable])),
         warnings=chosen.warnings,
     )
 

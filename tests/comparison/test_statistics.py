@@ -41,7 +41,7 @@ def test_equal_differences_are_as_likely_as_coins_that_fall_alike() -> None:
 
 
 def test_equal_shares_of_right_answers_are_equal_whatever_their_last_bits_say() -> None:
-    mine, theirs = [3 / 20, 7 / 20, 9 / 20], [2 / 20, 6 / 20, 8 / 20]
+    mine, theirs = [3 / 20, 7 / 20, 19 / 20], [2 / 20, 6 / 20, 18 / 20]
     assert len({a - b for a, b in zip(mine, theirs, strict=True)}) > 1
     assert paired_test(mine, theirs).p == 0.25
     assert paired_test([0.1 + 0.2, 0.5], [0.3, 0.5]).p == 1.0

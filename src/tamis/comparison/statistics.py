@@ -33,12 +33,13 @@ def paired_test(a: npt.ArrayLike, b: npt.ArrayLike) -> PairedTest:
     answers easily give. Their p is that of the sign test, 1 over 2 to the power of n - 1: so often would n fair coins
     fall alike. It is 1 if all are zero.
     """
-    difference = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
+    first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    difference = first - second
     n, mean = len(difference), float(difference.mean()) if len(difference) else float("nan")
     if n < 2:
         return PairedTest(difference=mean, std=None, n=n, t=None, p=None, low=None, high=None)
     # Shares like 3/20 have no exact binary form, so that equal differences of them may differ in their last bits.
-    rounding = 8 * float(np.finfo(np.float64).eps) * float(np.abs([a, b]).max())
+    rounding = 8 * float(np.finfo(np.float64).eps) * float(max(np.abs(first).max(), np.abs(second).max()))
     if float(np.ptp(difference)) <= rounding:
         p = 1.0 if abs(mean) <= rounding else 2.0 ** (1 - n)
         return PairedTest(difference=mean, std=0.0, n=n, t=None, p=p, low=None, high=None)
