@@ -11,6 +11,7 @@ import pytest
 from scipy import stats
 
 from comparison_runs import contender, made_run
+from tamis.compare_run import _of_runs
 from tamis.comparison.records import Run
 from tamis.comparison.result import SelectionFacts
 from tamis.comparison.statistics import holm
@@ -186,3 +187,8 @@ def test_warnings_of_spread_sources_and_tokens() -> None:
     _, _, conclusion = concluded(runs, selections=[replace(facts, pool_share=0.88)])
     assert not any("one source" in warning for warning in conclusion.warnings), "a blind draw does as much"
     assert "Of what an update of uniform sees: tracin 50%" in said
+
+
+def test_what_is_known_of_the_data_is_not_said_again_of_every_run() -> None:
+    runs = [made_run("online:greats", seed, [1.0], warnings=("No template.", "It never starts.")) for seed in range(2)]
+    assert _of_runs(runs, known=["No template."]) == ["online:greats: It never starts."]

@@ -55,7 +55,8 @@ def comparison_document(result: CompareResult) -> Document:
             short_title="Cost",
             paragraphs=(
                 "Selecting counts in full with every run, though all runs of a method share one selection; so does "
-                "what several methods share in the store. Online methods pay for it in every run. Baselines without a model pass cost their training only.",
+                "what several methods share in the store. Online methods pay for it in every run. "
+                "Baselines without a model pass cost their training only.",
             ),
             figures=(cost_figure(here),),
             tables=(cost_table(here),),
