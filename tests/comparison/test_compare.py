@@ -304,6 +304,6 @@ def test_planted_rows_are_found_and_counted_without_training(run: TinyRun, tmp_p
     lines = (tmp_path / "out" / "planted" / "truth.csv").read_text().splitlines()
     assert len(lines) - 1 == sum(result.counts.values())
     assert not (tmp_path / "out" / "records").exists()
-    with pytest.raises(InvalidSettings, match="check was planted there"):
+    with pytest.raises(InvalidSettings, match='check was "planted" there'):
         compare(run, tmp_path / "out")
     assert result.title in (tmp_path / "out" / "report.html").read_text()
