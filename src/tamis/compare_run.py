@@ -233,7 +233,7 @@ def _result(
         warnings=[
             *rendered.warnings,
             *_contamination(rendered, sources, target_digests),
-            *dict.fromkeys(f"{run.contender}: {said}" for run in _distinct(runs) for said in run.warnings),
+            *_of_runs(_distinct(runs), known=rendered.warnings),
         ],
     )
     command = f"tamis compare --config {Path(settings.out) / 'run.yaml'}"
@@ -268,6 +268,7 @@ def _result(
 
 def _facts(name: str, budget: str, chosen: Chosen, table: PoolTable) -> SelectionFacts:
     source, share = source_shares([str(source) for source in table.source[chosen.rows]])
+    usable = table.source[table.usable]
     return SelectionFacts(
         name=name,
         budget=budget,
@@ -275,6 +276,8 @@ def _facts(name: str, budget: str, chosen: Chosen, table: PoolTable) -> Selectio
         rows=len(chosen.rows),
         largest_source=source,
         largest_share=share,
+        pool_rows=len(usable),
+        pool_share=float(np.mean([str(name) == source for name in usable])),
         warnings=chosen.warnings,
     )
 
@@ -294,6 +297,11 @@ def _contamination(rendered: Rendered, sources: Sources, target_digests: Sequenc
             f"Of the held-out rows, {counted(shared, 'row')} is in the target, too: methods see what measures them."
         )
     return found
+
+
+def _of_runs(runs: Sequence[Run], *, known: Sequence[str]) -> list[str]:
+    """What runs warn of, each with the contender's name, without what is known of the data anyway."""
+    return list(dict.fromkeys(f"{run.contender}: {said}" for run in runs for said in run.warnings if said not in known))
 
 
 def _distinct(runs: Mapping[tuple[str, str], Sequence[Run]]) -> list[Run]:

@@ -129,6 +129,7 @@ class Bench:
             seen=seen_rows(self.rendered.pool, trained_on),
             distinct=len(np.unique(trained_on)),
             tflops=float(cost["total_tflops"]),  # all candidates and target rows that it looked at among them
+            choosing_tflops=float(cost["total_tflops"] - cost["tflops"]["update"]),
             train_seconds=float(cost["seconds"]),
             warnings=result.warnings,
         )
@@ -147,6 +148,7 @@ class Bench:
         distinct: int,
         tflops: float,
         train_seconds: float,
+        choosing_tflops: float = 0.0,
         warnings: tuple[str, ...] = (),
     ) -> Run:
         settings, corpus = self.settings, self.rendered.target
@@ -170,6 +172,7 @@ class Bench:
             tokens=seen.tokens,
             supervised_tokens=seen.supervised_tokens,
             tflops=tflops,
+            choosing_tflops=choosing_tflops,
             train_seconds=round(train_seconds, 3),
             measure_seconds=round(time.perf_counter() - started, 3),
             loss=float(losses.mean()),

@@ -18,11 +18,14 @@ from tamis.data.examples import Examples
 from tamis.disk import make_folder, replace_atomically
 from tamis.errors import InvalidInput, InvalidSettings
 from tamis.model.processes import barrier, is_main
+from tamis.report.wording import percent
 from tamis.row_shapes import as_messages
 from tamis.seeds import child_seed, random_subset
 from tamis.types import Example
 
 __all__ = ["planted_rows", "write_planted"]
+
+_FEW_RELEVANT = 16  # below so many, luck with a row or two reads like a difference between methods
 
 
 def planted_rows(
@@ -54,6 +57,11 @@ def planted_rows(
     if len(chats) > settings.planted_rows:
         kept_rows = random_subset(child_seed(settings.seed, "planted rows"), len(chats), settings.planted_rows)
         chats = [chats[int(i)] for i in kept_rows]
+    if len(chats) < _FEW_RELEVANT:
+        warnings.append(
+            f"With {len(chats)} relevant rows, one more or less is {percent(1 / max(1, len(chats)))} of precision: "
+            "give more by --relevant, or a larger target, before you rank methods by it."
+        )
     background, left_out = _background(settings, sources, given)
     if left_out:
         warnings.append(f"{left_out} rows of the pool have no turns or no answer and are not in the background.")

@@ -21,8 +21,9 @@ from tamis.corpora import model_settings, read_sources
 from tamis.data.examples import read_examples
 from tamis.data.rows import Rows
 from tamis.disk import check_writable, replace_atomically
+from tamis.identity import text_sha256
 from tamis.manifest import versions
-from tamis.model.load import model_fingerprint, resolved_dtype
+from tamis.model.load import model_fingerprint, resolved_dtype, template_text
 from tamis.model.processes import barrier, is_main
 from tamis.outputs import check_claim, claim_folder, write_json
 from tamis.planted_rows import planted_rows, write_planted
@@ -96,8 +97,10 @@ def planted_from_settings(settings: CompareSettings, *, progress: Progress, held
         name: getattr(settings, name) for name in ("planted_rows", "background_rows", "relevant_sources", "seed")
     }
     identity = {
+        "check": "planted",  # so that a folder of a comparison is told apart by this field
         "tamis": metadata.version("tamis"),
         "model": model,
+        "chat_template": None if settings.chat_template is None else text_sha256(template_text(settings.chat_template)),
         "libraries": {name: metadata.version(name) for name in ("torch", "transformers", "peft", "tokenizers")},
         "data": {
             "pool": sources.pool.identity,
@@ -193,7 +196,7 @@ def _conclusion(standings: Sequence[PlantedStanding], pool: PlantedPool) -> tupl
         f"Every method selects {pool.relevant} of {len(pool.rows)} rows, as many as are relevant. {best.name} takes "
         f"{best.score.found} of them and {best.score.taken['wrong answer']} with a wrong answer; bm25 takes "
         f"{lexical.score.found} and {lexical.score.taken['wrong answer']}; {len(draws)} blind draws find "
-        f"{min(draws)} to {max(draws)}."
+        f"{max(draws) if min(draws) == max(draws) else f'{min(draws)} to {max(draws)}'}."
     )
     steps = []
     if best.score.found <= max(draws):

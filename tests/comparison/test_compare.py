@@ -112,6 +112,12 @@ def test_updates_are_equal_but_for_full_at_equal_cost_which_spends_as_much(whole
     assert set(differing) == {"full at equal cost", "full", "uniform", "bm25", "same sources"}
 
 
+def matched(result: tamis.CompareResult, name: str) -> Any:
+    found = result.standing(f"full at {name}'s cost")
+    assert found is not None
+    return found
+
+
 def test_baseline_draws_follow_the_rules(whole: tamis.CompareResult) -> None:
     folder = Path(next(f.folder for f in whole.selections if f.name == "tracin"))
     assert (folder / "report.html").is_file()
@@ -222,14 +228,19 @@ def test_more_seeds_and_methods_add_runs_and_repeat_none(
         return train(*args, **more)
 
     monkeypatch.setattr(training, "fine_tune", counted)
-    result = compare(run, whole.out, methods=["tracin", "mid-ppl", "online:tilt"], seeds=2, metric="loss")
+    result = compare(run, whole.out, methods=["tracin", "mid-ppl", "online:tilt"], set={"online:tilt.cold_start": 1})
     # mid-ppl twice, and full at mid-ppl's cost and of the online method twice each.
     assert len(steps) == 2 + 4
     after = records(whole.out)
     assert {key: after[key] for key in before} == before
     online = result.standing("online:tilt")
-    assert online is not None and online.steps == 4 and online.train_tflops > 0
-    assert any("never starts" in warning for warning in result.conclusion.warnings)
+    assert online is not None and online.steps == 4
+    assert online.train_tflops > 0 and online.select_tflops > 0, "an online method pays for candidates, too"
+    kept = Records(whole.out / "records")
+    for key, other in zip(online.keys, matched(result, "online:tilt").keys, strict=True):
+        run_of, full = kept.read(key), kept.read(other)
+        assert 0 < run_of.choosing_tflops < run_of.tflops
+        assert abs(full.tflops - run_of.tflops) < full.tflops / full.steps, "the cost that is matched is all of it"
     assert any(d.opponent == "full at online:tilt's cost" for d in result.differences)
 
 
@@ -284,6 +295,7 @@ def test_planted_rows_are_found_and_counted_without_training(run: TinyRun, tmp_p
         relevant_sources=["sums"], methods=["tracin"], out=tmp_path / "out", device="cpu",
     )  # fmt: skip
     assert isinstance(result, tamis.PlantedResult)
+    assert any("With 8 relevant rows, one more or less is 12% of precision" in said for said in result.warnings)
     assert result.relevant == 8 and result.counts["relevant"] == 8 and result.counts["wrong answer"] == 4
     assert result.counts["background"] + result.counts["background, wrong answer"] == 31  # the pool's talk
     by_name = {standing.name: standing for standing in result.standings}
@@ -292,4 +304,6 @@ def test_planted_rows_are_found_and_counted_without_training(run: TinyRun, tmp_p
     lines = (tmp_path / "out" / "planted" / "truth.csv").read_text().splitlines()
     assert len(lines) - 1 == sum(result.counts.values())
     assert not (tmp_path / "out" / "records").exists()
+    with pytest.raises(InvalidSettings, match='check was "planted" there'):
+        compare(run, tmp_path / "out")
     assert result.title in (tmp_path / "out" / "report.html").read_text()

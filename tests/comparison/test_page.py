@@ -47,7 +47,15 @@ def hostile_result() -> CompareResult:
     standings = standings_of(runs, {c.name: c for c in contenders}, {("less", "5%"): (3.0, 9.0)}, metric="loss")
     differences = [d for budget in ("5%", "20%") for d in compare_pairs(runs, contenders, budget=budget, metric="loss")]
     facts = SelectionFacts(
-        name="less", budget="5%", folder=ATTACK, rows=20, largest_source=ATTACK, largest_share=0.9, warnings=(ATTACK,)
+        name="less",
+        budget="5%",
+        folder=ATTACK,
+        rows=20,
+        largest_source=ATTACK,
+        largest_share=0.9,
+        pool_rows=400,
+        pool_share=0.1,
+        warnings=(ATTACK,),
     )
     conclusion = conclude(
         standings, differences, [facts], budget="5%", metric="loss", seeds=3, held_out_rows=6, warnings=[ATTACK]
@@ -110,6 +118,9 @@ def test_what_the_page_leads_with_is_equal_cost_and_its_tables_hold_every_number
     document = comparison_document(result)
     assert document.title == result.conclusion.title and "equal cost" in document.title
     assert document.sections[0].key == "verdict"
+    page = render_document(document)
+    assert page.index('data-figure="gains"') < page.index('id="believe"') < page.index('data-figure="runs"')
+    assert "Not measured" not in page and "Not shown" in page, "every difference was measured"
     tests = next(section for section in document.sections if section.key == "tests").tables[0]
     assert len(tests.rows) == len([d for d in result.differences if d.budget == "5%"])
     listed = next(section for section in document.sections if section.key == "runs").tables[0]

@@ -32,9 +32,19 @@ def test_a_single_pair_says_nothing_of_chance() -> None:
     assert found.p is None and found.std is None and found.low is None
 
 
-def test_equal_differences_are_certain_and_no_difference_is_none() -> None:
-    assert paired_test([2.0, 3.0, 4.0], [1.0, 2.0, 3.0]).p == 0.0
+def test_equal_differences_are_as_likely_as_coins_that_fall_alike() -> None:
     assert paired_test([2.0, 3.0], [2.0, 3.0]).p == 1.0
+    for n in (2, 3, 6):
+        found = paired_test([k + 1.0 for k in range(n)], [float(k) for k in range(n)])
+        assert found.p == pytest.approx(float(stats.binomtest(n, n).pvalue), rel=1e-12)
+        assert found.t is None and found.low is None and found.std == 0.0
+
+
+def test_equal_shares_of_right_answers_are_equal_whatever_their_last_bits_say() -> None:
+    mine, theirs = [3 / 20, 7 / 20, 19 / 20], [2 / 20, 6 / 20, 18 / 20]
+    assert len({a - b for a, b in zip(mine, theirs, strict=True)}) > 1
+    assert paired_test(mine, theirs).p == 0.25
+    assert paired_test([0.1 + 0.2, 0.5], [0.3, 0.5]).p == 1.0
 
 
 def test_holm_by_hand() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from scipy import stats
 
 from comparison_runs import contender, made_run
+from tamis.compare_run import _of_runs
 from tamis.comparison.records import Run
 from tamis.comparison.result import SelectionFacts
 from tamis.comparison.statistics import holm
@@ -111,7 +114,7 @@ def test_the_title_says_who_won_and_whether_by_chance(level: float, noise: float
 
 def test_what_to_run_next_follows_from_the_numbers() -> None:
     _, _, lost = concluded(runs_of({**LEVELS, "tracin": 1.15}))
-    assert any("wins only while updates are limited" in step for step in lost.next_steps)
+    assert any("ahead only while updates are limited" in step for step in lost.next_steps)
     _, _, won = concluded(runs_of({**LEVELS, "tracin": 0.8}))
     assert won.next_steps == (
         "Train on that selection: its selected.jsonl lies in the folder named below under Selections.",
@@ -120,15 +123,72 @@ def test_what_to_run_next_follows_from_the_numbers() -> None:
     assert any(step.startswith("bm25 costs no model pass") for step in open_.next_steps)
 
 
+def test_the_spread_of_uniform_does_not_grow_with_its_draws() -> None:
+    draws = [1.3, 1.5, 1.4, 1.4, 1.35, 1.45, 1.4, 1.4]
+    runs = runs_of(LEVELS, seeds=8)
+    runs["uniform", "5%"] = [made_run("uniform", seed, [loss] * 12) for seed, loss in enumerate(draws)]
+    runs["tracin", "5%"] = [made_run("tracin", seed, [loss - 0.1] * 12) for seed, loss in enumerate(draws)]
+    _, _, conclusion = concluded(runs, seeds=8)
+    assert not any("spread of uniform" in warning for warning in conclusion.warnings)
+
+
+def test_the_seeds_that_are_asked_for_show_the_difference_after_correction() -> None:
+    runs = {("tracin", "5%"): [made_run("tracin", seed, [1.0, 1.0]) for seed in range(3)]}
+    for name in (MATCHED, "full", "uniform", "bm25"):
+        runs[name, "5%"] = [made_run(name, seed, [1.02 + 0.03 * (seed - 1)] * 2) for seed in range(3)]
+    _, differences, conclusion = concluded(runs)
+    assert differences[0].over_seeds.std == pytest.approx(0.03)
+    (step,) = [step for step in conclusion.next_steps if "--seeds" in step]
+    asked = int(step.split("--seeds ")[1].split(":")[0])
+    # Exact power of a two-sided paired t-test at a quarter of 0.05, the share of each of four tests.
+    power = {
+        n: float(stats.nct.sf(stats.t.ppf(1 - 0.05 / 8, n - 1), n - 1, 0.02 / 0.03 * np.sqrt(n)))
+        for n in (asked - 3, asked + 3)
+    }
+    assert power[asked - 3] < 0.8 < power[asked + 3]
+    _, _, single = concluded(runs_of(LEVELS, seeds=1), seeds=1)
+    assert any("one cannot show chance" in step for step in single.next_steps)
+
+
+def test_a_share_of_nothing_has_no_relative_gain_and_equal_ends_are_called_level() -> None:
+    def matched(name: str, hits: list[bool]) -> list[Run]:
+        share = sum(hits) / len(hits)
+        return [made_run(name, s, [1.0] * 4, exact_match=share, row_matches=tuple(hits)) for s in range(2)]
+
+    runs = {("tracin", "5%"): matched("tracin", [True] + [False] * 3), ("full", "5%"): matched("full", [False] * 4)}
+    by_name = {one.name: one for one in CONTENDERS}
+    for own, title in (
+        (runs, "by 0.25, which chance could explain"),
+        ({**runs, ("tracin", "5%"): matched("tracin", [False] * 4)}, "end level"),
+    ):
+        standings = standings_of(own, by_name, {}, metric="exact-match")
+        (difference,) = differences = compare_pairs(own, CONTENDERS, budget="5%", metric="exact-match")
+        assert difference.relative is None
+        conclusion = conclude(standings, differences, (), budget="5%", metric="exact-match", seeds=2, held_out_rows=4)
+        assert title in conclusion.title
+        json.dumps([asdict(difference), conclusion.title], allow_nan=False)
+
+
 def test_warnings_of_spread_sources_and_tokens() -> None:
     runs = runs_of(LEVELS)
     runs["uniform", "5%"] = [made_run("uniform", s, [1.0 + s] * 12, tokens=800) for s in range(4)]
     facts = SelectionFacts(
-        name="tracin", budget="5%", folder="f", rows=9, largest_source="sums", largest_share=0.9, warnings=()
-    )
+        name="tracin", budget="5%", folder="f", rows=9, largest_source="sums", largest_share=0.9, pool_rows=180,
+        pool_share=0.2, warnings=(),
+    )  # fmt: skip
     _, _, conclusion = concluded(runs, selections=[facts], warnings=["3 rows leak"])
     said = "\n".join(conclusion.warnings)
     assert conclusion.warnings[0] == "3 rows leak"
-    assert "smaller than the spread of uniform's own draws (3)" in said
-    assert "90% of its rows come from one source ('sums')" in said and "name the method first" in said
+    assert "smaller than the spread of uniform's own draws (a standard deviation of 1.3)" in said
+    assert "90% of its rows come from one source ('sums'), which is 20% of the pool" in said
+    assert "name the method first" in said
+    _, _, conclusion = concluded(runs, selections=[replace(facts, largest_share=1.0, pool_share=1.0)])
+    assert not any("one source" in warning for warning in conclusion.warnings), "the pool has no other"
+    _, _, conclusion = concluded(runs, selections=[replace(facts, pool_share=0.88)])
+    assert not any("one source" in warning for warning in conclusion.warnings), "a blind draw does as much"
     assert "Of what an update of uniform sees: tracin 50%" in said
+
+
+def test_what_is_known_of_the_data_is_not_said_again_of_every_run() -> None:
+    runs = [made_run("online:greats", seed, [1.0], warnings=("No template.", "It never starts.")) for seed in range(2)]
+    assert _of_runs(runs, known=["No template."]) == ["online:greats: It never starts."]

@@ -13,7 +13,17 @@ from tamis.report import wording
 
 @pytest.mark.parametrize(
     ("share", "written"),
-    [(0, "0%"), (0.0004, "<0.1%"), (0.0123, "1.2%"), (0.12, "12%"), (1, "100%"), (None, "–"), (float("nan"), "–")],
+    [
+        (0, "0%"),
+        (0.0004, "<0.1%"),
+        (0.0123, "1.2%"),
+        (-0.03, "−3.0%"),
+        (-0.0004, ">−0.1%"),
+        (0.12, "12%"),
+        (1, "100%"),
+        (None, "–"),
+        (float("nan"), "–"),
+    ],
 )
 def test_percent(share: float | None, written: str) -> None:
     assert wording.percent(share) == written

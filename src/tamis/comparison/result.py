@@ -23,6 +23,8 @@ class SelectionFacts:
     rows: int
     largest_source: str
     largest_share: float
+    pool_rows: int  # that could have been selected
+    pool_share: float  # of them, those of the largest source
     warnings: tuple[str, ...]  # of its own report
 
 

@@ -35,7 +35,7 @@ class Standing:
     rows: float
     tokens: float  # that went through training
     supervised_a_row: float
-    select_tflops: float
+    select_tflops: float  # before the run, or during it
     train_tflops: float
     select_seconds: float
     train_seconds: float
@@ -56,7 +56,7 @@ class Difference:
     against: Against
     budget: str
     gain: float  # mean over the common seeds
-    relative: float  # of the opponent's mean
+    relative: float | None  # of the opponent's mean; None if that is zero
     over_seeds: PairedTest  # would other draws, starts and orders say the same?
     over_rows: PairedTest  # would other held-out rows say the same?
     seeds_p: float | None  # adjusted for all differences of the budget
@@ -108,8 +108,8 @@ def standings_of(
                 rows=float(np.mean([run.rows for run in own])),
                 tokens=float(np.mean([run.tokens for run in own])),
                 supervised_a_row=float(np.mean([run.supervised_tokens / max(1, run.seen_rows) for run in own])),
-                select_tflops=tflops,
-                train_tflops=float(np.mean([run.tflops for run in own])),
+                select_tflops=tflops + float(np.mean([run.choosing_tflops for run in own])),
+                train_tflops=float(np.mean([run.tflops - run.choosing_tflops for run in own])),
                 select_seconds=seconds,
                 train_seconds=float(np.mean([run.train_seconds for run in own])),
                 keys=tuple(run.key for run in own),
@@ -183,7 +183,7 @@ def _difference(
         against=against,
         budget=budget,
         gain=over_seeds.difference,
-        relative=over_seeds.difference / base if base else float("nan"),
+        relative=over_seeds.difference / base if base else None,
         over_seeds=over_seeds,
         over_rows=over_rows,
         seeds_p=over_seeds.p,

@@ -12,7 +12,7 @@ from tamis.report.comparison_tables import cost_table, foretold_table, standings
 from tamis.report.conclude import mean_text, p_text
 from tamis.report.content import KeyNumber
 from tamis.report.document import Document, Section, Table
-from tamis.report.warnings import Finding
+from tamis.report.warnings import Finding, Severity
 from tamis.report.wording import count, counted, number, one_line, percent
 
 __all__ = ["comparison_document", "settings_rows"]
@@ -55,7 +55,8 @@ def comparison_document(result: CompareResult) -> Document:
             short_title="Cost",
             paragraphs=(
                 "Selecting counts in full with every run, though all runs of a method share one selection; so does "
-                "what several methods share in the store. Baselines without a model pass cost their training only.",
+                "what several methods share in the store. Online methods pay for it in every run. "
+                "Baselines without a model pass cost their training only.",
             ),
             figures=(cost_figure(here),),
             tables=(cost_table(here),),
@@ -102,6 +103,7 @@ def comparison_document(result: CompareResult) -> Document:
         next_steps=tuple(one_line(step, 400) for step in result.conclusion.next_steps),
         sections=tuple(sections),
         command=one_line(str(result.manifest.get("command", "")), 2000),
+        repeat="Runs that are finished are kept: more seeds, methods or budgets behind the command add to them.",
         provenance=settings_rows(result.manifest),
         footer=FOOTER,
     )
@@ -126,8 +128,8 @@ def _numbers(result: CompareResult, here: Sequence[Standing], at_cost: Sequence[
         ]
     numbers.append(
         KeyNumber(
-            value=number(best.select_tflops / best.tflops, 2) if best.tflops else "0",
-            label="share spent on selecting",
+            value=percent(best.select_tflops / best.tflops if best.tflops else 0.0),
+            label="of the cost is selecting",
             detail=f"{number(best.select_tflops, 3)} of {number(best.tflops, 3)} TFLOPs",
         )
     )
@@ -140,19 +142,21 @@ def _findings(
     best = next((standing for standing in here if not standing.is_baseline), None)
     found = []
     for index, difference in enumerate(d for d in differences if best is not None and d.contender == best.name):
-        if difference.is_sure:
+        severity: Severity = "open"
+        verdict = "chance could explain the difference"
+        if difference.p is None:
+            verdict = "a single run or row cannot exclude chance"
+        elif difference.is_sure:
             severity, verdict = ("passed", "better") if difference.gain > 0 else ("warning", "worse")
-        else:
-            severity, verdict = ("unmeasured", "no difference that chance could not explain")
         opponent = result.standing(difference.opponent)
         shown = "" if opponent is None else f" ({mean_text(opponent)})"
         found.append(
             Finding(
                 key=f"difference-{index}",
-                severity=severity,  # type: ignore[arg-type]  # one of three literals above
+                severity=severity,
                 title=f"Against {difference.against}: {verdict}",
-                sentence=f"{one_line(difference.contender, 60)} gains {number(difference.gain, 3)} "
-                f"({percent(difference.relative)}) over {one_line(difference.opponent, 80)}{shown}; p = "
+                sentence=f"{one_line(difference.contender, 60)} {'loses' if difference.gain < 0 else 'gains'} "
+                f"{_size(difference)} against {one_line(difference.opponent, 80)}{shown}; p = "
                 f"{p_text(difference.seeds_p)} over {counted(difference.over_seeds.n, 'seed')}, "
                 f"{p_text(difference.rows_p)} over {counted(difference.over_rows.n, 'held-out row')}.",
             )
@@ -165,6 +169,11 @@ def _findings(
         said = one_line(rest if about else sentence, 600)
         found.append(Finding(key=f"mind-{index}", severity="warning", title=title, sentence=said))
     return tuple(found)
+
+
+def _size(difference: Difference) -> str:
+    relative = "" if difference.relative is None else f" ({percent(abs(difference.relative))})"
+    return f"{number(abs(difference.gain), 3)}{relative}"
 
 
 def _protocol(result: CompareResult, here: Sequence[Standing]) -> str:

@@ -109,7 +109,12 @@ def gain_figure(differences: Sequence[Difference], metric: str) -> Figure:
         alt="Gain over full training at equal cost: "
         + ", ".join(f"{one_line(d.contender, 40)} {number(d.gain, 3)}" for d in differences)
         + ".",
-        legend=(("selected", "gain over full at equal cost, 95% interval over seeds; right of 0 selecting pays"),),
+        legend=(
+            (
+                "selected",
+                "gain over full at equal cost, 95% interval over seeds, of each by itself; right of 0 selecting pays",
+            ),
+        ),
         height=FRAME + 30 + 40 * len(labels),
         spec=plain_spec(figure),
     )
@@ -132,7 +137,7 @@ def cost_figure(standings: Sequence[Standing]) -> Figure:
         alt="TFLOPs of one run, selection included: "
         + ", ".join(f"{one_line(s.name, 40)} {number(s.tflops, 3)}" for s in shown)
         + ".",
-        legend=(("pool", "training"), ("selected", "selecting (all of it, though seeds share it)")),
+        legend=(("pool", "training"), ("selected", "selecting (in full, though runs may share one selection)")),
         height=FRAME + 20 + ROW_HEIGHT * len(labels),
         spec=plain_spec(figure),
     )

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from scipy import stats
+
 from tamis.comparison.result import Conclusion, SelectionFacts
 from tamis.comparison.verdict import LEVEL, Difference, Standing
+from tamis.report.warnings import ONE_SOURCE, is_clearly_above
 from tamis.report.wording import counted, joined, number, percent
 
 __all__ = ["conclude", "mean_text", "p_text"]
@@ -32,14 +35,14 @@ def conclude(
     here = [difference for difference in differences if difference.budget == budget]
     found = [*warnings, *_warnings(own, here, [s for s in selections if s.budget == budget])]
     if not named:
-        best = min(own.values(), key=lambda standing: list(own).index(standing.name))
+        best = next(iter(own.values()))  # standings come best first
         return Conclusion(
             title=f"{best.name} is ahead of the other baselines",
             sentence=f"{best.name}: {metric} {mean_text(best)}. No method was named, so none is tested against them.",
             next_steps=("Name a method to compare with the baselines: --methods tracin.",),
             warnings=tuple(found),
         )
-    best = named[0]  # standings come best first
+    best = named[0]
     key = next(d for d in here if d.contender == best.name and d.against == "full at equal cost")
     return Conclusion(
         title=_title(best.name, key),
@@ -63,15 +66,19 @@ def p_text(p: float | None) -> str:
 
 
 def _title(name: str, key: Difference) -> str:
-    size = percent(abs(key.relative)) if math.isfinite(key.relative) else number(abs(key.gain), 3)
+    if key.gain == 0:
+        return f"{name} and training on everything end level at equal cost"
+    size = number(abs(key.gain), 3) if key.relative is None else percent(abs(key.relative))
     if key.is_sure:
         if key.gain > 0:
             return f"{name} beats training on everything at equal cost, by {size}"
         return f"At equal cost, training on everything beats {name}, by {size}"
     direction = "ahead of" if key.gain > 0 else "behind"
     if key.p is None:
-        return f"{name} is {direction} training on everything at equal cost by {size}; one run cannot exclude chance"
-    return f"{name} is {direction} training on everything at equal cost by {size}, which chance could explain"
+        chance = f"; {'one run' if key.seeds_p is None else 'one held-out row'} cannot exclude chance"
+    else:
+        chance = ", which chance could explain"
+    return f"{name} is {direction} training on everything at equal cost by {size}{chance}"
 
 
 def _sentence(best: Standing, own: dict[str, Standing], key: Difference, metric: str) -> str:
@@ -100,8 +107,10 @@ def _next_steps(
     against = {d.against: d for d in here if d.contender == best.name}
     steps = []
     if key.seeds_p is None or (key.seeds_p >= LEVEL and key.over_seeds.std):
-        needed = seeds + 3 if key.over_seeds.std is None else _seeds_needed(key)
-        if needed <= _MOST_SEEDS:
+        needed = None if key.over_seeds.std is None else _seeds_needed(key, tests=len(here))
+        if needed is None:
+            steps.append("Run the same command with --seeds 5: the finished run is kept, and one cannot show chance.")
+        elif needed <= _MOST_SEEDS:
             steps.append(
                 f"Run the same command with --seeds {max(needed, seeds + 1)}: the finished runs are kept, and about so "
                 "many would show a difference of this size."
@@ -118,8 +127,9 @@ def _next_steps(
     equal_updates = against.get("full") or key
     if key.gain < 0 < equal_updates.gain and key.opponent != "full":
         steps.append(
-            f"{best.name} wins only while updates are limited. Make its score cheaper (--methods bm25:5x+METHOD scores "
-            "five times the budget only), let one pass serve several targets, or spend the cost on longer training."
+            f"{best.name} is ahead only while updates are limited. Make its score cheaper (--methods bm25:5x+METHOD "
+            "scores five times the budget only), let one pass serve several targets, or spend the cost on longer "
+            "training."
         )
     lexical = against.get("bm25")
     if lexical is not None and not (lexical.is_sure and lexical.gain > 0):
@@ -129,28 +139,35 @@ def _next_steps(
     return steps
 
 
-def _seeds_needed(key: Difference) -> int:
-    """Seeds at which a paired t-test finds the difference as it was seen, four times out of five."""
+def _seeds_needed(key: Difference, *, tests: int) -> int:
+    """Seeds at which a paired t-test finds the difference as it was seen, four times out of five.
+
+    At the level that Holm's correction asks of the first of ``tests``.
+    """
     assert key.over_seeds.std is not None
-    if key.gain == 0:
-        return _MOST_SEEDS + 1
-    return min(_MOST_SEEDS + 1, 2 + math.ceil((2.8 * key.over_seeds.std / abs(key.gain)) ** 2))
+    for count in range(2, _MOST_SEEDS + 1):
+        wanted = stats.t.ppf(1 - LEVEL / (2 * tests), count - 1) + stats.t.ppf(0.8, count - 1)
+        if abs(key.gain) * math.sqrt(count) >= wanted * key.over_seeds.std:
+            return count
+    return _MOST_SEEDS + 1
 
 
 def _warnings(own: dict[str, Standing], here: Sequence[Difference], selections: Sequence[SelectionFacts]) -> list[str]:
     found = []
     uniform = own.get("uniform")
     if uniform is not None and uniform.std:
-        spread = max(uniform.values) - min(uniform.values)
         found += [
             f"{difference.contender}: the difference to uniform ({number(difference.gain, 3)}) is smaller than the "
-            f"spread of uniform's own draws ({number(spread, 3)})."
+            f"spread of uniform's own draws (a standard deviation of {number(uniform.std, 2)})."
             for difference in here
-            if difference.against == "uniform" and abs(difference.gain) < spread
+            if difference.against == "uniform" and abs(difference.gain) < uniform.std
         ]
     for facts in selections:
         beside = next((d for d in here if d.contender == facts.name and d.against == "same sources"), None)
-        if facts.largest_share > 0.8 and not own[facts.name].is_baseline:
+        tells = facts.largest_share > ONE_SOURCE and is_clearly_above(
+            facts.largest_share, facts.pool_share, rows=facts.rows, of=facts.pool_rows
+        )
+        if tells and not own[facts.name].is_baseline:
             drawn = (
                 f" Random rows of the same sources reach {mean_text(own[beside.opponent])}, {facts.name} "
                 f"{mean_text(own[facts.name])}: what lies between them is all that the rows' scores add."
@@ -159,7 +176,7 @@ def _warnings(own: dict[str, Standing], here: Sequence[Difference], selections: 
             )
             found.append(
                 f"{facts.name}: {percent(facts.largest_share)} of its rows come from one source "
-                f"('{facts.largest_source}').{drawn}"
+                f"('{facts.largest_source}'), which is {percent(facts.pool_share)} of the pool.{drawn}"
             )
     if uniform is not None and uniform.tokens:
         seen = {

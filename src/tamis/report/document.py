@@ -28,7 +28,7 @@ class Table:
 class Section:
     """A part of the page: pictures first, tables beneath."""
 
-    key: str
+    key: str  # its figures' ``section``, too
     title: str
     short_title: str  # in the list of parts
     paragraphs: tuple[str, ...] = ()
@@ -39,7 +39,7 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """All that the page shows, in the order in which it shows it."""
+    """All that the page shows."""
 
     eyebrow: str
     title: str
@@ -49,8 +49,9 @@ class Document:
     findings_lede: str
     findings: tuple[Finding, ...]
     next_steps: tuple[str, ...]
-    sections: tuple[Section, ...]
+    sections: tuple[Section, ...]  # the first stands before the findings
     command: str
+    repeat: str  # what the command keeps of what there is
     provenance: Mapping[str, Sequence[tuple[str, str]]]
     footer: str
 
@@ -58,7 +59,7 @@ class Document:
 def render_document(document: Document) -> str:
     """The page as text."""
     drawn = [figure for section in document.sections for figure in section.figures]
-    return render_template("document.html.j2", document, drawn)
+    return render_template("document.html.j2", document, drawn, title=document.title)
 
 
 def write_document(document: Document, path: str | Path) -> None:

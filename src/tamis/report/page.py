@@ -43,15 +43,15 @@ def write_text(page: str, path: str | Path) -> None:
 
 def render_page(content: ReportContent) -> str:
     """The page of a selection as text."""
-    return render_template("report.html.j2", content, figures.draw(content))
+    return render_template("report.html.j2", content, figures.draw(content), title=content.headline.title)
 
 
 def render_training_page(content: TrainingContent) -> str:
     """The page of a training run as text."""
-    return render_template("training.html.j2", content, training_figures.draw(content))
+    return render_template("training.html.j2", content, training_figures.draw(content), title=content.headline.title)
 
 
-def render_template(template: str, content: Any, drawn: Sequence[Figure]) -> str:
+def render_template(template: str, content: Any, drawn: Sequence[Figure], *, title: str) -> str:
     """A page from one of the templates, with the house's style, scripts and figures."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
@@ -70,6 +70,7 @@ def render_template(template: str, content: Any, drawn: Sequence[Figure]) -> str
     )
     scripts = (_script(get_plotlyjs()), _script((_TEMPLATES / "page.js").read_text(encoding="utf-8")))
     return environment.get_template(template).render(
+        title=title,
         content=content,
         figures=drawn,
         figure_json=_json({figure.key: {**figure.spec, "height": figure.height} for figure in drawn}),

@@ -141,6 +141,7 @@ def planted_document(result: Result) -> Document:
             ),
         ),
         command=one_line(str(result.manifest.get("command", "")), 2000),
+        repeat="Selections that are there are kept: more methods behind the command add to them.",
         provenance=settings_rows(result.manifest),
         footer="Made by tamis from files beside this page: planted/ has the pool, the target and the truth of every "
         "row, selections/ each method's own report, results.csv these counts. This page fetches nothing.",

@@ -18,9 +18,9 @@ from tamis.report.measures import RowCount, ScoreDistribution, SourceShare, Toke
 from tamis.report.wording import count, counted, joined, number, one_line, percent
 from tamis.types import IntArray
 
-__all__ = ["Evidence", "Finding", "Severity", "find"]
+__all__ = ["ONE_SOURCE", "Evidence", "Finding", "Severity", "find", "is_clearly_above"]
 
-Severity = Literal["warning", "note", "unmeasured", "passed"]
+Severity = Literal["warning", "note", "open", "unmeasured", "passed"]  # open: measured, but not decided
 
 LENGTH_RATIO = 2.0  # (a) mean supervised length below half or above twice the target's
 ONE_SOURCE = 0.80  # (b) share of the selected rows
@@ -36,7 +36,7 @@ FLAGGED_SHARE = 0.1  # flagged rows: about 5 % of clean data are
 _SIGNED_METHODS = frozenset(
     {"tracin", "less", "loss-drop", "influence-function", "influence-distillation", "adamw-influence"}
 )
-_SEVERITIES: tuple[Severity, ...] = ("warning", "note", "unmeasured", "passed")
+_SEVERITIES: tuple[Severity, ...] = ("warning", "note", "open", "unmeasured", "passed")
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def check_one_source(evidence: Evidence) -> Iterator[Finding]:
         f"{one_line(top.name, 40)} gives {count(top.selected_rows)} of {counted(selected, 'selected row')} "
         f"({percent(top.selected_share)}); it is {percent(top.pool_share)} of the pool."
     )
-    if top.selected_share > ONE_SOURCE and _is_clearly_above(
+    if top.selected_share > ONE_SOURCE and is_clearly_above(
         top.selected_share, top.pool_share, rows=selected, of=evidence.columns.num_rows
     ):
         yield Finding(
@@ -214,7 +214,7 @@ def check_agreement(evidence: Evidence) -> Iterator[Finding]:
     columns = evidence.columns
     different = len(np.unique(columns.first_copy()[columns.selected]))  # copies are one row, as in the overlap
     alike = [entry for entry in judged if entry.overlap > SAME_CHOICE]
-    same = [e for e in alike if _is_clearly_above(e.overlap, e.chance, rows=different, of=columns.num_rows)]
+    same = [e for e in alike if is_clearly_above(e.overlap, e.chance, rows=different, of=columns.num_rows)]
     for entry in same:
         baseline = _baseline(entry.name)
         shortlisted = evidence.shortlist.startswith(entry.name)
@@ -385,7 +385,7 @@ _CHECKS: tuple[Callable[[Evidence], Iterator[Finding]], ...] = (
 )
 
 
-def _is_clearly_above(share: float, chance: float, *, rows: int, of: int) -> bool:
+def is_clearly_above(share: float, chance: float, *, rows: int, of: int) -> bool:
     """Whether ``share`` of ``rows`` drawn from ``of`` is more than chance, and enough more to mean something.
 
     By more than two standard deviations of a blind draw, and with at most half of what would by chance be left over:

@@ -88,8 +88,8 @@ def percent(share: float | None, digits: int | None = None) -> str:
     if digits is None:
         digits = 1 if 0 < abs(scaled) < 10 else 0
         if 0 < abs(scaled) < 0.05:
-            return "<0.1%"
-    return f"{scaled:.{digits}f}%"
+            return "<0.1%" if scaled > 0 else ">−0.1%"
+    return f"{scaled:.{digits}f}%".replace("-", "−")
 
 
 def number(value: float | None, digits: int = 4) -> str:
