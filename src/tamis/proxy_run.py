@@ -6,7 +6,6 @@ the build needed lies in ``store`` and is removed at the end.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import shutil
@@ -120,6 +119,7 @@ def proxy_from_settings(
     if (out / "manifest.json").is_file():
         logger.info("%s holds this proxy already, finished; nothing is built again", out)
         shutil.rmtree(out / "store", ignore_errors=True)
+        _advise_again(settings, out, held)
         return _result(out, was_finished=True)
 
     loaded, bench, warnings = prepare(settings, pool, target)
@@ -127,17 +127,7 @@ def proxy_from_settings(
         logger.warning("%s", sentence)
     retention = _build(settings, loaded, bench, pool, out, progress)
     check_claim(out, identity)
-    plain = {
-        **json.loads(json.dumps(dataclasses.asdict(retention))),
-        "loss_ratio": retention.loss_ratio,
-        "flops_ratio": retention.cost.flops_ratio,
-        "seconds_ratio": retention.cost.seconds_ratio,
-        "build_share": retention.cost.build_share,
-    }
-    write_json(out / "retention.json", plain)
-    if settings.report:
-        page = retention_page(retention, command=_command(out, held), warnings=warnings)
-        replace_atomically(out / "report.html", (page.encode("utf-8"),))
+    _write_retention(retention, settings, out, command=_command(out, held), warnings=warnings)
     manifest = {
         **identity,
         "command": _command(out, held),
@@ -150,6 +140,25 @@ def proxy_from_settings(
     write_json(out / "manifest.json", manifest)  # last: its presence says that the proxy is complete
     shutil.rmtree(out / "store", ignore_errors=True)
     return _result(out, was_finished=False)
+
+
+def _write_retention(
+    retention: Retention, settings: ProxySettings, out: Path, *, command: str, warnings: list[str]
+) -> None:
+    write_json(out / "retention.json", retention.to_json())
+    if settings.report:
+        page = retention_page(retention, command=command, warnings=warnings)
+        replace_atomically(out / "report.html", (page.encode("utf-8"),))
+
+
+def _advise_again(settings: ProxySettings, out: Path, held: Mapping[str, Rows]) -> None:
+    """Bring a finished folder's advice and page to what this call wants of them; nothing is measured again."""
+    found = Retention.from_json(json.loads((out / "retention.json").read_text(encoding="utf-8")))
+    if found.advice.keep == settings.keep and ((out / "report.html").exists() or not settings.report):
+        return
+    warnings = json.loads((out / "manifest.json").read_text(encoding="utf-8"))["warnings"]
+    found = replace(found, advice=found.advised(settings.keep))
+    _write_retention(found, settings, out, command=_command(out, held), warnings=warnings)
 
 
 def read_rows(settings: ProxySettings, held: Mapping[str, Rows] | None = None) -> tuple[Examples, Examples | None]:

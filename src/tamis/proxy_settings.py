@@ -131,6 +131,8 @@ class ProxySettings:
             )
         self._check_numbers()
         self._check_baseline()
+        if self.is_low_rank:
+            self._check_recipe(recipe_of(self))
         for name in ("model", "out", "device", "attention", "sibling", "revision", "chat_template"):
             value = getattr(self, name)
             if value is not None and not value.strip():
@@ -173,6 +175,35 @@ class ProxySettings:
             if changed:
                 raise InvalidSettings(f"{changed[0]}: the preset {self.preset!r} factors no layer; leave it out")
 
+    def _check_recipe(self, recipe: Recipe) -> None:
+        """Refuse what the recipe would not read, and dampings that mean nothing."""
+        sides = (("damping_input", recipe.weigh_input), ("damping_output", recipe.weigh_output))
+        unread = [name for name, weighs in sides if not weighs]
+        if len(unread) == len(sides):
+            unread += ["form", "damping", "weighting"]
+        for name in unread:
+            if getattr(self, name) is not None:
+                raise InvalidSettings(f"{name}: the preset {self.preset!r} does not weigh by it; leave it out")
+        if self.kl_weight is not None and recipe.objective != "align+kl":
+            raise InvalidSettings(
+                f"kl_weight: only objective='align+kl' reads it, not {recipe.objective!r}; leave it out"
+            )
+        for name in (name for name, weighs in sides if weighs):
+            if (
+                self.damping == "absolute"
+                and _RECIPES[self.preset].damping == "relative"
+                and getattr(self, name) is None
+            ):
+                raise InvalidSettings(
+                    f"damping='absolute': the preset {self.preset!r} damps relatively, and its numbers mean nothing as "
+                    f"absolute ones; pass {name}, too"
+                )
+            if recipe.weighting == "inverse" and getattr(recipe, name) == 0:
+                raise InvalidSettings(
+                    f"{name}=0 with weighting='inverse': directions without a probe would weigh infinitely; pass a "
+                    "number above zero, such as 0.1"
+                )
+
 
 def recipe_of(settings: ProxySettings) -> Recipe:
     """The preset's recipe with the single settings in place."""
@@ -180,7 +211,7 @@ def recipe_of(settings: ProxySettings) -> Recipe:
         entry.name: value for entry in fields(Recipe) if (value := getattr(settings, entry.name, None)) is not None
     }
     recipe = _RECIPES[settings.preset]
-    if settings.weighting == "inverse" and recipe.damping == "relative":
+    if settings.weighting == "inverse" and settings.damping != "absolute" and recipe.damping == "relative":
         # Inverse moments blow up just those directions that the probes did not measure.
         chosen = {"damping_input": _INVERSE_DAMPING, "damping_output": _INVERSE_DAMPING, **chosen}
     return replace(recipe, **chosen)

@@ -96,6 +96,15 @@ def test_the_inverse_weighting_is_damped_more_unless_told_otherwise() -> None:
     assert (told.damping_input, told.damping_output) == (0.1, 0.5)
 
 
+def test_absolute_damping_takes_numbers_of_its_own_and_the_papers_has_them() -> None:
+    own = {"damping": "absolute", "damping_input": 1e-2, "damping_output": 1e-8}
+    found = recipe_of(ProxySettings(model="m", pool=("p",), **own))  # type: ignore[arg-type]
+    assert (found.damping, found.damping_input, found.damping_output) == ("absolute", 1e-2, 1e-8)
+    one = recipe_of(ProxySettings(model="m", pool=("p",), preset="activation", damping="absolute", damping_input=1.0))
+    assert one.damping_input == 1.0 and not one.weigh_output
+    assert recipe_of(ProxySettings(model="m", pool=("p",), preset="paper", damping="absolute")).damping_output == 1e-3
+
+
 def _needs(preset: str) -> dict[str, str]:
     return {"sibling": "s"} if preset in ("sibling", "influence-scorer") else {}
 
@@ -110,6 +119,15 @@ def _needs(preset: str) -> dict[str, str]:
         ({"temperature": 0.0}, "temperature=0.0: expected a number above zero"),
         ({"held_out_rows": 5}, "held_out_rows=5: expected at least 20"),
         ({"form": "thin"}, "form='thin': expected one of probe, dense, core"),
+        (
+            {"preset": "activation", "damping_output": 0.1},
+            "damping_output: the preset 'activation' does not weigh by it",
+        ),
+        ({"preset": "svd", "form": "core"}, "form: the preset 'svd' does not weigh by it"),
+        ({"kl_weight": 0.5}, "only objective='align\\+kl' reads it, not 'kl'"),
+        ({"damping": "absolute"}, "damps relatively, and its numbers mean nothing.*pass damping_input, too"),
+        ({"damping": "absolute", "damping_input": 1e-3}, "pass damping_output, too"),
+        ({"weighting": "inverse", "damping_output": 0.0}, "damping_output=0 with weighting='inverse'"),
         ({"out": " "}, "out=' ': expected a text that is not empty"),
     ],
 )

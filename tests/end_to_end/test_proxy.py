@@ -126,6 +126,12 @@ def test_two_builds_are_equal_and_a_third_into_the_folder_builds_nothing(
     before = (built.out / "retention.json").read_bytes()
     once_more = build(run, built.out, sweep=True)
     assert once_more.was_finished and (built.out / "retention.json").read_bytes() == before
+    (built.out / "report.html").unlink()
+    easier = build(run, built.out, sweep=True, keep=0.01)
+    assert easier.was_finished and easier.retention["advice"]["keep"] == 0.01
+    assert "0.01 was wanted" in (built.out / "report.html").read_text() and easier.retention["sweep"]
+    build(run, built.out, sweep=True)
+    assert (built.out / "retention.json").read_bytes() == before
     with pytest.raises(InvalidSettings, match=r"holds another run: settings\.sparsity was 0\.5 there and is 0\.7 now"):
         build(run, built.out, sweep=True, sparsity=0.7)
 
@@ -177,6 +183,7 @@ def test_baselines_are_folders_too(run: TinyRun, tmp_path: Path) -> None:
     assert load_model(ModelSettings(name=str(blocks.out), device="cpu")).model.config.num_hidden_layers == 1  # type: ignore[union-attr, operator]
     small = save_model(tmp_path / "small-model", seed=3, hidden=16)
     sibling = build(run, tmp_path / "small", preset="sibling", sibling=small)
+    assert sibling.retention["sparsity"] is None
     assert sibling.retention["cost"]["params_proxy"] < sibling.retention["cost"]["params_full"]
     selection = tamis.select(
         model=sibling.out, pool=run.pool, target=run.target, budget=5, out=tmp_path / "by-sibling", device="cpu"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,14 +13,19 @@ from torch import Tensor, nn
 from online_steps import CANDIDATES, TARGET, autograd_rows, calls_of, mean_gradient_of, optimizer_of, row_loss, split
 from tamis.errors import InvalidInput, InvalidSettings
 from tamis.gradients.jvp import loss_tangents
+from tamis.model.lowrank import Space, put_low_rank_layers
+from tamis.model.proxy_folder import ProxyLayout, layout_of, write_layout
+from tamis.model.targets import gradient_layers
+from tamis.model.trainable import trainable_layers
 from tamis.online import METHODS, Anchored, FilterThenWeight, Full, Greats, Tilt, TracIn, Uniform
 from tamis.online.adam_state import read_adam
 from tamis.online.choice import Evidence
-from tamis.online.proxy import check_proxy
+from tamis.online.proxy import check_proxy, load_proxy
 from tamis.online.settings import StepSettings
 from tamis.online.step import OnlineStep
 from tamis.types import Batch
 from tiny_models import random_batch, tiny_model
+from tiny_run import byte_tokenizer
 
 TOP = FilterThenWeight(keep=2, oversample=3, filter="top", weights="none")
 RAW = {"alignment": "raw", "interactions": "raw", "cold_start": 0}
@@ -222,3 +228,17 @@ def test_a_target_gradient_serves_several_choices_and_its_running_mean_is_adams(
         again = OnlineStep(model, step.method, step.settings)  # resumes with what it remembers
         again.load_state_dict({name: value.clone() for name, value in step.state_dict().items()})
         step = again
+
+
+@pytest.mark.parametrize("space", ["product", "factors"])
+def test_a_proxy_folder_chooses_by_the_gradients_of_its_factors(space: Space, tmp_path: Path) -> None:
+    model = tiny_model("gpt2", dtype=torch.float32)
+    names = [layer.name for layer in gradient_layers(model)]
+    put_low_rank_layers(model, dict.fromkeys(names[1:], 2), space=space)  # one layer stays whole
+    made = cast(ProxyLayout, layout_of(model))
+    cast(Any, model).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    write_layout(made, tmp_path)
+    found = load_proxy(str(tmp_path), torch.device("cpu"))
+    factors = {f"{name}.{factor}" for name in names[1:] for factor in "AB"}
+    assert {layer.name for layer in trainable_layers(found)} == {names[0], *factors}

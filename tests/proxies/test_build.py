@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,11 +72,26 @@ def test_layers_that_would_not_get_smaller_stay_and_are_named(tmp_path: Path) ->
     assert found.compressed_layers < 14
 
 
-def test_the_page_holds_the_numbers_of_the_report(tmp_path: Path) -> None:
-    _, found = built("llama", tmp_path, sweep=True)
+@pytest.fixture(scope="module")
+def whole_report(tmp_path_factory: pytest.TempPathFactory) -> Retention:
+    """With a sweep and a control."""
+    return built("llama", tmp_path_factory.mktemp("whole"), objective="align+kl", sweep=True, steps=1)[1]
+
+
+def test_a_report_is_read_back_as_it_was_written(whole_report: Retention) -> None:
+    found = whole_report
+    again = Retention.from_json(json.loads(json.dumps(found.to_json())))
+    assert again == found and found.control is not None and found.sweep
+    other = again.advised(-1.0)
+    assert other.sparsity == 0.9 and "Score with it" in other.sentences[0]
+    assert again.advised(found.advice.keep) == found.advice
+
+
+def test_the_page_holds_the_numbers_of_the_report(whole_report: Retention) -> None:
+    found = whole_report
     page = retention_page(found, command="tamis proxy --config <x>", warnings=["a <b> warning"])
     assert f"{found.final.agreement.spearman.value:.2g}".replace("-", "−") in page
     assert "tamis proxy --config &lt;x&gt;" in page and "a &lt;b&gt; warning" in page
     for sentence in found.advice.sentences:
         assert sentence in page
-    assert page.count("<polyline") == 4  # three lines over sparsities, one of alignment
+    assert page.count("<polyline") == 5  # three lines over sparsities, alignment and its control

@@ -105,11 +105,29 @@ def test_advice_names_the_largest_measured_sparsity_that_keeps_enough(
     final: float, sweep: dict[float, float], sparsity: float | None, said: str
 ) -> None:
     points = [SweepPoint(sparsity=rho, achieved=rho, kept=at(value)) for rho, value in sweep.items()]
-    found = advise(keep=0.9, sparsity=0.5, before=None, final=at(final), sweep=points, control=None)
+    found = advise(keep=0.9, sparsity=0.5, before=None, final=at(final), sweep=points, control=None, seconds_ratio=0.5)
     assert found.sparsity == sparsity and said in " ".join(found.sentences)
 
 
 def test_advice_says_when_alignment_or_rows_were_not_enough() -> None:
-    found = advise(keep=0.9, sparsity=0.5, before=at(0.8), final=at(0.7, width=0.3), sweep=(), control=at(0.75))
+    found = advise(
+        keep=0.9, sparsity=0.5, before=at(0.8), final=at(0.7, width=0.3), sweep=(), control=at(0.75), seconds_ratio=1.3
+    )
     said = " ".join(found.sentences)
     assert "did not raise the agreement" in said and "--objective kl" in said and "raise --held-out-rows" in said
+    assert "took 1.30 times as long as one of the full model" in said
+
+
+def test_advice_never_names_what_was_done_or_what_a_baseline_cannot_do() -> None:
+    half = SweepPoint(sparsity=0.5, achieved=0.5, kept=at(0.95))
+    worse = advise(
+        keep=0.9, sparsity=0.5, before=at(0.95), final=at(0.8), sweep=[half], control=None, seconds_ratio=0.5
+    )
+    assert "build with --objective none" in " ".join(worse.sentences) and "--sparsity" not in " ".join(worse.sentences)
+    for final in (0.7, 0.95):
+        sibling = advise(
+            keep=0.9, sparsity=None, before=None, final=at(final), sweep=(), control=None, seconds_ratio=0.5,
+            is_low_rank=False,
+        )  # fmt: skip
+        said = " ".join(sibling.sentences)
+        assert sibling.sparsity is None and "--steps" not in said and "sparsity" not in said

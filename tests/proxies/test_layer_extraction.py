@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, SmolLM3Config
 
 import proxy_case
+from tamis.errors import Unsupported
 from tamis.proxies.layer_extraction import block_importance, blocks_to_keep, extract_blocks
 from tamis.proxies.rows import batches_of
 from tiny_models import FAMILIES, random_batch
@@ -67,3 +70,33 @@ def test_kinds_of_attention_follow_their_blocks() -> None:
     assert shorter.config.layer_types == [kinds[1], kinds[2], kinds[3]]
     assert [block.self_attn.layer_idx for block in shorter.model.layers] == [0, 1, 2]
     assert [block.self_attn.layer_idx for block in model.model.layers] == [0, 1, 2, 3]
+
+
+_SMALL: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_EXPERTS: dict[str, Any] = {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SmolLM3Config(**_SMALL, no_rope_layers=[1, 0, 1, 0]),
+        Qwen3MoeConfig(**_SMALL, **_EXPERTS, mlp_only_layers=[0, 3]),
+    ],
+)
+def test_what_a_config_says_of_single_blocks_follows_them_to_disk(config: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shorter: Any = extract_blocks(AutoModelForCausalLM.from_config(config).eval(), [1, 3])
+    shorter.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, shorter(input_ids=ids, use_cache=False).logits)
+
+
+def test_blocks_that_a_config_can_only_count_out_are_refused() -> None:
+    config = Qwen3MoeConfig(**_SMALL, **_EXPERTS, decoder_sparse_step=2)  # every second block has experts
+    with pytest.raises(Unsupported, match=r"cannot describe these blocks alone \(block '0\.mlp.*another preset"):
+        extract_blocks(AutoModelForCausalLM.from_config(config), [1, 3])

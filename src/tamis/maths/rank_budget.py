@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,32 +48,44 @@ def rank_for(sparsity: float, rows: int, columns: int) -> int:
 
 
 def share_ranks(layers: Sequence[LayerSpectrum], sparsity: float) -> list[int]:
-    """As many numbers in all as ``rank_for`` spends, given where a layer's directions hold most of *its* energy.
+    """At most the numbers that ``rank_for`` spends, given where a layer's directions hold most of *its* energy.
 
-    Greedy by (squared singular value over the layer's sum of them) per number, in steps of the layer's multiple.
+    Greedy by (squared singular value over the layer's sum of them) per number, in steps of the layer's multiple, from
+    one step each or what ``rank_for`` gives if that is less. No step makes a layer's factors as large as the layer:
+    those numbers are better spent elsewhere.
     Energy is compared as a share because raw energies of layers differ by their units.
     """
-    budget = sum(rank_for(sparsity, layer.rows, layer.columns) * layer.per_rank for layer in layers)
-    ranks, gains = [], []
-    for index, layer in enumerate(layers):
-        step = _step(layer)
-        squares = layer.values**2
-        shares = squares / total if (total := squares.sum()) else squares
-        ranks.append(1 if step == 1 else min(step, len(shares)))
-        for first in range(ranks[-1], len(shares), step):
-            size = min(step, len(shares) - first)
-            gains.append((float(shares[first : first + size].sum()) / (size * layer.per_rank), index, first, size))
-    left = budget - sum(rank * layer.per_rank for rank, layer in zip(ranks, layers, strict=True))
-    full: set[int] = set()
-    for _, index, first, size in sorted(gains, key=lambda gain: (-gain[0], gain[1], gain[2])):
-        cost = size * layers[index].per_rank
-        if index in full or cost > left:
-            full.add(index)  # its later steps gain less: taking one of them would leave a gap
+    ruled = [rank_for(sparsity, layer.rows, layer.columns) for layer in layers]
+    ranks = [min(_step(layer), rank) for layer, rank in zip(layers, ruled, strict=True)]
+    left = sum((rule - rank) * layer.per_rank for layer, rule, rank in zip(layers, ruled, ranks, strict=True))
+    waiting = [(-gain, index) for index, layer in enumerate(layers) if (gain := _gain(layer, ranks[index]))]
+    heapq.heapify(waiting)
+    while waiting:  # a layer's next step enters as the one before is taken, so that none leaves a gap
+        _, index = heapq.heappop(waiting)
+        layer = layers[index]
+        size = _next_size(layer, ranks[index])
+        if size * layer.per_rank > left:
             continue
-        assert ranks[index] == first
         ranks[index] += size
-        left -= cost
+        left -= size * layer.per_rank
+        if gain := _gain(layer, ranks[index]):
+            heapq.heappush(waiting, (-gain, index))
     return ranks
+
+
+def _gain(layer: LayerSpectrum, rank: int) -> float:
+    """Share of the layer's energy per number that the step after ``rank`` adds; 0 where there is no such step."""
+    size = _next_size(layer, rank)
+    squares = layer.values**2
+    added = float(squares[rank : rank + size].sum())
+    return added / (float(squares.sum()) * size * layer.per_rank) if added else 0.0
+
+
+def _next_size(layer: LayerSpectrum, rank: int) -> int:
+    """Directions of the step after ``rank``, which ends at the last rank that still saves something."""
+    most = (layer.rows * layer.columns - 1) // layer.per_rank
+    most -= most % min(_step(layer), 8)
+    return max(0, min(_step(layer), most - rank))
 
 
 def _step(layer: LayerSpectrum) -> int:

@@ -15,6 +15,7 @@ from tamis.errors import InvalidInput, InvalidSettings
 from tamis.gradients.parameters import param_matrices
 from tamis.gradients.rows import RowGradients, hold_gradients, summed_gradient
 from tamis.model.load import ModelSettings, load_model
+from tamis.model.lowrank import set_space
 from tamis.model.processes import counts_of_all
 from tamis.model.targets import embedding_matrix, gradient_layers
 from tamis.model.trainable import trainable_layers
@@ -49,10 +50,14 @@ def check_proxy(candidates: str, model: Any) -> str | None:
 def load_proxy(name: str, device: torch.device) -> nn.Module:
     """The model ``name`` with gradients of its blocks' linear layers, or of its adapter if it is one.
 
+    Of a folder of ``tamis proxy`` they are those of the factors, whatever space the folder asks for: a step takes
+    gradients of parameters, and a product is none.
+
     Raises:
         InvalidInput: it cannot be read.
     """
     model = load_model(ModelSettings(name=name, device=device.type)).model
+    set_space(model, "factors")
     layers = gradient_layers(model)
     for param in model.parameters():
         param.requires_grad_(False)

@@ -135,9 +135,8 @@ def build_scorer(
         "row). It knows these targets alone, and the folder is no model: scores.parquet has its scores of the pool."
     )
     made = _retention(settings, bench, model, sibling.model, full, full, cost=cost, achieved=0.0, notes=(note,))
-    advice = advise(keep=settings.keep, sparsity=settings.sparsity, before=None, final=final, sweep=(), control=None)
     achieved = _size_ratio(model, sibling.model)
-    return replace(made, final=final, achieved=achieved, advice=advice)
+    return replace(made, final=final, achieved=achieved, advice=made.advised(settings.keep, final))
 
 
 def _write_scores(rows: list[tuple[int, Row]], scores: FloatArray, names: Sequence[str], path: Path) -> None:
@@ -169,12 +168,14 @@ def _retention(
     notes: tuple[str, ...] = (),
 ) -> Retention:
     final = bench.kept("this proxy", ours, full)
+    # Another model has the size that it has, whatever --sparsity says.
+    sparsity = settings.sparsity if settings.preset == "layer-extraction" else None
     return Retention(
         model=settings.model,
         preset=settings.preset,
         objective="none",
         space="product",
-        sparsity=settings.sparsity,
+        sparsity=sparsity,
         achieved=achieved,
         achieved_whole=_size_ratio(model, proxy),
         compressed_layers=0,
@@ -189,6 +190,15 @@ def _retention(
         aligned=None,
         control=None,
         cost=cost,
-        advice=advise(keep=settings.keep, sparsity=settings.sparsity, before=None, final=final, sweep=(), control=None),
+        advice=advise(
+            keep=settings.keep,
+            sparsity=sparsity,
+            before=None,
+            final=final,
+            sweep=(),
+            control=None,
+            seconds_ratio=cost.seconds_ratio,
+            is_low_rank=False,
+        ),
         notes=(*bench.roles.notes(), *notes),
     )

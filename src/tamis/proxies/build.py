@@ -21,7 +21,7 @@ from tamis.proxies.compressible import Compressible, find_compressible
 from tamis.proxies.decompose import Decomposed, decompose
 from tamis.proxies.influence import Measured, agreement, mean_correlation, mixed_scores
 from tamis.proxies.objectives import factor_params
-from tamis.proxies.retention import Kept, Retention, SweepPoint, advise
+from tamis.proxies.retention import BEFORE, CONTROL, Kept, Retention, SweepPoint, advise
 from tamis.proxies.rows import batches_of
 from tamis.proxy_settings import SWEEP, ProxySettings, Recipe, recipe_of
 
@@ -89,7 +89,7 @@ def build_low_rank(
     sweep = _sweep(model, done, layers, reachable, full, bench, progress)
     ranks = done.ranks(settings.sparsity)
     proxy = proxy_of(model, done.factors(ranks), space=recipe.space)
-    before = bench.kept("before alignment", bench.held_out(proxy), full)
+    before = bench.kept(BEFORE, bench.held_out(proxy), full)
     aligned, control = None, None
     others = []
     if recipe.objective != "none" and settings.steps and ranks:
@@ -108,6 +108,7 @@ def build_low_rank(
     final = bench.kept(f"this proxy, {recipe.space}", ours, full)
     others += _other_spaces(proxy, recipe, ours, full, bench)
     achieved, whole = achieved_sparsity(model, proxy, layers)
+    cost = bench.cost(model, proxy, build=done.seconds, align=aligned.seconds if aligned else 0.0)
     return Retention(
         model=settings.model,
         preset=settings.preset,
@@ -127,14 +128,15 @@ def build_low_rank(
         sweep=tuple(sweep),
         aligned=aligned,
         control=control,
-        cost=bench.cost(model, proxy, build=done.seconds, align=aligned.seconds if aligned else 0.0),
+        cost=cost,
         advice=advise(
             keep=settings.keep,
             sparsity=settings.sparsity,
             before=before if aligned else None,
             final=final,
             sweep=sweep,
-            control=next((entry for entry in others if entry.name.startswith("control")), None),
+            control=next((entry for entry in others if entry.name == CONTROL), None),
+            seconds_ratio=cost.seconds_ratio,
         ),
         notes=(*roles.notes(), *layers.notes, *done.notes, *_kept_whole(layers, ranks)),
     )
@@ -231,7 +233,7 @@ def _control(
     """Outputs alone from the same start, as many steps as cost about the same: a step with gradients costs three."""
     options = replace(options, objective="kl", steps=3 * options.steps, measure_steps=3 * options.measure_steps)
     done = _aligned(proxy, model, options, retention, bench, folder, progress)
-    return done, bench.kept("control: outputs alone, three times the steps", bench.held_out(proxy), full)
+    return done, bench.kept(CONTROL, bench.held_out(proxy), full)
 
 
 def _other_spaces(proxy: nn.Module, recipe: Recipe, ours: Measured, full: Measured, bench: Bench) -> list[Kept]:

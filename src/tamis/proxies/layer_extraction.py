@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tamis.errors import Unsupported
 from tamis.model.blocks import Decoder
 from tamis.model.loss import per_sample_losses
 from tamis.model.targets import embedding_matrix
@@ -21,6 +22,10 @@ from tamis.proxies.assemble import copy_with
 from tamis.types import Batch
 
 __all__ = ["block_importance", "blocks_to_keep", "extract_blocks"]
+
+# What Transformers' configs say of single blocks: one entry for each, or the numbers of some.
+_BLOCK_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
+_BLOCK_NUMBERS = ("mlp_only_layers",)
 
 
 def block_importance(model: nn.Module, batches: Sequence[Batch]) -> list[float]:
@@ -63,7 +68,11 @@ def blocks_to_keep(importance: Sequence[float], sparsity: float) -> list[int]:
 
 
 def extract_blocks(model: nn.Module, kept: Sequence[int]) -> nn.Module:
-    """A model of these blocks alone, numbered anew; it shares their tensors and is an ordinary model of its family."""
+    """A model of these blocks alone, numbered anew; it shares their tensors and is an ordinary model of its family.
+
+    Raises:
+        Unsupported: the config makes blocks differ by their number in a way that cannot be written for fewer blocks.
+    """
     decoder = Decoder.of(model)
     blocks = decoder.blocks
     # The dropped blocks are never copied; the list that holds the others is made by hand.
@@ -74,7 +83,34 @@ def extract_blocks(model: nn.Module, kept: Sequence[int]) -> nn.Module:
                 if isinstance(getattr(module, name, None), int):
                     setattr(module, name, number)
     _shorten(shorter, kept)
+    _check_config(shorter)
     return shorter
+
+
+def _check_config(shorter: nn.Module) -> None:
+    """Stop if the config would make other blocks than the model has: its folder would load to other numbers."""
+    with torch.device("meta"):
+        made = type(shorter)(copy.deepcopy(shorter.config))
+    own, theirs = (Decoder.of(model).blocks for model in (shorter, made))
+    shapes = [{name: tuple(param.shape) for name, param in blocks.named_parameters()} for blocks in (own, theirs)]
+    settings = [_plain_settings(blocks) for blocks in (own, theirs)]
+    differing = (shapes[0].items() ^ shapes[1].items()) or (settings[0].items() ^ settings[1].items())
+    if differing:
+        first = min(name for name, _ in differing)
+        raise Unsupported(
+            f"{type(shorter).__name__}: its config cannot describe these blocks alone (block '{first}' would be "
+            "another one when the folder is loaded); layer-extraction does not work on this family, take another preset"
+        )
+
+
+def _plain_settings(model: nn.Module) -> dict[str, Any]:
+    """What modules hold beside tensors, such as whether an attention turns positions, by qualified name."""
+    return {
+        f"{name}.{key}": value
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if key != "training" and not key.startswith("_") and isinstance(value, (bool, int, float, str))
+    }
 
 
 def _blocks_of(model: nn.Module, decoder: Decoder) -> nn.ModuleList:
@@ -94,8 +130,11 @@ def _shorten(model: nn.Module, kept: Sequence[int]) -> None:
             done[id(config)] = changed = copy.deepcopy(config)
             done[id(changed)] = changed
             text = changed.get_text_config() if hasattr(changed, "get_text_config") else changed
-            kinds = getattr(text, "layer_types", None)
+            number = text.num_hidden_layers
             text.num_hidden_layers = len(kept)
-            if kinds:
-                text.layer_types = [kinds[index] for index in kept]
+            for name, value in vars(text).items():
+                if name in _BLOCK_NUMBERS and value is not None:
+                    setattr(text, name, [kept.index(index) for index in value if index in kept])
+                elif name in _BLOCK_LISTS and value and len(value) == number:
+                    setattr(text, name, [value[index] for index in kept])
         vars(module)["config"] = done[id(config)]

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 from torch import nn
 
 from tamis.model.flops import ModelShape, stage_flops
-from tamis.proxies.align import Aligned
+from tamis.proxies.align import Aligned, CurvePoint
 from tamis.proxies.compressible import LeftOut
-from tamis.proxies.influence import Agreement, Measured, agreement
+from tamis.proxies.influence import Agreement, Interval, Measured, agreement
 from tamis.proxies.rows import Row
 
-__all__ = ["Advice", "Cost", "Kept", "Retention", "SweepPoint", "advise", "block_tflops", "kept", "total_tflops"]
+__all__ = [
+    "BEFORE",
+    "CONTROL",
+    "Advice",
+    "Cost",
+    "Kept",
+    "Retention",
+    "SweepPoint",
+    "advise",
+    "block_tflops",
+    "kept",
+    "total_tflops",
+]
+
+BEFORE, CONTROL = "before alignment", "control: outputs alone, three times the steps"  # names of measurements
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +100,7 @@ class Retention:
     preset: str
     objective: str
     space: str
-    sparsity: float  # asked for
+    sparsity: float | None  # asked for; None for another model, which has the size that it has
     achieved: float  # share of the numbers removed from the layers in factors
     achieved_whole: float  # of the whole model, embeddings included
     compressed_layers: int
@@ -107,6 +123,58 @@ class Retention:
         """Full over proxy: 1 is a proxy as good as its target."""
         return self.loss_full / self.final.loss if self.final.loss else None
 
+    def advised(self, keep: float, final: Kept | None = None) -> Advice:
+        """The advice for another wanted part of the ranking, or for other measurements of the proxy itself."""
+        before, control = (
+            next((kept for kept in self.others if kept.name == name), None) for name in (BEFORE, CONTROL)
+        )
+        return advise(
+            keep=keep,
+            sparsity=self.sparsity,
+            before=before,
+            final=final or self.final,
+            sweep=self.sweep,
+            control=control,
+            seconds_ratio=self.cost.seconds_ratio,
+            is_low_rank=bool(self.ranks or self.sweep),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """What stands in ``retention.json``: the fields, and the ratios that follow from them."""
+        return {
+            **json.loads(json.dumps(asdict(self))),
+            "loss_ratio": self.loss_ratio,
+            "flops_ratio": self.cost.flops_ratio,
+            "seconds_ratio": self.cost.seconds_ratio,
+            "build_share": self.cost.build_share,
+        }
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Retention:
+        """The inverse of ``to_json``."""
+        plain = {entry.name: found[entry.name] for entry in fields(cls)}
+        plain["ranks"] = tuple(found["ranks"]) if found["ranks"] else None
+        plain["left_out"] = tuple(LeftOut(**entry) for entry in found["left_out"])
+        plain["final"] = _kept_from(found["final"])
+        plain["others"] = tuple(_kept_from(entry) for entry in found["others"])
+        plain["sweep"] = tuple(SweepPoint(**{**entry, "kept": _kept_from(entry["kept"])}) for entry in found["sweep"])
+        for name in ("aligned", "control"):
+            plain[name] = found[name] and Aligned(
+                **{**found[name], "curve": tuple(CurvePoint(**point) for point in found[name]["curve"])}
+            )
+        plain["cost"] = Cost(**found["cost"])
+        plain["advice"] = Advice(**{**found["advice"], "sentences": tuple(found["advice"]["sentences"])})
+        plain["notes"] = tuple(found["notes"])
+        return cls(**plain)
+
+
+def _kept_from(found: Mapping[str, Any]) -> Kept:
+    said = found["agreement"]
+    intervals = {name: Interval(**said[name]) for name in ("spearman", "top_overlap")}
+    return Kept(
+        name=found["name"], loss=found["loss"], agreement=Agreement(**intervals, by_target=dict(said["by_target"]))
+    )
+
 
 def kept(name: str, ours: Measured, full: Measured, targets: Sequence[str], *, seed: int) -> Kept:
     """How a measured proxy agrees with the measured full model."""
@@ -116,27 +184,55 @@ def kept(name: str, ours: Measured, full: Measured, targets: Sequence[str], *, s
 
 
 def advise(
-    *, keep: float, sparsity: float, before: Kept | None, final: Kept, sweep: Sequence[SweepPoint], control: Kept | None
+    *,
+    keep: float,
+    sparsity: float | None,
+    before: Kept | None,
+    final: Kept,
+    sweep: Sequence[SweepPoint],
+    control: Kept | None,
+    seconds_ratio: float,
+    is_low_rank: bool = True,
 ) -> Advice:
-    """What to do, from what was measured and nothing else; correlations are of the middle of their intervals."""
+    """What to do, from what was measured and nothing else; correlations are of the middle of their intervals.
+
+    Args:
+        keep: part of the ranking that is wanted.
+        sparsity: None for another model, which has none.
+        before: the proxy before alignment, None without one.
+        final: the proxy.
+        sweep: other sparsities.
+        control: the one aligned by outputs alone, None without one.
+        seconds_ratio: of a scoring pass, proxy over full.
+        is_low_rank: baselines are not, and have no alignment to lengthen.
+    """
     found = final.agreement.spearman.value
     points = [(point.sparsity, point.kept.agreement.spearman.value) for point in sweep]
-    good = [rho for rho, value in [*points, (sparsity, found)] if value >= keep]
+    if sparsity is not None:
+        points.append((sparsity, found))
+    good = [rho for rho, value in points if value >= keep]
     best = max(good, default=None)
     sentences = []
     if found >= keep:
         sentences.append(f"This proxy keeps {found:.2f} of the ranking; {keep:g} was wanted. Score with it.")
-        larger = [rho for rho in good if rho > sparsity]
+        larger = [rho for rho in good if sparsity is not None and rho > sparsity]
         if larger:
             sentences.append(f"A sparsity of {max(larger):g} kept that much before alignment: try it, it is cheaper.")
     else:
         sentences.append(f"This proxy keeps {found:.2f} of the ranking, less than the {keep:g} that was wanted.")
-        if best is not None:
+        if best is not None and best == sparsity:
+            sentences.append("The same sparsity kept it before alignment: build with --objective none.")
+        elif best is not None:
             sentences.append(f"A sparsity of {best:g} kept it before alignment: build with --sparsity {best:g}.")
-        else:
+        elif is_low_rank:
             sentences.append(
                 "No sparsity that was measured kept it. Score with the full model after a --shortlist, align for more "
                 "--steps, or accept the loss of agreement."
+            )
+        else:
+            sentences.append(
+                "Score with the full model after a --shortlist, build a proxy by the preset default, or accept the "
+                "loss of agreement."
             )
     if before is not None and found < before.agreement.spearman.value:
         sentences.append("Alignment did not raise the agreement on held-out rows; more rows or a lower rate may.")
@@ -144,6 +240,11 @@ def advise(
         sentences.append(
             f"The control, aligned by outputs alone for as long, keeps more ({control.agreement.spearman.value:.2f}): "
             "build with --objective kl."
+        )
+    if seconds_ratio >= 1:
+        sentences.append(
+            f"A pass of it took {seconds_ratio:.2f} times as long as one of the full model: it saves no time on this "
+            "machine."
         )
     low, high = final.agreement.spearman.low, final.agreement.spearman.high
     if high - low > 0.2:

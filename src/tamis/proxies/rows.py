@@ -231,7 +231,9 @@ def _given_targets(target: Mapping[str, Sequence[Example]], renderer: Renderer, 
     for index, (name, examples) in enumerate(target.items()):
         usable = [row for example in examples if (row := _render(example, renderer, on_bad_row)) is not None]
         if not usable:
-            raise InvalidInput(f"target '{name}' has no row with a supervised token; give it usable rows")
+            raise InvalidInput(
+                f"target '{name}' has no row with a supervised token; give it other rows, or raise --max-length"
+            )
         rows += usable
         group += [index] * len(usable)
     return TargetRows(rows=tuple(rows), group=np.array(group, dtype=np.int64), names=tuple(target), are_stand_ins=False)

@@ -66,7 +66,7 @@ def _visible(value: Any) -> Any:
 
 
 def _sweep(content: Retention) -> list[Drawing]:
-    if len(content.sweep) < 2:
+    if len(content.sweep) < 2 or content.sparsity is None:
         return []
     points = [(p.sparsity, p.kept.agreement.spearman.value) for p in content.sweep]
     losses = [(p.sparsity, content.loss_full / p.kept.loss) for p in content.sweep if p.kept.loss]
