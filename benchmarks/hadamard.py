@@ -6,6 +6,11 @@ Speed: one vector of 2^20 to 2^24 entries, processor time on one thread, against
 bit) and against the two-sided matrix product of two factors. Every repeat times all of them in turn; ratios are formed
 within a repeat. Distortion: 20 correlated unit vectors of four kinds, 200 draws; the mean error of their inner products
 (bias) and its root mean square, beside that of dense random signs.
+
+    python benchmarks/hadamard.py --model MODEL --pool POOL
+
+Instead: what whole gradients of a real model cost a row with each projection, forward and backward pass included, and
+how far their cosines lie from those of the Hadamard projection to 32,768 numbers.
 """
 
 from __future__ import annotations
@@ -17,11 +22,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from tamis.data.batches import collate
+from tamis.data.examples import read_examples
+from tamis.data.render import Renderer
+from tamis.gradients.per_sample import per_sample_features
 from tamis.maths.hadamard import fwht, hadamard_matrix
-from tamis.projection import HadamardProjector
+from tamis.maths.similarity import unit_rows
+from tamis.model.load import ModelSettings, load_model, load_tokenizer
+from tamis.model.targets import gradient_layers
+from tamis.projection import HadamardProjector, make_projector
 
 RESULTS = Path(__file__).parent / "results"
 DRAWS, VECTORS = 200, 20
@@ -145,17 +158,76 @@ def distortion() -> list[dict[str, object]]:
     return lines
 
 
+def whole_gradients(model_name: str, pool: str, *, rows: int, dtype: str) -> list[dict[str, object]]:
+    """Processor seconds a row, and cosines beside those of the best projection here, for short rows of a pool."""
+    renderer = Renderer(load_tokenizer(ModelSettings(name=model_name)), max_length=256)
+    settings = ModelSettings(name=model_name, dtype=dtype, device="cpu", attention="eager")
+    examples = []
+    for example in read_examples([pool], kind="pool"):
+        row = renderer.render(example)
+        if row.num_supervised and not row.truncated:
+            examples.append(row)
+        if len(examples) == rows:
+            break
+    model = load_model(settings).model
+    layers, found, lines = gradient_layers(model, include_head=False), {}, list[dict[str, object]]()
+    tokens = sum(len(row.input_ids) for row in examples)
+    for name, dim in (("hadamard", 32768), ("hadamard", 8192), ("factorized", 32), ("factorized", 16)):
+        projector = make_projector(name, dim=dim, seed=0)
+        per_sample_features(
+            model, collate(np.arange(1), examples[:1], 0), layers, projector
+        )  # draws what it needs once
+        taken, features = [], []
+        for index, row in enumerate(examples):
+            batch = collate(np.array([index]), [row], 0)
+            start = time.process_time()
+            features.append(per_sample_features(model, batch, layers, projector)[1].float())
+            taken.append(time.process_time() - start)
+        unit = unit_rows(torch.cat(features))
+        found[name, dim] = (unit @ unit.T)[torch.triu(torch.ones(rows, rows), 1) > 0]
+        truth, own = found["hadamard", 32768], found[name, dim]
+        lines.append(
+            {
+                "projection": name,
+                "dim": dim,
+                "seconds_a_row": round(statistics.fmean(taken), 3),
+                "tokens_a_row": round(tokens / rows, 1),
+                "rows": rows,
+                "spread_of_cosines": round(float(truth.std()), 4),
+                "rms_difference": round(float((own - truth).square().mean().sqrt()), 4),
+                "correlation": round(float(torch.corrcoef(torch.stack([own, truth]))[0, 1]), 4),
+                "dtype": dtype,
+            }
+        )
+        print(*lines[-1].values(), sep="  ", flush=True)
+    return lines
+
+
+def write(path: Path, lines: list[dict[str, object]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=RESULTS)
+    parser.add_argument("--model", help="measure whole gradients of this model instead")
+    parser.add_argument("--pool", help="rows for that")
+    parser.add_argument("--rows", type=int, default=32, help="the first so many of at most 256 tokens")
+    parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for name, lines in (("hadamard-speed", speed(options.repeats)), ("hadamard-distortion", distortion())):
-        with (options.folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=list(lines[0]))
-            writer.writeheader()
-            writer.writerows(lines)
+    if (options.model is None) != (options.pool is None):
+        parser.error("--model and --pool go together")
+    if options.model is not None:
+        lines = whole_gradients(options.model, options.pool, rows=options.rows, dtype=options.dtype)
+        return write(options.folder / "hadamard-gradients.csv", lines)
+    write(options.folder / "hadamard-speed.csv", speed(options.repeats))
+    write(options.folder / "hadamard-distortion.csv", distortion())
+    return None
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from tamis.data.rows import Rows
 from tamis.disk import check_writable
 from tamis.errors import StoreCorrupted
 from tamis.identity import file_sha256, fingerprint
-from tamis.manifest import versions
 from tamis.maths.ranks import rank_correlation
 from tamis.outputs import claim_folder, write_json, write_scores
 from tamis.progress import NoProgress
@@ -35,6 +34,7 @@ from tamis.trajectory.embeddings import run_embeddings, scores_from_embeddings
 from tamis.trajectory.summary_matrix import draw_masks
 from tamis.trajectory.sweep import SweepSettings, run_sweep, target_gradients
 from tamis.trajectory.update_error import exact_errors
+from tamis.versions import versions
 
 __all__ = ["Attribution", "attribute_from_settings", "sweep_settings"]
 

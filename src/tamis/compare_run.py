@@ -30,7 +30,6 @@ from tamis.data.examples import read_examples
 from tamis.data.rows import Rows
 from tamis.disk import check_writable
 from tamis.identity import text_sha256
-from tamis.manifest import versions
 from tamis.model.flops import ModelShape
 from tamis.model.limits import skeleton
 from tamis.model.load import model_fingerprint, resolved_dtype, template_text
@@ -45,6 +44,7 @@ from tamis.report.document import write_document
 from tamis.report.wording import counted
 from tamis.settings import SelectSettings, target_parts, to_dict
 from tamis.train_setup import check_device, check_tuning
+from tamis.versions import versions
 
 __all__ = ["CompareResult", "PlantedResult", "compare_from_settings"]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -13,7 +11,7 @@ from tamis.corpora import Corpora
 from tamis.model.flops import ModelShape, stage_tflops
 from tamis.model.limits import skeleton
 
-__all__ = ["costs", "describe_data", "versions"]
+__all__ = ["costs", "describe_data"]
 
 
 def describe_data(corpora: Corpora, *, scored: int) -> dict[str, Any]:
@@ -71,15 +69,3 @@ def costs(task: Task, method: str, *, scoring_s: float, elapsed_s: float) -> dic
         "total_seconds": round(total_seconds, 3),
         "total_tflops": total_tflops,
     }
-
-
-def versions() -> dict[str, str]:
-    """Releases of Python, the platform and the libraries, as far as they are installed."""
-    names = ("tamis", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "safetensors")
-    found = {}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return {"python": platform.python_version(), "platform": platform.platform(), **found}

@@ -25,7 +25,7 @@ from tamis.data.rows import Rows
 from tamis.disk import check_writable
 from tamis.errors import InvalidSettings
 from tamis.identity import file_sha256, text_sha256
-from tamis.manifest import costs, describe_data, versions
+from tamis.manifest import costs, describe_data
 from tamis.model.load import model_fingerprint, resolved_dtype, template_text
 from tamis.model.processes import barrier, is_main
 from tamis.outputs import (
@@ -50,6 +50,7 @@ from tamis.selection.choose import Choice, choose
 from tamis.selection.flags import flag_high_losses
 from tamis.settings import SelectSettings, from_dict, shortlist_parts, to_dict
 from tamis.types import Budget, FloatArray, IntArray, TargetScores
+from tamis.versions import versions
 
 __all__ = ["Selection", "make_method", "select_from_settings"]
 

@@ -22,7 +22,6 @@ from tamis.data.examples import read_examples
 from tamis.data.rows import Rows
 from tamis.disk import check_writable, replace_atomically
 from tamis.identity import text_sha256
-from tamis.manifest import versions
 from tamis.model.load import model_fingerprint, resolved_dtype, template_text
 from tamis.model.processes import barrier, is_main
 from tamis.outputs import check_claim, claim_folder, write_json
@@ -31,6 +30,7 @@ from tamis.protocols import Progress
 from tamis.report.document import write_document
 from tamis.report.planted import planted_document
 from tamis.settings import SelectSettings, to_dict
+from tamis.versions import versions
 
 __all__ = ["PlantedResult", "PlantedStanding", "planted_from_settings"]
 

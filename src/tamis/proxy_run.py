@@ -25,7 +25,6 @@ from tamis.data.rows import Rows
 from tamis.disk import check_writable, replace_atomically
 from tamis.errors import InvalidSettings
 from tamis.identity import file_sha256, text_sha256
-from tamis.manifest import versions
 from tamis.model.limits import model_limits
 from tamis.model.load import (
     LoadedModel,
@@ -52,6 +51,7 @@ from tamis.proxy_settings import ProxySettings
 from tamis.report.retention_page import retention_page
 from tamis.types import Example
 from tamis.values import to_dict
+from tamis.versions import versions
 
 __all__ = ["ProxyResult", "prepare", "proxy_from_settings", "read_rows"]
 

@@ -24,7 +24,6 @@ from tamis.disk import check_writable, disk_errors
 from tamis.errors import InvalidSettings
 from tamis.identity import file_sha256, text_sha256
 from tamis.identity import fingerprint as fingerprint_of
-from tamis.manifest import versions
 from tamis.model.load import ModelSettings, model_fingerprint, no_progress_bars, template_text
 from tamis.model.memory import is_out_of_memory
 from tamis.model.processes import barrier, is_main, world_size
@@ -52,6 +51,7 @@ from tamis.train_setup import (
     open_model,
     training_arguments,
 )
+from tamis.versions import versions
 
 __all__ = ["TrainResult", "train_from_settings"]
 

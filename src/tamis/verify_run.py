@@ -23,7 +23,6 @@ from tamis.config import write_config
 from tamis.data.rows import Rows
 from tamis.disk import check_writable, make_folder, replace_atomically
 from tamis.errors import InvalidSettings
-from tamis.manifest import versions
 from tamis.outputs import claim_folder, write_json
 from tamis.progress import NoProgress
 from tamis.protocols import Progress
@@ -36,6 +35,7 @@ from tamis.trajectory.fidelity import agreement
 from tamis.trajectory.leave_out import leave_out_effect
 from tamis.trajectory.replay import play_segment, segments
 from tamis.trajectory.sweep import SweepSettings, run_sweep
+from tamis.versions import versions
 
 __all__ = ["Verification", "verify_from_settings"]
 

@@ -21,7 +21,6 @@ from transformers import TrainerCallback
 
 from tamis.disk import check_writable
 from tamis.errors import InvalidInput, InvalidSettings, Unsupported
-from tamis.manifest import versions
 from tamis.model.processes import world_size
 from tamis.trajectory.causal import random_state_of
 from tamis.trajectory.identity import base_dtype, describe_model, frozen_digest, has_dropout
@@ -29,6 +28,7 @@ from tamis.trajectory.log import LOG_VERSION, LoggedMicro, LoggedStep, LogWriter
 from tamis.trajectory.optimizer_state import LiveOptimizer, live_optimizer
 from tamis.trajectory.token_rows import TOKEN_INPUTS, TokenRow, rows_of_inputs
 from tamis.types import Batch
+from tamis.versions import versions
 
 __all__ = ["TrajectoryRecorder"]
 

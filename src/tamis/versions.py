@@ -1,0 +1,20 @@
+"""Which releases a result was computed with."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+__all__ = ["versions"]
+
+
+def versions() -> dict[str, str]:
+    """Releases of Python, the platform and the libraries, as far as they are installed."""
+    names = ("tamis", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "safetensors")
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {"python": platform.python_version(), "platform": platform.platform(), **found}
