@@ -152,13 +152,17 @@ def _store(settings: CompareSettings) -> Path:
 def _select_all(
     settings: CompareSettings, contenders: Sequence[Contender], progress: Progress, held: Mapping[str, Rows]
 ) -> dict[tuple[str, str], Chosen]:
-    """The selection of every method at every budget, from one store of features."""
-    return {
-        (contender.name, budget): select_rows(settings, contender.text, budget, progress=progress, held=held)
-        for contender in contenders
-        if contender.kind == "selected" and contender.text is not None
+    """The selection of every method at every budget, from one store of features.
+
+    Methods that see the whole pool come first, so that those behind a shortlist find their rows' features in the store.
+    """
+    texts = {c.name: c.text for c in contenders if c.kind == "selected" and c.text is not None}
+    made = {
+        (name, budget): select_rows(settings, texts[name], budget, progress=progress, held=held)
+        for name in sorted(texts, key=lambda name: texts[name].shortlist is not None)
         for budget in settings.all_budgets
     }
+    return {(name, budget): made[name, budget] for name in texts for budget in settings.all_budgets}
 
 
 def _train_all(grid: Grid, bench: Bench, records: Records, progress: Progress) -> dict[tuple[str, str], list[Cell]]:
