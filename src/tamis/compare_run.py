@@ -18,6 +18,7 @@ from tamis.compare_grid import Grid, common_spec, make_missing
 from tamis.compare_selections import Chosen, PoolTable, select_rows
 from tamis.compare_settings import CompareSettings, method_parts
 from tamis.compare_training import Bench
+from tamis.comparison.benchmarks import open_benchmarks
 from tamis.comparison.cells import Cell, Price
 from tamis.comparison.contenders import Contender, contenders_of
 from tamis.comparison.datamodel import Foretold, foretell
@@ -69,6 +70,9 @@ def compare_from_settings(
     if any(text.is_online for text in settings.contenders):  # only these train with the Trainer
         check_device(run)
     check_tuning(run)
+    benchmarks = open_benchmarks(
+        settings.tasks, folder=settings.task_folder, limit=settings.task_limit, shots=settings.task_shots
+    )
     model = model_fingerprint(model_settings(run))
     target = read_examples(
         [path for _, path in map(target_parts, settings.target)],
@@ -115,6 +119,8 @@ def compare_from_settings(
             attention=settings.attention,
             pool=rendered.pool.identity,
             eval=rendered.target.identity,
+            # Runs without tasks keep the names that they had before there were any.
+            **({"tasks": benchmarks.identity} if benchmarks is not None else {}),
         ),
         target=target.identity["content"],
     )
@@ -126,6 +132,7 @@ def compare_from_settings(
         tasks=sources.target_names,
         price=grid.price,
         held=held,
+        benchmarks=benchmarks,
     )
     records = Records(out / "records")
     cells = _train_all(grid, bench, records, progress)

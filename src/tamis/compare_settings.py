@@ -83,6 +83,10 @@ class CompareSettings:
     metric: Literal["loss", "exact-match"] = "loss"
     answer_pattern: str | None = None  # regular expression whose last match is the answer; None: the whole text
     answer_tokens: int = 64  # generated at most
+    tasks: tuple[str, ...] = ()  # of lm-evaluation-harness, measured beside the metric
+    task_folder: str | None = None  # of tasks that are not the harness's own
+    task_limit: int | None = None  # questions of each task; None: all
+    task_shots: int | None = None  # examples in front of a question; None: the task's own
     subsets: int = 0  # random parts of the pool to train on, for the linear datamodelling score; 0: none
     subset_share: float = 0.5  # of the pool's rows
     planted: bool = False  # known-answer rows in the pool; nothing is trained
@@ -209,6 +213,15 @@ class CompareSettings:
             check_plain(f"set.{key}", value)
 
     def _check_measuring(self) -> None:
+        for name, least in (("task_limit", 1), ("task_shots", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InvalidSettings(f"{name}={value}: expected at least {least}")
+        given = [name for name in ("task_folder", "task_limit", "task_shots") if getattr(self, name) is not None]
+        if given and not self.tasks:
+            raise InvalidSettings(f"{given[0]}: no task is asked for; add tasks=gsm8k, for example")
+        if self.tasks and self.planted:
+            raise InvalidSettings("tasks: with planted nothing is trained that could answer them; leave one out")
         if self.planted:
             if any(text.is_online for text in self.contenders):
                 raise InvalidSettings(
