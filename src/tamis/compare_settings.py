@@ -74,7 +74,7 @@ class CompareSettings:
     model: str
     pool: tuple[str, ...]
     target: tuple[str, ...]  # like SelectSettings.target
-    eval: tuple[str, ...] = ()  # rows that only measure, "path" or "name=path"
+    eval: tuple[str, ...] = ()  # rows that only measure, "path" or "name=path"; empty: half of every target's rows
     methods: tuple[str, ...] = ("tracin",)
     set: Mapping[str, Any] = field(default_factory=dict)  # settings of methods, as "LABEL.NAME"
     budget: str = "5%"  # the verdict's
@@ -228,8 +228,6 @@ class CompareSettings:
                     "planted: nothing is trained, so online methods cannot be checked; leave them out"
                 )
             return
-        if not self.eval:
-            raise InvalidSettings("eval: no row measures; pass --eval (rows of the task that nothing else sees)")
         if self.relevant or self.relevant_sources:
             raise InvalidSettings("relevant, relevant_sources: they belong to --planted; add it, or leave them out")
         names = [target_parts(text)[0] for text in self.eval]

@@ -124,12 +124,6 @@ def test_wrong_settings_end_in_one_line_and_code_2(
     assert seen == []
 
 
-def test_rows_that_measure_are_asked_for_unless_rows_are_planted(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(InvalidSettings, match="no row measures; pass --eval"):
-        CompareSettings(model="m", pool=("p",), target=("t",))
-    assert CompareSettings(model="m", pool=("p",), target=("t",), planted=True).planted
-
-
 def test_settings_survive_their_file(tmp_path: Path) -> None:
     settings = CompareSettings(
         model="m", pool=("p",), target=("t",), eval=("e",), methods=("x=tracin",), set={"x.normalize": "dot"},

@@ -22,7 +22,7 @@ import torch
 import tamis
 from tamis.comparison.contenders import contenders_of
 from tamis.comparison.records import Records
-from tamis.errors import InvalidSettings
+from tamis.errors import InvalidInput, InvalidSettings
 from tiny_run import TinyRun, chat, make_run, write_rows
 
 BASE = {"budget": 8, "seeds": 2, "update_rows": 4, "learning_rate": 1e-2, "lora_rank": 2, "device": "cpu"}
@@ -107,6 +107,34 @@ def test_a_method_behind_a_shortlist_uses_what_the_pool_has_cost_already(run: Ti
     folders = {f.name: Path(f.folder) for f in beside.selections}
     own = {name: json.loads((folder / "manifest.json").read_text()) for name, folder in folders.items()}
     assert own["tracin"]["data_files"]["pool"]["scored"] > own["bm25:2x+tracin"]["data_files"]["pool"]["scored"]
+
+
+def test_without_held_out_rows_half_of_the_target_measures_and_the_other_half_selects(
+    run: TinyRun, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    changes: dict[str, Any] = {"eval": (), "methods": ["bm25"], "seeds": 1, "steps": 1}
+    result = compare(run, out, **changes)
+    whole = [json.loads(line) for line in run.target.read_text().splitlines()]
+    halves = [
+        [json.loads(line) for line in (out / "halves" / "0" / f"{kind}.jsonl").read_text().splitlines()]
+        for kind in ("target", "held-out")
+    ]
+    assert sorted((row for half in halves for row in half), key=whole.index) == whole
+    assert [len(half) for half in halves] == [2, 2] and result.held_out_rows == 2
+    (said,) = [warning for warning in result.conclusion.warnings if "No held-out rows were given" in warning]
+    assert "'target': 2 rows selected, 2 rows measured" in said
+    assert not any("is in the target, too" in warning for warning in result.conclusion.warnings)
+    before = records(out)
+    again = tamis.compare(**{**result.manifest["settings"], "seeds": 2})  # as run.yaml has it
+    assert isinstance(again, tamis.CompareResult)
+    assert {key: record for key, record in records(out).items() if key in before} == before, "the halves have moved"
+
+
+def test_a_target_of_one_row_cannot_be_divided(run: TinyRun, tmp_path: Path) -> None:
+    lone = write_rows(tmp_path / "lone.jsonl", [chat("How much is 1 plus 1?", "2")])
+    with pytest.raises(InvalidInput, match="'lone' has 1 row, of which none can be held out; pass --eval"):
+        compare(run, tmp_path / "out", target=lone, eval=())
 
 
 def test_training_lowers_the_loss_and_seeds_differ(whole: tamis.CompareResult) -> None:

@@ -57,7 +57,8 @@ def compare(
     eval: Annotated[
         list[str] | None,
         typer.Option(
-            help="Rows of the task that only measure, like --target; nothing else may see them.",
+            help="Rows of the task that only measure, like --target; nothing else may see them. Half of every target's "
+            "rows when left out.",
             metavar="EVAL...",
             rich_help_panel=opt.WHAT,
             show_default=False,
