@@ -1,7 +1,7 @@
 """Fill the generated parts of the pages from the code: ``python docs/generate_tables.py``. A test compares the two.
 
-A part stands between ``<!-- generated: KIND NAME -->`` and ``<!-- end -->``. The site is built with fresh parts, so that
-it cannot lag behind the code that it describes.
+A part stands between ``<!-- generated: KIND NAME -->`` and ``<!-- end -->``. The site is built with fresh parts, so
+that it cannot lag behind the code that it describes.
 """
 
 from __future__ import annotations
@@ -66,15 +66,22 @@ def _online_settings(name: str) -> str:
 
 
 def _settings_table(kind: type) -> str:
-    """Every field of a settings class: its default, the words that it takes, and what it does."""
+    """Every field of a settings class: its default, and what it does."""
     meanings = {**_comments(kind), **_arguments(kind)}
     hints = get_type_hints(kind)
     rows = []
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
-        words = _words(hints[field.name])
         meaning = meanings[field.name]  # a setting that nothing explains is an error
-        rows.append((f"`{field.name}`", f"`{_default(field.default)}`", ", ".join(words), meaning))
-    return _table(("setting", "default", "words", "meaning"), rows) if rows else "It has no settings."
+        words = _words(hints[field.name])
+        unsaid = [word for word in words if word.strip("`") not in meaning]
+        rows.append(
+            (
+                f"`{field.name}`",
+                f"`{_default(field.default)}`",
+                f"{meaning} ({', '.join(words)})" if unsaid else meaning,
+            )
+        )
+    return _table(("setting", "default", "meaning"), rows) if rows else "It has no settings."
 
 
 def _default(value: Any) -> str:
@@ -97,19 +104,22 @@ def _arguments(kind: type) -> dict[str, str]:
 
 
 def _comments(kind: type) -> dict[str, str]:
-    """What stands behind a field, on its line."""
+    """What stands behind a field on its line, or on the line above it."""
     found = {}
     source = inspect.getsource(kind)
-    lines = source.splitlines()
+    lines = [*source.splitlines(), ""]
     for token in tokenize.generate_tokens(StringIO(source).readline):
-        named = re.match(r" {4}(\w+): ", lines[token.start[0] - 1])
-        if token.type == tokenize.COMMENT and named:
-            found[named[1]] = _plain(token.string.lstrip("# "))
+        if token.type != tokenize.COMMENT:
+            continue
+        own, below = (re.match(r" {4}(\w+): ", lines[token.start[0] + down]) for down in (-1, 0))
+        if own or (below and lines[token.start[0] - 1].lstrip().startswith("#")):
+            found[(own or below)[1]] = _plain(token.string.lstrip("# "))  # type: ignore[index]
     return found
 
 
 def _plain(text: str) -> str:
-    return re.sub(r"``(.*?)``", r"`\1`", " ".join(text.split()))
+    text = re.sub(r"``(.*?)``", r"`\1`", " ".join(text.split())).rstrip(".")
+    return re.sub(r"\bNone\b", "null", text)
 
 
 def _methods(which: str) -> str:
@@ -172,13 +182,13 @@ def _composition(which: str) -> str:
 def _pairs(down: str, rows: Any, across: str, columns: Any) -> str:
     """For every pair of a row and a column: whether it can be asked for, and whether a test runs it end to end."""
     tested = {(getattr(case, down), getattr(case, across)) for case in CASES}
-    lines = [
-        (f"`{row}`", *(_mark(combines(**{down: row, across: column}), (row, column) in tested) for column in columns))
-        for row in rows
-    ]
-    return _table(
-        (down, *(f"`{column}`" if column in (*PROJECTION_NAMES, *AGGREGATES) else column for column in columns)), lines
-    )
+
+    def line(row: str) -> tuple[str, ...]:
+        return tuple(_mark(combines(**{down: row, across: column}), (row, column) in tested) for column in columns)
+
+    typed = (*METHODS, *PROJECTION_NAMES, *AGGREGATES)  # words that a user types
+    named = {word: f"`{word}`" if word in typed else word for word in (*rows, *columns)}
+    return _table((down, *(named[column] for column in columns)), [(named[row], *line(row)) for row in rows])
 
 
 def _online_candidates() -> str:
