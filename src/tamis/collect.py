@@ -25,7 +25,7 @@ from tamis.disk import replace_atomically
 from tamis.errors import InvalidSettings, NonFinite, Unsupported
 from tamis.identity import fingerprint
 from tamis.model.load import LoadedModel, ModelSettings, load_model, model_fingerprint, resolved_dtype
-from tamis.model.memory import TokenLimit, is_out_of_memory
+from tamis.model.memory import TokenLimit, default_batch_tokens
 from tamis.model.processes import is_main
 from tamis.model.targets import gradient_layers
 from tamis.progress import NoProgress
@@ -221,7 +221,7 @@ class Task:
                     continue
                 if compute is None:
                     compute = start()
-                    limit.tokens = limit.tokens or (2048 if self.loaded.device.type == "cpu" else 16384)
+                    limit.tokens = limit.tokens or default_batch_tokens(self.loaded.device)
                 started = time.perf_counter()
                 first, stop = writer.shard_range(shard)
                 part = rows[first:stop]
@@ -261,29 +261,30 @@ class Task:
         tokenized = corpus.take(rows)
         lengths = corpus.lengths[rows]
         most = 0  # rows done in the best attempt, which is how far the progress is
-        while True:
+        group: IntArray = np.arange(0)
+
+        def attempt() -> list[tuple[IntArray, Mapping[str, Tensor]]]:
+            nonlocal most, group
             done: list[tuple[IntArray, Mapping[str, Tensor]]] = []
-            reached = too_large = 0
+            reached = 0
             for group in plan_batches(lengths, batch_tokens=limit.at(shard), max_rows=max_rows):
                 batch = collate(rows[group], [tokenized[i] for i in group], _PAD_ID).to(self.loaded.device)
                 try:
                     result = {key: value.detach().cpu() for key, value in compute(batch).items()}
                 except NonFinite as error:
                     raise _with_places(error, corpus) from error
-                except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    if len(group) == 1:
-                        raise Unsupported(_one_row_too_large(corpus, int(rows[group[0]]))) from error
-                    too_large = len(group) * int(lengths[group].max())
-                    break
                 done.append((group, result))
                 reached += len(group)
                 advance(max(0, reached - most))
                 most = max(most, reached)
-            if not too_large:
-                break
-            limit.lower(shard, too_large)
+            return done
+
+        done = limit.within_memory(
+            shard,
+            attempt,
+            latest=lambda: (len(group), len(group) * int(lengths[group].max())),
+            refuse=lambda: Unsupported(_one_row_too_large(corpus, int(rows[group[0]]))),
+        )
         order = np.argsort(np.concatenate([group for group, _ in done]), kind="stable")
         names = list(done[0][1])
         return {key: torch.cat([result[key] for _, result in done])[torch.from_numpy(order)] for key in names}

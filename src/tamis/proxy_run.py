@@ -36,6 +36,7 @@ from tamis.model.load import (
     template_text,
 )
 from tamis.model.lowrank import low_rank_layers
+from tamis.model.memory import default_batch_tokens
 from tamis.model.processes import world_size
 from tamis.notation import target_parts
 from tamis.outputs import check_claim, claim_folder, write_json
@@ -197,7 +198,7 @@ def prepare(settings: ProxySettings, pool: Examples, target: Examples | None) ->
     bench = Bench(
         roles=roles,
         projector=FactorizedProjector(dim=settings.projection_dim, seed=settings.seed),
-        batch_tokens=settings.batch_tokens or (2048 if loaded.device.type == "cpu" else 16384),
+        batch_tokens=settings.batch_tokens or default_batch_tokens(loaded.device),
         pad_id=loaded.pad_id,
         seed=settings.seed,
     )

@@ -204,6 +204,19 @@ def test_unreadable_settings_and_missing_or_foreign_proxies_are_refused() -> Non
         OnlineStep(model, TracIn(), StepSettings(candidates="proxy"), proxy=proxy)
 
 
+def test_tables_of_tokens_may_be_padded_but_every_token_must_be_in_the_proxy_s() -> None:
+    model = tiny_model("gpt2", lora=True)
+    proxy = tiny_model("gpt2")
+    for each, height in ((model, 400), (proxy, 398)):
+        each.resize_token_embeddings(height)  # type: ignore[operator]
+    step = OnlineStep(model, TracIn(keep=2, oversample=3), StepSettings(candidates="proxy"), proxy=proxy)
+    assert len(step.propose([CANDIDATES], [TARGET], optimizer_of(model)).choice.rows) == 2
+    strange = random_batch((6, 8, 5, 7, 4, 6), seed=1)
+    strange.input_ids[0, 1] = 399
+    with pytest.raises(InvalidInput, match="a row has token 399 and the proxy knows 398 tokens"):
+        step.propose([strange], [TARGET], optimizer_of(model))
+
+
 def test_a_target_gradient_serves_several_choices_and_its_running_mean_is_adams() -> None:
     model = tiny_model("gpt2", lora=True)
     optimizer = optimizer_of(model)

@@ -19,7 +19,7 @@ from tamis.embeddings import HiddenError, save_embeddings
 from tamis.errors import InvalidInput, InvalidSettings, Unsupported
 from tamis.pipeline import make_method
 from tamis.score import landmark_gradients
-from tamis.score.distillation_settings import PRESETS
+from tamis.score.distillation_settings import PRESETS, landmark_count
 from tamis.score.embedding_candidates import embeddings_within, label_of
 from tamis.score.embedding_choice import Choice
 from tamis.score.influence_distillation import InfluenceDistillation
@@ -79,6 +79,23 @@ def test_with_every_row_a_landmark_scores_are_those_of_tracin(
     assert scores.extra["is_landmark"].all()
     assert any("all 60 rows to score are landmarks" in note for note in task.notes)
     assert any("all scores are exact" in note for note in task.notes)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "rows", "count"),
+    [
+        ("auto", 100, 100),
+        ("auto", 1000, 256),
+        ("auto", 12_052, 1205),
+        ("auto", 10**6, 4096),
+        ("all", 70, 70),
+        (9, 5, 9),
+    ],
+)
+def test_landmarks_are_a_tenth_of_the_rows_within_bounds_unless_a_number_says_how_many(
+    wanted: int | str, rows: int, count: int
+) -> None:
+    assert landmark_count(wanted, rows) == count
 
 
 def test_landmarks_keep_exact_scores_and_others_are_carried(tmp_path: Path, llama: Path, exact: np.ndarray) -> None:
@@ -462,7 +479,7 @@ def test_weights_are_asked_of_the_choice(tmp_path: Path, llama: Path) -> None:
         ({"projection": "pca"}, "projection 'pca' is unknown"),
         ({"weights": "third-order"}, "weights='third-order': expected one of none, first-order, second-order"),
         ({"momentum": "half"}, "momentum='half': expected one of paper, whole, none"),
-        ({"landmarks": "some"}, "landmarks='some': expected a number of rows, or all"),
+        ({"landmarks": "some"}, "landmarks='some': expected a number of rows, auto or all"),
         ({"hessian_landmarks": 1}, "hessian_landmarks must be at least 2"),
         ({"eta": 0.0}, "eta must be positive"),
         ({"eta": float("inf"), "hessian_ratio": True}, "eta must be positive and finite, got inf"),

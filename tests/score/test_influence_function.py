@@ -193,6 +193,25 @@ def test_a_killed_estimation_ends_in_the_same_bytes(
     assert cost.rows == 12  # both passes, over 6 rows
 
 
+def test_factors_are_summed_anew_in_smaller_batches_when_memory_runs_out(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = InfluenceFunction(**OWN_LABELS)
+    wanted = method.score(make_task(tmp_path / "whole", llama))
+    real, sizes = kronecker_factors.run_batch, []
+
+    def short_of_memory(model: nn.Module, batch, *others, **named):
+        sizes.append(batch.input_ids.numel())
+        real(model, batch, *others, **named)  # the sums have seen the batch by the time memory runs out
+        if sizes[-1] > 64:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(kronecker_factors, "run_batch", short_of_memory)
+    found = method.score(make_task(tmp_path / "short", llama))
+    assert max(sizes) > 64 and sizes[-1] <= 64
+    np.testing.assert_allclose(found.values, wanted.values, rtol=0, atol=2e-5 * float(np.abs(wanted.values).max()))
+
+
 def test_one_row_at_a_time_changes_nothing_but_rounding(tmp_path: Path, llama: Path) -> None:
     settings = InfluenceFunction()
     together = settings.score(make_task(tmp_path / "a", llama)).values

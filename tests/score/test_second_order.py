@@ -15,7 +15,7 @@ from solver_oracles import enumerated_weights
 from tamis.budget import Budget
 from tamis.collect import Task
 from tamis.embeddings import HiddenMean
-from tamis.errors import InvalidInput, InvalidSettings
+from tamis.errors import InvalidInput, InvalidSettings, Unsupported
 from tamis.gradients.hessian import hessian_products
 from tamis.maths.second_order import adam_quadratic, adam_scores
 from tamis.score import landmark_curvature, landmark_gradients
@@ -299,6 +299,48 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
     cut, uncut = (file_bytes(tmp_path / name / "store") for name in ("cut", "whole"))
     assert {name for name in uncut if name.startswith("hessian-products")}
     assert cut == uncut
+
+
+def test_batches_that_do_not_fit_are_cut_in_two_and_stay_so(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = InfluenceDistillation(**CARRIED, eta=0.1)
+    real, tokens = landmark_curvature.hessian_products, []
+
+    def short_of_memory(model: object, batches: object, *others: object) -> object:
+        def seen():
+            for batch, coefficients in batches:
+                tokens.append(batch.input_ids.numel())
+                if batch.input_ids.numel() > 45:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+                yield batch, coefficients
+
+        return real(model, seen(), *others)
+
+    monkeypatch.setattr(landmark_curvature, "hessian_products", short_of_memory)
+    task = make_task(tmp_path / "short", llama, pool=POOL_OF_20, aggregate="mean")
+    whole = make_task(tmp_path / "mean", llama, pool=POOL_OF_20, aggregate="mean")
+    found = settings.score(task).curvature
+    assert max(tokens) > 45 and tokens[-1] <= 45
+    monkeypatch.setattr(landmark_curvature, "hessian_products", real)
+    wanted = settings.score(whole).curvature
+    assert found is not None and wanted is not None
+    scale = float(np.abs(wanted.products).max())
+    np.testing.assert_allclose(found.products, wanted.products, rtol=0, atol=1e-5 * scale)
+    limits = [path for path in (tmp_path / "short" / "store").rglob("limits-*.json") if "hessian" in str(path)]
+    assert len(limits) == 1, "a resume has to cut its batches in the same way"
+
+
+def test_a_single_row_whose_hessian_does_not_fit_is_an_error_that_says_what_to_lower(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never_fits(model: object, batches: object, *others: object) -> object:
+        next(iter(batches))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(landmark_curvature, "hessian_products", never_fits)
+    with pytest.raises(Unsupported, match=r"over one row of \d+ tokens .* lower --set memory_gb=2 or --max-length"):
+        InfluenceDistillation(**CARRIED, eta=0.1).score(make_task(tmp_path, llama, pool=POOL_OF_20))
 
 
 def test_what_adam_s_offset_is_decides_carried_scores_in_a_store_that_holds_others(tmp_path: Path, llama: Path) -> None:

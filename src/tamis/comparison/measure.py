@@ -14,7 +14,7 @@ from tamis.corpus import Corpus
 from tamis.data.batches import collate, plan_batches
 from tamis.errors import NonFinite, Unsupported
 from tamis.model.loss import evaluation_mode, per_sample_losses
-from tamis.model.memory import is_out_of_memory
+from tamis.model.memory import default_batch_tokens, is_out_of_memory
 from tamis.types import IntArray, TokenizedExample
 
 __all__ = ["answer_of", "held_out_losses", "last_answer", "written_answers"]
@@ -30,7 +30,7 @@ def held_out_losses(model: Any, corpus: Corpus, rows: IntArray, *, batch_tokens:
     device = next(model.parameters()).device
     tokenized, lengths = corpus.take(rows), corpus.lengths[rows]
     losses = np.empty(len(rows), dtype=np.float64)
-    most = batch_tokens or (2048 if device.type == "cpu" else 16384)
+    most = batch_tokens or default_batch_tokens(device)
     for group in plan_batches(lengths, batch_tokens=most):
         batch = collate(rows[group], [tokenized[i] for i in group], 0).to(device)
         try:

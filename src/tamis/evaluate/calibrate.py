@@ -15,6 +15,7 @@ from tamis.gradients.per_sample import per_sample_features
 from tamis.model.flops import FACTORIZED_SIDE, ModelShape, feature_flops, stage_flops
 from tamis.model.load import ModelSettings, load_model
 from tamis.model.loss import per_sample_losses
+from tamis.model.memory import default_batch_tokens
 from tamis.model.targets import gradient_layers
 from tamis.projection import make_projector
 from tamis.protocols import Progress
@@ -52,7 +53,7 @@ def measured_rate(
     model, device = loaded.model, loaded.device
     layers = gradient_layers(model)
     projector = make_projector("factorized", dim=FACTORIZED_SIDE, seed=0)
-    tokens = batch_tokens or (2048 if device.type == "cpu" else 16384)
+    tokens = batch_tokens or default_batch_tokens(device)
     batches = _batches(pool, tokens)
 
     def forward(batch: Batch) -> None:

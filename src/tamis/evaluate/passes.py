@@ -23,6 +23,7 @@ from tamis.model.flops import (
     stage_flops,
     weight_gradient_flops,
 )
+from tamis.score.distillation_settings import landmark_count
 from tamis.score.embedding_candidates import embeddings_within, nominal_passes
 from tamis.score.influence_distillation import InfluenceDistillation
 from tamis.score.row_embeddings import work_of
@@ -204,7 +205,7 @@ def _influence_distillation(question: MethodQuestion) -> list[PassPlan]:
             every_weight = weight_gradient_flops(shape, seen.tokens) / 1e12
             warmup = replace(warmup, feature_tflops=every_weight)
         passes.append(warmup)
-    landmarks = question.scored.rows if isinstance(method.landmarks, str) else method.landmarks
+    landmarks = landmark_count(method.landmarks, question.scored.rows)
     few = question.scored.times(min(1.0, landmarks / question.scored.rows))
     passes.append(question.feature_pass("gradients (target)", question.target, shape=shape, kept=True))
     passes.append(question.feature_pass("gradients (landmarks)", few, shape=shape, kept=True))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -12,9 +14,15 @@ from tamis.disk import disk_errors, replace_atomically
 from tamis.errors import StoreCorrupted
 from tamis.model.processes import rank
 
-__all__ = ["TokenLimit", "is_out_of_memory"]
+__all__ = ["TokenLimit", "default_batch_tokens", "is_out_of_memory"]
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def default_batch_tokens(device: torch.device) -> int:
+    """Padded tokens of a batch if nobody says how many: caches are small on a CPU, launches dear on an accelerator."""
+    return 2048 if device.type == "cpu" else 16384
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -69,6 +77,33 @@ class TokenLimit:
                 self._file.parent.mkdir(parents=True, exist_ok=True)
             replace_atomically(self._file, [json.dumps(self._own).encode()])
         logger.warning("out of memory with %d padded tokens; going on with %d", failed, self.at(piece))
+
+    def within_memory(
+        self,
+        piece: int,
+        compute: Callable[[], T],
+        *,
+        latest: Callable[[], tuple[int, int]],
+        refuse: Callable[[], Exception],
+    ) -> T:
+        """What ``compute`` gives, begun again with a lower limit as often as memory runs out.
+
+        Args:
+            piece: what is computed, which goes through batches of at most ``at(piece)`` padded tokens.
+            compute: called once more for every fall.
+            latest: rows and padded tokens of the batch that did not fit.
+            refuse: the error to raise if that was a single row.
+        """
+        while True:
+            try:
+                return compute()
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                rows, tokens = latest()
+                if rows < 2:
+                    raise refuse() from error
+            self.lower(piece, tokens)
 
 
 def _read(file: Path) -> list[tuple[int, int]]:

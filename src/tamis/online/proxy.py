@@ -67,6 +67,10 @@ def load_proxy(name: str, device: torch.device) -> nn.Module:
     return model
 
 
+# Sizes of one family pad the same vocabulary to other multiples; a larger difference is another tokenizer's.
+_PADDING = 0.01
+
+
 class Proxy:
     """Scores candidates by the proxy's own gradients.
 
@@ -77,17 +81,17 @@ class Proxy:
         settings: of the step.
 
     Raises:
-        InvalidInput: the two have other vocabularies.
+        InvalidInput: the two have other vocabularies; tables that differ by padding alone are fine.
         Unsupported: a trainable parameter of the proxy has no per-sample gradient; the message names it.
     """
 
     def __init__(self, model: nn.Module, trained: nn.Module, needs: Needs, settings: StepSettings) -> None:
         own, other = (int(embedding_matrix(each).shape[0]) for each in (model, trained))
-        if own != other:
+        if abs(own - other) > _PADDING * max(own, other):
             raise InvalidInput(
                 f"the proxy knows {own} tokens and the trained model {other}; take a proxy with the same tokenizer"
             )
-        self._model = model
+        self._model, self._tokens = model, own
         self._matrices = param_matrices(model, trainable_layers(model))
         self._measurer = Measurer(self._matrices, needs, settings)
         self.counter = Counter(model, self._matrices)
@@ -95,7 +99,17 @@ class Proxy:
     def measure(
         self, candidates: Sequence[Batch], target: Sequence[Batch], *, counts: list[int], tokens: IntArray
     ) -> Measured:
-        """What the method needs, of the candidates of all processes; losses are the proxy's."""
+        """What the method needs, of the candidates of all processes; losses are the proxy's.
+
+        Raises:
+            InvalidInput: no process has a target row, or a row has a token that the proxy does not know.
+        """
+        for batch in (*candidates, *target):
+            if int(batch.input_ids.max()) >= self._tokens:
+                raise InvalidInput(
+                    f"a row has token {int(batch.input_ids.max())} and the proxy knows {self._tokens} tokens; take a "
+                    "proxy with the same tokenizer"
+                )
         ones = [(batch, torch.ones(len(batch.rows))) for batch in target]
         count = sum(counts_of_all(sum(len(batch.rows) for batch in target)))
         if not count:

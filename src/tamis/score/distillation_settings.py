@@ -12,7 +12,7 @@ from tamis.score.embedding_candidates import EMBEDDING_NAMES
 from tamis.solve.kernels import KernelName
 from tamis.solve.landmarks import LANDMARK_RULES
 
-__all__ = ["PRESETS", "check_distillation", "preset_values"]
+__all__ = ["PRESETS", "check_distillation", "landmark_count", "preset_values"]
 
 # Sections 4 and 5.1, appendix J. The paper names no bandwidth: ours is twice the median distance. What is done
 # otherwise whatever the settings, from landmarks that keep their own scores to the clipping of the warm-up, is listed
@@ -60,6 +60,19 @@ def preset_values(name: str) -> dict[str, Any]:
     return PRESETS[name]
 
 
+def landmark_count(landmarks: int | str, rows: int) -> int:
+    """How many of ``rows`` rows are to get gradients of their own; a number is taken as it was given.
+
+    "auto" is a tenth, so that landmarks stay a small part of the cost of gradients for all, but at least 256, below
+    which leave-one-out says little of what to expect, and at most the 4,096 of the paper.
+    """
+    if landmarks == "all":
+        return rows
+    if landmarks == "auto":
+        return min(rows, max(256, min(4096, rows // 10)))
+    return int(landmarks)
+
+
 def check_distillation(chosen: Any) -> None:
     """Refuse values out of range and values that do not go together.
 
@@ -85,11 +98,11 @@ def check_distillation(chosen: Any) -> None:
         if getattr(chosen, field) not in choices:
             listed = ", ".join(str(choice) for choice in choices)
             raise InvalidSettings(f"{field}={getattr(chosen, field)!r}: expected one of {listed}")
-    if isinstance(chosen.landmarks, str) and chosen.landmarks != "all":
-        raise InvalidSettings(f"landmarks={chosen.landmarks!r}: expected a number of rows, or all")
+    if isinstance(chosen.landmarks, str) and chosen.landmarks not in ("auto", "all"):
+        raise InvalidSettings(f"landmarks={chosen.landmarks!r}: expected a number of rows, auto or all")
     numbers = {"landmarks": 2, "hessian_landmarks": 2, "directions": 1, "tail_blocks": 1, "lora_rank": 1}
     for field, least in numbers.items():
-        if getattr(chosen, field) != "all" and getattr(chosen, field) < least:
+        if not isinstance(getattr(chosen, field), str) and getattr(chosen, field) < least:
             raise InvalidSettings(f"{field} must be at least {least}, got {getattr(chosen, field)}")
     for field in ("depth", "side", "warmup_rows"):
         value = getattr(chosen, field)

@@ -27,7 +27,7 @@ from tamis.embeddings import Given
 from tamis.errors import InvalidInput
 from tamis.model.load import ModelSettings
 from tamis.projection import make_projector
-from tamis.score.distillation_settings import check_distillation, preset_values
+from tamis.score.distillation_settings import check_distillation, landmark_count, preset_values
 from tamis.score.embedding_candidates import EmbeddingSettings
 from tamis.score.embedding_choice import Choice, KernelSettings, choose_embedding
 from tamis.score.landmark_gradients import LandmarkGradients, landmark_gradients
@@ -58,7 +58,8 @@ class InfluenceDistillation:
         preset: "paper": as published where this library can; "true-gradients": the same with the gradient of every row,
             the paper's yardstick, which corresponds to LESS. Settings given beside a preset count in place of its own.
             ``dataclasses.replace`` gives every setting, so it changes nothing but what it names.
-        landmarks: rows with gradients of their own, at most all rows to score; "all": every one of them.
+        landmarks: rows with gradients of their own, at most all rows to score; "auto": a tenth of them, but at least
+            256 and at most 4,096; "all": every one of them.
         landmark_rule: "uniform"; or "k-means++" or "leverage", which need the named embedding of every row in memory.
         embedding: "auto" tries all within the budget on the landmarks; or "error-outer", "error", "hidden-error",
             "hidden-mean", "rds", "jvp", "lens-gradient", "tail-gradient", "gradient", "tfidf", "given".
@@ -110,7 +111,7 @@ class InfluenceDistillation:
     name: ClassVar[str] = "influence-distillation"
 
     preset: str | None = None
-    landmarks: int | Literal["all"] = 4096
+    landmarks: int | Literal["auto", "all"] = "auto"
     landmark_rule: LandmarkRule = "uniform"
     embedding: str = "auto"
     embedding_budget: float = 1.0
@@ -236,7 +237,7 @@ class InfluenceDistillation:
         landmarks = landmark_rows(
             task,
             embeddings,
-            count=len(task.rows) if isinstance(self.landmarks, str) else self.landmarks,
+            count=landmark_count(self.landmarks, len(task.rows)),
             rule=self.landmark_rule,
             settings=self.embedding_settings(),
         )

@@ -19,9 +19,11 @@ from torch import Tensor
 from tamis.collect import Task
 from tamis.data.batches import collate, plan_batches
 from tamis.disk import replace_atomically
+from tamis.errors import Unsupported
 from tamis.gradients.kronecker import Labels, SecondMoments, SquaredCoordinates, curvature_losses
 from tamis.gradients.per_sample import run_batch
 from tamis.maths.kronecker import KroneckerBasis, eigenbasis, kfac_eigenvalues, precondition
+from tamis.model.memory import TokenLimit, default_batch_tokens
 from tamis.model.processes import barrier, is_main, rank, world_size
 from tamis.seeds import child_seed
 from tamis.types import IntArray
@@ -136,12 +138,13 @@ class KroneckerCurvature:
         parts = [folder / f"{name}-{start:08d}.part" for start in starts]
         missing = [] if path.exists() else [k for k, part in enumerate(parts) if not part.exists()]
         is_done = path.exists()
+        limit = TokenLimit(self.task.collecting.batch_tokens or 0, folder)
         with self.task.progress.stage(f"{name} ({self.task.pool.name})", len(self.rows), "rows") as advance:
             advance(len(self.rows) - sum(len(self.rows[starts[k] : starts[k] + _PART_ROWS]) for k in missing))
             barrier()  # nobody writes before everybody has looked
             for k in missing[rank() :: world_size()]:
                 rows = self.rows[starts[k] : starts[k] + _PART_ROWS]
-                self._part(parts[k], rows, begin(), number=k + (0 if name == "covariances" else len(parts)))
+                self._part(parts[k], rows, begin, limit, number=k + (0 if name == "covariances" else len(parts)))
                 advance(len(rows))
         barrier()  # every part is there
         if is_main():
@@ -156,16 +159,31 @@ class KroneckerCurvature:
                 part.unlink(missing_ok=True)  # a killed run may have left some
         barrier()
 
-    def _part(self, path: Path, rows: IntArray, sums: Sums, *, number: int) -> None:
+    def _part(self, path: Path, rows: IntArray, begin: Callable[[], Sums], limit: TokenLimit, *, number: int) -> None:
         task, started = self.task, time.perf_counter()
-        layers, device = task.layers(), task.loaded.device
-        losses_of = curvature_losses(self.labels, seed=child_seed(task.seed, "kronecker factors"))
-        tokens = task.collecting.batch_tokens or (2048 if device.type == "cpu" else 16384)
-        most = 1 if task.collecting.batch_invariant else None
-        for places in plan_batches(task.pool.lengths[rows], batch_tokens=tokens, max_rows=most):
-            batch = collate(rows[places], task.pool.take(rows[places]), 0).to(device)
-            sums.see(batch)
-            run_batch(task.loaded.model, batch, layers, sums, losses_of=losses_of)
+        limit.tokens = limit.tokens or default_batch_tokens(task.loaded.device)
+        lengths, latest = task.pool.lengths[rows], (0, 0)
+
+        def compute() -> Sums:
+            nonlocal latest
+            sums = begin()  # anew after a batch that did not fit: the sums have seen a part of it
+            losses_of = curvature_losses(self.labels, seed=child_seed(task.seed, "kronecker factors"))
+            most = 1 if task.collecting.batch_invariant else None
+            for places in plan_batches(lengths, batch_tokens=limit.at(number), max_rows=most):
+                latest = len(places), len(places) * int(lengths[places].max())
+                batch = collate(rows[places], task.pool.take(rows[places]), 0).to(task.loaded.device)
+                sums.see(batch)
+                run_batch(task.loaded.model, batch, task.layers(), sums, losses_of=losses_of)
+            return sums
+
+        sums = limit.within_memory(
+            number,
+            compute,
+            latest=lambda: latest,
+            refuse=lambda: Unsupported(
+                f"a row of {latest[1]} tokens alone does not fit in memory beside the factors; lower --max-length"
+            ),
+        )
         found = {
             f"{kind}/{name}": total.float().cpu().contiguous()
             for kind, by_layer in vars(sums).items()

@@ -21,9 +21,11 @@ from torch import Tensor
 from tamis.collect import Task
 from tamis.corpus import Corpus
 from tamis.data.batches import collate, plan_batches
+from tamis.errors import Unsupported
 from tamis.gradients.hessian import attention_for_hessians, hessian_products
 from tamis.gradients.per_sample import Alignments, MaterialisedGradients, WeightedGradient, run_batch
 from tamis.model.flops import ModelShape, hessian_flops, stage_flops
+from tamis.model.memory import TokenLimit, default_batch_tokens
 from tamis.score.decisions import gradient_size, kept_once
 from tamis.score.features import parts_of
 from tamis.score.landmark_gradients import adam_vectors
@@ -64,6 +66,8 @@ class LandmarkHessians:
     def __init__(self, task: Task, groups: Sequence[IntArray], *, moments: Path | None, memory_bytes: int) -> None:
         self._task, self._moments, self._memory = task, moments, memory_bytes
         self._adam: tuple[Tensor, Tensor] | None = None
+        self._most_tokens = 0  # padded tokens of a batch at most, in the shard at hand
+        self._latest = (0, 0)  # rows and padded tokens of the batch at hand
         lengths = self._lengths(task.target, task.target_rows, None)
         self.losses = [
             TargetLoss(
@@ -208,14 +212,22 @@ class LandmarkHessians:
             full,
             num_rows=count * columns,
             shard_rows=max(1, min(_SHARD_PRODUCTS, self._memory // (4 * _COPIES * gradient_size(task)))),
+            fixed={"batch_tokens": task.collecting.batch_tokens},
         )
         task.stages.append(writer.path)
+        limit = TokenLimit(writer.fixed["batch_tokens"] or 0, writer.path)
         with task.progress.stage(f"{name} ({task.pool.name})", count * columns, "products") as advance:
             for shard in own_shards(writer, advance):
                 started = time.perf_counter()
                 first, stop = writer.shard_range(shard)
                 flat = np.arange(first, stop)
-                found = self._shard(flat // columns, flat % columns, rows, lengths, directions)
+                limit.tokens = limit.tokens or default_batch_tokens(task.loaded.device)
+
+                def compute(flat: IntArray = flat, shard: int = shard) -> Tensor:
+                    self._most_tokens = limit.at(shard)
+                    return self._shard(flat // columns, flat % columns, rows, lengths, directions)
+
+                found = limit.within_memory(shard, compute, latest=lambda: self._latest, refuse=self._too_large)
                 writer.write_shard(shard, {"product": found})
                 spent = time.perf_counter() - started
                 record_cost(writer.path, shard, spent, work="gradient", **self._counts(flat % columns, rows))
@@ -264,11 +276,17 @@ class LandmarkHessians:
 
     def _batches(self, corpus: Corpus, rows: IntArray) -> Iterator[tuple[IntArray, Batch]]:
         """Positions in ``rows``, and these rows, on the model's device."""
-        device = self._task.loaded.device
-        tokens = self._task.collecting.batch_tokens or (2048 if device.type == "cpu" else 16384)
         most = 1 if self._task.collecting.batch_invariant else None
-        for places in plan_batches(corpus.lengths[rows], batch_tokens=tokens, max_rows=most):
-            yield places, collate(rows[places], corpus.take(rows[places]), 0).to(device)
+        for places in plan_batches(corpus.lengths[rows], batch_tokens=self._most_tokens, max_rows=most):
+            self._latest = (len(places), len(places) * int(corpus.lengths[rows[places]].max()))
+            yield places, collate(rows[places], corpus.take(rows[places]), 0).to(self._task.loaded.device)
+
+    def _too_large(self) -> Unsupported:
+        return Unsupported(
+            f"a Hessian product over one row of {self._latest[1]} tokens does not fit in memory beside the vectors of "
+            f"the gradient's size that are held at once; lower --set memory_gb={self._memory / 2**30:g} or "
+            "--max-length, or train an adapter (--set warmup=lora)"
+        )
 
     def _counts(self, column: IntArray, rows: IntArray) -> dict[str, float]:
         """What a shard went through: target rows once per column, and every pool row."""
