@@ -18,7 +18,15 @@ import tamis
 import tamis.methods
 import tamis.online
 from tamis.cli import main as cli
-from tamis.settings import METHOD_SUMMARIES, ONLINE_SUMMARIES, PROJECTION_NAMES, SelectSettings
+from tamis.compare_settings import CompareSettings
+from tamis.proxy_settings import ProxySettings
+from tamis.settings import (
+    METHOD_SUMMARIES,
+    ONLINE_SUMMARIES,
+    PROJECTION_NAMES,
+    SelectSettings,
+    TrainRunSettings,
+)
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -68,17 +76,30 @@ def test_commands_in_the_documents_parse(words: list[str]) -> None:
     assert context.params
 
 
-@pytest.mark.parametrize("words", [words for words in command_lines() if "select" in words.values[0]])
-def test_select_commands_state_settings_that_are_accepted(words: list[str]) -> None:
+SETTINGS = {"select": SelectSettings, "train": TrainRunSettings, "compare": CompareSettings, "proxy": ProxySettings}
+
+
+@pytest.mark.parametrize("words", [words for words in command_lines() if words.values[0][0] in SETTINGS])
+def test_commands_in_the_documents_state_settings_that_are_accepted(words: list[str]) -> None:
     """The settings classes check what the parser does not: methods, budgets, shortlists, shares."""
     from tamis.cli.command import typed_flags
     from tamis.cli.config import merge_settings
 
-    context = command_of("select").make_context("tamis", list(words[1:]))
+    context = command_of(words[0]).make_context("tamis", list(words[1:]))
     flags = typed_flags(context)
     if context.params.get("config"):
         return  # settings of a run that the reader has made
-    merge_settings(SelectSettings, flags, None)
+    merge_settings(SETTINGS[words[0]], flags, None)
+
+
+def test_the_quickstart_is_three_commands_from_two_files_to_a_verdict() -> None:
+    first = CODE.search(TEXTS["docs/quickstart.md"])
+    assert first is not None
+    lines = [shlex.split(line) for line in first[2].splitlines()]
+    assert [words[1] for words in lines] == ["select", "train", "compare"]
+    given = {word for words in lines for word in words if word.endswith(".jsonl")}
+    made = f"{lines[0][-1]}/selected.jsonl"
+    assert given - {made} == {"pool.jsonl", "target.jsonl"} and made in lines[1]
 
 
 def test_documents_show_the_three_verbs() -> None:
