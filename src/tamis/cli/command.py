@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 _SEVERAL = (
-    *("--pool", "--target", "--eval-target", "--lora-targets", "--report-to"),
+    *("--pool", "--target", "--eval-target", "--lora-targets", "--report-to", "--tasks"),
     *("--eval", "--methods", "--budgets", "--relevant", "--relevant-sources"),
 )
 _PAIRS = {"set_": ("set", "--set"), "share": ("shares", "--share")}  # parameter -> setting, flag
