@@ -28,6 +28,7 @@ from tamis.identity import file_sha256, text_sha256
 from tamis.manifest import costs, describe_data
 from tamis.model.load import model_fingerprint, resolved_dtype, template_text
 from tamis.model.processes import barrier, is_main
+from tamis.notation import shortlist_parts
 from tamis.outputs import (
     MESSAGES,
     check_claim,
@@ -48,8 +49,9 @@ from tamis.score.losses import row_losses
 from tamis.seeds import child_seed
 from tamis.selection.choose import Choice, choose
 from tamis.selection.flags import flag_high_losses
-from tamis.settings import SelectSettings, from_dict, shortlist_parts, to_dict
+from tamis.settings import SelectSettings
 from tamis.types import Budget, FloatArray, IntArray, TargetScores
+from tamis.values import method_from_dict, to_dict
 from tamis.versions import versions
 
 __all__ = ["Selection", "make_method", "select_from_settings"]
@@ -265,7 +267,7 @@ def make_method(settings: SelectSettings) -> Method:
         InvalidSettings: the method has no such setting, or refuses its value.
     """
     kind = METHODS[settings.method]
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.set.items()}
+    values = dict(settings.set)
     known = {field.name for field in dataclasses.fields(kind)}
     for name, value in (("projection", settings.projection), ("projection_dim", settings.projection_dim)):
         if value is None:
@@ -275,7 +277,7 @@ def make_method(settings: SelectSettings) -> Method:
                 f"{name}: method {settings.method!r} takes no gradients, so there is nothing to project"
             )
         values[name] = value
-    return from_dict(kind, values, origin=f"settings of method {settings.method!r}")
+    return method_from_dict(kind, values, origin=f"settings of method {settings.method!r}")
 
 
 def _check_choice(budget: Budget, corpora: Corpora, settings: SelectSettings) -> None:

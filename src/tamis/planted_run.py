@@ -29,7 +29,8 @@ from tamis.planted_rows import planted_rows, write_planted
 from tamis.protocols import Progress
 from tamis.report.document import write_document
 from tamis.report.planted import planted_document
-from tamis.settings import SelectSettings, to_dict
+from tamis.settings import SelectSettings
+from tamis.values import to_dict
 from tamis.versions import versions
 
 __all__ = ["PlantedResult", "PlantedStanding", "planted_from_settings"]

@@ -38,7 +38,7 @@ from tamis.online.settings import StepSettings, check_combination
 from tamis.outputs import check_claim, claim_folder, write_json
 from tamis.progress import NoProgress
 from tamis.protocols import Progress
-from tamis.settings import TrainRunSettings, to_dict
+from tamis.settings import TrainRunSettings
 from tamis.train_account import describe_cost, describe_training
 from tamis.train_record import finish_record, recorder_of, require_record
 from tamis.train_rows import RunRows, check_candidates, measuring_targets, num_updates, split_rows
@@ -51,6 +51,7 @@ from tamis.train_setup import (
     open_model,
     training_arguments,
 )
+from tamis.values import to_dict
 from tamis.versions import versions
 
 __all__ = ["TrainResult", "train_from_settings"]

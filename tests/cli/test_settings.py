@@ -8,22 +8,11 @@ from typing import Any
 import pytest
 
 from tamis.errors import InvalidSettings
+from tamis.notation import GRADIENT_METHODS, METHOD_SUMMARIES, PROJECTION_NAMES, shortlist_parts, target_parts
 from tamis.projection import PROJECTIONS
 from tamis.score import METHODS
-from tamis.settings import (
-    GRADIENT_METHODS,
-    METHOD_SUMMARIES,
-    PROJECTION_NAMES,
-    DoctorSettings,
-    PlanSettings,
-    SelectSettings,
-    TrainRunSettings,
-    from_dict,
-    nearest,
-    shortlist_parts,
-    target_parts,
-    to_dict,
-)
+from tamis.settings import DoctorSettings, PlanSettings, SelectSettings, TrainRunSettings
+from tamis.values import from_dict, nearest, to_dict
 
 REQUIRED: dict[str, Any] = {"model": "m", "pool": ("p.jsonl",), "target": ("t.jsonl",)}
 

@@ -12,7 +12,8 @@ from tamis.cli.command import clean_output, plain, print_json, typed_flags
 from tamis.cli.config import merge_settings
 from tamis.cli.progress import choose_progress, is_main_rank
 from tamis.cli.select import print_summary
-from tamis.trace_settings import TRACE_METHODS, AttributeSettings
+from tamis.settings import AttributeSettings
+from tamis.settings.trace import TRACE_METHODS
 
 __all__ = ["EPILOG", "HOW", "RESULTS", "Run", "attribute"]
 

@@ -14,8 +14,9 @@ from tamis.cli import options as opt
 from tamis.cli.command import clean_output, print_json, print_warnings, typed_flags, write_result
 from tamis.cli.config import merge_settings
 from tamis.cli.progress import choose_progress, is_main_rank
+from tamis.notation import PROJECTION_NAMES
 from tamis.report.wording import visible
-from tamis.settings import PROJECTION_NAMES, DoctorSettings
+from tamis.settings import DoctorSettings
 
 if TYPE_CHECKING:  # imports PyTorch
     from tamis.evaluate.checks import SignCheck

@@ -13,8 +13,9 @@ from tamis.cli import options as opt
 from tamis.cli.command import clean_output, print_json, print_warnings, typed_flags, write_result
 from tamis.cli.config import merge_settings
 from tamis.cli.progress import choose_progress, is_main_rank, time_text
+from tamis.notation import PROJECTION_NAMES
 from tamis.report.wording import visible
-from tamis.settings import PROJECTION_NAMES, PlanSettings
+from tamis.settings import PlanSettings
 
 if TYPE_CHECKING:  # imports PyTorch
     from tamis.evaluate.cost import PlanResult

@@ -13,8 +13,9 @@ from tamis.cli import options as opt
 from tamis.cli.command import clean_output, plain, print_json, print_warnings, typed_flags
 from tamis.cli.config import merge_settings
 from tamis.cli.progress import choose_progress, is_main_rank
+from tamis.notation import METHOD_SUMMARIES, PROJECTION_NAMES
 from tamis.report.wording import visible
-from tamis.settings import METHOD_SUMMARIES, PROJECTION_NAMES, SelectSettings
+from tamis.settings import SelectSettings
 
 __all__ = ["EPILOG", "select"]
 

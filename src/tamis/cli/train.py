@@ -12,7 +12,8 @@ from tamis.cli.command import clean_output, plain, print_json, typed_flags
 from tamis.cli.config import merge_settings
 from tamis.cli.progress import choose_progress, is_main_rank
 from tamis.cli.select import print_summary
-from tamis.settings import ONLINE_SUMMARIES, TrainRunSettings
+from tamis.notation import ONLINE_SUMMARIES
+from tamis.settings import TrainRunSettings
 
 __all__ = ["EPILOG", "train"]
 

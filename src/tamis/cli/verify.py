@@ -13,7 +13,7 @@ from tamis.cli.attribute import HOW, RESULTS, BatchRows, CurvatureFlag, Removal,
 from tamis.cli.command import clean_output, plain, print_json, typed_flags
 from tamis.cli.config import merge_settings
 from tamis.cli.progress import choose_progress, is_main_rank
-from tamis.trace_settings import VerifySettings
+from tamis.settings import VerifySettings
 
 __all__ = ["EPILOG", "verify"]
 

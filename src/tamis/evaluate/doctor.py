@@ -29,10 +29,11 @@ from tamis.evaluate.inputs import SampledCorpus, read_sample
 from tamis.model.limits import model_limits, skeleton
 from tamis.model.load import LoadedModel, load_model, load_tokenizer
 from tamis.model.targets import Coverage, coverage, gradient_layers
+from tamis.notation import target_parts
 from tamis.progress import NoProgress
 from tamis.projection import AnyProjector, make_projector
 from tamis.protocols import Progress
-from tamis.settings import DoctorSettings, target_parts
+from tamis.settings import DoctorSettings
 from tamis.types import TokenizedExample
 
 __all__ = ["CorpusReport", "DoctorResult", "LeakReport", "Preview", "TemplateReport", "examine", "examine_template"]
