@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import tamis
-from tamis.cli.command import plain
+from tamis.cli.output import plain
 from tamis.cli.doctor import print_doctor
 from tamis.cli.main import run as run_command
 from tamis.errors import InvalidInput
