@@ -13,12 +13,13 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import tamis
-from tamis.cli.output import plain
 from tamis.cli.doctor import print_doctor
 from tamis.cli.main import run as run_command
+from tamis.cli.output import plain
 from tamis.errors import InvalidInput
 from tamis.evaluate.checks import SignCheck, check_sign
-from tamis.evaluate.doctor import DoctorResult, examine, examine_template
+from tamis.evaluate.doctor import DoctorResult, examine
+from tamis.evaluate.template import examine_template
 from tamis.model.targets import Coverage, CoverageRow
 from tamis.settings import DoctorSettings
 from tiny_run import CHATML, TinyRun, byte_tokenizer, chat, make_run, write_rows
