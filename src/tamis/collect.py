@@ -6,12 +6,10 @@ computes that way survives a kill, is spread over the ranks, and is reused by th
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +21,7 @@ from tamis.corpus import Corpus
 from tamis.data.batches import collate, plan_batches
 from tamis.disk import replace_atomically
 from tamis.errors import InvalidSettings, NonFinite, Unsupported
-from tamis.identity import fingerprint
+from tamis.identity import fingerprint, rows_sha256
 from tamis.model.load import LoadedModel, ModelSettings, load_model, model_fingerprint, resolved_dtype
 from tamis.model.memory import TokenLimit, is_out_of_memory
 from tamis.model.processes import is_main
@@ -34,6 +32,7 @@ from tamis.stages import StageCost, Work, finish, own_shards, read_cost, record_
 from tamis.store.reader import StageReader
 from tamis.store.writer import StageWriter
 from tamis.types import Batch, IntArray, LayerSpec
+from tamis.versions import releases
 
 __all__ = ["BatchFunction", "Collecting", "Task"]
 
@@ -138,7 +137,7 @@ class Task:
             "dtype": resolved_dtype(settings),
             "attention": settings.attention,
             # Another release may compute the same layer in another way.
-            "libraries": {name: metadata.version(name) for name in ("torch", "transformers", "peft")},
+            "libraries": releases("torch", "transformers", "peft"),
         }
 
     def record_cost(self, folder: Path, part: int, elapsed_s: float, **counts: Any) -> None:
@@ -187,7 +186,7 @@ class Task:
         full_spec: dict[str, Any] = {
             "stage": name,
             "tokens": corpus.identity,
-            "rows": _digest_rows(rows),
+            "rows": rows_sha256(rows),
             "work": work,
             "model": self.model_identity(),
             "batch_invariant": self.collecting.batch_invariant,
@@ -276,10 +275,6 @@ class Task:
     def costs(self) -> list[StageCost]:
         """What every stage of this task spent, in the order in which they were first used."""
         return [cost for path in dict.fromkeys(self.stages) if (cost := read_cost(path)) is not None]
-
-
-def _digest_rows(rows: IntArray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(rows, dtype="<i8").tobytes()).hexdigest()
 
 
 def _with_places(error: NonFinite, corpus: Corpus) -> NonFinite:

@@ -29,10 +29,9 @@ from tamis.corpora import Rendered, Sources, leaked_rows, model_settings, read_s
 from tamis.data.examples import read_examples
 from tamis.data.rows import Rows
 from tamis.disk import check_writable
-from tamis.identity import text_sha256
 from tamis.model.flops import ModelShape
 from tamis.model.limits import skeleton
-from tamis.model.load import model_fingerprint, resolved_dtype, template_text
+from tamis.model.load import model_fingerprint, resolved_dtype, template_sha256
 from tamis.model.processes import barrier, is_main
 from tamis.notation import target_parts
 from tamis.outputs import check_claim, claim_folder, write_json
@@ -46,7 +45,7 @@ from tamis.report.wording import counted
 from tamis.settings import SelectSettings
 from tamis.train_setup import check_device, check_tuning
 from tamis.values import to_dict
-from tamis.versions import versions
+from tamis.versions import releases, versions
 
 __all__ = ["CompareResult", "PlantedResult", "compare_from_settings"]
 
@@ -81,12 +80,12 @@ def compare_from_settings(
     )
     measured = _measured_in_place_of_target(settings)
     sources = read_sources(measured, held)
-    template = None if settings.chat_template is None else text_sha256(template_text(settings.chat_template))
+    template = template_sha256(settings.chat_template)
     content = {
         "tamis": metadata.version("tamis"),
         "model": model,
         "chat_template": template,
-        "libraries": {name: metadata.version(name) for name in ("torch", "transformers", "peft", "tokenizers")},
+        "libraries": releases("torch", "transformers", "peft", "tokenizers"),
     }
     identity = {
         **content,

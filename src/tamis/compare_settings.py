@@ -14,7 +14,7 @@ from typing import Any, Literal
 from tamis.budget import describe_budget, parse_budget
 from tamis.errors import InvalidSettings
 from tamis.notation import check_method, check_online_method, shortlist_parts, target_parts
-from tamis.settings import ModelSettings, SelectSettings, TrainRunSettings
+from tamis.settings import LoadingSettings, SelectSettings, TrainRunSettings
 from tamis.settings.checks import check_at_least
 from tamis.values import check_plain, nearest
 
@@ -65,7 +65,7 @@ def method_parts(text: str) -> MethodText:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareSettings(ModelSettings):
+class CompareSettings(LoadingSettings):
     """Everything that determines a comparison. ``tamis compare`` and ``tamis.compare`` share it.
 
     Raises:
@@ -174,7 +174,7 @@ class CompareSettings(ModelSettings):
     @property
     def _shared(self) -> dict[str, Any]:
         """How models are loaded and rows are read: alike in everything that a comparison is made of."""
-        return {entry.name: getattr(self, entry.name) for entry in fields(ModelSettings)}
+        return {entry.name: getattr(self, entry.name) for entry in fields(LoadingSettings)}
 
     def _check_methods(self) -> None:
         if not self.methods:

@@ -19,7 +19,7 @@ from tamis.data.rows import Rows
 from tamis.disk import make_folder
 from tamis.errors import InvalidInput
 from tamis.identity import canonical_json, file_sha256, text_sha256
-from tamis.model.load import ModelSettings, load_tokenizer, template_text
+from tamis.model.load import ModelSettings, load_tokenizer, template_sha256
 from tamis.notation import target_parts
 from tamis.outputs import write_scores
 from tamis.protocols import Progress
@@ -130,7 +130,7 @@ def run_identity(
 ) -> dict[str, Any]:
     """What determines the numbers of a verb; settings in ``free`` do not."""
     known = ("run", "target", "out", "model", "revision", "chat_template", "store", "on_bad_row", *free)
-    template = None if settings.chat_template is None else text_sha256(template_text(settings.chat_template))
+    template = template_sha256(settings.chat_template)
     return {
         "verb": verb,
         "run": run_digest(Path(settings.run)),

@@ -16,7 +16,7 @@ from tamis.cli.config import merge_settings, parse_pairs
 from tamis.config import config_text, read_config, write_config
 from tamis.errors import InvalidInput, InvalidSettings
 from tamis.notation import METHOD_SUMMARIES, PROJECTION_NAMES
-from tamis.settings import ModelSettings, SelectSettings
+from tamis.settings import LoadingSettings, SelectSettings
 from tamis.values import from_dict
 
 # Anything a person might type, and what trips YAML: signs, quotes, numbers in disguise, words read as booleans.
@@ -74,7 +74,7 @@ def test_the_file_names_the_version_and_puts_what_verbs_share_last() -> None:
     assert f"tamis {__version__}" in text
     assert "relative to the current directory" in text
     keys = [line.split(":")[0] for line in text.splitlines() if line and line[0].isalpha()]
-    shared = list(SelectSettings.__dataclass_fields__)[: len(ModelSettings.__dataclass_fields__)]
+    shared = list(SelectSettings.__dataclass_fields__)[: len(LoadingSettings.__dataclass_fields__)]
     own = [name for name in SelectSettings.__dataclass_fields__ if name not in shared]
     assert keys[:3] == ["model", "pool", "target"]
     assert keys[: len(own)] == own and sorted(keys[len(own) :]) == sorted(shared)

@@ -5,7 +5,6 @@ Sums over rows, not rows, are what is kept; so parts are files of a folder of th
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from tamis.data.batches import collate, plan_batches
 from tamis.disk import replace_atomically
 from tamis.gradients.kronecker import Labels, SecondMoments, SquaredCoordinates, curvature_losses
 from tamis.gradients.per_sample import run_batch
+from tamis.identity import rows_sha256
 from tamis.maths.kronecker import KroneckerBasis, eigenbasis, kfac_eigenvalues, precondition
 from tamis.model.processes import barrier, is_main, rank, world_size
 from tamis.seeds import child_seed
@@ -62,7 +62,7 @@ class KroneckerCurvature:
         return {
             "algorithm": "kronecker-factors-v2",
             "labels": self.labels,
-            "rows": hashlib.sha256(self.rows.astype("<i8").tobytes()).hexdigest(),
+            "rows": rows_sha256(self.rows),
             "seed": self.task.seed if self.labels == "sampled" else None,
             "batch_invariant": self.task.collecting.batch_invariant,
         }

@@ -7,14 +7,14 @@ misspelt setting is answered at once.
 from tamis.settings.doctor import DoctorSettings
 from tamis.settings.plan import PlanSettings
 from tamis.settings.select import SelectSettings
-from tamis.settings.shared import ModelSettings, SharedSettings
+from tamis.settings.shared import LoadingSettings, SharedSettings
 from tamis.settings.trace import AttributeSettings, VerifySettings
 from tamis.settings.train import TrainRunSettings
 
 __all__ = [
     "AttributeSettings",
     "DoctorSettings",
-    "ModelSettings",
+    "LoadingSettings",
     "PlanSettings",
     "SelectSettings",
     "SharedSettings",

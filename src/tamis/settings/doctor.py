@@ -7,13 +7,13 @@ from typing import Literal
 
 from tamis.notation import check_projection
 from tamis.settings.checks import check_at_least, check_sources, check_targets
-from tamis.settings.shared import ModelSettings
+from tamis.settings.shared import LoadingSettings
 
 __all__ = ["DoctorSettings"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DoctorSettings(ModelSettings):
+class DoctorSettings(LoadingSettings):
     """What ``tamis doctor`` looks at, before anyone spends money.
 
     Raises:

@@ -9,14 +9,14 @@ from typing import Any, Literal
 from tamis.errors import InvalidSettings
 from tamis.notation import check_method, check_projection, shortlist_parts
 from tamis.settings.checks import budget_text, check_at_least, check_sources, check_targets
-from tamis.settings.shared import ModelSettings
+from tamis.settings.shared import LoadingSettings
 from tamis.values import check_plain
 
 __all__ = ["PlanSettings"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanSettings(ModelSettings):
+class PlanSettings(LoadingSettings):
     """What ``tamis plan`` estimates: the cost of every method at this pool, on this or on a named device.
 
     Raises:

@@ -9,14 +9,14 @@ from typing import Any, Literal
 from tamis.errors import InvalidSettings
 from tamis.notation import check_method, check_projection, shortlist_parts
 from tamis.settings.checks import budget_text, check_at_least, check_method_settings, check_sources, check_targets
-from tamis.settings.shared import ModelSettings
+from tamis.settings.shared import LoadingSettings
 from tamis.values import nearest
 
 __all__ = ["SelectSettings"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectSettings(ModelSettings):
+class SelectSettings(LoadingSettings):
     """Everything that determines a selection, as the user states it. ``tamis select`` and ``tamis.select`` share it.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import Literal
 from tamis.settings.checks import check_at_least, check_not_blank
 from tamis.values import check_types
 
-__all__ = ["Dtype", "Format", "ModelSettings", "SharedSettings"]
+__all__ = ["Dtype", "Format", "LoadingSettings", "SharedSettings"]
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Format = Literal["messages", "prompt-completion", "instruction", "text"]
@@ -38,7 +38,7 @@ class SharedSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSettings(SharedSettings):
+class LoadingSettings(SharedSettings):
     """Of the verbs that load a model for gradients as the user says; those of recorded runs load it as recorded."""
 
     dtype: Dtype = "auto"

@@ -16,14 +16,14 @@ from tamis.settings.checks import (
     check_sources,
     check_targets,
 )
-from tamis.settings.shared import ModelSettings
+from tamis.settings.shared import LoadingSettings
 from tamis.values import nearest
 
 __all__ = ["TrainRunSettings"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainRunSettings(ModelSettings):
+class TrainRunSettings(LoadingSettings):
     """Everything that determines a training run that chooses its data. ``tamis train`` and ``tamis.train`` share it.
 
     Raises:
