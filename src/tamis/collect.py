@@ -6,6 +6,7 @@ computes that way survives a kill, is spread over the ranks, and is reused by th
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -21,7 +22,7 @@ from tamis.corpus import Corpus
 from tamis.data.batches import collate, plan_batches
 from tamis.disk import replace_atomically
 from tamis.errors import InvalidSettings, NonFinite, Unsupported
-from tamis.identity import fingerprint, rows_sha256
+from tamis.identity import fingerprint
 from tamis.model.load import LoadedModel, ModelSettings, load_model, model_fingerprint, resolved_dtype
 from tamis.model.memory import TokenLimit, is_out_of_memory
 from tamis.model.processes import is_main
@@ -186,7 +187,7 @@ class Task:
         full_spec: dict[str, Any] = {
             "stage": name,
             "tokens": corpus.identity,
-            "rows": rows_sha256(rows),
+            "rows": _digest_rows(rows),
             "work": work,
             "model": self.model_identity(),
             "batch_invariant": self.collecting.batch_invariant,
@@ -275,6 +276,10 @@ class Task:
     def costs(self) -> list[StageCost]:
         """What every stage of this task spent, in the order in which they were first used."""
         return [cost for path in dict.fromkeys(self.stages) if (cost := read_cost(path)) is not None]
+
+
+def _digest_rows(rows: IntArray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(rows, dtype="<i8").tobytes()).hexdigest()
 
 
 def _with_places(error: NonFinite, corpus: Corpus) -> NonFinite:
