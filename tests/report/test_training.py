@@ -165,7 +165,7 @@ def test_losses_that_are_not_finite_are_a_warning_and_no_gap(tmp_path: Path) -> 
 
 
 def test_the_page_in_a_browser_is_complete_quiet_and_harmless(tmp_path: Path) -> None:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright, one of the dev dependencies, is not installed")
     names = ("chromium", "chromium-browser", "google-chrome")
     executable = next((found for name in names if (found := shutil.which(name))), None)
     if executable is None:
