@@ -1,4 +1,4 @@
-"""How the templates of all pages are filled: escaped, strict about names, with the house's ways to write a number."""
+"""How the templates of pages are filled: escaped, strict about names, with the house's ways to write a number."""
 
 from __future__ import annotations
 
