@@ -209,7 +209,7 @@ def test_a_wrong_sign_fails_unless_routes_may_explain_it(
         assert found is not None
         return replace(found, measured_change=-found.predicted_change, steps=3, is_routed=is_routed)
 
-    monkeypatch.setattr("tamis.evaluate.doctor.check_sign", contrary)
+    monkeypatch.setattr("tamis.evaluate.numbers.check_sign", contrary)
     code, found, printed = doctor_of(tiny, capfd, tiny.model)
     assert (code, found["passed"]) == ((0, True) if is_routed else (1, False))
     assert ("not differentiable" in printed) is is_routed and ("undecided" in printed) is is_routed
