@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 import tamis
 import tamis.methods
 from tamis.cli import main as cli
-from tamis.settings import METHOD_SUMMARIES, PROJECTION_NAMES, SelectSettings
+from tamis.notation import METHOD_SUMMARIES, PROJECTION_NAMES
+from tamis.settings import SelectSettings
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
