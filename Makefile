@@ -15,8 +15,8 @@ demo: $(VENV)/.demo
 test: lint types docs unit
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check src tests benchmarks examples
-	$(BIN)/ruff format --check src tests benchmarks examples
+	$(BIN)/ruff check src tests benchmarks examples recipes docs
+	$(BIN)/ruff format --check src tests benchmarks examples recipes docs
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
@@ -29,8 +29,8 @@ unit: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
 
 format: $(VENV)/.dev
-	$(BIN)/ruff check --fix src tests benchmarks examples
-	$(BIN)/ruff format src tests benchmarks examples
+	$(BIN)/ruff check --fix src tests benchmarks examples recipes docs
+	$(BIN)/ruff format src tests benchmarks examples recipes docs
 
 # torch comes first and alone, so that nothing else chooses its version.
 $(VENV)/.base: pyproject.toml constraints.txt

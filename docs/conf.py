@@ -1,6 +1,10 @@
 """How the documentation becomes a site: `make docs`. The pages are the Markdown files beside this one."""
 
+import sys
 from importlib import metadata
+from pathlib import Path
+
+from sphinx.application import Sphinx
 
 project = "tamis"
 author = "The tamis authors"
@@ -23,3 +27,16 @@ napoleon_numpy_docstring = False
 
 html_theme = "furo"
 html_title = "tamis"
+
+# The tables of settings, methods and combinations are made from the code anew for every build.
+sys.path.insert(0, str(Path(__file__).parent))
+from generate_tables import fill  # noqa: E402
+
+
+def setup(app: Sphinx) -> None:
+    """Fill the generated parts of every page before it is read."""
+
+    def fresh(app: Sphinx, name: str, source: list[str]) -> None:
+        source[0] = fill(source[0])
+
+    app.connect("source-read", fresh)

@@ -109,3 +109,38 @@ class Told:
 
     def __exit__(self, *error: object) -> None:
         return None
+
+
+def test_rows_of_a_pool_that_is_done_are_taken_from_it_and_charged_for(tmp_path: Path, model: Path) -> None:
+    task, part = task_in(tmp_path, model), np.array([1, 4, 5, 11, 17, 18])
+
+    def values(rows: np.ndarray[Any, Any], start: Callable[[], Any], **spec: Any) -> np.ndarray[Any, Any]:
+        found = task.map_rows(
+            task.pool, rows, name="sums", spec=spec, start=start, operations=lambda *sizes: 7.0 * sizes[1]
+        )
+        return found.read("value")
+
+    def computed() -> Any:
+        task.loaded  # noqa: B018  # as the functions of methods do
+        return Memory(late)
+
+    every = values(np.arange(len(task.pool)), computed)
+    task.stages.clear()
+    taken = values(part, lambda: pytest.fail("rows were computed again"))
+    np.testing.assert_array_equal(taken, every[part])
+    (cost,) = task.costs()
+    assert (cost.rows, cost.tokens) == (len(part), task.pool.lengths[part].sum())
+    assert cost.squared_tokens == (task.pool.lengths[part] ** 2).sum()
+    assert cost.operations == pytest.approx(7.0 * cost.tokens, rel=1e-12) and cost.elapsed_s > 0
+    with pytest.raises(AssertionError, match="asked for"):  # other numbers are another stage
+        values(part, lambda: (_ for _ in ()).throw(AssertionError("asked for")), other=1)
+
+
+def test_a_stage_over_all_rows_that_is_not_finished_lends_nothing(tmp_path: Path, model: Path) -> None:
+    task, compute = task_in(tmp_path, model), Memory(late, dies_after=3)
+    with pytest.raises(DiedError):
+        mapped(task, compute)
+    fresh = Memory(late)
+    rows = np.arange(3)
+    task.map_rows(task.pool, rows, name="sums", spec={}, start=lambda: fresh)
+    assert fresh.sizes

@@ -30,6 +30,7 @@ from tamis.model.targets import gradient_layers
 from tamis.progress import NoProgress
 from tamis.protocols import Progress
 from tamis.stages import StageCost, Work, finish, own_shards, read_cost, record_cost
+from tamis.store.manifest import read_manifest, stage_path
 from tamis.store.reader import StageReader
 from tamis.store.writer import StageWriter
 from tamis.types import Batch, IntArray, LayerSpec
@@ -169,6 +170,10 @@ class Task:
     ) -> StageReader:
         """Compute something for every row, once, and return it readable in the order of ``rows``.
 
+        Where the store has the same of all usable rows, those of ``rows`` are taken from there, and count in the cost
+        table as what they cost when they were computed: a shortlist beside a whole pool passes no row through the model
+        again, and seems no cheaper for it.
+
         Args:
             corpus: the pool or the target.
             rows: (n,) positions in ``corpus``, all usable.
@@ -203,10 +208,17 @@ class Task:
             rows_digest=full_spec["rows"],
         )
         self.stages.append(writer.path)
+        whole = self._same_of_all_rows(corpus, full_spec, f"{name}-{corpus.name}")
         compute: BatchFunction | None = None
         limit = TokenLimit(writer.fixed["batch_tokens"] or 0, writer.path)
         with self.progress.stage(f"{name} ({corpus.name})", len(rows), "rows") as advance:
             for shard in own_shards(writer, advance):
+                if whole is not None:
+                    first, stop = writer.shard_range(shard)
+                    writer.write_shard(shard, whole.columns(rows[first:stop]))
+                    record_cost(writer.path, shard, work=work, **whole.cost(rows[first:stop]))
+                    advance(stop - first)
+                    continue
                 if compute is None:
                     compute = start()
                     limit.tokens = limit.tokens or default_batch_tokens(self.loaded.device)
@@ -215,18 +227,21 @@ class Task:
                 part = rows[first:stop]
                 columns = self._run(corpus, part, compute, limit, shard, advance)
                 writer.write_shard(shard, columns)
-                counts: dict[str, float] = {
-                    "rows": len(part),
-                    "tokens": int(corpus.lengths[part].sum()),
-                    "supervised_tokens": int(corpus.supervised[part].sum()),
-                    "squared_tokens": int((corpus.lengths[part] ** 2).sum()),
-                }
+                counts: dict[str, float] = dict(_sizes(corpus, part))
                 elapsed_s = time.perf_counter() - started
                 if operations is not None:
                     counts["operations"] = operations(*counts.values())
                 record_cost(writer.path, shard, elapsed_s, work=work, **counts)
         finish(writer)
         return StageReader(writer.path)
+
+    def _same_of_all_rows(self, corpus: Corpus, spec: Mapping[str, Any], name: str) -> _Whole | None:
+        """The finished stage that differs from ``spec`` in its rows only, and has all usable ones; None: not there."""
+        rows = np.flatnonzero(corpus.usable).astype(np.int64)
+        if (digest := _digest_rows(rows)) == spec["rows"]:
+            return None
+        path = stage_path(self.store, name, {**spec, "rows": digest})
+        return None if read_manifest(path) is None else _Whole(StageReader(path), corpus, rows)
 
     def _run(
         self,
@@ -277,6 +292,41 @@ class Task:
     def costs(self) -> list[StageCost]:
         """What every stage of this task spent, in the order in which they were first used."""
         return [cost for path in dict.fromkeys(self.stages) if (cost := read_cost(path)) is not None]
+
+
+class _Whole:
+    """A finished stage over all usable rows of a corpus, and what a part of it cost."""
+
+    def __init__(self, reader: StageReader, corpus: Corpus, rows: IntArray) -> None:
+        self._reader, self._corpus, self._rows = reader, corpus, rows
+
+    def columns(self, part: IntArray) -> dict[str, Tensor]:
+        """Everything that the stage has of the rows ``part``, as it was stored."""
+        positions, found = np.searchsorted(self._rows, part), {}
+        for name, record in self._reader.manifest.tensors.items():
+            column = torch.from_numpy(self._reader.take(name, positions))
+            # Readers widen bfloat16, and shards of a stage must agree in their element types.
+            found[name] = column.bfloat16() if record.dtype == "BF16" else column
+        return found
+
+    def cost(self, part: IntArray) -> dict[str, Any]:
+        """Of ``part``: its own counts, and of seconds and operations its share by tokens."""
+        own: dict[str, Any] = dict(_sizes(self._corpus, part))
+        spent = read_cost(self._reader.path)
+        share = own["tokens"] / spent.tokens if spent is not None and spent.tokens else 0.0
+        own["elapsed_s"] = share * spent.elapsed_s if spent is not None else 0.0
+        if spent is not None and spent.operations is not None:
+            own["operations"] = share * spent.operations
+        return own
+
+
+def _sizes(corpus: Corpus, rows: IntArray) -> dict[str, int]:
+    return {
+        "rows": len(rows),
+        "tokens": int(corpus.lengths[rows].sum()),
+        "supervised_tokens": int(corpus.supervised[rows].sum()),
+        "squared_tokens": int((corpus.lengths[rows] ** 2).sum()),
+    }
 
 
 def _digest_rows(rows: IntArray) -> str:

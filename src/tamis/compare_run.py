@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 
 from tamis.compare_grid import Grid, common_spec, make_missing
+from tamis.compare_halves import half_files, halves_of, said_of_halves, write_halves
 from tamis.compare_selections import Chosen, PoolTable, select_rows
 from tamis.compare_settings import CompareSettings, method_parts
 from tamis.compare_training import Bench
+from tamis.comparison.benchmarks import open_benchmarks
 from tamis.comparison.cells import Cell, Price
 from tamis.comparison.contenders import Contender, contenders_of
 from tamis.comparison.datamodel import Foretold, foretell
@@ -26,7 +28,7 @@ from tamis.comparison.result import CompareResult, SelectionFacts, source_shares
 from tamis.comparison.verdict import compare_pairs, standings_of
 from tamis.config import write_config
 from tamis.corpora import Rendered, Sources, leaked_rows, model_settings, read_sources, render_corpora, write_skipped
-from tamis.data.examples import read_examples
+from tamis.data.examples import Examples, read_examples
 from tamis.data.rows import Rows
 from tamis.disk import check_writable
 from tamis.identity import text_sha256
@@ -71,16 +73,15 @@ def compare_from_settings(
     if any(text.is_online for text in settings.contenders):  # only these train with the Trainer
         check_device(run)
     check_tuning(run)
-    model = model_fingerprint(model_settings(run))
-    target = read_examples(
-        [path for _, path in map(target_parts, settings.target)],
-        kind="target",
-        row_format=settings.row_format,
-        on_bad_row=settings.on_bad_row,
-        held=held,
+    benchmarks = open_benchmarks(
+        settings.tasks, folder=settings.task_folder, limit=settings.task_limit, shots=settings.task_shots
     )
+    model = model_fingerprint(model_settings(run))
+    asked = settings
     measured = _measured_in_place_of_target(settings)
     sources = read_sources(measured, held)
+    target = _read_target(settings, held) if settings.eval else sources.target
+    halves = None if settings.eval else halves_of(sources, seed=settings.seed)
     template = None if settings.chat_template is None else text_sha256(template_text(settings.chat_template))
     content = {
         "tamis": metadata.version("tamis"),
@@ -90,14 +91,30 @@ def compare_from_settings(
     }
     identity = {
         **content,
-        "data": {"pool": sources.pool.identity, "target": target.identity, "eval": sources.target.identity},
+        "data": {
+            "pool": sources.pool.identity,
+            "target": target.identity,
+            "eval": sources.target.identity if halves is None else {"half of the target, by seed": settings.seed},
+        },
     }
     if is_main():
         claim_folder(out, identity)
-        write_config("compare", settings, out / "run.yaml", held=list(held))
+        write_config("compare", asked, out / "run.yaml", held=list(held))
     barrier()
+    if halves is not None:
+        folder = out / "halves"
+        if is_main():
+            write_halves(folder, sources.target, halves)
+        barrier()
+        targets, held_out = half_files(folder, halves)
+        settings = replace(settings, target=targets, eval=held_out)
+        target, measured = _read_target(settings, held), _measured_in_place_of_target(settings)
+        sources = replace(sources, target=_read_target(replace(settings, target=settings.eval), held))
+        sources = replace(sources, target_group=np.array(sources.target.named_by)[sources.target.file_index])
 
     rendered = render_corpora(sources, measured, store=_store(settings), progress=progress)
+    if halves is not None:
+        rendered = replace(rendered, warnings=(*rendered.warnings, said_of_halves(halves)))
     if is_main():
         write_skipped(out / "skipped.jsonl", rendered.skipped)
     contenders = contenders_of(settings)
@@ -117,6 +134,8 @@ def compare_from_settings(
             attention=settings.attention,
             pool=rendered.pool.identity,
             eval=rendered.target.identity,
+            # Runs without tasks keep the names that they had before there were any.
+            **({"tasks": benchmarks.identity} if benchmarks is not None else {}),
         ),
         target=target.identity["content"],
     )
@@ -128,12 +147,14 @@ def compare_from_settings(
         tasks=sources.target_names,
         price=grid.price,
         held=held,
+        benchmarks=benchmarks,
     )
     records = Records(out / "records")
     cells = _train_all(grid, bench, records, progress)
     runs = {key: [records.read(cell.key) for cell in own] for key, own in cells.items()}
     foretold, parts = _foretell(grid, bench, records, progress)
     result = _result(settings, grid, rendered, sources, target.digests, runs, foretold, identity, held)
+    result = replace(result, manifest={**result.manifest, "settings": to_dict(asked)})
     if is_main():
         check_claim(out, identity)
         _write(result, rendered, [*_distinct(runs), *parts])
@@ -142,9 +163,19 @@ def compare_from_settings(
 
 
 def _measured_in_place_of_target(settings: CompareSettings) -> SelectSettings:
-    """Held-out rows are read, checked and rendered like target rows."""
+    """Held-out rows are read, checked and rendered like target rows; without any, the target's are divided later."""
     plain = settings.select_settings(method_parts("uniform"), budget=settings.budget, out=settings.out)
-    return replace(plain, target=settings.eval)
+    return replace(plain, target=settings.eval or settings.target)
+
+
+def _read_target(settings: CompareSettings, held: Mapping[str, Rows]) -> Examples:
+    return read_examples(
+        [path for _, path in map(target_parts, settings.target)],
+        kind="target",
+        row_format=settings.row_format,
+        on_bad_row=settings.on_bad_row,
+        held=held,
+    )
 
 
 def _store(settings: CompareSettings) -> Path:
@@ -154,13 +185,17 @@ def _store(settings: CompareSettings) -> Path:
 def _select_all(
     settings: CompareSettings, contenders: Sequence[Contender], progress: Progress, held: Mapping[str, Rows]
 ) -> dict[tuple[str, str], Chosen]:
-    """The selection of every method at every budget, from one store of features."""
-    return {
-        (contender.name, budget): select_rows(settings, contender.text, budget, progress=progress, held=held)
-        for contender in contenders
-        if contender.kind == "selected" and contender.text is not None
+    """The selection of every method at every budget, from one store of features.
+
+    Methods that see the whole pool come first, so that those behind a shortlist find their rows' features in the store.
+    """
+    texts = {c.name: c.text for c in contenders if c.kind == "selected" and c.text is not None}
+    made = {
+        (name, budget): select_rows(settings, texts[name], budget, progress=progress, held=held)
+        for name in sorted(texts, key=lambda name: texts[name].shortlist is not None)
         for budget in settings.all_budgets
     }
+    return {(name, budget): made[name, budget] for name in texts for budget in settings.all_budgets}
 
 
 def _train_all(grid: Grid, bench: Bench, records: Records, progress: Progress) -> dict[tuple[str, str], list[Cell]]:
@@ -243,7 +278,6 @@ def _result(
         **identity,
         "command": command if not held else "tamis.compare(...) in Python with the same rows",
         "versions": versions(),
-        "settings": to_dict(settings),
         "updates": {budget: grid.steps(budget) for budget in settings.all_budgets},
         "records": {f"{name} at {budget}": [run.key for run in own] for (name, budget), own in runs.items()},
         "cost": {

@@ -75,7 +75,7 @@ class CompareSettings(LoadingSettings):
     model: str
     pool: tuple[str, ...]
     target: tuple[str, ...]  # like SelectSettings.target
-    eval: tuple[str, ...] = ()  # rows that only measure, "path" or "name=path"
+    eval: tuple[str, ...] = ()  # rows that only measure, "path" or "name=path"; empty: half of every target's rows
     methods: tuple[str, ...] = ("tracin",)
     set: Mapping[str, Any] = field(default_factory=dict)  # settings of methods, as "LABEL.NAME"
     budget: str = "5%"  # the verdict's
@@ -84,6 +84,10 @@ class CompareSettings(LoadingSettings):
     metric: Literal["loss", "exact-match"] = "loss"
     answer_pattern: str | None = None  # regular expression whose last match is the answer; None: the whole text
     answer_tokens: int = 64  # generated at most
+    tasks: tuple[str, ...] = ()  # of lm-evaluation-harness, measured beside the metric
+    task_folder: str | None = None  # of tasks that are not the harness's own
+    task_limit: int | None = None  # questions of each task; None: all
+    task_shots: int | None = None  # examples in front of a question; None: the task's own
     subsets: int = 0  # random parts of the pool to train on, for the linear datamodelling score; 0: none
     subset_share: float = 0.5  # of the pool's rows
     planted: bool = False  # known-answer rows in the pool; nothing is trained
@@ -197,14 +201,21 @@ class CompareSettings(LoadingSettings):
             check_plain(f"set.{key}", value)
 
     def _check_measuring(self) -> None:
+        for name, least in (("task_limit", 1), ("task_shots", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InvalidSettings(f"{name}={value}: expected at least {least}")
+        given = [name for name in ("task_folder", "task_limit", "task_shots") if getattr(self, name) is not None]
+        if given and not self.tasks:
+            raise InvalidSettings(f"{given[0]}: no task is asked for; add tasks=gsm8k, for example")
+        if self.tasks and self.planted:
+            raise InvalidSettings("tasks: with planted nothing is trained that could answer them; leave one out")
         if self.planted:
             if any(text.is_online for text in self.contenders):
                 raise InvalidSettings(
                     "planted: nothing is trained, so online methods cannot be checked; leave them out"
                 )
             return
-        if not self.eval:
-            raise InvalidSettings("eval: no row measures; pass --eval (rows of the task that nothing else sees)")
         if self.relevant or self.relevant_sources:
             raise InvalidSettings("relevant, relevant_sources: they belong to --planted; add it, or leave them out")
         names = [target_parts(text)[0] for text in self.eval]

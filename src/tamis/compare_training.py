@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from tamis.compare_settings import CompareSettings
+from tamis.comparison.benchmarks import Benchmarks
 from tamis.comparison.cells import Cell, Price, Seen, rows_seen_in, seen_rows
 from tamis.comparison.measure import answer_of, held_out_losses, last_answer, written_answers
 from tamis.comparison.records import Run
@@ -56,6 +57,7 @@ class Bench:
     tasks: tuple[str, ...]
     price: Price
     held: Mapping[str, Rows]
+    benchmarks: Benchmarks | None = None
 
     def run(self, cell: Cell, advance: Callable[[int], None]) -> Run | None:
         """Make the run that ``cell`` describes; None from the ranks that only helped with it."""
@@ -161,6 +163,7 @@ class Bench:
             for text, example in zip(answers, corpus.take(self.held_out), strict=True):
                 wanted = answer_of(last_answer(tokenizer, example), settings.answer_pattern)
                 matches.append(bool(wanted) and answer_of(text, settings.answer_pattern) == wanted)
+        tasks = {} if self.benchmarks is None else self.benchmarks.scores(model, tokenizer)
         return Run(
             key=cell.key,
             contender=cell.contender.name,
@@ -183,6 +186,7 @@ class Bench:
             answers=tuple(answers),
             warnings=warnings,
             spec=cell.spec,
+            tasks=tasks,
         )
 
 

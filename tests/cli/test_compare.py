@@ -18,7 +18,6 @@ from tamis.cli.compare import compare
 from tamis.cli.main import run
 from tamis.compare_settings import CompareSettings, MethodText, method_parts
 from tamis.config import config_text, read_config
-from tamis.errors import InvalidSettings
 from tamis.values import from_dict
 
 ARGUMENTS = ["--model", "m", "--pool", "p.jsonl", "--target", "t.jsonl", "--eval", "e.jsonl"]
@@ -122,12 +121,6 @@ def test_wrong_settings_end_in_one_line_and_code_2(
     error = capsys.readouterr().err
     assert said in " ".join(error.split()) and "Traceback" not in error and error.count("\n") == 1
     assert seen == []
-
-
-def test_rows_that_measure_are_asked_for_unless_rows_are_planted(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(InvalidSettings, match="no row measures; pass --eval"):
-        CompareSettings(model="m", pool=("p",), target=("t",))
-    assert CompareSettings(model="m", pool=("p",), target=("t",), planted=True).planted
 
 
 def test_settings_survive_their_file(tmp_path: Path) -> None:

@@ -20,8 +20,9 @@ import pytest
 import torch
 
 import tamis
+from tamis.comparison.contenders import contenders_of
 from tamis.comparison.records import Records
-from tamis.errors import InvalidSettings
+from tamis.errors import InvalidInput, InvalidSettings
 from tiny_run import TinyRun, chat, make_run, write_rows
 
 BASE = {"budget": 8, "seeds": 2, "update_rows": 4, "learning_rate": 1e-2, "lora_rank": 2, "device": "cpu"}
@@ -85,6 +86,55 @@ def test_all_baselines_run_and_every_number_is_traceable(whole: tamis.CompareRes
     assert written["verdict"] == whole.conclusion.title and len(written["standings"]) == len(whole.standings)
     page = (whole.out / "report.html").read_text()
     assert whole.conclusion.title in page and "Does selecting pay at equal cost?" in page
+
+
+def test_every_method_that_selects_meets_random_rows_of_its_own_sources(run: TinyRun, tmp_path: Path) -> None:
+    methods = ("mid-ppl", "bm25:3x+tracin", "online:tilt")
+    settings = tamis.CompareSettings(model="m", pool=("p",), target=("t",), eval=("e",), methods=methods)
+    drawn = {c.name: c.of for c in contenders_of(settings) if c.kind == "same-sources"}
+    assert drawn == {f"random, {name}'s sources": name for name in methods[:2]}
+
+
+def test_a_method_behind_a_shortlist_uses_what_the_pool_has_cost_already(run: TinyRun, tmp_path: Path) -> None:
+    """Without the whole pool beside it, it computes for itself; the charge is the same."""
+    changes: dict[str, Any] = {"seeds": 1, "steps": 1}
+    apart = compare(run, tmp_path / "apart", methods=["bm25:2x+tracin"], **changes)
+    beside = compare(run, tmp_path / "beside", methods=["bm25:2x+tracin", "tracin"], **changes)
+    alone, shared = apart.standing("bm25:2x+tracin"), beside.standing("bm25:2x+tracin")
+    assert alone is not None and shared is not None
+    assert shared.select_tflops == pytest.approx(alone.select_tflops, rel=1e-9)
+    assert [s.name for s in beside.standings if s.kind == "same-sources"]
+    folders = {f.name: Path(f.folder) for f in beside.selections}
+    own = {name: json.loads((folder / "manifest.json").read_text()) for name, folder in folders.items()}
+    assert own["tracin"]["data_files"]["pool"]["scored"] > own["bm25:2x+tracin"]["data_files"]["pool"]["scored"]
+
+
+def test_without_held_out_rows_half_of_the_target_measures_and_the_other_half_selects(
+    run: TinyRun, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    changes: dict[str, Any] = {"eval": (), "methods": ["bm25"], "seeds": 1, "steps": 1}
+    result = compare(run, out, **changes)
+    whole = [json.loads(line) for line in run.target.read_text().splitlines()]
+    halves = [
+        [json.loads(line) for line in (out / "halves" / "0" / f"{kind}.jsonl").read_text().splitlines()]
+        for kind in ("target", "held-out")
+    ]
+    assert sorted((row for half in halves for row in half), key=whole.index) == whole
+    assert [len(half) for half in halves] == [2, 2] and result.held_out_rows == 2
+    (said,) = [warning for warning in result.conclusion.warnings if "No held-out rows were given" in warning]
+    assert "'target': 2 rows selected, 2 rows measured" in said
+    assert not any("is in the target, too" in warning for warning in result.conclusion.warnings)
+    before = records(out)
+    again = tamis.compare(**{**result.manifest["settings"], "seeds": 2})  # as run.yaml has it
+    assert isinstance(again, tamis.CompareResult)
+    assert {key: record for key, record in records(out).items() if key in before} == before, "the halves have moved"
+
+
+def test_a_target_of_one_row_cannot_be_divided(run: TinyRun, tmp_path: Path) -> None:
+    lone = write_rows(tmp_path / "lone.jsonl", [chat("How much is 1 plus 1?", "2")])
+    with pytest.raises(InvalidInput, match="'lone' has 1 row, of which none can be held out; pass --eval"):
+        compare(run, tmp_path / "out", target=lone, eval=())
 
 
 def test_training_lowers_the_loss_and_seeds_differ(whole: tamis.CompareResult) -> None:
@@ -229,8 +279,8 @@ def test_more_seeds_and_methods_add_runs_and_repeat_none(
 
     monkeypatch.setattr(training, "fine_tune", counted)
     result = compare(run, whole.out, methods=["tracin", "mid-ppl", "online:tilt"], set={"online:tilt.cold_start": 1})
-    # mid-ppl twice, and full at mid-ppl's cost and of the online method twice each.
-    assert len(steps) == 2 + 4
+    # mid-ppl and random rows of its sources twice each, and full at mid-ppl's cost and of the online method twice each.
+    assert len(steps) == 4 + 4
     after = records(whole.out)
     assert {key: after[key] for key in before} == before
     online = result.standing("online:tilt")

@@ -181,7 +181,7 @@ def test_warnings_of_spread_sources_and_tokens() -> None:
     assert conclusion.warnings[0] == "3 rows leak"
     assert "smaller than the spread of uniform's own draws (a standard deviation of 1.3)" in said
     assert "90% of its rows come from one source ('sums'), which is 20% of the pool" in said
-    assert "name the method first" in said
+    assert "Random rows of the same sources" not in said, "none was trained beside it"
     _, _, conclusion = concluded(runs, selections=[replace(facts, largest_share=1.0, pool_share=1.0)])
     assert not any("one source" in warning for warning in conclusion.warnings), "the pool has no other"
     _, _, conclusion = concluded(runs, selections=[replace(facts, pool_share=0.88)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -15,12 +16,15 @@ from typer.testing import CliRunner
 
 import tamis
 import tamis.methods
+import tamis.online
 from tamis.cli import main as cli
-from tamis.notation import METHOD_SUMMARIES, PROJECTION_NAMES
-from tamis.settings import SelectSettings
+from tamis.compare_settings import CompareSettings
+from tamis.notation import METHOD_SUMMARIES, ONLINE_SUMMARIES, PROJECTION_NAMES
+from tamis.proxy_settings import ProxySettings
+from tamis.settings import SelectSettings, TrainRunSettings
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
 CODE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PUBLIC = {
@@ -67,17 +71,30 @@ def test_commands_in_the_documents_parse(words: list[str]) -> None:
     assert context.params
 
 
-@pytest.mark.parametrize("words", [words for words in command_lines() if "select" in words.values[0]])
-def test_select_commands_state_settings_that_are_accepted(words: list[str]) -> None:
+SETTINGS = {"select": SelectSettings, "train": TrainRunSettings, "compare": CompareSettings, "proxy": ProxySettings}
+
+
+@pytest.mark.parametrize("words", [words for words in command_lines() if words.values[0][0] in SETTINGS])
+def test_commands_in_the_documents_state_settings_that_are_accepted(words: list[str]) -> None:
     """The settings classes check what the parser does not: methods, budgets, shortlists, shares."""
     from tamis.cli.command import typed_flags
     from tamis.cli.config import merge_settings
 
-    context = command_of("select").make_context("tamis", list(words[1:]))
+    context = command_of(words[0]).make_context("tamis", list(words[1:]))
     flags = typed_flags(context)
     if context.params.get("config"):
         return  # settings of a run that the reader has made
-    merge_settings(SelectSettings, flags, None)
+    merge_settings(SETTINGS[words[0]], flags, None)
+
+
+def test_the_quickstart_is_three_commands_from_two_files_to_a_verdict() -> None:
+    first = CODE.search(TEXTS["docs/quickstart.md"])
+    assert first is not None
+    lines = [shlex.split(line) for line in first[2].splitlines()]
+    assert [words[1] for words in lines] == ["select", "train", "compare"]
+    given = {word for words in lines for word in words if word.endswith(".jsonl")}
+    made = f"{lines[0][-1]}/selected.jsonl"
+    assert given - {made} == {"pool.jsonl", "target.jsonl"} and made in lines[1]
 
 
 def test_documents_show_the_three_verbs() -> None:
@@ -155,22 +172,51 @@ def flags_of(verb: str) -> set[str]:
     return {flag for parameter in command_of(verb).params for flag in [*parameter.opts, *parameter.secondary_opts]}
 
 
-def test_methods_page_has_a_section_for_every_method_and_only_for_those() -> None:
-    headings = re.findall(r"^## `([^`]+)`", TEXTS["docs/methods.md"], re.MULTILINE)
-    assert sorted(headings) == sorted(METHOD_SUMMARIES) == sorted(tamis.methods.METHODS)
-    for name, method in tamis.methods.METHODS.items():
-        section = re.split(r"^## ", TEXTS["docs/methods.md"].split(f"## `{name}`")[1], flags=re.MULTILINE)[0]
-        assert f"tamis.methods.{method.__name__}`" in section, f"{name} does not name its class"
+HEADING = re.compile(r"^#+ (?:Online: )?`([^`]+)`.*$", re.MULTILINE)
 
 
-def test_settings_named_in_the_methods_page_belong_to_their_method() -> None:
-    for section in re.split(r"^## ", TEXTS["docs/methods.md"], flags=re.MULTILINE)[1:]:
-        heading = re.match(r"`([^`]+)`", section)
-        if heading is None:
+def method_sections(*, online: bool) -> dict[str, str]:
+    """The part of a page under ``docs/methods`` that is about one method: under its name as a heading."""
+    found: dict[str, str] = {}
+    for name, text in TEXTS.items():
+        if not name.startswith("docs/methods/") or name.startswith("docs/methods/online-") != online:
             continue
-        known = {field.name for field in dataclasses.fields(tamis.methods.METHODS[heading[1]])}
+        headings = [match for match in HEADING.finditer(text) if " and `" not in match[0] and ", `" not in match[0]]
+        for match, following in zip(headings, [*headings[1:], None], strict=False):  # the last has none after it
+            assert match[1] not in found, f"{match[1]} has two sections"
+            found[match[1]] = text[match.start() : following.start() if following else None]
+    return found
+
+
+@pytest.mark.parametrize("online", [False, True])
+def test_every_method_has_a_section_that_says_what_a_user_has_to_know(online: bool) -> None:
+    sections = method_sections(online=online)
+    methods = tamis.online.METHODS if online else tamis.methods.METHODS
+    assert sorted(sections) == sorted(ONLINE_SUMMARIES if online else METHOD_SUMMARIES) == sorted(methods)
+    for name, method in methods.items():
+        page = next(text for text in TEXTS.values() if sections[name] in text and "# " in text)
+        assert f"tamis.{'online' if online else 'methods'}.{method.__name__}`" in sections[name], name
+        assert f"<!-- generated: {'online-' if online else ''}settings {name} -->" in sections[name]
+        for said in ("**When.**", "Cost", "iagnos"):
+            assert said in page or (said in ("Cost", "iagnos") and name in ("uniform", "length")), f"{name}: {said}"
+
+
+@pytest.mark.parametrize("online", [False, True])
+def test_settings_named_in_the_section_of_a_method_belong_to_it(online: bool) -> None:
+    methods = tamis.online.METHODS if online else tamis.methods.METHODS
+    for name, section in method_sections(online=online).items():
+        known = {field.name for field in dataclasses.fields(methods[name])} | {"preset"}
         for setting in re.findall(r"--set \"?(\w+)=", section):
-            assert setting in known, f"{heading[1]} has no setting {setting}"
+            assert setting in known, f"{name} has no setting {setting}"
+
+
+def test_generated_parts_of_the_pages_are_what_the_code_says() -> None:
+    spec = importlib.util.spec_from_file_location("generate_tables", ROOT / "docs" / "generate_tables.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name, text in TEXTS.items():
+        assert module.fill(text) == text, f"{name} is stale: run `python docs/generate_tables.py`"
 
 
 def test_every_projection_is_described() -> None:

@@ -389,7 +389,7 @@ def test_what_cannot_be_done_is_refused_with_its_reason() -> None:
         StepSettings(reduction="mean")  # type: ignore[arg-type]
 
 
-# Section 4.4 of the paper, in its order and as docs/online.md has it.
+# Section 4.4 of the paper, in its order and as docs/methods/online-filter-then-weight.md has it.
 ABLATIONS = {
     "hard filter + reweight": FilterThenWeight.paper(keep=2, oversample=3, filter="top"),
     "optimizer-aware filter only": FilterThenWeight.paper(keep=2, oversample=3, filter="top", weights="none"),

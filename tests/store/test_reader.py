@@ -52,6 +52,14 @@ def test_blocks_are_the_column_cut_into_equal_pieces(
 
 
 @given(st.lists(st.integers(0, NUM_ROWS - 1), max_size=40))
+def test_numbers_of_rows_are_taken_in_the_order_asked_for(reader: StageReader, positions: list[int]) -> None:
+    for name in ("feature", "half", "loss", "flag"):
+        taken = reader.take(name, np.array(positions, dtype=np.int64))
+        np.testing.assert_array_equal(taken, expected(name)[positions])
+        assert taken.dtype == reader.read(name).dtype
+
+
+@given(st.lists(st.integers(0, NUM_ROWS - 1), max_size=40))
 def test_rows_are_taken_in_the_order_asked_for(reader: StageReader, positions: list[int]) -> None:
     for got, position in zip(reader.take_ragged("tokens", positions), positions, strict=True):
         np.testing.assert_array_equal(got, EXPECTED["tokens"][position])
@@ -61,6 +69,7 @@ def test_what_is_read_may_be_changed_without_changing_the_store(reader: StageRea
     for read in (
         lambda: reader.read("feature"),
         lambda: next(reader.blocks("feature", 4))[1],
+        lambda: reader.take("feature", [4]),
         lambda: reader.take_ragged("tokens", [4])[0],
     ):
         first = read()

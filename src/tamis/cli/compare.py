@@ -56,7 +56,8 @@ def compare(
     eval: Annotated[
         list[str] | None,
         typer.Option(
-            help="Rows of the task that only measure, like --target; nothing else may see them.",
+            help="Rows of the task that only measure, like --target; nothing else may see them. Half of every target's "
+            "rows when left out.",
             metavar="EVAL...",
             rich_help_panel=opt.WHAT,
             show_default=False,
@@ -112,6 +113,29 @@ def compare(
     answer_tokens: Annotated[
         int, typer.Option(help="Tokens that the model may write.", rich_help_panel=MEASURE)
     ] = CompareSettings.answer_tokens,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Tasks of lm-evaluation-harness ([cyan]gsm8k[/cyan], [cyan]mmlu[/cyan]) that every trained model "
+            "answers, too; needs [cyan]pip install 'tamis\\[eval]'[/cyan].",
+            metavar="TASK...",
+            rich_help_panel=MEASURE,
+            show_default=False,
+        ),
+    ] = None,
+    task_folder: Annotated[
+        str | None,
+        typer.Option(help="Folder of task files of your own.", metavar="DIR", rich_help_panel=MEASURE),
+    ] = None,
+    task_limit: Annotated[
+        int | None, typer.Option(help="Questions of each task; all when left out.", rich_help_panel=MEASURE)
+    ] = None,
+    task_shots: Annotated[
+        int | None,
+        typer.Option(
+            help="Examples in front of each question; the task's own number when left out.", rich_help_panel=MEASURE
+        ),
+    ] = None,
     subsets: Annotated[
         int,
         typer.Option(

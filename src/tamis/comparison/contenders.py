@@ -40,8 +40,8 @@ class Contender:
 def contenders_of(settings: CompareSettings) -> tuple[Contender, ...]:
     """All of them, the methods named first.
 
-    Random rows of the chosen sources are drawn beside the first method that selects. Every method named that costs
-    model passes gets its own ``full`` at equal cost; which do is known once they have selected.
+    Random rows of the chosen sources are drawn beside every method named that selects. Every one that costs model
+    passes gets its own ``full`` at equal cost; which do is known once they have selected.
     """
     named = [
         Contender(name=text.label, kind="online" if text.is_online else "selected", is_baseline=False, text=text)
@@ -51,16 +51,15 @@ def contenders_of(settings: CompareSettings) -> tuple[Contender, ...]:
     baselines = [
         Contender(name="uniform", kind="uniform", is_baseline=True),
         *(
+            Contender(name=f"random, {one.name}'s sources", kind="same-sources", is_baseline=True, of=one.name)
+            for one in selecting
+        ),
+        *(
             Contender(name=name, kind="selected", is_baseline=True, text=method_parts(name))
             for name in ("bm25", "length")
         ),
         Contender(name="full", kind="full", is_baseline=True),
     ]
-    if selecting:
-        first = selecting[0].name
-        baselines.insert(
-            1, Contender(name=f"random, {first}'s sources", kind="same-sources", is_baseline=True, of=first)
-        )
     matched = [
         Contender(name=f"full at {one.name}'s cost", kind="equal-cost", is_baseline=True, of=one.name) for one in named
     ]

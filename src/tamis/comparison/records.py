@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class Run:
     answers: tuple[str, ...]  # as generated
     warnings: tuple[str, ...]  # of the training run
     spec: Mapping[str, Any]  # everything that determines the run
+    tasks: Mapping[str, float] = field(default_factory=dict)  # of lm-evaluation-harness, by task and metric
     choosing_tflops: float = 0.0  # of ``tflops``: what an online method spends beside the updates on the rows it keeps
 
     def value(self, metric: str) -> float:
@@ -92,6 +93,8 @@ class Records:
     def write(self, run: Run) -> None:
         """Keep a finished run."""
         values = {**vars(run), "loss_by_task": dict(run.loss_by_task), "spec": dict(run.spec)}
+        if not run.tasks:  # records of comparisons without tasks read as ever
+            del values["tasks"]
         text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
         replace_atomically(self.path(run.key), (text.encode("utf-8", errors="surrogatepass"),))
 

@@ -87,6 +87,7 @@ class CompareResult:
 def _plain_standing(standing: Standing) -> dict[str, Any]:
     plain = {**asdict(standing), "tflops": standing.tflops}
     plain["by_task"] = dict(standing.by_task)
+    plain["tasks"] = {name: list(values) for name, values in standing.tasks.items()}
     return plain
 
 

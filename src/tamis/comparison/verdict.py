@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -40,6 +40,7 @@ class Standing:
     select_seconds: float
     train_seconds: float
     keys: tuple[str, ...]  # its records
+    tasks: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # of lm-evaluation-harness, of each run
 
     @property
     def tflops(self) -> float:
@@ -113,6 +114,7 @@ def standings_of(
                 select_seconds=seconds,
                 train_seconds=float(np.mean([run.train_seconds for run in own])),
                 keys=tuple(run.key for run in own),
+                tasks={task: tuple(run.tasks[task] for run in own) for task in own[0].tasks},
             )
         )
     sign = 1 if metric == "loss" else -1

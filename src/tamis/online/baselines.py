@@ -22,9 +22,9 @@ __all__ = ["Full", "GradMatch", "Greats", "Less", "TargetOnly", "TracIn", "Unifo
 class TracIn:
     """The candidates with the largest ``<grad t, grad l_i>`` (Pruthi et al., 2020, with one checkpoint: this step)."""
 
-    keep: int = 8
-    oversample: int = 4
-    cold_start: int = 0
+    keep: int = 8  # candidates kept
+    oversample: int = 4  # candidates looked at per candidate kept
+    cold_start: int = 0  # uniform updates before the method starts
 
     def __post_init__(self) -> None:
         check_sizes(self.keep, self.oversample, self.cold_start)
@@ -53,9 +53,9 @@ class TracIn:
 class Less:
     """The candidates whose own Adam step has the largest cosine with the target gradient (Xia et al., 2024)."""
 
-    keep: int = 8
-    oversample: int = 4
-    cold_start: int = 0
+    keep: int = 8  # candidates kept
+    oversample: int = 4  # candidates looked at per candidate kept
+    cold_start: int = 0  # uniform updates before the method starts
 
     def __post_init__(self) -> None:
         check_sizes(self.keep, self.oversample, self.cold_start)
@@ -84,9 +84,9 @@ class Less:
 class Greats:
     """Greedy by ``η <grad t, grad l_i>``, less ``η² <grad l_i, grad l_j>`` for each ``j`` taken (Wang et al., 2024)."""
 
-    keep: int = 8
-    oversample: int = 4
-    cold_start: int = 0
+    keep: int = 8  # candidates kept
+    oversample: int = 4  # candidates looked at per candidate kept
+    cold_start: int = 0  # uniform updates before the method starts
 
     def __post_init__(self) -> None:
         check_sizes(self.keep, self.oversample, self.cold_start)
@@ -120,10 +120,10 @@ class GradMatch:
     Negative weights become 0, and the weights then sum to the number kept.
     """
 
-    keep: int = 8
-    oversample: int = 4
+    keep: int = 8  # candidates kept
+    oversample: int = 4  # candidates looked at per candidate kept
     ridge: float = 0.1  # times the mean diagonal of G
-    cold_start: int = 0
+    cold_start: int = 0  # uniform updates before the method starts
 
     def __post_init__(self) -> None:
         check_sizes(self.keep, self.oversample, self.cold_start)
@@ -160,9 +160,9 @@ class GradMatch:
 class Uniform:
     """``keep`` candidates drawn at random, weight 1 each: the baseline that always runs. Only those are computed."""
 
-    keep: int = 8
-    oversample: int = 4
-    cold_start: int = 0
+    keep: int = 8  # candidates kept
+    oversample: int = 4  # candidates looked at per candidate kept
+    cold_start: int = 0  # uniform updates before the method starts
 
     def __post_init__(self) -> None:
         check_sizes(self.keep, self.oversample, self.cold_start)
@@ -191,9 +191,9 @@ class Uniform:
 class Full:
     """Plain training on all ``keep · oversample`` candidates, weight 1 each."""
 
-    keep: int = 8
-    oversample: int = 4
-    cold_start: int = 0
+    keep: int = 8  # candidates kept
+    oversample: int = 4  # candidates looked at per candidate kept
+    cold_start: int = 0  # uniform updates before the method starts
 
     def __post_init__(self) -> None:
         check_sizes(self.keep, self.oversample, self.cold_start)
@@ -222,9 +222,9 @@ class Full:
 class TargetOnly:
     """Train on the target rows themselves: a warning, not a method. A small target is memorised."""
 
-    keep: int = 8
-    oversample: int = 4
-    cold_start: int = 0
+    keep: int = 8  # candidates kept
+    oversample: int = 4  # candidates looked at per candidate kept
+    cold_start: int = 0  # uniform updates before the method starts
 
     def __post_init__(self) -> None:
         check_sizes(self.keep, self.oversample, self.cold_start)

@@ -58,18 +58,19 @@ class FilterThenWeight:
     to match, and those candidates get equal weights (all candidates, without a filter).
     """
 
-    keep: int = 8
-    oversample: int = 4
-    alignment: AlignmentForm = "adam"
-    interactions: InteractionForm = "metric"
+    keep: int = 8  # candidates kept; of methods that keep all, what an update of theirs is compared with
+    oversample: int = 4  # candidates looked at per candidate kept
+    alignment: AlignmentForm = "adam"  # how b is taken: through Adam's D, the derivative of its step, its step, ...
+    interactions: InteractionForm = "metric"  # how G is taken: in the D metric (the units of b), raw, D on both sides
     scale: Literal["target"] | float = "target"  # a number is c itself; 1.0 leaves the target as it is
-    filter: Literal["greedy", "top", "none"] = "greedy"
+    filter: Literal["greedy", "top", "none"] = "greedy"  # by what is left of the target, the plain top, or keep all
+    # matching pulled towards 1, towards 0 and w >= 0, towards 0 with any sign, or all 1
     weights: Literal["anchored", "nnls", "unbounded", "none"] = "anchored"
     ridge: float | None = None  # times the mean diagonal of G; None: 4 for anchored weights, 1e-3 for the others
     normalise: bool = True  # weights sum to the number kept, so that learning rate and clipping keep their meaning
     projection_dim: int | None = None  # per side of every layer's sketch; None: as StepSettings say, exact if possible
     token_level: bool = False  # compare equal token positions only, of candidates and target too: an ablation
-    cold_start: int | None = None  # None: 1 for the Jacobian, 10 otherwise
+    cold_start: int | None = None  # updates before the method starts; None: 1 for the Jacobian, 10 otherwise
 
     def __post_init__(self) -> None:
         check_sizes(self.keep, self.oversample, self.cold_start)
@@ -94,9 +95,9 @@ class FilterThenWeight:
         """As published: alignments by second moments of projected gradients, raw interactions of the same projections.
 
         The target is left unscaled, the filter is greedy, weights solve equation 6 over ``w >= 0`` and are used as they
-        come. ``changes`` are settings of this class and make the ablations of section 4.4 (docs/online.md has all
-        eight); ``alignment="adam", projection_dim=None`` puts the exact ``D`` on the unprojected target, which ranks
-        candidates better and is what equation 10 means.
+        come. ``changes`` are settings of this class and make the ablations of section 4.4 (all eight are in
+        docs/methods/online-filter-then-weight.md); ``alignment="adam", projection_dim=None`` puts the exact ``D`` on
+        the unprojected target, which ranks candidates better and is what equation 10 means.
 
         Where the paper is silent, this is done:
 
@@ -190,12 +191,12 @@ class Anchored:
     ``ridge`` is plain training on all of them, a small one approaches matching without a filter.
     """
 
-    keep: int = 8
-    oversample: int = 4
+    keep: int = 8  # candidates kept; of methods that keep all, what an update of theirs is compared with
+    oversample: int = 4  # candidates looked at per candidate kept
     ridge: float = 4.0  # times the mean diagonal of G
-    alignment: AlignmentForm = "adam"
-    interactions: InteractionForm = "metric"
-    cold_start: int | None = None  # None: 1 for the Jacobian, 10 otherwise
+    alignment: AlignmentForm = "adam"  # how b is taken: through Adam's D, the derivative of its step, its step, ...
+    interactions: InteractionForm = "metric"  # how G is taken: in the D metric (the units of b), raw, D on both sides
+    cold_start: int | None = None  # updates before the method starts; None: 1 for the Jacobian, 10 otherwise
 
     def __post_init__(self) -> None:
         check_sizes(self.keep, self.oversample, self.cold_start)
@@ -237,12 +238,12 @@ class Tilt:
     pair of candidates is looked at, only the lengths of their gradients and of the sum of the aligned ones.
     """
 
-    keep: int = 8
-    oversample: int = 4
+    keep: int = 8  # candidates kept; of methods that keep all, what an update of theirs is compared with
+    oversample: int = 4  # candidates looked at per candidate kept
     ridge: float = 4.0  # λ over the mean squared length
-    alignment: AlignmentForm = "adam"
+    alignment: AlignmentForm = "adam"  # how b is taken: through Adam's D, the derivative of its step, its step, ...
     interactions: InteractionForm = "metric"  # the metric in which lengths are taken
-    cold_start: int | None = None  # None: 1 for the Jacobian, 10 otherwise
+    cold_start: int | None = None  # updates before the method starts; None: 1 for the Jacobian, 10 otherwise
 
     def __post_init__(self) -> None:
         check_sizes(self.keep, self.oversample, self.cold_start)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from tamis.comparison.datamodel import Foretold
 from tamis.comparison.result import CompareResult
 from tamis.comparison.verdict import Difference, Standing
@@ -47,16 +49,36 @@ def standings_table(standings: Sequence[Standing], result: CompareResult, *, fol
 
 
 def task_tables(standings: Sequence[Standing], result: CompareResult) -> tuple[Table, ...]:
-    """The mean loss of every task; none for a single one."""
-    if len(result.tasks) < 2:
-        return ()
-    return (
-        Table(
-            label="Loss by task",
-            heads=(("contender", False), *((one_line(task, 40), True) for task in result.tasks)),
-            rows=tuple((one_line(s.name, 80), *(number(s.by_task[task]) for task in result.tasks)) for s in standings),
-        ),
-    )
+    """The mean loss of every task, unless there is only one; and every metric of lm-evaluation-harness, if asked."""
+    found = []
+    if len(result.tasks) > 1:
+        found.append(
+            Table(
+                label="Loss by task",
+                heads=(("contender", False), *((one_line(task, 40), True) for task in result.tasks)),
+                rows=tuple(
+                    (one_line(s.name, 80), *(number(s.by_task[task]) for task in result.tasks)) for s in standings
+                ),
+            )
+        )
+    metrics = list(standings[0].tasks) if standings else []
+    if metrics:
+        found.append(
+            Table(
+                label="Tasks of lm-evaluation-harness, mean ± std over runs",
+                heads=(("contender", False), *((one_line(metric, 60), True) for metric in metrics)),
+                rows=tuple(
+                    (one_line(s.name, 80), *(_mean_and_spread(s.tasks[metric]) for metric in metrics))
+                    for s in standings
+                ),
+            )
+        )
+    return tuple(found)
+
+
+def _mean_and_spread(values: Sequence[float]) -> str:
+    shown = number(float(np.mean(values)), 3)
+    return shown if len(values) < 2 else f"{shown} ± {number(float(np.std(values, ddof=1)), 2)}"
 
 
 def tests_table(differences: Sequence[Difference]) -> Table:

@@ -172,7 +172,7 @@ def _warnings(own: dict[str, Standing], here: Sequence[Difference], selections: 
                 f" Random rows of the same sources reach {mean_text(own[beside.opponent])}, {facts.name} "
                 f"{mean_text(own[facts.name])}: what lies between them is all that the rows' scores add."
                 if beside is not None
-                else " No random draw from the same sources was trained beside it: name the method first to get one."
+                else ""
             )
             found.append(
                 f"{facts.name}: {percent(facts.largest_share)} of its rows come from one source "

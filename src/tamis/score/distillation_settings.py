@@ -16,7 +16,7 @@ __all__ = ["PRESETS", "check_distillation", "landmark_count", "preset_values"]
 
 # Sections 4 and 5.1, appendix J. The paper names no bandwidth: ours is twice the median distance. What is done
 # otherwise whatever the settings, from landmarks that keep their own scores to the clipping of the warm-up, is listed
-# under "As published" in docs/methods.md.
+# under "As published" in docs/methods/influence-distillation.md.
 _PAPER: dict[str, Any] = {
     "landmarks": 4096,
     "landmark_rule": "uniform",

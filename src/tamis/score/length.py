@@ -18,7 +18,7 @@ class Length:
     """Supervised tokens of the row, after truncation; negated with ``order="shortest"``."""
 
     name: ClassVar[str] = "length"
-    order: Literal["longest", "shortest"] = "longest"
+    order: Literal["longest", "shortest"] = "longest"  # which rows come first
 
     def __post_init__(self) -> None:
         if self.order not in ("longest", "shortest"):

@@ -33,7 +33,7 @@ class RdsPlus:
     """
 
     name: ClassVar[str] = "rds+"
-    positions: Literal["all", "supervised"] = "all"
+    positions: Literal["all", "supervised"] = "all"  # tokens that count: every one, or those that carry loss
 
     def __post_init__(self) -> None:
         if self.positions not in ("all", "supervised"):

@@ -109,6 +109,22 @@ class StageReader:
         for first in range(start, end, rows):
             yield first, self._rows(name, first, min(first + rows, end))
 
+    def take(self, name: str, positions: npt.ArrayLike) -> npt.NDArray[Any]:
+        """Rows of a column at any positions, in the order asked for.
+
+        Raises:
+            ValueError: the column is ragged.
+            IndexError: a position lies outside the stage.
+            KeyError: there is no such column.
+            StoreCorrupted: a shard is not what was written.
+        """
+        self._require(name, ragged=False)
+        wanted = self._positions(positions)
+        taken = np.empty((len(wanted), *self.row_shape(name)), dtype=self._dtype(name))
+        for shard, where in self._by_shard(wanted):
+            taken[where] = self._array(self._map(shard, keep=False), shard, name, wanted[where] - self._starts[shard])
+        return taken
+
     def take_ragged(self, name: str, positions: npt.ArrayLike) -> list[npt.NDArray[Any]]:
         """Rows of a ragged column at any positions, in the order asked for, each of its own length.
 
