@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from tamis.errors import InvalidSettings
+from tamis.notation import PROJECTION_NAMES
 from tamis.pipeline import make_method
 from tamis.score import METHODS
-from tamis.settings import PROJECTION_NAMES, SelectSettings
+from tamis.settings import SelectSettings
 
 MODELS = ("all weights", "LoRA adapter", "proxy", "fewer blocks")
 AGGREGATES = ("round-robin", "mean")

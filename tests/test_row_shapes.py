@@ -40,7 +40,7 @@ def read(folder: Path, files: Sequence[Rows]) -> tuple[list[str], Any]:
 
 def train_rows(file: Path, cache: Path) -> int:
     """Rows that TRL's trainer has made ready for training from ``file``."""
-    trl = pytest.importorskip("trl")
+    trl = pytest.importorskip("trl", reason="trl, one of the dev dependencies, is not installed")
     tokenizer = byte_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),

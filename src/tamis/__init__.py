@@ -67,12 +67,18 @@ if TYPE_CHECKING:
     from tamis.online.sft import OnlineSFTTrainer
     from tamis.online.trainer import OnlineTrainer
     from tamis.proxy_settings import ProxySettings
-    from tamis.settings import DoctorSettings, PlanSettings, SelectSettings, TrainRunSettings
-    from tamis.trace_settings import AttributeSettings, VerifySettings
+    from tamis.settings import (
+        AttributeSettings,
+        DoctorSettings,
+        PlanSettings,
+        SelectSettings,
+        TrainRunSettings,
+        VerifySettings,
+    )
     from tamis.trajectory.recorder import TrajectoryRecorder
 
 _HOMES = {
-    "AttributeSettings": "tamis.trace_settings",
+    "AttributeSettings": "tamis.settings",
     "Attribution": "tamis.api",
     "CompareResult": "tamis.api",
     "CompareSettings": "tamis.compare_settings",
@@ -90,7 +96,7 @@ _HOMES = {
     "TrainRunSettings": "tamis.settings",
     "TrajectoryRecorder": "tamis.trajectory.recorder",
     "Verification": "tamis.api",
-    "VerifySettings": "tamis.trace_settings",
+    "VerifySettings": "tamis.settings",
     "attribute": "tamis.api",
     "compare": "tamis.api",
     "doctor": "tamis.api",

@@ -22,9 +22,16 @@ from tamis.pipeline import Selection, select_from_settings
 from tamis.protocols import Method, Progress
 from tamis.proxy_run import ProxyResult, proxy_from_settings
 from tamis.proxy_settings import ProxySettings
-from tamis.settings import DoctorSettings, PlanSettings, SelectSettings, TrainRunSettings, from_dict
-from tamis.trace_settings import AttributeSettings, VerifySettings
+from tamis.settings import (
+    AttributeSettings,
+    DoctorSettings,
+    PlanSettings,
+    SelectSettings,
+    TrainRunSettings,
+    VerifySettings,
+)
 from tamis.train_run import TrainResult, train_from_settings
+from tamis.values import from_dict
 from tamis.verify_run import Verification, verify_from_settings
 
 __all__ = [

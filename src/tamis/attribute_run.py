@@ -26,14 +26,14 @@ from tamis.outputs import claim_folder, write_json, write_scores
 from tamis.progress import NoProgress
 from tamis.protocols import Progress
 from tamis.seeds import child_seed, random_subset
-from tamis.settings import to_dict
+from tamis.settings import AttributeSettings
 from tamis.trace_inputs import OpenedRun, open_inputs, read_target, recorded_rows, run_identity
-from tamis.trace_settings import AttributeSettings
 from tamis.trajectory.adjoint import renormalised
 from tamis.trajectory.embeddings import run_embeddings, scores_from_embeddings
 from tamis.trajectory.summary_matrix import draw_masks
 from tamis.trajectory.sweep import SweepSettings, run_sweep, target_gradients
 from tamis.trajectory.update_error import exact_errors
+from tamis.values import to_dict
 from tamis.versions import versions
 
 __all__ = ["Attribution", "attribute_from_settings", "sweep_settings"]

@@ -11,7 +11,6 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +34,7 @@ from tamis.store.manifest import read_manifest, stage_path
 from tamis.store.reader import StageReader
 from tamis.store.writer import StageWriter
 from tamis.types import Batch, IntArray, LayerSpec
+from tamis.versions import releases
 
 __all__ = ["BatchFunction", "Collecting", "Task"]
 
@@ -139,7 +139,7 @@ class Task:
             "dtype": resolved_dtype(settings),
             "attention": settings.attention,
             # Another release may compute the same layer in another way.
-            "libraries": {name: metadata.version(name) for name in ("torch", "transformers", "peft")},
+            "libraries": releases("torch", "transformers", "peft"),
         }
 
     def record_cost(self, folder: Path, part: int, elapsed_s: float, **counts: Any) -> None:

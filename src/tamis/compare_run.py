@@ -36,6 +36,7 @@ from tamis.model.flops import ModelShape
 from tamis.model.limits import skeleton
 from tamis.model.load import model_fingerprint, resolved_dtype, template_text
 from tamis.model.processes import barrier, is_main
+from tamis.notation import target_parts
 from tamis.outputs import check_claim, claim_folder, write_json
 from tamis.planted_run import PlantedResult, planted_from_settings
 from tamis.progress import NoProgress
@@ -44,9 +45,10 @@ from tamis.report.comparison import comparison_document
 from tamis.report.conclude import conclude
 from tamis.report.document import write_document
 from tamis.report.wording import counted
-from tamis.settings import SelectSettings, target_parts, to_dict
+from tamis.settings import SelectSettings
 from tamis.train_setup import check_device, check_tuning
-from tamis.versions import versions
+from tamis.values import to_dict
+from tamis.versions import releases, versions
 
 __all__ = ["CompareResult", "PlantedResult", "compare_from_settings"]
 
@@ -85,7 +87,7 @@ def compare_from_settings(
         "tamis": metadata.version("tamis"),
         "model": model,
         "chat_template": template,
-        "libraries": {name: metadata.version(name) for name in ("torch", "transformers", "peft", "tokenizers")},
+        "libraries": releases("torch", "transformers", "peft", "tokenizers"),
     }
     identity = {
         **content,

@@ -23,8 +23,9 @@ from tamis.pipeline import select_from_settings
 from tamis.protocols import Progress
 from tamis.seeds import child_seed, random_subset, random_uniform
 from tamis.selection.choose import choose
-from tamis.settings import SelectSettings, to_dict
+from tamis.settings import SelectSettings
 from tamis.types import IntArray, TargetScores
+from tamis.values import to_dict
 
 __all__ = ["Chosen", "PoolTable", "select_rows"]
 

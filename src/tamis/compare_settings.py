@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from tamis.budget import describe_budget, parse_budget
 from tamis.errors import InvalidSettings
 from tamis.notation import check_method, check_online_method, shortlist_parts, target_parts
-from tamis.settings import Dtype, Format, SelectSettings, TrainRunSettings
-from tamis.values import check_plain, check_types, nearest
+from tamis.settings import LoadingSettings, SelectSettings, TrainRunSettings
+from tamis.settings.checks import check_at_least
+from tamis.values import check_plain, nearest
 
 __all__ = ["BASELINES", "ONLINE", "CompareSettings", "MethodText", "method_parts"]
 
@@ -64,7 +65,7 @@ def method_parts(text: str) -> MethodText:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareSettings:
+class CompareSettings(LoadingSettings):
     """Everything that determines a comparison. ``tamis compare`` and ``tamis.compare`` share it.
 
     Raises:
@@ -113,16 +114,6 @@ class CompareSettings:
     duplicates: Literal["one", "keep", "near"] = "one"
     drop_leaks: bool = False
     seed: int = 0
-    max_length: int = 2048
-    dtype: Dtype = "auto"
-    device: str = "auto"
-    attention: str = "sdpa"
-    revision: str | None = None
-    chat_template: str | None = None
-    trust_remote_code: bool = False
-    gradient_checkpointing: bool = False
-    row_format: Format | None = None
-    on_bad_row: Literal["fail", "skip"] = "fail"
     batch_tokens: int | None = None
 
     def __post_init__(self) -> None:
@@ -130,10 +121,8 @@ class CompareSettings:
         written: Any = self.budgets  # YAML and Python also write numbers, or a single one
         given = [written] if isinstance(written, (str, int, float)) else list(written)
         object.__setattr__(self, "budgets", tuple(describe_budget(parse_budget(text)) for text in given))
-        check_types(self)
-        for name in ("seeds", "answer_tokens", "planted_rows", "epochs", "update_rows", "save_steps"):
-            if getattr(self, name) < 1:
-                raise InvalidSettings(f"{name}={getattr(self, name)}: expected at least 1")
+        super().__post_init__()
+        check_at_least(self, 1, "seeds", "answer_tokens", "planted_rows", "epochs", "update_rows", "save_steps")
         if self.background_rows < 0:
             raise InvalidSettings(f"background_rows={self.background_rows}: expected at least 0 (all rows)")
         if self.subsets < 0 or self.subsets in (1, 2):
@@ -171,11 +160,8 @@ class CompareSettings:
         return SelectSettings(
             model=self.model, pool=self.pool, target=self.target, method=text.method, set=own, budget=budget, out=out,
             shortlist=text.shortlist, duplicates=self.duplicates, drop_leaks=self.drop_leaks,
-            seed=self.seed, max_length=self.max_length, dtype=self.dtype, device=self.device,
-            attention=self.attention, revision=self.revision, chat_template=self.chat_template,
-            trust_remote_code=self.trust_remote_code, gradient_checkpointing=self.gradient_checkpointing,
-            row_format=self.row_format, on_bad_row=self.on_bad_row, batch_tokens=self.batch_tokens,
-            store=self.store or f"{self.out}/store", **{"aggregate": self.aggregate, **of_selection},
+            seed=self.seed, batch_tokens=self.batch_tokens, store=self.store or f"{self.out}/store",
+            **{"aggregate": self.aggregate, **of_selection, **self._shared},
         )  # fmt: skip
 
     def train_settings(self, *, out: str, steps: int, seed: int, online: MethodText | None = None) -> TrainRunSettings:
@@ -186,11 +172,13 @@ class CompareSettings:
             steps=steps, out=out, held_out=0.0, tune=self.tune, lora_rank=self.lora_rank, lora_alpha=self.lora_alpha,
             lora_targets=self.lora_targets, learning_rate=self.learning_rate, warmup_share=self.warmup_share,
             weight_decay=self.weight_decay, clip=self.clip, drop_leaks=self.drop_leaks, save_steps=self.save_steps,
-            forecast_every=0, seed=seed, max_length=self.max_length, dtype=self.dtype, device=self.device,
-            attention=self.attention, revision=self.revision, chat_template=self.chat_template,
-            trust_remote_code=self.trust_remote_code, gradient_checkpointing=self.gradient_checkpointing,
-            row_format=self.row_format, on_bad_row=self.on_bad_row,
+            forecast_every=0, seed=seed, **self._shared,
         )  # fmt: skip
+
+    @property
+    def _shared(self) -> dict[str, Any]:
+        """How models are loaded and rows are read: alike in everything that a comparison is made of."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(LoadingSettings)}
 
     def _check_methods(self) -> None:
         if not self.methods:

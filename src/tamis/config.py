@@ -14,7 +14,7 @@ import yaml
 
 from tamis import __version__
 from tamis.errors import InvalidInput, first_line
-from tamis.settings import to_dict
+from tamis.values import to_dict
 
 __all__ = ["config_text", "read_config", "read_value", "write_config"]
 

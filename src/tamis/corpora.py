@@ -20,8 +20,9 @@ from tamis.errors import BadRow, InvalidInput
 from tamis.fit import check_fit
 from tamis.model.limits import model_limits
 from tamis.model.load import ModelSettings, load_tokenizer
+from tamis.notation import target_parts
 from tamis.protocols import Progress
-from tamis.settings import DoctorSettings, PlanSettings, SelectSettings, TrainRunSettings, target_parts
+from tamis.settings import DoctorSettings, PlanSettings, SelectSettings, TrainRunSettings
 from tamis.types import IntArray
 
 __all__ = [

@@ -11,9 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tamis.errors import InvalidInput
+import numpy as np
 
-__all__ = ["canonical_json", "file_sha256", "fingerprint", "first_difference", "text_sha256"]
+from tamis.errors import InvalidInput
+from tamis.types import IntArray
+
+__all__ = ["canonical_json", "file_sha256", "fingerprint", "first_difference", "rows_sha256", "text_sha256"]
 
 _ABSENT = "(absent)"
 _READ_BYTES = 1 << 22
@@ -32,6 +35,11 @@ def fingerprint(spec: Mapping[str, Any]) -> str:
 def text_sha256(text: str) -> str:
     """SHA-256 of the text's UTF-8."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def rows_sha256(rows: IntArray) -> str:
+    """SHA-256 of row numbers as little-endian int64, whatever the machine's own integers are."""
+    return hashlib.sha256(np.ascontiguousarray(rows, dtype="<i8").tobytes()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:

@@ -24,10 +24,11 @@ from tamis.corpora import Corpora, model_settings, read_corpora, read_sources, w
 from tamis.data.rows import Rows
 from tamis.disk import check_writable
 from tamis.errors import InvalidSettings
-from tamis.identity import file_sha256, text_sha256
+from tamis.identity import file_sha256
 from tamis.manifest import costs, describe_data
-from tamis.model.load import model_fingerprint, resolved_dtype, template_text
+from tamis.model.load import model_fingerprint, resolved_dtype, template_sha256
 from tamis.model.processes import barrier, is_main
+from tamis.notation import shortlist_parts
 from tamis.outputs import (
     MESSAGES,
     check_claim,
@@ -48,9 +49,10 @@ from tamis.score.losses import row_losses
 from tamis.seeds import child_seed
 from tamis.selection.choose import Choice, choose
 from tamis.selection.flags import flag_high_losses
-from tamis.settings import SelectSettings, from_dict, shortlist_parts, to_dict
+from tamis.settings import SelectSettings
 from tamis.types import Budget, FloatArray, IntArray, TargetScores
-from tamis.versions import versions
+from tamis.values import method_from_dict, to_dict
+from tamis.versions import releases, versions
 
 __all__ = ["Selection", "make_method", "select_from_settings"]
 
@@ -126,7 +128,7 @@ def select_from_settings(
         "tamis": metadata.version("tamis"),
         "model": fingerprint,
         "data": {"pool": sources.pool.identity, "target": sources.target.identity},
-        "libraries": {name: metadata.version(name) for name in ("torch", "transformers", "peft", "tokenizers")},
+        "libraries": releases("torch", "transformers", "peft", "tokenizers"),
         **_settings_identity(settings, method),
     }
     if is_main():
@@ -233,7 +235,7 @@ def _settings_identity(settings: SelectSettings, method: Method) -> dict[str, An
     plain = {k: v for k, v in to_dict(settings).items() if k not in (*_FREE_SETTINGS, *_KNOWN_BY_CONTENT)}
     plain["set"] = {name: value for name, value in settings.set.items() if name not in inputs}
     if settings.chat_template is not None:
-        inputs["chat_template"] = text_sha256(template_text(settings.chat_template))
+        inputs["chat_template"] = template_sha256(settings.chat_template)
     return {"settings": plain, "inputs": inputs}
 
 
@@ -265,7 +267,7 @@ def make_method(settings: SelectSettings) -> Method:
         InvalidSettings: the method has no such setting, or refuses its value.
     """
     kind = METHODS[settings.method]
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.set.items()}
+    values = dict(settings.set)
     known = {field.name for field in dataclasses.fields(kind)}
     for name, value in (("projection", settings.projection), ("projection_dim", settings.projection_dim)):
         if value is None:
@@ -275,7 +277,7 @@ def make_method(settings: SelectSettings) -> Method:
                 f"{name}: method {settings.method!r} takes no gradients, so there is nothing to project"
             )
         values[name] = value
-    return from_dict(kind, values, origin=f"settings of method {settings.method!r}")
+    return method_from_dict(kind, values, origin=f"settings of method {settings.method!r}")
 
 
 def _check_choice(budget: Budget, corpora: Corpora, settings: SelectSettings) -> None:

@@ -21,16 +21,16 @@ from tamis.corpora import model_settings, read_sources
 from tamis.data.examples import read_examples
 from tamis.data.rows import Rows
 from tamis.disk import check_writable, replace_atomically
-from tamis.identity import text_sha256
-from tamis.model.load import model_fingerprint, resolved_dtype, template_text
+from tamis.model.load import model_fingerprint, resolved_dtype, template_sha256
 from tamis.model.processes import barrier, is_main
 from tamis.outputs import check_claim, claim_folder, write_json
 from tamis.planted_rows import planted_rows, write_planted
 from tamis.protocols import Progress
 from tamis.report.document import write_document
 from tamis.report.planted import planted_document
-from tamis.settings import SelectSettings, to_dict
-from tamis.versions import versions
+from tamis.settings import SelectSettings
+from tamis.values import to_dict
+from tamis.versions import releases, versions
 
 __all__ = ["PlantedResult", "PlantedStanding", "planted_from_settings"]
 
@@ -100,8 +100,8 @@ def planted_from_settings(settings: CompareSettings, *, progress: Progress, held
         "check": "planted",  # so that a folder of a comparison is told apart by this field
         "tamis": metadata.version("tamis"),
         "model": model,
-        "chat_template": None if settings.chat_template is None else text_sha256(template_text(settings.chat_template)),
-        "libraries": {name: metadata.version(name) for name in ("torch", "transformers", "peft", "tokenizers")},
+        "chat_template": template_sha256(settings.chat_template),
+        "libraries": releases("torch", "transformers", "peft", "tokenizers"),
         "data": {
             "pool": sources.pool.identity,
             "target": sources.target.identity,

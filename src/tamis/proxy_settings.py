@@ -7,8 +7,11 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from tamis.errors import InvalidSettings
-from tamis.notation import PROXY_SUMMARIES, target_parts
-from tamis.values import check_types, nearest
+from tamis.notation import PROXY_SUMMARIES
+from tamis.settings import SharedSettings
+from tamis.settings.checks import check_above_zero, check_at_least, check_sources, check_targets
+from tamis.settings.shared import Dtype
+from tamis.values import nearest
 
 __all__ = ["SWEEP", "ProxySettings", "Recipe", "recipe_of"]
 
@@ -63,7 +66,7 @@ _NEEDS_SIBLING = ("sibling", "influence-scorer")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProxySettings:
+class ProxySettings(SharedSettings):
     """Everything that determines a proxy. ``tamis proxy`` and ``tamis.proxy`` share it.
 
     Raises:
@@ -104,26 +107,15 @@ class ProxySettings:
     sweep: bool = True
     projection_dim: int = 16
     seed: int = 0
-    max_length: int = 2048
     batch_tokens: int | None = None  # padded tokens of one pass; None: 2,048 on a CPU, 16,384 on an accelerator
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # auto: float32
-    device: str = "auto"
+    dtype: Dtype = "auto"  # auto: float32
     attention: str = "sdpa"
-    revision: str | None = None
-    chat_template: str | None = None
-    trust_remote_code: bool = False
-    row_format: Literal["messages", "prompt-completion", "instruction", "text"] | None = None
-    on_bad_row: Literal["fail", "skip"] = "fail"
     report: bool = True
 
     def __post_init__(self) -> None:
-        check_types(self)
-        if not self.pool or not all(path.strip() for path in self.pool):
-            raise InvalidSettings(f"pool: expected at least one file, glob or hub id, got {list(self.pool)!r}")
-        names = [target_parts(text)[0] for text in self.target]
-        for name in names:
-            if names.count(name) > 1:
-                raise InvalidSettings(f"two targets are called {name!r}; name them: --target NAME=PATH")
+        super().__post_init__()
+        check_sources("pool", self.pool)
+        check_targets(self.target, required=False)
         if self.preset not in PROXY_SUMMARIES:
             raise InvalidSettings(
                 f"preset={self.preset!r}: expected one of {', '.join(PROXY_SUMMARIES)}"
@@ -133,10 +125,6 @@ class ProxySettings:
         self._check_baseline()
         if self.is_low_rank:
             self._check_recipe(recipe_of(self))
-        for name in ("model", "out", "device", "attention", "sibling", "revision", "chat_template"):
-            value = getattr(self, name)
-            if value is not None and not value.strip():
-                raise InvalidSettings(f"{name}={value!r}: expected a text that is not empty")
 
     @property
     def is_low_rank(self) -> bool:
@@ -148,20 +136,12 @@ class ProxySettings:
             raise InvalidSettings(f"sparsity={self.sparsity}: expected a share above 0 and below 1, such as 0.5")
         if not 0 < self.keep <= 1:
             raise InvalidSettings(f"keep={self.keep}: expected a rank correlation above 0 and at most 1")
-        for name in ("damping_input", "damping_output", "kl_weight"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise InvalidSettings(f"{name}={value}: expected at least 0")
-        for name in ("learning_rate", "temperature", "probe_gb"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise InvalidSettings(f"{name}={value}: expected a number above zero")
-        least = {"steps": 0, "seed": 0, "max_length": 2, "held_out_rows": 20, "validation_rows": 8, "target_rows": 1}
-        ones = ("probe_rows", "probe_tokens", "batch_rows", "measure_steps", "patience", "projection_dim")
-        for name, minimum in {**least, **dict.fromkeys((*ones, "batch_tokens"), 1)}.items():
-            value = getattr(self, name)
-            if value is not None and value < minimum:
-                raise InvalidSettings(f"{name}={value}: expected at least {minimum}")
+        check_above_zero(self, "learning_rate", "temperature", "probe_gb")
+        check_at_least(self, 0, "damping_input", "damping_output", "kl_weight", "steps", "seed")
+        check_at_least(self, 1, "probe_rows", "probe_tokens", "batch_rows", "measure_steps", "patience")
+        check_at_least(self, 1, "projection_dim", "target_rows", "batch_tokens")
+        check_at_least(self, 8, "validation_rows")
+        check_at_least(self, 20, "held_out_rows")
 
     def _check_baseline(self) -> None:
         if self.preset in _NEEDS_SIBLING and self.sibling is None:

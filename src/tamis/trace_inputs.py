@@ -19,16 +19,17 @@ from tamis.data.rows import Rows
 from tamis.disk import make_folder
 from tamis.errors import InvalidInput
 from tamis.identity import canonical_json, file_sha256, text_sha256
-from tamis.model.load import ModelSettings, load_tokenizer, template_text
+from tamis.model.load import ModelSettings, load_tokenizer, template_sha256
+from tamis.notation import target_parts
 from tamis.outputs import write_scores
 from tamis.protocols import Progress
-from tamis.settings import target_parts, to_dict
-from tamis.trace_settings import AttributeSettings, VerifySettings
+from tamis.settings import AttributeSettings, VerifySettings
 from tamis.trajectory.causal import RecordedRun
 from tamis.trajectory.log import LogReader
 from tamis.trajectory.open_run import model_of_run, open_run, run_model_settings
 from tamis.trajectory.token_rows import IGNORED_LABEL, TokenMicro, TokenRow
 from tamis.types import IntArray
+from tamis.values import to_dict
 
 __all__ = [
     "EXAMPLES",
@@ -129,7 +130,7 @@ def run_identity(
 ) -> dict[str, Any]:
     """What determines the numbers of a verb; settings in ``free`` do not."""
     known = ("run", "target", "out", "model", "revision", "chat_template", "store", "on_bad_row", *free)
-    template = None if settings.chat_template is None else text_sha256(template_text(settings.chat_template))
+    template = template_sha256(settings.chat_template)
     return {
         "verb": verb,
         "run": run_digest(Path(settings.run)),

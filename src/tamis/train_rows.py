@@ -9,9 +9,10 @@ import numpy as np
 
 from tamis.corpora import Rendered, Sources, leaked_rows
 from tamis.errors import InvalidSettings
+from tamis.notation import target_parts
 from tamis.online.choice import Method
 from tamis.seeds import child_seed, random_permutation
-from tamis.settings import TrainRunSettings, target_parts
+from tamis.settings import TrainRunSettings
 from tamis.types import IntArray
 
 __all__ = ["RunRows", "check_candidates", "measuring_targets", "num_updates", "split_rows"]

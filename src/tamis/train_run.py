@@ -22,9 +22,9 @@ from tamis.corpora import Rendered, model_settings, read_sources, render_corpora
 from tamis.data.rows import Rows
 from tamis.disk import check_writable, disk_errors
 from tamis.errors import InvalidSettings
-from tamis.identity import file_sha256, text_sha256
+from tamis.identity import file_sha256
 from tamis.identity import fingerprint as fingerprint_of
-from tamis.model.load import ModelSettings, model_fingerprint, no_progress_bars, template_text
+from tamis.model.load import ModelSettings, model_fingerprint, no_progress_bars, template_sha256
 from tamis.model.memory import is_out_of_memory
 from tamis.model.processes import barrier, is_main, world_size
 from tamis.model.proxy_folder import layout_of, write_layout
@@ -38,7 +38,7 @@ from tamis.online.settings import StepSettings, check_combination
 from tamis.outputs import check_claim, claim_folder, write_json
 from tamis.progress import NoProgress
 from tamis.protocols import Progress
-from tamis.settings import TrainRunSettings, to_dict
+from tamis.settings import TrainRunSettings
 from tamis.train_account import describe_cost, describe_training
 from tamis.train_record import finish_record, recorder_of, require_record
 from tamis.train_rows import RunRows, check_candidates, measuring_targets, num_updates, split_rows
@@ -51,7 +51,8 @@ from tamis.train_setup import (
     open_model,
     training_arguments,
 )
-from tamis.versions import versions
+from tamis.values import to_dict
+from tamis.versions import releases, versions
 
 __all__ = ["TrainResult", "train_from_settings"]
 
@@ -131,7 +132,7 @@ def train_from_settings(
         "tamis": metadata.version("tamis"),
         "model": fingerprint,
         "data": {"pool": sources.pool.identity, "target": sources.target.identity},
-        "libraries": {n: metadata.version(n) for n in ("torch", "transformers", "accelerate", "peft", "tokenizers")},
+        "libraries": releases("torch", "transformers", "accelerate", "peft", "tokenizers"),
         "dtype": dtype,
         "processes": world_size(),
         **_settings_identity(settings),
@@ -341,12 +342,12 @@ def _result(out: Path, *, was_finished: bool) -> TrainResult:
 def _settings_identity(settings: TrainRunSettings) -> dict[str, Any]:
     """``settings`` as far as they can change the weights, and what the files hold that they name."""
     plain = {k: v for k, v in to_dict(settings).items() if k not in (*_FREE_SETTINGS, *_KNOWN_BY_CONTENT)}
-    inputs = {}
+    inputs: dict[str, Any] = {}
     kind, proxy = candidates_parts(settings.candidates)
     if kind == "proxy":
         inputs["proxy"] = model_fingerprint(ModelSettings(name=proxy))
     if settings.chat_template is not None:
-        inputs["chat_template"] = text_sha256(template_text(settings.chat_template))
+        inputs["chat_template"] = template_sha256(settings.chat_template)
     return {"settings": plain, "inputs": inputs}
 
 

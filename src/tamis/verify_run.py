@@ -27,14 +27,14 @@ from tamis.outputs import claim_folder, write_json
 from tamis.progress import NoProgress
 from tamis.protocols import Progress
 from tamis.seeds import child_seed, random_subset
-from tamis.settings import to_dict
+from tamis.settings import VerifySettings
 from tamis.trace_inputs import OpenedRun, TargetRows, open_inputs, read_target, run_identity
-from tamis.trace_settings import VerifySettings
 from tamis.trajectory.causal import RecordedRun
 from tamis.trajectory.fidelity import agreement
 from tamis.trajectory.leave_out import leave_out_effect
 from tamis.trajectory.replay import play_segment, segments
 from tamis.trajectory.sweep import SweepSettings, run_sweep
+from tamis.values import to_dict
 from tamis.versions import versions
 
 __all__ = ["Verification", "verify_from_settings"]

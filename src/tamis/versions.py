@@ -5,7 +5,12 @@ from __future__ import annotations
 import platform
 from importlib import metadata
 
-__all__ = ["versions"]
+__all__ = ["releases", "versions"]
+
+
+def releases(*names: str) -> dict[str, str]:
+    """Releases of libraries that are installed: with another one, numbers may differ, so identities have them."""
+    return {name: metadata.version(name) for name in names}
 
 
 def versions() -> dict[str, str]:

@@ -262,17 +262,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     return make_run(tmp_path_factory.mktemp("run"))
 
 
-def test_a_run_can_be_repeated_from_its_own_settings(tiny: TinyRun, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_a_run_can_be_repeated_from_its_own_settings(
+    tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, other = tmp_path / "out", tmp_path / "again"
     words = ["--model", str(tiny.model), "--pool", str(tiny.pool), "--target", f"sums={tiny.target}"]
-    first = tamis_command("select", *words, "--budget", "10", "--method", "bm25", "--out", str(out), "--json")
-    assert first.returncode == 0, first.stderr
-    assert json.loads(first.stdout)["selected_rows"] == 10
+    assert run(["select", *words, "--budget", "10", "--method", "bm25", "--out", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["selected_rows"] == 10
     kept = (out / "selected.jsonl").read_bytes(), (out / "scores.parquet").read_bytes()
-    again = tamis_command("select", "--config", str(out / "run.yaml"), "--out", str(tmp_path / "again"), "--quiet")
-    assert again.returncode == 0, again.stderr
-    assert again.stdout == ""
-    other = tmp_path / "again"
+    assert run(["select", "--config", str(out / "run.yaml"), "--out", str(other), "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
     assert ((other / "selected.jsonl").read_bytes(), (other / "scores.parquet").read_bytes()) == kept
 
 

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import pickle
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
+from tamis.compare_settings import CompareSettings
 from tamis.errors import InvalidSettings
+from tamis.notation import GRADIENT_METHODS, METHOD_SUMMARIES, PROJECTION_NAMES, shortlist_parts, target_parts
 from tamis.projection import PROJECTIONS
+from tamis.proxy_settings import ProxySettings
 from tamis.score import METHODS
 from tamis.settings import (
-    GRADIENT_METHODS,
-    METHOD_SUMMARIES,
-    PROJECTION_NAMES,
+    AttributeSettings,
     DoctorSettings,
     PlanSettings,
     SelectSettings,
+    SharedSettings,
     TrainRunSettings,
-    from_dict,
-    nearest,
-    shortlist_parts,
-    target_parts,
-    to_dict,
+    VerifySettings,
 )
+from tamis.values import from_dict, nearest, to_dict
 
 REQUIRED: dict[str, Any] = {"model": "m", "pool": ("p.jsonl",), "target": ("t.jsonl",)}
 
@@ -199,3 +198,48 @@ def test_plan_settings_name_the_method_they_are_for() -> None:
 def test_nearest_is_silent_when_nothing_is_near() -> None:
     assert nearest("qqqq", ["alpha", "beta"]) == ""
     assert nearest("alhpa", ["alpha", "beta"]) == ", did you mean 'alpha'?"
+
+
+VERBS: list[tuple[type[Any], dict[str, Any]]] = [
+    (SelectSettings, REQUIRED),
+    (DoctorSettings, REQUIRED),
+    (PlanSettings, REQUIRED),
+    (TrainRunSettings, {**REQUIRED, "steps": 5}),
+    (CompareSettings, {**REQUIRED, "eval": ("e.jsonl",)}),
+    (ProxySettings, REQUIRED),
+    (AttributeSettings, {"run": "r", "target": ("t.jsonl",)}),
+    (VerifySettings, {"run": "r", "target": ("t.jsonl",)}),
+]
+
+
+@pytest.mark.parametrize(("cls", "given"), VERBS)
+def test_no_verb_takes_an_empty_text(cls: type[Any], given: dict[str, Any]) -> None:
+    """A shell's unset variable must not pass for a folder, a device or a revision."""
+    texts = [name for name, hint in get_type_hints(cls).items() if hint in (str, str | None)]
+    assert {"device", "out"} <= set(texts)
+    for name in texts:
+        with pytest.raises(InvalidSettings, match=name):
+            cls(**{**given, name: " "})
+
+
+@pytest.mark.parametrize(("cls", "given"), VERBS)
+def test_every_verb_checks_what_all_share(cls: type[Any], given: dict[str, Any]) -> None:
+    assert issubclass(cls, SharedSettings)
+    for name, value, message in (
+        ("max_length", 1, "max_length=1: expected at least 2"),
+        ("max_length", "long", "max_length='long': expected a whole number, got str"),
+        ("on_bad_row", "skp", "did you mean 'skip'"),
+        ("row_format", "mesages", "did you mean 'messages'"),
+        ("trust_remote_code", 1, "trust_remote_code=1: expected true or false, got int"),
+    ):
+        with pytest.raises(InvalidSettings, match=message):
+            cls(**{**given, name: value})
+
+
+@pytest.mark.parametrize(("cls", "given"), VERBS)
+def test_settings_of_every_verb_survive_a_round_trip(cls: type[Any], given: dict[str, Any]) -> None:
+    settings = cls(**given)
+    plain = to_dict(settings)
+    assert from_dict(cls, plain) == settings
+    assert set(plain) == set(cls.__dataclass_fields__)
+    assert list(plain)[-len(SharedSettings.__dataclass_fields__) :] == list(SharedSettings.__dataclass_fields__)

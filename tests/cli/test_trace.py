@@ -15,7 +15,7 @@ import tamis
 from tamis.cli.attribute import attribute
 from tamis.cli.main import run
 from tamis.cli.verify import verify
-from tamis.trace_settings import AttributeSettings, VerifySettings
+from tamis.settings import AttributeSettings, VerifySettings
 
 ARGUMENTS = ["--run", "r", "--target", "t.jsonl"]
 VALUES = {"spearman": 0.912, "low": None, "high": 0.97, "samples": 4, "relative_error": 0.3}

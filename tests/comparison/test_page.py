@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from comparison_runs import contender, made_run
 from tamis.comparison.datamodel import Foretold
@@ -66,19 +62,6 @@ def hostile_result() -> CompareResult:
         foretold=(Foretold(name=ATTACK, correlation=0.5, low=None, high=None, parts=3),),
         manifest={"command": ATTACK, "settings": {"pool": [ATTACK]}},
     )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    executable = next((found for name in names if (found := shutil.which(name))), None)
-    if executable is None:
-        pytest.skip(f"no browser on PATH (looked for {', '.join(names)})")
-    with playwright.sync_playwright() as running:
-        opened = running.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
-        yield opened
-        opened.close()
 
 
 def test_page_is_complete_quiet_and_harmless(browser: Any, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from composition_cases import CASES, MODELS, SELECTORS, Case, combines
 from proxy_case import SETTINGS
 from tamis.errors import InvalidSettings
 from tamis.model.load import ModelSettings, load_model
-from tamis.settings import PROJECTION_NAMES
+from tamis.notation import PROJECTION_NAMES
 from tiny_run import TinyRun, make_run
 
 QUICK: dict[str, dict[str, Any]] = {

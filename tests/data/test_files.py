@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from tamis.data import files
-from tamis.data.files import MAX_LINE_BYTES, open_files, to_json
+from tamis.data.files import open_files
+from tamis.data.json_text import to_json
+from tamis.data.row_files import MAX_LINE_BYTES
 from tamis.errors import InvalidInput
 
 

@@ -14,7 +14,7 @@ from chat_tokenizers import metaspace_tokenizer, tiny_tokenizer
 from tamis.data.examples import Examples, read_examples
 from tamis.data.render import Renderer
 
-trl = pytest.importorskip("trl")
+trl = pytest.importorskip("trl", reason="trl, one of the dev dependencies, is not installed")
 
 MAX_LENGTH = 60
 LONG = "the quick brown fox " * 12

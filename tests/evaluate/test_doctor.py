@@ -13,12 +13,13 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import tamis
-from tamis.cli.command import plain
 from tamis.cli.doctor import print_doctor
 from tamis.cli.main import run as run_command
+from tamis.cli.output import plain
 from tamis.errors import InvalidInput
 from tamis.evaluate.checks import SignCheck, check_sign
-from tamis.evaluate.doctor import DoctorResult, examine, examine_template
+from tamis.evaluate.doctor import DoctorResult, examine
+from tamis.evaluate.template import examine_template
 from tamis.model.targets import Coverage, CoverageRow
 from tamis.settings import DoctorSettings
 from tiny_run import CHATML, TinyRun, byte_tokenizer, chat, make_run, write_rows
@@ -208,7 +209,7 @@ def test_a_wrong_sign_fails_unless_routes_may_explain_it(
         assert found is not None
         return replace(found, measured_change=-found.predicted_change, steps=3, is_routed=is_routed)
 
-    monkeypatch.setattr("tamis.evaluate.doctor.check_sign", contrary)
+    monkeypatch.setattr("tamis.evaluate.numbers.check_sign", contrary)
     code, found, printed = doctor_of(tiny, capfd, tiny.model)
     assert (code, found["passed"]) == ((0, True) if is_routed else (1, False))
     assert ("not differentiable" in printed) is is_routed and ("undecided" in printed) is is_routed

@@ -246,7 +246,7 @@ def test_other_files_and_empty_folders_are_refused(tmp_path: Path) -> None:
 
 
 def test_broken_gguf_file_is_refused(tmp_path: Path) -> None:
-    pytest.importorskip("gguf")
+    pytest.importorskip("gguf", reason="gguf, one of the dev dependencies, is not installed")
     (tmp_path / "model.gguf").write_bytes(b"not a gguf file")
     with pytest.raises(InvalidInput, match=r"model '.*model\.gguf' cannot be (loaded|read)"):
         load_model(settings(tmp_path / "model.gguf"))

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from tamis.errors import InvalidSettings
+from tamis.notation import ONLINE_SUMMARIES
 from tamis.online import METHODS, FilterThenWeight, Tilt
 from tamis.online.by_name import make_method, plain_settings
-from tamis.settings import ONLINE_SUMMARIES
 
 
 def make(name: str, **values: Any) -> Any:
@@ -48,14 +48,18 @@ def test_the_preset_is_the_paper_with_changes() -> None:
         ("uniform", {"alignment": "raw"}, "unknown setting 'alignment'"),
         ("tilt", {"preset": "paper"}, "unknown preset 'paper'; the one preset is 'paper', of filter-then-weight"),
         ("filter-then-weight", {"preset": "papre"}, "unknown preset 'papre'"),
-        ("filter-then-weight", {"filter": "best"}, "filter must be 'greedy', 'top' or 'none', got 'best'"),
-        ("filter-then-weight", {"cold_start": "no"}, "cold_start='no': expected a number or null"),
-        ("filter-then-weight", {"cold_start": True}, "cold_start=True: expected a number or null"),
-        ("filter-then-weight", {"ridge": "big"}, "ridge='big': expected a number or null"),
+        ("filter-then-weight", {"filter": "best"}, "filter='best': expected one of greedy, top, none"),
+        ("filter-then-weight", {"cold_start": "no"}, "cold_start='no': expected a whole number, got str"),
+        ("filter-then-weight", {"cold_start": True}, "cold_start=True: expected a whole number, got bool"),
+        ("filter-then-weight", {"ridge": "big"}, "ridge='big': expected a number, got str"),
         ("tilt", {"ridge": None}, "ridge=None: expected a number"),
         ("filter-then-weight", {"normalise": 1}, "normalise=1: expected true or false"),
-        ("filter-then-weight", {"scale": [1]}, "scale=[1]: expected a text or a number"),
-        ("anchored", {"alignment": "adma"}, "alignment='adma' is unknown"),
+        ("filter-then-weight", {"scale": [1]}, "scale=[1]: expected target or a number"),
+        (
+            "anchored",
+            {"alignment": "adma"},
+            "alignment='adma': expected one of adam, jacobian",
+        ),
     ],
 )
 def test_what_a_method_does_not_have_is_refused_by_name(name: str, values: dict[str, Any], message: str) -> None:

@@ -20,7 +20,7 @@ from tamis.online import FilterThenWeight, Full, StepSettings
 from tamis.online.checks import refuse_settings
 from tamis.online.fate import read_candidates
 
-trl = pytest.importorskip("trl")
+trl = pytest.importorskip("trl", reason="trl, one of the dev dependencies, is not installed")
 
 ROWS = [{"prompt": f"What is {i} + 1? ", "completion": f"{i + 1} of course", "source": "sums"} for i in range(10)] + [
     {"prompt": f"Name number {i}: ", "completion": f"the number {i}", "source": "names"} for i in range(10)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -17,23 +16,6 @@ from tamis.report.content import ReportInputs, build_content
 from tamis.report.page import render_page, write_page
 
 PAGES: dict[str, Callable[[], ReportInputs]] = {"realistic": realistic, "edge": edge, "hostile": hostile}
-ARGUMENTS = [
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    executable = next((found for name in names if (found := shutil.which(name))), None)
-    if executable is None:
-        pytest.skip(f"no browser on PATH (looked for {', '.join(names)})")
-    with playwright.sync_playwright() as running:
-        opened = running.chromium.launch(executable_path=executable, args=ARGUMENTS)
-        yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module")

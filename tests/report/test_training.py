@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -164,39 +163,32 @@ def test_losses_that_are_not_finite_are_a_warning_and_no_gap(tmp_path: Path) -> 
         assert "No row was held out" not in page
 
 
-def test_the_page_in_a_browser_is_complete_quiet_and_harmless(tmp_path: Path) -> None:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    executable = next((found for name in names if (found := shutil.which(name))), None)
-    if executable is None:
-        pytest.skip(f"no browser on PATH (looked for {', '.join(names)})")
+def test_the_page_in_a_browser_is_complete_quiet_and_harmless(browser: Any, tmp_path: Path) -> None:
     path, complaints = tmp_path / "report.html", list[str]()
     write_text(render_training_page(build_training_content(planted(hostile=True))), path)
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport={"width": 360, "height": 900}, color_scheme="dark")
+    page = browser.new_page(viewport={"width": 360, "height": 900}, color_scheme="dark")
 
-        def routed(route: Any) -> None:
-            if route.request.url == path.as_uri():
-                route.continue_()
-            else:
-                complaints.append(f"request: {route.request.url}")
-                route.abort()
+    def routed(route: Any) -> None:
+        if route.request.url == path.as_uri():
+            route.continue_()
+        else:
+            complaints.append(f"request: {route.request.url}")
+            route.abort()
 
-        page.route("**/*", routed)
-        page.on("dialog", lambda shown: (complaints.append(f"dialog: {shown.message}"), shown.dismiss()))
-        page.on("console", lambda message: complaints.append(f"console: {message.text}"))
-        page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
-        page.goto(path.as_uri())
-        page.wait_for_selector("html[data-drawn]", state="attached")
-        figures = page.locator("[data-figure]").count()
-        shapes = "box => box.querySelector('svg.main-svg .trace path') !== null"
-        assert figures == 8
-        assert page.evaluate(f"[...document.querySelectorAll('[data-figure]')].filter({shapes}).length") == figures
-        page.evaluate("document.querySelectorAll('details').forEach(part => { part.open = true; })")
-        assert page.evaluate("document.documentElement.scrollWidth") <= 360
-        assert page.locator("#rows details.row .text").first.is_visible()
-        browser.close()
+    page.route("**/*", routed)
+    page.on("dialog", lambda shown: (complaints.append(f"dialog: {shown.message}"), shown.dismiss()))
+    page.on("console", lambda message: complaints.append(f"console: {message.text}"))
+    page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
+    page.goto(path.as_uri())
+    page.wait_for_selector("html[data-drawn]", state="attached")
+    figures = page.locator("[data-figure]").count()
+    shapes = "box => box.querySelector('svg.main-svg .trace path') !== null"
+    assert figures == 8
+    assert page.evaluate(f"[...document.querySelectorAll('[data-figure]')].filter({shapes}).length") == figures
+    page.evaluate("document.querySelectorAll('details').forEach(part => { part.open = true; })")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert page.locator("#rows details.row .text").first.is_visible()
+    page.close()
     assert complaints == []
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from planted_reports import inputs, plain, table
 from tamis.report.content import ReportInputs, build_content
-from tamis.report.warnings import Finding
+from tamis.report.finding import Finding
 
 
 def findings(given: ReportInputs) -> dict[str, Finding]:

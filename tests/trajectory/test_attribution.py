@@ -200,7 +200,7 @@ def test_settings_that_contradict_each_other_are_refused(recorded: Recorded, tmp
     with pytest.raises(InvalidInput, match="holds no recorded run"):
         tamis.attribute(run=tmp_path / "nothing", target=TARGET, out=tmp_path / "o", model=recorded.model)
     assert not list(tmp_path.glob("never*"))
-    assert tuple(tamis.trace_settings.TRACE_METHODS) == sweep.METHODS  # type: ignore[attr-defined]
+    assert tuple(tamis.settings.trace.TRACE_METHODS) == sweep.METHODS  # type: ignore[attr-defined]
 
 
 def test_the_three_verbs_work_one_after_the_other(

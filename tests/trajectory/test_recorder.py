@@ -113,7 +113,7 @@ def test_a_run_of_chosen_and_weighted_data_replays_to_itself(tmp_path: Path) -> 
 
 
 def test_a_run_of_trl_replays_to_itself(tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl")
+    trl = pytest.importorskip("trl", reason="trl, one of the dev dependencies, is not installed")
     tokenizer = tiny_tokenizer()
     args = trl.SFTConfig(
         output_dir=str(tmp_path / "trainer"), max_steps=3, per_device_train_batch_size=2, use_cpu=True, report_to=[],

@@ -1,41 +1,28 @@
-"""What every verb does around its work: take several values after one flag, know which flags were typed, keep the
-standard output clean, and print results.
+"""What every verb does around its work: take several values after one flag, know which flags were typed, make its
+settings of them, keep the standard output clean, and answer.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
-import logging
-import os
-import sys
-import warnings
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import typer
 from rich.console import Console
-from rich.text import Text
 from typer.core import TyperCommand
 
-from tamis.cli.config import parse_pairs
-from tamis.cli.progress import is_main_rank
-from tamis.config import write_config
-from tamis.errors import InvalidInput
-from tamis.report.wording import visible
+from tamis.cli.config import merge_settings, parse_pairs
+from tamis.cli.output import clean_output, print_json, print_warnings
+from tamis.cli.progress import choose_progress, is_main_rank
 
-__all__ = [
-    "UserInterruptError",
-    "VerbCommand",
-    "clean_output",
-    "plain",
-    "print_json",
-    "print_warnings",
-    "typed_flags",
-    "write_result",
-]
+if TYPE_CHECKING:  # imports PyTorch
+    from tamis.protocols import Progress as ProgressProtocol
+
+__all__ = ["UserInterruptError", "VerbCommand", "Work", "typed_flags", "work"]
+
+S = TypeVar("S")
 
 _SEVERAL = (
     *("--pool", "--target", "--eval-target", "--lora-targets", "--report-to", "--tasks"),
@@ -97,88 +84,37 @@ def typed_flags(ctx: typer.Context) -> dict[str, Any]:
     return typed
 
 
-@contextlib.contextmanager
-def clean_output(*, quiet: bool) -> Iterator[Console]:
-    """While work runs, whatever prints goes to standard error; yields the console for progress and remarks there."""
-    console = Console(stderr=True)
-    # Other libraries draw bars and remark on the weights they load; ours says what matters.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    handler = _ConsoleHandler(console)
-    handler.setLevel(logging.WARNING if quiet else logging.INFO)
-    logger = logging.getLogger("tamis")
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(handler.level)
-    try:
-        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
-            # Notices for programmers, from libraries to each other.
-            for category in (FutureWarning, DeprecationWarning):
-                warnings.simplefilter("ignore", category)
-            yield console
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
+@dataclass(frozen=True)
+class Work(Generic[S]):
+    """One run of a verb: what it works with, and how it answers when it is done."""
 
+    settings: S
+    progress: ProgressProtocol
+    console: Console  # standard error
+    quiet: bool
+    as_json: bool
 
-class _ConsoleHandler(logging.Handler):
-    """The library's log as lines that do not tear a progress bar."""
-
-    def __init__(self, console: Console) -> None:
-        super().__init__()
-        self._console = console
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if not is_main_rank() and record.levelno < logging.ERROR:
+    def answer(self, result: Any, show: Callable[[Console, Any], None], *, warnings: Sequence[str] = ()) -> None:
+        """Print ``result``: one JSON object if that was asked for, else the warnings and what ``show`` makes of it."""
+        if self.as_json:
+            print_json(result)
             return
-        style = "yellow" if record.levelno >= logging.WARNING else "dim"
-        prefix = "warning: " if record.levelno >= logging.WARNING else ""
-        self._console.print(Text(prefix + visible(record.getMessage()), style=style), soft_wrap=True)
+        print_warnings(self.console, warnings)
+        if not self.quiet and is_main_rank():
+            show(Console(), result)
 
 
-def plain(value: Any) -> Any:
-    """Dataclasses, paths, tuples and NumPy numbers as what JSON knows."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, frozenset)):
-        return [plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    if hasattr(value, "item") and callable(value.item):  # a NumPy scalar
-        return plain(value.item())
-    if isinstance(value, float) and value != value:
-        return None
-    return value
+@contextlib.contextmanager
+def work(ctx: typer.Context, cls: type[S]) -> Iterator[Work[S]]:
+    """Settings of class ``cls`` from the flags and the file; inside, whatever prints goes to standard error.
 
-
-def print_json(value: Any) -> None:
-    """One JSON object, on one line, on standard output, from the main process only."""
-    if is_main_rank():
-        print(json.dumps(plain(value)), flush=True)
-
-
-def print_warnings(console: Console, sentences: list[str]) -> None:
-    """Each warning on a line of its own, also when quiet."""
-    if is_main_rank():
-        for sentence in sentences:
-            console.print(Text.assemble(("warning: ", "bold yellow"), visible(sentence)), soft_wrap=True)
-
-
-def write_result(verb: str, settings: Any, out: str | None, result: Any) -> None:
-    """Write ``<verb>.json`` and the settings that made it into the folder ``out``, if there is one.
+    ``tamis.api``, which imports PyTorch, is imported inside: help and wrong settings must not wait for it.
 
     Raises:
-        InvalidInput: the folder cannot be written.
+        InvalidInput: the file of settings cannot be read.
+        InvalidSettings: a setting is unknown, missing or refused.
     """
-    if out is None or not is_main_rank():
-        return
-    write_config(verb, settings, Path(out) / f"{verb}.yaml")
-    path = Path(out) / f"{verb}.json"
-    try:
-        path.write_text(json.dumps(plain(result), indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InvalidInput(f"{path}: {error.strerror or error}; pass an --out folder that can be written") from error
+    settings = merge_settings(cls, typed_flags(ctx), ctx.params["config"])
+    quiet, as_json = ctx.params["quiet"], ctx.params["as_json"]
+    with clean_output(quiet=quiet or as_json) as console:
+        yield Work(settings, choose_progress(console, quiet=quiet), console, quiet, as_json)

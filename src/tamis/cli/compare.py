@@ -11,15 +11,14 @@ from rich.table import Table
 from rich.text import Text
 
 from tamis.cli import options as opt
-from tamis.cli.command import clean_output, plain, print_json, print_warnings, typed_flags
-from tamis.cli.config import merge_settings
-from tamis.cli.progress import choose_progress, is_main_rank
+from tamis.cli.command import work
+from tamis.cli.output import plain
 from tamis.compare_settings import CompareSettings
 from tamis.report.wording import number, percent, visible
 
 __all__ = ["EPILOG", "compare"]
 
-HOW, MEASURE, TRAINING, PLANTED, RESULTS = "What to compare", "Measuring", "Training", "Known answers", "Results"
+HOW, MEASURE, TRAINING, PLANTED = "What to compare", "Measuring", "Training", "Known answers"
 
 EPILOG = """
 [bold]Methods[/bold]
@@ -75,22 +74,9 @@ def compare(
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set",
-            help="A setting of a method (or aggregate, drop_flagged of its selection), read as YAML. Repeat for "
-            "several.",
-            metavar="LABEL.NAME=VALUE",
-            rich_help_panel=HOW,
-            show_default=False,
-        ),
+        opt.method_setting("a method (or aggregate, drop_flagged of its selection)", "LABEL.NAME=VALUE", HOW),
     ] = None,
-    budget: Annotated[
-        str,
-        typer.Option(
-            help="Rows ([cyan]500[/cyan]), a share of the pool ([cyan]5%[/cyan]) or tokens ([cyan]200k-tokens[/cyan]).",
-            rich_help_panel=HOW,
-        ),
-    ] = CompareSettings.budget,
+    budget: Annotated[str, opt.budget(HOW)] = CompareSettings.budget,
     budgets: Annotated[
         list[str] | None,
         typer.Option(
@@ -103,28 +89,9 @@ def compare(
     seeds: Annotated[
         int, typer.Option(help="Training runs of every contender; uniform has at least 4.", rich_help_panel=HOW)
     ] = CompareSettings.seeds,
-    aggregate: Annotated[
-        str,
-        typer.Option(
-            help="round-robin over the target rows, or mean over them.",
-            metavar="round-robin|mean",
-            rich_help_panel=HOW,
-        ),
-    ] = CompareSettings.aggregate,
-    duplicates: Annotated[
-        str,
-        typer.Option(
-            help="one copy of exact duplicates, keep all, or near: one of near-duplicates too.",
-            metavar="one|keep|near",
-            rich_help_panel=HOW,
-        ),
-    ] = CompareSettings.duplicates,
-    drop_leaks: Annotated[
-        bool,
-        typer.Option(
-            "--drop-leaks/--keep-leaks", help="Leave out pool rows that are target rows.", rich_help_panel=HOW
-        ),
-    ] = CompareSettings.drop_leaks,
+    aggregate: Annotated[str, opt.aggregate(HOW)] = CompareSettings.aggregate,
+    duplicates: Annotated[str, opt.duplicates(HOW)] = CompareSettings.duplicates,
+    drop_leaks: Annotated[bool, opt.drop_leaks(HOW)] = CompareSettings.drop_leaks,
     metric: Annotated[
         str,
         typer.Option(
@@ -223,62 +190,24 @@ def compare(
     update_rows: Annotated[
         int, typer.Option(help="Rows of one update.", rich_help_panel=TRAINING)
     ] = CompareSettings.update_rows,
-    learning_rate: Annotated[
-        float | None,
-        typer.Option(help="The peak; 2e-4 with LoRA and 2e-5 without when left out.", rich_help_panel=TRAINING),
-    ] = None,
-    warmup_share: Annotated[
-        float, typer.Option(help="Of the updates, in which the rate rises.", rich_help_panel=TRAINING)
-    ] = CompareSettings.warmup_share,
-    weight_decay: Annotated[
-        float, typer.Option(help="Decoupled, as in AdamW.", rich_help_panel=TRAINING)
-    ] = CompareSettings.weight_decay,
-    clip: Annotated[
-        float, typer.Option(help="Largest norm of an update's gradient (0: any).", rich_help_panel=TRAINING)
-    ] = CompareSettings.clip,
-    tune: Annotated[
-        str,
-        typer.Option(
-            help="lora: a fresh adapter, or the one that MODEL is; full: all weights.",
-            metavar="lora|full",
-            rich_help_panel=TRAINING,
-        ),
-    ] = CompareSettings.tune,
-    lora_rank: Annotated[
-        int | None, typer.Option(help="Of the fresh adapter; 16 when left out.", rich_help_panel=TRAINING)
-    ] = None,
-    lora_alpha: Annotated[
-        float | None,
-        typer.Option(help="Its scale is alpha over rank; twice the rank when left out.", rich_help_panel=TRAINING),
-    ] = None,
-    lora_targets: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Layers it stands on, by the end of their names; all linear ones but the head when left out.",
-            metavar="NAME...",
-            rich_help_panel=TRAINING,
-            show_default=False,
-        ),
-    ] = None,
+    learning_rate: Annotated[float | None, opt.learning_rate(TRAINING)] = None,
+    warmup_share: Annotated[float, opt.warmup_share(TRAINING)] = CompareSettings.warmup_share,
+    weight_decay: Annotated[float, opt.weight_decay(TRAINING)] = CompareSettings.weight_decay,
+    clip: Annotated[float, opt.clip(TRAINING)] = CompareSettings.clip,
+    tune: Annotated[str, opt.tune(TRAINING)] = CompareSettings.tune,
+    lora_rank: Annotated[int | None, opt.lora_rank(TRAINING)] = None,
+    lora_alpha: Annotated[float | None, opt.lora_alpha(TRAINING)] = None,
+    lora_targets: Annotated[list[str] | None, opt.lora_targets(TRAINING)] = None,
     oversample: Annotated[
         int, typer.Option(help="Of online methods: candidates per row of an update.", rich_help_panel=TRAINING)
     ] = CompareSettings.oversample,
-    out: Annotated[
-        str, typer.Option(help="Folder for the results.", metavar="DIR", rich_help_panel=RESULTS)
-    ] = CompareSettings.out,
-    store: Annotated[
-        str | None,
-        typer.Option(
-            help="Folder of computed features, shared by runs that name it; OUT/store when left out.",
-            metavar="DIR",
-            rich_help_panel=RESULTS,
-        ),
-    ] = None,
+    out: opt.Out = CompareSettings.out,
+    store: opt.Store = None,
     save_steps: Annotated[
         int,
         typer.Option(
             help="Updates between checkpoints of a run, the most a kill can lose; shorter runs start anew.",
-            rich_help_panel=RESULTS,
+            rich_help_panel=opt.RESULTS,
         ),
     ] = CompareSettings.save_steps,
     revision: opt.Revision = None,
@@ -304,25 +233,27 @@ def compare(
     [bold]records[/bold] (each finished run), [bold]selections[/bold] (each method's own result), and
     [bold]run.yaml[/bold], which repeats it.
     """
-    settings = merge_settings(CompareSettings, typed_flags(ctx), config)
-    with clean_output(quiet=quiet or as_json) as console:
-        from tamis import api  # imports PyTorch; help and wrong settings must not wait for it
+    with work(ctx, CompareSettings) as job:
+        from tamis import api
 
-        result = api.compare_from_settings(settings, progress=choose_progress(console, quiet=quiet))
+        result = api.compare_from_settings(job.settings, progress=job.progress)
         summary = plain(result.summary())
-    if as_json:
-        print_json(summary)
-        return
-    print_warnings(console, list(summary["warnings"]))
-    if not quiet and is_main_rank():
-        _print_verdict(Console(), summary, planted=settings.planted)
+    job.answer(summary, _print_planted if job.settings.planted else _print_verdict, warnings=summary["warnings"])
 
 
-def _print_verdict(console: Console, summary: Mapping[str, Any], *, planted: bool) -> None:
+def _print_verdict(console: Console, summary: Mapping[str, Any]) -> None:
+    _print(console, summary, _standing_table(summary))
+
+
+def _print_planted(console: Console, summary: Mapping[str, Any]) -> None:
+    _print(console, summary, _found_table(summary["standings"]))
+
+
+def _print(console: Console, summary: Mapping[str, Any], standings: Table) -> None:
     """The verdict, how everybody stands, what to do next, and where the page is."""
     console.print(Text(visible(summary["verdict"]), style="bold"), soft_wrap=True)
     console.print(Text(visible(summary["details"])), soft_wrap=True)
-    console.print(_found_table(summary["standings"]) if planted else _standing_table(summary))
+    console.print(standings)
     for step in summary["next"]:
         console.print(Text.assemble(("next: ", "bold"), visible(step)), soft_wrap=True)
     for name in ("report", "results"):

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from tamis.config import read_config, read_value
 from tamis.errors import InvalidInput, InvalidSettings
-from tamis.settings import from_dict
+from tamis.values import from_dict
 
 __all__ = ["merge_settings", "parse_pairs"]
 

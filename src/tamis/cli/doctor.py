@@ -11,11 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from tamis.cli import options as opt
-from tamis.cli.command import clean_output, print_json, print_warnings, typed_flags, write_result
-from tamis.cli.config import merge_settings
-from tamis.cli.progress import choose_progress, is_main_rank
+from tamis.cli.command import work
+from tamis.cli.output import print_warnings, write_result
+from tamis.cli.progress import is_main_rank
+from tamis.notation import PROJECTION_NAMES
 from tamis.report.wording import visible
-from tamis.settings import PROJECTION_NAMES, DoctorSettings
+from tamis.settings import DoctorSettings
 
 if TYPE_CHECKING:  # imports PyTorch
     from tamis.evaluate.checks import SignCheck
@@ -27,7 +28,6 @@ LOOK = "What to look at"
 _BESIDE_NAMES = 44  # columns of the table of parameters that are not their names
 _MOST_SHOWN = 1200  # characters of a previewed row
 _FAILED = 1  # exit code when a check failed
-_OUT_HELP = "Also write what is printed to this folder, with the settings."
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -73,13 +73,8 @@ def doctor(
             help=f"Measure what it does to cosines of gradients: {', '.join(PROJECTION_NAMES)}.", rich_help_panel=LOOK
         ),
     ] = DoctorSettings.projection,
-    projection_dim: Annotated[
-        int | None,
-        typer.Option(
-            help="Numbers a row keeps; for factorized: the side of each layer's square.", rich_help_panel=LOOK
-        ),
-    ] = None,
-    out: Annotated[str | None, typer.Option(help=_OUT_HELP, metavar="DIR", rich_help_panel="Results")] = None,
+    projection_dim: Annotated[int | None, opt.projection_dim(LOOK)] = None,
+    out: opt.PrintedOut = None,
     revision: opt.Revision = None,
     dtype: opt.Dtype = DoctorSettings.dtype,
     device: opt.Device = DoctorSettings.device,
@@ -101,22 +96,17 @@ def doctor(
     chat template adds or drops, checks that scores do not depend on batch mates and have the right sign, and measures
     the noise of the projection, by length. The exit code is 1 if a check failed, which --json says as "passed": false.
     """
-    settings = merge_settings(DoctorSettings, typed_flags(ctx), config)
-    with clean_output(quiet=quiet or as_json) as console:
-        from tamis import api  # imports PyTorch; help and wrong settings must not wait for it
+    with work(ctx, DoctorSettings) as job:
+        from tamis import api
 
-        result = api.doctor(settings, progress=choose_progress(console, quiet=quiet))
-        write_result("doctor", settings, settings.out, result)
-    failed = 0 if result.passed else _FAILED
-    if as_json:
-        print_json(result)
-        raise typer.Exit(failed)
-    if not quiet and is_main_rank():
-        print_doctor(Console(), result)
-    print_warnings(console, list(result.warnings))
-    if not quiet and not result.warnings and is_main_rank():
-        Console().print(Text("Nothing to warn of.", style="green"))
-    raise typer.Exit(failed)
+        result = api.doctor(job.settings, progress=job.progress)
+        write_result("doctor", job.settings, job.settings.out, result)
+    job.answer(result, print_doctor)
+    if not job.as_json:
+        print_warnings(job.console, result.warnings)
+        if not job.quiet and not result.warnings and is_main_rank():
+            Console().print(Text("Nothing to warn of.", style="green"))
+    raise typer.Exit(0 if result.passed else _FAILED)
 
 
 def print_doctor(console: Console, result: DoctorResult) -> None:

@@ -1,21 +1,29 @@
 """The flags that several verbs share, worded once.
 
-Choices are checked by the settings classes, not by the parser: their errors also serve YAML files and Python, and
-suggest the nearest name.
+A flag that stands in the same group of every verb's help is a type (``opt.Seed``); one whose group depends on the verb
+is a function of the group (``Annotated[str, opt.budget(KEEP)]``). Choices are checked by the settings classes, not by
+the parser: their errors also serve YAML files and Python, and suggest the nearest name.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterable
+from typing import Annotated, Any
 
 import typer
 
 __all__ = [
+    "DATA",
+    "MODEL",
+    "RESULTS",
+    "RUN",
+    "SCORE",
     "WHAT",
     "Attention",
     "BatchTokens",
     "ChatTemplate",
     "Config",
+    "Curvature",
     "Device",
     "DeviceMap",
     "Dtype",
@@ -24,16 +32,41 @@ __all__ = [
     "MaxLength",
     "Model",
     "OnBadRow",
+    "Out",
     "Pool",
+    "PrintedOut",
     "Quiet",
+    "Removal",
+    "Report",
     "Revision",
     "RowFormat",
+    "Run",
+    "RunModel",
     "Seed",
+    "Store",
     "Target",
+    "TargetBatchRows",
+    "Tolerance",
     "TrustRemoteCode",
+    "aggregate",
+    "budget",
+    "clip",
+    "drop_leaks",
+    "duplicates",
+    "learning_rate",
+    "lora_alpha",
+    "lora_rank",
+    "lora_targets",
+    "method",
+    "method_setting",
+    "projection_dim",
+    "tune",
+    "warmup_share",
+    "weight_decay",
 ]
 
-WHAT, MODEL, DATA, RUN = "What to work on", "The model", "Reading the data", "Running"
+WHAT, SCORE, RESULTS = "What to work on", "How to score", "Results"
+MODEL, DATA, RUN = "The model", "Reading the data", "Running"
 
 Model = Annotated[
     str | None,
@@ -64,6 +97,22 @@ Target = Annotated[
         show_default=False,
     ),
 ]
+Out = Annotated[str, typer.Option(help="Folder for the results.", metavar="DIR", rich_help_panel=RESULTS)]
+PrintedOut = Annotated[
+    str | None,
+    typer.Option(
+        help="Also write what is printed to this folder, with the settings.", metavar="DIR", rich_help_panel=RESULTS
+    ),
+]
+Store = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder of computed features, shared by runs that name it; OUT/store when left out.",
+        metavar="DIR",
+        rich_help_panel=RESULTS,
+    ),
+]
+Report = Annotated[bool, typer.Option("--report/--no-report", help="Write report.html.", rich_help_panel=RESULTS)]
 Revision = Annotated[
     str | None,
     typer.Option(help="Branch, tag or commit of a hub model.", metavar="REV", rich_help_panel=MODEL),
@@ -150,3 +199,155 @@ JsonOutput = Annotated[
         show_default=False,
     ),
 ]
+
+Run = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder of a recorded run: of [cyan]tamis train --record[/cyan] or tamis.TrajectoryRecorder.",
+        metavar="DIR",
+        rich_help_panel=WHAT,
+        show_default=False,
+    ),
+]
+RunModel = Annotated[
+    str | None,
+    typer.Option(
+        help="What training started from; the record names it when left out.",
+        metavar="MODEL",
+        rich_help_panel=WHAT,
+        show_default=False,
+    ),
+]
+Curvature = Annotated[
+    str,
+    typer.Option(
+        help="What stands for the Hessian of every update's loss.",
+        metavar="exact|ggn|fisher|none",
+        rich_help_panel=SCORE,
+    ),
+]
+Removal = Annotated[
+    str,
+    typer.Option(
+        help="A removed sample leaves a gap in its batch, or the others take over its weight.",
+        metavar="subtract|renormalise",
+        rich_help_panel=SCORE,
+    ),
+]
+TargetBatchRows = Annotated[int, typer.Option(help="Target rows of one pass.", rich_help_panel=RUN)]
+Tolerance = Annotated[
+    float | None,
+    typer.Option(
+        help="How far replayed losses may be from recorded ones, relatively; by the dtype when left out.",
+        rich_help_panel=RUN,
+    ),
+]
+
+
+def method(names: Iterable[str], panel: str) -> Any:
+    """``--method``, completed by the shell from ``names``."""
+    known = list(names)
+    return typer.Option(
+        help="One of the methods below.", metavar="METHOD", rich_help_panel=panel, autocompletion=lambda: known
+    )
+
+
+def method_setting(of: str, metavar: str, panel: str, *, more: str = "") -> Any:
+    """``--set``: of the one method, or of one of several."""
+    return typer.Option(
+        "--set",
+        help=f"A setting of {of}, read as YAML{more}. Repeat for several.",
+        metavar=metavar,
+        rich_help_panel=panel,
+        show_default=False,
+    )
+
+
+def budget(panel: str) -> Any:
+    """How much is selected."""
+    return typer.Option(
+        help="Rows ([cyan]500[/cyan]), a share of the pool ([cyan]5%[/cyan]) or tokens ([cyan]200k-tokens[/cyan]).",
+        rich_help_panel=panel,
+    )
+
+
+def aggregate(panel: str) -> Any:
+    """How the scores of several target rows become one order."""
+    return typer.Option(
+        help="round-robin over the target rows, or mean over them.",
+        metavar="round-robin|mean",
+        rich_help_panel=panel,
+    )
+
+
+def duplicates(panel: str) -> Any:
+    """What becomes of copies."""
+    return typer.Option(
+        help="one copy of exact duplicates, keep all, or near: one of near-duplicates too.",
+        metavar="one|keep|near",
+        rich_help_panel=panel,
+    )
+
+
+def drop_leaks(panel: str) -> Any:
+    """What becomes of target rows in the pool."""
+    return typer.Option(
+        "--drop-leaks/--keep-leaks", help="Leave out pool rows that are target rows.", rich_help_panel=panel
+    )
+
+
+def projection_dim(panel: str) -> Any:
+    """How far gradients are compressed."""
+    return typer.Option(
+        help="Numbers a row keeps; for factorized: the side of each layer's square.", rich_help_panel=panel
+    )
+
+
+def tune(panel: str) -> Any:
+    """What is trained."""
+    return typer.Option(
+        help="lora: a fresh adapter, or the one that MODEL is; full: all weights.",
+        metavar="lora|full",
+        rich_help_panel=panel,
+    )
+
+
+def lora_rank(panel: str) -> Any:
+    """The adapter's rank."""
+    return typer.Option(help="Of the fresh adapter; 16 when left out.", rich_help_panel=panel)
+
+
+def lora_alpha(panel: str) -> Any:
+    """The adapter's scale."""
+    return typer.Option(help="Its scale is alpha over rank; twice the rank when left out.", rich_help_panel=panel)
+
+
+def lora_targets(panel: str) -> Any:
+    """The adapter's layers."""
+    return typer.Option(
+        help="Layers it stands on, by the end of their names ([cyan]q_proj v_proj[/cyan]); all linear ones but the "
+        "head when left out.",
+        metavar="NAME...",
+        rich_help_panel=panel,
+        show_default=False,
+    )
+
+
+def learning_rate(panel: str) -> Any:
+    """Of training."""
+    return typer.Option(help="The peak; 2e-4 with LoRA and 2e-5 without when left out.", rich_help_panel=panel)
+
+
+def warmup_share(panel: str) -> Any:
+    """Of training."""
+    return typer.Option(help="Of the updates, in which the rate rises.", rich_help_panel=panel)
+
+
+def weight_decay(panel: str) -> Any:
+    """Of training."""
+    return typer.Option(help="Decoupled, as in AdamW.", rich_help_panel=panel)
+
+
+def clip(panel: str) -> Any:
+    """Of training."""
+    return typer.Option(help="Largest norm of an update's gradient (0: any).", rich_help_panel=panel)

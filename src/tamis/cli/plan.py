@@ -10,11 +10,12 @@ from rich.table import Table
 from rich.text import Text
 
 from tamis.cli import options as opt
-from tamis.cli.command import clean_output, print_json, print_warnings, typed_flags, write_result
-from tamis.cli.config import merge_settings
-from tamis.cli.progress import choose_progress, is_main_rank, time_text
+from tamis.cli.command import work
+from tamis.cli.output import write_result
+from tamis.cli.progress import time_text
+from tamis.notation import PROJECTION_NAMES
 from tamis.report.wording import visible
-from tamis.settings import PROJECTION_NAMES, PlanSettings
+from tamis.settings import PlanSettings
 
 if TYPE_CHECKING:  # imports PyTorch
     from tamis.evaluate.cost import PlanResult
@@ -73,16 +74,7 @@ def plan(
     shortlist: Annotated[
         str, typer.Option(help="The cascade shown beside every gradient method.", rich_help_panel=ASSUME)
     ] = PlanSettings.shortlist,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            help="A setting of a method, read as YAML. Repeat for several.",
-            metavar="METHOD.NAME=VALUE",
-            rich_help_panel=ASSUME,
-            show_default=False,
-        ),
-    ] = None,
+    set_: Annotated[list[str] | None, opt.method_setting("a method", "METHOD.NAME=VALUE", ASSUME)] = None,
     projection: Annotated[
         str | None,
         typer.Option(
@@ -90,22 +82,12 @@ def plan(
             rich_help_panel=ASSUME,
         ),
     ] = None,
-    projection_dim: Annotated[
-        int | None,
-        typer.Option(help="Numbers a row keeps; for factorized: the side of a layer's square.", rich_help_panel=ASSUME),
-    ] = None,
+    projection_dim: Annotated[int | None, opt.projection_dim(ASSUME)] = None,
     sample: Annotated[
         int,
         typer.Option(help="Rows that are tokenized for the counts, evenly spaced (0: all).", rich_help_panel=ASSUME),
     ] = PlanSettings.sample,
-    out: Annotated[
-        str | None,
-        typer.Option(
-            help="Also write what is printed to this folder, with the settings.",
-            metavar="DIR",
-            rich_help_panel="Results",
-        ),
-    ] = None,
+    out: opt.PrintedOut = None,
     revision: opt.Revision = None,
     dtype: opt.Dtype = PlanSettings.dtype,
     device: opt.Device = PlanSettings.device,
@@ -127,18 +109,12 @@ def plan(
     Operations are counted from the model's shapes and the pool's tokens. Hours assume a part of a device's published
     peak, stated in the output, or are measured here with --measure.
     """
-    settings = merge_settings(PlanSettings, typed_flags(ctx), config)
-    with clean_output(quiet=quiet or as_json) as console:
-        from tamis import api  # imports PyTorch; help and wrong settings must not wait for it
+    with work(ctx, PlanSettings) as job:
+        from tamis import api
 
-        result = api.plan(settings, progress=choose_progress(console, quiet=quiet))
-        write_result("plan", settings, settings.out, result)
-    if as_json:
-        print_json(result)
-        return
-    print_warnings(console, list(result.notes))
-    if not quiet and is_main_rank():
-        print_plan(Console(), result)
+        result = api.plan(job.settings, progress=job.progress)
+        write_result("plan", job.settings, job.settings.out, result)
+    job.answer(result, print_plan, warnings=result.notes)
 
 
 def print_plan(console: Console, result: PlanResult) -> None:

@@ -5,19 +5,16 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from tamis.cli import options as opt
-from tamis.cli.command import clean_output, plain, print_json, print_warnings, typed_flags
-from tamis.cli.config import merge_settings
-from tamis.cli.progress import choose_progress, is_main_rank
-from tamis.cli.select import print_summary
+from tamis.cli.command import work
+from tamis.cli.output import plain, print_summary
 from tamis.notation import PROXY_SUMMARIES
 from tamis.proxy_settings import ProxySettings
 
 __all__ = ["EPILOG", "proxy"]
 
-HOW, PROBES, ALIGN, MEASURE, RESULTS = "How to compress", "The probes", "Alignment", "Measuring", "Results"
+HOW, PROBES, ALIGN, MEASURE = "How to compress", "The probes", "Alignment", "Measuring"
 
 _PRESETS = "\n\n".join(f"[cyan]{name}[/cyan]  {summary}" for name, summary in PROXY_SUMMARIES.items())
 
@@ -196,11 +193,9 @@ def proxy(
         int, typer.Option(help="Side of each layer's sketch in the measurements.", rich_help_panel=MEASURE)
     ] = ProxySettings.projection_dim,
     out: Annotated[
-        str, typer.Option(help="Folder of the proxy.", metavar="DIR", rich_help_panel=RESULTS)
+        str, typer.Option(help="Folder of the proxy.", metavar="DIR", rich_help_panel=opt.RESULTS)
     ] = ProxySettings.out,
-    report: Annotated[
-        bool, typer.Option("--report/--no-report", help="Write report.html.", rich_help_panel=RESULTS)
-    ] = ProxySettings.report,
+    report: opt.Report = ProxySettings.report,
     revision: opt.Revision = None,
     dtype: Annotated[
         str,
@@ -229,15 +224,9 @@ def proxy(
     (which layers are in factors), [bold]retention.json[/bold] and [bold]report.html[/bold] (what the proxy keeps, at
     what cost, and which sparsity to take), [bold]manifest.json[/bold], and [bold]run.yaml[/bold], which repeats it.
     """
-    settings = merge_settings(ProxySettings, typed_flags(ctx), config)
-    with clean_output(quiet=quiet or as_json) as console:
-        from tamis import api  # imports PyTorch; help and wrong settings must not wait for it
+    with work(ctx, ProxySettings) as job:
+        from tamis import api
 
-        result = api.proxy_from_settings(settings, progress=choose_progress(console, quiet=quiet))
+        result = api.proxy_from_settings(job.settings, progress=job.progress)
         summary = plain(result.summary())
-    if as_json:
-        print_json(summary)
-        return
-    print_warnings(console, list(result.warnings))
-    if not quiet and is_main_rank():
-        print_summary(Console(), summary)
+    job.answer(summary, print_summary, warnings=result.warnings)

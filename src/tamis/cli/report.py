@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from tamis.cli import options as opt
-from tamis.cli.command import clean_output, print_json
+from tamis.cli.output import clean_output, print_json
 from tamis.cli.progress import is_main_rank
 
 __all__ = ["EPILOG", "report"]
@@ -37,7 +37,7 @@ def report(
         typer.Option(
             help="File of the page; report.html in the folder when left out.",
             metavar="FILE",
-            rich_help_panel="Results",
+            rich_help_panel=opt.RESULTS,
             show_default=False,
         ),
     ] = None,

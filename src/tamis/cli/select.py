@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
 from tamis.cli import options as opt
-from tamis.cli.command import clean_output, plain, print_json, print_warnings, typed_flags
-from tamis.cli.config import merge_settings
-from tamis.cli.progress import choose_progress, is_main_rank
-from tamis.report.wording import visible
-from tamis.settings import METHOD_SUMMARIES, PROJECTION_NAMES, SelectSettings
+from tamis.cli.command import work
+from tamis.cli.output import plain, print_summary
+from tamis.notation import METHOD_SUMMARIES, PROJECTION_NAMES
+from tamis.settings import SelectSettings
 
 __all__ = ["EPILOG", "select"]
 
-HOW, KEEP = "How to score", "What to keep"
+KEEP = "What to keep"
 
 _METHODS = "\n\n".join(f"[cyan]{name}[/cyan]  {summary}" for name, summary in METHOD_SUMMARIES.items())
 
@@ -48,58 +44,26 @@ def select(
     model: opt.Model = None,
     pool: opt.Pool = None,
     target: opt.Target = None,
-    method: Annotated[
-        str,
-        typer.Option(
-            help="One of the methods below.",
-            metavar="METHOD",
-            rich_help_panel=HOW,
-            autocompletion=lambda: list(METHOD_SUMMARIES),
-        ),
-    ] = SelectSettings.method,
+    method: Annotated[str, opt.method(METHOD_SUMMARIES, opt.SCORE)] = SelectSettings.method,
     shortlist: Annotated[
         str | None,
         typer.Option(
             help="A cheap method first, as METHOD:MULTIPLE: [cyan]bm25:5x[/cyan] keeps five times the budget by BM25 "
             "and scores only those, which makes gradients nearly free.",
-            rich_help_panel=HOW,
+            rich_help_panel=opt.SCORE,
         ),
     ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            help="A setting of the method, read as YAML. Repeat for several.",
-            metavar="NAME=VALUE",
-            rich_help_panel=HOW,
-            show_default=False,
-        ),
-    ] = None,
+    set_: Annotated[list[str] | None, opt.method_setting("the method", "NAME=VALUE", opt.SCORE)] = None,
     projection: Annotated[
         str | None,
         typer.Option(
-            help=f"Of gradients: {', '.join(PROJECTION_NAMES)}; the method's own when left out.", rich_help_panel=HOW
+            help=f"Of gradients: {', '.join(PROJECTION_NAMES)}; the method's own when left out.",
+            rich_help_panel=opt.SCORE,
         ),
     ] = None,
-    projection_dim: Annotated[
-        int | None,
-        typer.Option(help="Numbers a row keeps; for factorized: the side of each layer's square.", rich_help_panel=HOW),
-    ] = None,
-    aggregate: Annotated[
-        str,
-        typer.Option(
-            help="round-robin over the target rows, or mean over them.",
-            metavar="round-robin|mean",
-            rich_help_panel=HOW,
-        ),
-    ] = SelectSettings.aggregate,
-    budget: Annotated[
-        str,
-        typer.Option(
-            help="Rows ([cyan]500[/cyan]), a share of the pool ([cyan]5%[/cyan]) or tokens ([cyan]200k-tokens[/cyan]).",
-            rich_help_panel=KEEP,
-        ),
-    ] = SelectSettings.budget,
+    projection_dim: Annotated[int | None, opt.projection_dim(opt.SCORE)] = None,
+    aggregate: Annotated[str, opt.aggregate(opt.SCORE)] = SelectSettings.aggregate,
+    budget: Annotated[str, opt.budget(KEEP)] = SelectSettings.budget,
     share: Annotated[
         list[str] | None,
         typer.Option(
@@ -109,23 +73,11 @@ def select(
             show_default=False,
         ),
     ] = None,
-    duplicates: Annotated[
-        str,
-        typer.Option(
-            help="one copy of exact duplicates, keep all, or near: one of near-duplicates too.",
-            metavar="one|keep|near",
-            rich_help_panel=KEEP,
-        ),
-    ] = SelectSettings.duplicates,
+    duplicates: Annotated[str, opt.duplicates(KEEP)] = SelectSettings.duplicates,
     near_threshold: Annotated[
         float, typer.Option(help="Similarity from which two rows are near-duplicates.", rich_help_panel=KEEP)
     ] = SelectSettings.near_threshold,
-    drop_leaks: Annotated[
-        bool,
-        typer.Option(
-            "--drop-leaks/--keep-leaks", help="Leave out pool rows that are target rows.", rich_help_panel=KEEP
-        ),
-    ] = SelectSettings.drop_leaks,
+    drop_leaks: Annotated[bool, opt.drop_leaks(KEEP)] = SelectSettings.drop_leaks,
     drop_flagged: Annotated[
         bool,
         typer.Option(
@@ -134,27 +86,16 @@ def select(
             rich_help_panel=KEEP,
         ),
     ] = SelectSettings.drop_flagged,
-    out: Annotated[
-        str, typer.Option(help="Folder for the results.", metavar="DIR", rich_help_panel="Results")
-    ] = SelectSettings.out,
-    store: Annotated[
-        str | None,
-        typer.Option(
-            help="Folder of computed features, shared by runs that name it; OUT/store when left out.",
-            metavar="DIR",
-            rich_help_panel="Results",
-        ),
-    ] = None,
-    report: Annotated[
-        bool, typer.Option("--report/--no-report", help="Write report.html.", rich_help_panel="Results")
-    ] = SelectSettings.report,
+    out: opt.Out = SelectSettings.out,
+    store: opt.Store = None,
+    report: opt.Report = SelectSettings.report,
     write_messages: Annotated[
         bool,
         typer.Option(
             "--write-messages/--no-write-messages",
             help="Also write the selected rows as chats to selected-messages.jsonl, for trainers that read no "
             "instruction rows, or one format only.",
-            rich_help_panel="Results",
+            rich_help_panel=opt.RESULTS,
         ),
     ] = SelectSettings.write_messages,
     revision: opt.Revision = None,
@@ -191,41 +132,9 @@ def select(
     [bold]scores.parquet[/bold] (every row), [bold]report.html[/bold], [bold]manifest.json[/bold], and
     [bold]run.yaml[/bold], which repeats the run.
     """
-    settings = merge_settings(SelectSettings, typed_flags(ctx), config)
-    with clean_output(quiet=quiet or as_json) as console:
-        from tamis import api  # imports PyTorch; help and wrong settings must not wait for it
+    with work(ctx, SelectSettings) as job:
+        from tamis import api
 
-        selection = api.select_from_settings(settings, progress=choose_progress(console, quiet=quiet))
+        selection = api.select_from_settings(job.settings, progress=job.progress)
         summary = plain(selection.summary())
-    if as_json:
-        print_json(summary)
-        return
-    print_warnings(console, list(selection.warnings))
-    if not quiet and is_main_rank():
-        print_summary(Console(), summary)
-
-
-def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
-    """Counts, cost and paths of a selection, one a line and never wrapped; warnings are printed elsewhere."""
-    shown = {_words(name): _said(value) for name, value in summary.items() if name != "warnings"}
-    width = max(map(len, shown), default=0)
-    for name, value in shown.items():
-        console.print(Text.assemble((name.ljust(width), "bold"), "  ", value), soft_wrap=True)
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")
-
-
-def _said(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "–"}[value]
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:,.4g}" if abs(value) < 1e6 else f"{value:.3g}"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{_words(str(key))} {_said(item)}" for key, item in value.items())
-    if isinstance(value, list):
-        return ", ".join(_said(item) for item in value)
-    return visible(str(value))
+    job.answer(summary, print_summary, warnings=selection.warnings)

@@ -5,18 +5,16 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from tamis.cli import options as opt
-from tamis.cli.command import clean_output, plain, print_json, typed_flags
-from tamis.cli.config import merge_settings
-from tamis.cli.progress import choose_progress, is_main_rank
-from tamis.cli.select import print_summary
-from tamis.settings import ONLINE_SUMMARIES, TrainRunSettings
+from tamis.cli.command import work
+from tamis.cli.output import plain, print_summary
+from tamis.notation import ONLINE_SUMMARIES
+from tamis.settings import TrainRunSettings
 
 __all__ = ["EPILOG", "train"]
 
-HOW, MEASURE, OPTIMIZER, TUNE, RESULTS = "How to choose", "Measuring", "The optimizer", "What is trained", "Results"
+HOW, MEASURE, OPTIMIZER, TUNE = "How to choose", "Measuring", "The optimizer", "What is trained"
 
 _METHODS = "\n\n".join(f"[cyan]{name}[/cyan]  {summary}" for name, summary in ONLINE_SUMMARIES.items())
 
@@ -58,24 +56,11 @@ def train(
             show_default=False,
         ),
     ] = None,
-    method: Annotated[
-        str,
-        typer.Option(
-            help="One of the methods below.",
-            metavar="METHOD",
-            rich_help_panel=HOW,
-            autocompletion=lambda: list(ONLINE_SUMMARIES),
-        ),
-    ] = TrainRunSettings.method,
+    method: Annotated[str, opt.method(ONLINE_SUMMARIES, HOW)] = TrainRunSettings.method,
     set_: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set",
-            help="A setting of the method, read as YAML; [cyan]preset=paper[/cyan] is filter-then-weight as published. "
-            "Repeat for several.",
-            metavar="NAME=VALUE",
-            rich_help_panel=HOW,
-            show_default=False,
+        opt.method_setting(
+            "the method", "NAME=VALUE", HOW, more="; [cyan]preset=paper[/cyan] is filter-then-weight as published"
         ),
     ] = None,
     keep: Annotated[
@@ -121,12 +106,7 @@ def train(
             help="Share of the earlier target gradients in their running mean (0: none).", rich_help_panel=HOW
         ),
     ] = TrainRunSettings.target_ema,
-    drop_leaks: Annotated[
-        bool,
-        typer.Option(
-            "--drop-leaks/--keep-leaks", help="Leave out pool rows that are target rows.", rich_help_panel=HOW
-        ),
-    ] = TrainRunSettings.drop_leaks,
+    drop_leaks: Annotated[bool, opt.drop_leaks(HOW)] = TrainRunSettings.drop_leaks,
     eval_target: Annotated[
         list[str] | None,
         typer.Option(
@@ -163,35 +143,11 @@ def train(
             rich_help_panel=MEASURE,
         ),
     ] = TrainRunSettings.forecast_every,
-    tune: Annotated[
-        str,
-        typer.Option(
-            help="lora: a fresh adapter, or the one that MODEL is; full: all weights.",
-            metavar="lora|full",
-            rich_help_panel=TUNE,
-        ),
-    ] = TrainRunSettings.tune,
-    lora_rank: Annotated[
-        int | None, typer.Option(help="Of the fresh adapter; 16 when left out.", rich_help_panel=TUNE)
-    ] = None,
-    lora_alpha: Annotated[
-        float | None,
-        typer.Option(help="Its scale is alpha over rank; twice the rank when left out.", rich_help_panel=TUNE),
-    ] = None,
-    lora_targets: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Layers it stands on, by the end of their names ([cyan]q_proj v_proj[/cyan]); all linear ones but the "
-            "head when left out.",
-            metavar="NAME...",
-            rich_help_panel=TUNE,
-            show_default=False,
-        ),
-    ] = None,
-    learning_rate: Annotated[
-        float | None,
-        typer.Option(help="The peak; 2e-4 with LoRA and 2e-5 without when left out.", rich_help_panel=OPTIMIZER),
-    ] = None,
+    tune: Annotated[str, opt.tune(TUNE)] = TrainRunSettings.tune,
+    lora_rank: Annotated[int | None, opt.lora_rank(TUNE)] = None,
+    lora_alpha: Annotated[float | None, opt.lora_alpha(TUNE)] = None,
+    lora_targets: Annotated[list[str] | None, opt.lora_targets(TUNE)] = None,
+    learning_rate: Annotated[float | None, opt.learning_rate(OPTIMIZER)] = None,
     scheduler: Annotated[
         str,
         typer.Option(
@@ -200,44 +156,36 @@ def train(
             rich_help_panel=OPTIMIZER,
         ),
     ] = TrainRunSettings.scheduler,
-    warmup_share: Annotated[
-        float, typer.Option(help="Of the updates, in which the rate rises.", rich_help_panel=OPTIMIZER)
-    ] = TrainRunSettings.warmup_share,
-    weight_decay: Annotated[
-        float, typer.Option(help="Decoupled, as in AdamW.", rich_help_panel=OPTIMIZER)
-    ] = TrainRunSettings.weight_decay,
+    warmup_share: Annotated[float, opt.warmup_share(OPTIMIZER)] = TrainRunSettings.warmup_share,
+    weight_decay: Annotated[float, opt.weight_decay(OPTIMIZER)] = TrainRunSettings.weight_decay,
     beta1: Annotated[
         float, typer.Option(help="Of AdamW's first moments.", rich_help_panel=OPTIMIZER)
     ] = TrainRunSettings.beta1,
     beta2: Annotated[
         float, typer.Option(help="Of AdamW's second moments.", rich_help_panel=OPTIMIZER)
     ] = TrainRunSettings.beta2,
-    clip: Annotated[
-        float, typer.Option(help="Largest norm of an update's gradient (0: any).", rich_help_panel=OPTIMIZER)
-    ] = TrainRunSettings.clip,
+    clip: Annotated[float, opt.clip(OPTIMIZER)] = TrainRunSettings.clip,
     accumulation: Annotated[
         int, typer.Option(help="Choices per update.", rich_help_panel=OPTIMIZER)
     ] = TrainRunSettings.accumulation,
-    out: Annotated[
-        str, typer.Option(help="Folder for the results.", metavar="DIR", rich_help_panel=RESULTS)
-    ] = TrainRunSettings.out,
+    out: opt.Out = TrainRunSettings.out,
     save_steps: Annotated[
         int | None,
         typer.Option(
             help="Updates between checkpoints, the most a kill can lose; 100 when left out, with --patience those of "
             "--eval-steps.",
-            rich_help_panel=RESULTS,
+            rich_help_panel=opt.RESULTS,
         ),
     ] = None,
     log_steps: Annotated[
-        int, typer.Option(help="Updates between log entries.", rich_help_panel=RESULTS)
+        int, typer.Option(help="Updates between log entries.", rich_help_panel=opt.RESULTS)
     ] = TrainRunSettings.log_steps,
     record: Annotated[
         str | None,
         typer.Option(
             help="Folder for all that [cyan]tamis attribute[/cyan] needs of the run: states, batches, rates.",
             metavar="DIR",
-            rich_help_panel=RESULTS,
+            rich_help_panel=opt.RESULTS,
             show_default=False,
         ),
     ] = None,
@@ -246,7 +194,7 @@ def train(
         typer.Option(
             help="Updates between two recorded states, each three times what is trained; the root of all updates, at "
             "least 10, when left out.",
-            rich_help_panel=RESULTS,
+            rich_help_panel=opt.RESULTS,
         ),
     ] = None,
     report_to: Annotated[
@@ -254,7 +202,7 @@ def train(
         typer.Option(
             help="tensorboard or wandb, beside log.jsonl.",
             metavar="NAME...",
-            rich_help_panel=RESULTS,
+            rich_help_panel=opt.RESULTS,
             show_default=False,
         ),
     ] = None,
@@ -282,14 +230,9 @@ def train(
     [bold]log.jsonl[/bold], [bold]candidates[/bold] (Parquet: the fate of every candidate), [bold]checkpoints[/bold],
     [bold]manifest.json[/bold], and [bold]run.yaml[/bold], which repeats the run.
     """
-    settings = merge_settings(TrainRunSettings, typed_flags(ctx), config)
-    with clean_output(quiet=quiet or as_json) as console:
-        from tamis import api  # imports PyTorch; help and wrong settings must not wait for it
+    with work(ctx, TrainRunSettings) as job:
+        from tamis import api
 
-        result = api.train_from_settings(settings, progress=choose_progress(console, quiet=quiet))
+        result = api.train_from_settings(job.settings, progress=job.progress)
         summary = plain(result.summary())
-    if as_json:
-        print_json(summary)
-        return
-    if not quiet and is_main_rank():
-        print_summary(Console(), summary)
+    job.answer(summary, print_summary)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from tamis.cli import options as opt
-from tamis.cli.attribute import HOW, RESULTS, BatchRows, CurvatureFlag, Removal, Run, RunModel, Tolerance
-from tamis.cli.command import clean_output, plain, print_json, typed_flags
-from tamis.cli.config import merge_settings
-from tamis.cli.progress import choose_progress, is_main_rank
-from tamis.trace_settings import VerifySettings
+from tamis.cli.command import work
+from tamis.cli.output import plain
+from tamis.settings import VerifySettings
 
 __all__ = ["EPILOG", "verify"]
 
@@ -31,41 +30,39 @@ command. Read the interval, not the number alone: below 30 samples it is wide.
 
 def verify(
     ctx: typer.Context,
-    run: Run = None,
+    run: opt.Run = None,
     target: opt.Target = None,
     samples: Annotated[
-        int, typer.Option(help="Uses of samples that are left out, one retraining each.", rich_help_panel=HOW)
+        int, typer.Option(help="Uses of samples that are left out, one retraining each.", rich_help_panel=opt.SCORE)
     ] = VerifySettings.samples,
     methods: Annotated[
         list[str] | None,
         typer.Option(
             help="Whose scores are compared; all when left out.",
             metavar="METHOD...",
-            rich_help_panel=HOW,
+            rich_help_panel=opt.SCORE,
             show_default=False,
         ),
     ] = None,
-    curvature: CurvatureFlag = VerifySettings.curvature,
+    curvature: opt.Curvature = VerifySettings.curvature,
     secant: Annotated[
         int,
-        typer.Option(help="Also compare finite removal over that many updates (0: not).", rich_help_panel=HOW),
+        typer.Option(help="Also compare finite removal over that many updates (0: not).", rich_help_panel=opt.SCORE),
     ] = VerifySettings.secant,
-    removal: Removal = VerifySettings.removal,
+    removal: opt.Removal = VerifySettings.removal,
     per_row: Annotated[
         bool,
         typer.Option(
             "--per-row/--mean",
             help="Correlate for every target row and average, in place of their mean loss.",
-            rich_help_panel=HOW,
+            rich_help_panel=opt.SCORE,
         ),
     ] = VerifySettings.per_row,
-    out: Annotated[
-        str, typer.Option(help="Folder for the results.", metavar="DIR", rich_help_panel=RESULTS)
-    ] = VerifySettings.out,
+    out: opt.Out = VerifySettings.out,
     processes: Annotated[
         int, typer.Option(help="Retrainings at the same time, each with a model of its own.", rich_help_panel=opt.RUN)
     ] = VerifySettings.processes,
-    model: RunModel = None,
+    model: opt.RunModel = None,
     revision: opt.Revision = None,
     device: opt.Device = VerifySettings.device,
     chat_template: opt.ChatTemplate = None,
@@ -73,8 +70,8 @@ def verify(
     max_length: opt.MaxLength = VerifySettings.max_length,
     row_format: opt.RowFormat = None,
     on_bad_row: opt.OnBadRow = VerifySettings.on_bad_row,
-    batch_rows: BatchRows = VerifySettings.batch_rows,
-    tolerance: Tolerance = None,
+    batch_rows: opt.TargetBatchRows = VerifySettings.batch_rows,
+    tolerance: opt.Tolerance = None,
     seed: opt.Seed = VerifySettings.seed,
     config: opt.Config = None,
     quiet: opt.Quiet = False,
@@ -85,20 +82,19 @@ def verify(
     Prints Spearman's correlation with an interval of 95 % for every method. Writes to the --out folder:
     [bold]truth[/bold] (one file per retraining), [bold]manifest.json[/bold], and [bold]run.yaml[/bold].
     """
-    settings = merge_settings(VerifySettings, typed_flags(ctx), config)
-    with clean_output(quiet=quiet or as_json) as console:
-        from tamis import api  # imports PyTorch; help and wrong settings must not wait for it
+    with work(ctx, VerifySettings) as job:
+        from tamis import api
 
-        result = api.verify_from_settings(settings, progress=choose_progress(console, quiet=quiet))
+        result = api.verify_from_settings(job.settings, progress=job.progress)
         summary = plain(result.summary())
-    if as_json:
-        print_json(summary)
-        return
-    if not quiet and is_main_rank():
-        table = Table("method", "Spearman", "95 % interval", "relative error")
-        for name, values in summary["methods"].items():
-            table.add_row(name, _number(values["spearman"]), _interval(values), _number(values["relative_error"]))
-        Console().print(table)
+    job.answer(summary, _print_agreement)
+
+
+def _print_agreement(console: Console, summary: Mapping[str, Any]) -> None:
+    table = Table("method", "Spearman", "95 % interval", "relative error")
+    for name, values in summary["methods"].items():
+        table.add_row(name, _number(values["spearman"]), _interval(values), _number(values["relative_error"]))
+    console.print(table)
 
 
 def _number(value: float | None) -> str:

@@ -18,8 +18,9 @@ from typing import Any, Literal, overload
 import numpy as np
 import numpy.typing as npt
 
-from tamis.data.files import RowFile, ScannedRow, open_files
+from tamis.data.files import open_files
 from tamis.data.formats import Content, RowError, digest, parse_row, prompt_text, row_format_of, trained_text
+from tamis.data.row_files import RowFile, ScannedRow
 from tamis.data.rows import Rows
 from tamis.errors import BadRow, InvalidInput
 from tamis.identity import fingerprint

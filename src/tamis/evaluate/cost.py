@@ -25,10 +25,12 @@ from tamis.evaluate.passes import MethodPlan, MethodQuestion, landmark_tflops, m
 from tamis.model.flops import ModelShape, stage_tflops
 from tamis.model.limits import model_limits, skeleton
 from tamis.model.load import load_tokenizer
+from tamis.notation import GRADIENT_METHODS, shortlist_parts, target_parts
 from tamis.progress import NoProgress
 from tamis.protocols import Progress
 from tamis.score import METHODS
-from tamis.settings import GRADIENT_METHODS, PlanSettings, from_dict, shortlist_parts, target_parts
+from tamis.settings import PlanSettings
+from tamis.values import method_from_dict
 
 __all__ = ["Comparison", "ModelShape", "PlanResult", "compare_with_run", "estimate_plan", "stage_tflops"]
 
@@ -201,13 +203,9 @@ def estimate_plan(settings: PlanSettings, *, progress: Progress | None = None) -
 
 def _values(method: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a method: its defaults, over them those given as ``METHOD.NAME``; the method checks them."""
-    own = {}
-    for key, value in chosen.items():
-        owner, _, name = key.rpartition(".")
-        if owner == method:
-            own[name] = tuple(value) if isinstance(value, list) else value
+    own = {key.rpartition(".")[2]: value for key, value in chosen.items() if key.rpartition(".")[0] == method}
     kind: type[Any] = METHODS[method]
-    made = from_dict(kind, own, origin=f"settings of method {method!r}")
+    made = method_from_dict(kind, own, origin=f"settings of method {method!r}")
     return {entry.name: getattr(made, entry.name) for entry in fields(made)}
 
 

@@ -5,7 +5,6 @@ what the template does, and whether the numbers can be trusted. Plain dataclasse
 from __future__ import annotations
 
 import functools
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,33 +15,24 @@ import numpy as np
 from tamis.corpora import dropped_sentence, model_settings
 from tamis.data.duplicates import exact_duplicates, find_leaks
 from tamis.data.render import Renderer
-from tamis.errors import NonFinite
-from tamis.evaluate.checks import (
-    BatchCheck,
-    LengthDistortion,
-    SignCheck,
-    check_batch_composition,
-    check_distortion,
-    check_sign,
-)
+from tamis.evaluate.checks import BatchCheck, LengthDistortion, SignCheck
 from tamis.evaluate.inputs import SampledCorpus, read_sample
+from tamis.evaluate.numbers import Numbers, changes, check_numbers, measure_distortion
+from tamis.evaluate.template import TemplateReport, examine_template
 from tamis.model.limits import model_limits, skeleton
-from tamis.model.load import LoadedModel, load_model, load_tokenizer
+from tamis.model.load import load_model, load_tokenizer
 from tamis.model.targets import Coverage, coverage, gradient_layers
+from tamis.notation import target_parts
 from tamis.progress import NoProgress
-from tamis.projection import AnyProjector, make_projector
+from tamis.projection import make_projector
 from tamis.protocols import Progress
-from tamis.settings import DoctorSettings, target_parts
-from tamis.types import TokenizedExample
+from tamis.settings import DoctorSettings
 
-__all__ = ["CorpusReport", "DoctorResult", "LeakReport", "Preview", "TemplateReport", "examine", "examine_template"]
+__all__ = ["CorpusReport", "DoctorResult", "LeakReport", "Preview", "examine"]
 
 SIGN = "A positive score means: training on the row lowers the target loss."
 _FEW = 5  # problems and ids named one by one
 _NOTICEABLE = 0.01  # relative difference of features that can reorder close scores
-_CHECK_TOKENS = 512  # rows of the numeric checks are no longer than this, if there are enough of them
-_LENGTHS = 4  # groups of rows, from the shortest to the longest, on which a projection is measured
-_GROUP_TOKENS = 8192  # padded tokens of such a group, if two rows fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,18 +72,6 @@ class CorpusReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TemplateReport:
-    """What the chat template does to a conversation, found with probe messages."""
-
-    origin: str  # "tokenizer", "given" or "default"
-    has_generation_marks: bool
-    added_text: str  # written before the first turn although no message asked for it (a default system turn)
-    trims_content: bool
-    takes_system: bool
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
 class LeakReport:
     """Pool rows that the target holds too."""
 
@@ -120,16 +98,6 @@ class DoctorResult:
     failures: tuple[str, ...]  # checks that failed, in sentences; they are among the warnings too
     passed: bool  # no check failed; checks that did not run fail nothing
     warnings: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Numbers:
-    """What the numeric checks found."""
-
-    batch_check: BatchCheck | None = None
-    sign_check: SignCheck | None = None
-    failures: tuple[str, ...] = ()
-    not_run: tuple[str, ...] = ()  # which did not, and why
 
 
 def examine(settings: DoctorSettings, *, progress: Progress | None = None) -> DoctorResult:
@@ -159,16 +127,16 @@ def examine(settings: DoctorSettings, *, progress: Progress | None = None) -> Do
     misfits = [s for corpus in (pool, target) if corpus is not None for s in corpus.check_fit(limits, tokenizer)]
 
     loaded = None
-    numbers = _Numbers()
+    numbers = Numbers()
     distortion: list[LengthDistortion] = []
     if settings.numeric:
         with progress.stage("load the model", 1, "models") as advance:
             loaded = load_model(loading)
             advance(1)
         with progress.stage("numeric checks", 2, "checks") as advance:
-            numbers = _check(loaded, pool, target, settings.check_rows, advance)
+            numbers = check_numbers(loaded, pool, target, settings.check_rows, advance)
         if numbers.sign_check is not None and settings.projection != "none":
-            distortion, why_not = _measure(loaded, pool, projector, settings.check_rows, progress)
+            distortion, why_not = measure_distortion(loaded, pool, projector, settings.check_rows, progress)
             numbers = replace(numbers, not_run=tuple(why_not))
     model = loaded.model if loaded is not None else skeleton(loading)
     covered = coverage(model, gradient_layers(model))
@@ -191,55 +159,6 @@ def examine(settings: DoctorSettings, *, progress: Progress | None = None) -> Do
         warnings=(),
     )
     return replace(result, warnings=(*_warnings(result, misfits), *numbers.failures, *numbers.not_run))
-
-
-def examine_template(tokenizer: Any, *, given: bool, notes: Sequence[str]) -> TemplateReport:
-    """What the tokenizer's chat template writes for probe messages; without one, what the default does."""
-    source = tokenizer.chat_template
-    if not source:
-        return TemplateReport(
-            origin="default",
-            has_generation_marks=True,
-            added_text="",
-            trims_content=False,
-            takes_system=True,
-            notes=tuple(notes),
-        )
-    text = source if isinstance(source, str) else " ".join(map(str, source.values()))
-    user = {"role": "user", "content": "  §q  "}
-    chat = [user, {"role": "assistant", "content": "  §a  "}]
-    one = _applied(tokenizer, chat)
-    two = _applied(tokenizer, [*chat, *chat])
-    system = _applied(tokenizer, [{"role": "system", "content": "§s"}, *chat])
-    return TemplateReport(
-        origin="given" if given else "tokenizer",
-        has_generation_marks=bool(re.search(r"\{%-?\s*generation\b", text)),
-        added_text=_added_text(one, two, tokenizer),
-        trims_content=one is not None and not ("  §q  " in one and "  §a  " in one),
-        takes_system=system is not None and "§s" in system,
-        notes=tuple(notes),
-    )
-
-
-def _added_text(one: str | None, two: str | None, tokenizer: Any) -> str:
-    """What stands before the first user turn only: a default system turn, a date, an instruction."""
-    if one is None or two is None or "§q" not in one or two.count("§q") != 2:
-        return ""
-    before_first = one[: one.index("§q")]
-    before_second = two[: two.rindex("§q")]
-    shared = 0  # length of the turn's opening, which both end with
-    while shared < len(before_first) and before_first[-1 - shared] == before_second[-1 - shared]:
-        shared += 1
-    added = before_first[: len(before_first) - shared]
-    return added.removeprefix(tokenizer.bos_token or "")
-
-
-def _applied(tokenizer: Any, messages: Sequence[dict[str, str]]) -> str | None:
-    """The rendered text, or None where the template refuses these roles (many refuse a system turn)."""
-    try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False))
-    except Exception:  # templates raise whatever they like
-        return None
 
 
 def _leaks(pool: SampledCorpus, target: SampledCorpus) -> LeakReport:
@@ -293,97 +212,6 @@ def _preview(corpus: SampledCorpus, renderer: Renderer, position: int) -> Previe
     )
 
 
-def _check(
-    loaded: LoadedModel, pool: SampledCorpus, target: SampledCorpus | None, count: int, advance: Any
-) -> _Numbers:
-    """Batch composition and sign, as far as they could run."""
-    rows = _rows_to_check(pool, count)
-    if len(rows) < 2:
-        return _Numbers(not_run=("The numeric checks need two usable pool rows; they did not run.",))
-    layers = gradient_layers(loaded.model)
-    dtype = str(loaded.description["dtype"])
-    try:
-        batch_check = check_batch_composition(loaded.model, layers, list(rows.values()), dtype=dtype)
-        advance(1)
-        if target is not None and (found := _rows_to_check(target, count)):
-            against, candidates = list(found.values()), rows
-        else:  # without a target, one pool row stands for it
-            (_, stand_in), *others = rows.items()
-            against, candidates = [stand_in], dict(others)
-        sign_check = check_sign(loaded.model, layers, candidates, against, dtype=dtype)
-        advance(1)
-    except NonFinite as error:
-        return _Numbers(failures=(f"The numeric checks stopped: {error}",))
-    failures = [] if batch_check.passed else [_batch_failure(batch_check)]
-    if sign_check is None:
-        failures.append(
-            "Every gradient of the checked rows is zero, so there is no sign to check and gradient scores mean "
-            "nothing; are the model's weights there?"
-        )
-    elif not sign_check.passed and not sign_check.is_routed:
-        failures.append(
-            "A small step on a pool row did not change the target loss as its score says "
-            f"({_changes(sign_check)}); do not trust gradient scores of this model in this dtype."
-        )
-    return _Numbers(batch_check=batch_check, sign_check=sign_check, failures=tuple(failures))
-
-
-def _batch_failure(check: BatchCheck) -> str:
-    return (
-        "A row's loss or gradient depends on its batch mates more than rounding explains "
-        f"(features differ by {check.feature_difference:.1%}); use --batch-invariant or --dtype float32."
-    )
-
-
-def _changes(check: SignCheck) -> str:
-    tried = f", the smallest of {check.steps} steps" if check.steps > 1 else ""
-    return f"predicted {check.predicted_change:+.3g}, measured {check.measured_change:+.3g}{tried}"
-
-
-def _measure(
-    loaded: LoadedModel, pool: SampledCorpus, projector: AnyProjector, count: int, progress: Progress
-) -> tuple[list[LengthDistortion], list[str]]:
-    """What the projection adds to cosines at each of a few lengths, or the reason why that is not known."""
-    groups = _rows_by_length(pool, count)
-    found: list[LengthDistortion] = []
-    try:
-        with progress.stage("projection against exact gradients", len(groups), "lengths") as advance:
-            for group in groups:
-                found += check_distortion(loaded.model, gradient_layers(loaded.model), [group], projector)
-                advance(1)
-    except NonFinite as error:
-        return [], [f"The distortion of the projection was not measured: {error}"]
-    if not found:
-        return [], ["The distortion of the projection was not measured: that needs two different rows with a gradient."]
-    return found, []
-
-
-def _rows_by_length(corpus: SampledCorpus, count: int) -> list[list[TokenizedExample]]:
-    """Groups of ``count`` neighbours in length, from the shortest rows to the longest; no row twice, and no copies."""
-    first = exact_duplicates(corpus.examples)
-    originals = [i for i in corpus.usable if first[corpus.rows[i]] == corpus.rows[i]]
-    ordered = sorted((t for i in originals if (t := corpus.tokenized[i]) is not None), key=lambda t: len(t.input_ids))
-    number = min(_LENGTHS, len(ordered) // 2)
-    size = min(count, len(ordered) // max(1, number))
-    groups = []
-    for start in np.linspace(0, len(ordered) - size, number).round().astype(int):
-        group = ordered[start : start + size]
-        groups.append(group[-max(2, _GROUP_TOKENS // len(group[-1].input_ids)) :])
-    return groups
-
-
-def _rows_to_check(corpus: SampledCorpus, count: int) -> dict[int, TokenizedExample]:
-    """Usable rows of different lengths, so that a batch of them is padded: row number -> tokens."""
-    usable = [(corpus.tokenized[i], int(corpus.rows[i])) for i in corpus.usable]
-    ordered = sorted(((t, row) for t, row in usable if t is not None), key=lambda pair: len(pair[0].input_ids))
-    short = [pair for pair in ordered if len(pair[0].input_ids) <= _CHECK_TOKENS]
-    ordered = short if len(short) >= count else ordered[:count]
-    if not ordered:
-        return {}
-    spread = np.linspace(0, len(ordered) - 1, min(count, len(ordered))).round().astype(int)
-    return {ordered[i][1]: ordered[i][0] for i in spread}
-
-
 def _warnings(result: DoctorResult, misfits: Sequence[str]) -> list[str]:
     """What deserves a second look, in sentences; failed checks are told apart."""
     found = [*result.template.notes, *misfits]
@@ -427,7 +255,7 @@ def _warnings(result: DoctorResult, misfits: Sequence[str]) -> list[str]:
         )
     if sign is not None and sign.is_routed and not sign.passed:
         found.append(
-            f"The sign could not be confirmed ({_changes(sign)}): this model routes tokens to experts, and where a "
+            f"The sign could not be confirmed ({changes(sign)}): this model routes tokens to experts, and where a "
             "step changes a route the loss jumps, so it is not differentiable there. Scores hold for the routes as "
             "they are."
         )

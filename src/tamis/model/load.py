@@ -24,6 +24,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from tamis.errors import InvalidInput, InvalidSettings, TamisError, Unsupported, first_line
+from tamis.identity import text_sha256
 from tamis.model.processes import local_rank
 from tamis.model.proxy_folder import proxy_class
 from tamis.model.source import ModelSource, fingerprint_of, resolve_source
@@ -38,6 +39,7 @@ __all__ = [
     "no_progress_bars",
     "pad_token_id",
     "resolved_dtype",
+    "template_sha256",
     "template_text",
 ]
 
@@ -168,6 +170,15 @@ def template_text(given: str) -> str:
             f"chat_template {given}: neither a template (it has no '{{%' or '{{{{') nor a readable file "
             f"({first_line(error)})"
         ) from error
+
+
+def template_sha256(given: str | None) -> str | None:
+    """By which runs know the chat template that they were given: a file may move, but not change.
+
+    Raises:
+        InvalidInput: it is neither a template nor a readable file.
+    """
+    return None if given is None else text_sha256(template_text(given))
 
 
 def model_fingerprint(settings: ModelSettings) -> str:

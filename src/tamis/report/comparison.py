@@ -12,7 +12,7 @@ from tamis.report.comparison_tables import cost_table, foretold_table, standings
 from tamis.report.conclude import mean_text, p_text
 from tamis.report.content import KeyNumber
 from tamis.report.document import Document, Section, Table
-from tamis.report.warnings import Finding, Severity
+from tamis.report.finding import Finding, Severity
 from tamis.report.wording import count, counted, number, one_line, percent
 
 __all__ = ["comparison_document", "settings_rows"]

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from tamis.comparison.result import CompareResult
 from tamis.comparison.verdict import Difference, Standing
-from tamis.report.drawing import FRAME, PALETTE, ROW_HEIGHT, Figure, bare_figure, bars, categories, plain_spec
+from tamis.report.drawing import FRAME, PALETTE, ROW_HEIGHT, Figure, bare_figure, bars, categories, listed, plain_spec
 from tamis.report.wording import figure_text, number, one_line
 
 __all__ = ["cost_figure", "curve_figures", "gain_figure", "run_figure"]
@@ -62,9 +62,7 @@ def run_figure(standings: Sequence[Standing], metric: str) -> Figure:
         key="runs",
         section="standings",
         title="Where every run ended",
-        alt=f"Held-out {metric} of every contender, best first: "
-        + ", ".join(f"{one_line(s.name, 40)} {number(s.mean)}" for s in standings)
-        + ".",
+        alt=listed(f"Held-out {metric} of every contender, best first", ((s.name, number(s.mean)) for s in standings)),
         legend=(
             ("selected", "methods named"),
             ("target", "full at equal cost"),
@@ -106,9 +104,7 @@ def gain_figure(differences: Sequence[Difference], metric: str) -> Figure:
         key="gains",
         section="verdict",
         title="Does selecting pay at equal cost?",
-        alt="Gain over full training at equal cost: "
-        + ", ".join(f"{one_line(d.contender, 40)} {number(d.gain, 3)}" for d in differences)
-        + ".",
+        alt=listed("Gain over full training at equal cost", ((d.contender, number(d.gain, 3)) for d in differences)),
         legend=(
             (
                 "selected",
@@ -134,9 +130,7 @@ def cost_figure(standings: Sequence[Standing]) -> Figure:
         key="cost",
         section="cost",
         title="What a run costs, selection included",
-        alt="TFLOPs of one run, selection included: "
-        + ", ".join(f"{one_line(s.name, 40)} {number(s.tflops, 3)}" for s in shown)
-        + ".",
+        alt=listed("TFLOPs of one run, selection included", ((s.name, number(s.tflops, 3)) for s in shown)),
         legend=(("pool", "training"), ("selected", "selecting (in full, though runs may share one selection)")),
         height=FRAME + 20 + ROW_HEIGHT * len(labels),
         spec=plain_spec(figure),

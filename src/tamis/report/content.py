@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from tamis.report import agreement, examples, measures, warnings
 from tamis.report.columns import Columns, read_columns
+from tamis.report.finding import Finding
 from tamis.report.wording import count, joined, number, one_line, percent, seconds
 from tamis.types import Example, FloatArray, IntArray
 
@@ -138,7 +139,7 @@ class ReportContent:
     """All that the page shows, in the order in which it shows it."""
 
     headline: Headline
-    findings: tuple[warnings.Finding, ...]
+    findings: tuple[Finding, ...]
     notes: tuple[str, ...]
     scores: tuple[measures.ScoreDistribution, ...]
     sources: tuple[measures.SourceShare, ...]
@@ -249,7 +250,7 @@ def _headline(
     settings: Mapping[str, Any],
     method: str,
     shortlist: str,
-    findings: Sequence[warnings.Finding],
+    findings: Sequence[Finding],
     cost: Cost,
 ) -> Headline:
     selected, rows = int(columns.selected.sum()), columns.num_rows

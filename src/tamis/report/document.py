@@ -8,8 +8,8 @@ from pathlib import Path
 
 from tamis.report.content import KeyNumber
 from tamis.report.drawing import Figure
+from tamis.report.finding import Finding
 from tamis.report.page import render_template, write_text
-from tamis.report.warnings import Finding
 
 __all__ = ["Document", "Section", "Table", "render_document", "write_document"]
 

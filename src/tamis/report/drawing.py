@@ -5,15 +5,15 @@ Every trace says in ``meta`` which role it plays; the page recolours the roles t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import plotly.graph_objects as go
 
-from tamis.report.wording import figure_text
+from tamis.report.wording import figure_text, one_line
 
-__all__ = ["FRAME", "PALETTE", "ROW_HEIGHT", "Figure", "bare_figure", "bars", "categories", "plain_spec"]
+__all__ = ["FRAME", "PALETTE", "ROW_HEIGHT", "Figure", "bare_figure", "bars", "categories", "listed", "plain_spec"]
 
 ROW_HEIGHT, FRAME = 30, 64
 
@@ -67,6 +67,11 @@ def categories(figure: go.Figure, labels: Sequence[str]) -> None:
         automargin=True,
     )
     figure.update_layout(margin={"r": 72})
+
+
+def listed(what: str, named: Iterable[tuple[str, str]]) -> str:
+    """What bars show, as a sentence for readers who cannot see them: ``what`` and each name with its value."""
+    return f"{what}: " + ", ".join(f"{one_line(name, 40)} {value}" for name, value in named) + "."
 
 
 def bare_figure(traces: Sequence[Any], **layout: Any) -> go.Figure:

@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 
 from tamis.report.agreement import Agreement
 from tamis.report.content import ReportContent
-from tamis.report.drawing import FRAME, PALETTE, ROW_HEIGHT, Figure, bare_figure, bars, categories, plain_spec
+from tamis.report.drawing import FRAME, PALETTE, ROW_HEIGHT, Figure, bare_figure, bars, categories, listed, plain_spec
 from tamis.report.measures import CostStage, LengthGroup, ScoreDistribution, SourceShare, TokenUse
 from tamis.report.wording import count, figure_text, number, one_line, percent, seconds
 
@@ -166,9 +166,9 @@ def _length_figure(edges: Sequence[float], groups: Sequence[LengthGroup]) -> Fig
         key="lengths",
         section="lengths",
         title="Supervised tokens a row",
-        alt="Distribution of supervised tokens a row. Means: "
-        + ", ".join(f"{one_line(group.name, 40)} {number(group.mean, 3)}" for group in drawn)
-        + ".",
+        alt=listed(
+            "Distribution of supervised tokens a row. Means", ((group.name, number(group.mean, 3)) for group in drawn)
+        ),
         legend=(("pool", "pool"), ("selected", "selection"), *dashed),
         height=270,
         spec=plain_spec(figure),
@@ -228,9 +228,10 @@ def _overlap_figure(agreements: Sequence[Agreement]) -> Figure:
         key="overlap",
         section="baselines",
         title="Overlap of the chosen rows",
-        alt="Share of the selected rows that each baseline chooses too: "
-        + ", ".join(f"{one_line(entry.name, 40)} {percent(entry.overlap)}" for entry in agreements)
-        + ".",
+        alt=listed(
+            "Share of the selected rows that each baseline chooses too",
+            ((entry.name, percent(entry.overlap)) for entry in agreements),
+        ),
         legend=(("selected", "also chosen by the baseline"), ("target", "expected by chance")),
         height=FRAME + 40 * len(labels),
         spec=plain_spec(figure),
@@ -248,9 +249,10 @@ def _spearman_figure(agreements: Sequence[Agreement]) -> Figure:
         key="spearman",
         section="baselines",
         title="Rank correlation over all rows",
-        alt="Spearman rank correlation with each baseline's score over all rows: "
-        + ", ".join(f"{one_line(entry.name, 40)} {entry.spearman:.2f}" for entry in known)
-        + ".",
+        alt=listed(
+            "Spearman rank correlation with each baseline's score over all rows",
+            ((entry.name, f"{entry.spearman:.2f}") for entry in known),
+        ),
         legend=(("pool", "Spearman, −1 to 1: says little about the top"),),
         height=FRAME + 40 * len(labels),
         spec=plain_spec(figure),
@@ -278,9 +280,7 @@ def _token_figure(tokens: Sequence[TokenUse]) -> Figure:
         key="tokens",
         section="budget",
         title="Tokens in one pass over the chosen rows",
-        alt="Tokens of each choice: "
-        + ", ".join(f"{one_line(entry.name, 40)} {count(entry.tokens)}" for entry in tokens)
-        + ".",
+        alt=listed("Tokens of each choice", ((entry.name, count(entry.tokens)) for entry in tokens)),
         legend=(("pool", "all tokens"), ("selected", "supervised tokens (they carry the loss)")),
         height=FRAME + 40 * len(labels),
         spec=plain_spec(figure),
@@ -307,9 +307,7 @@ def _cost_figure(stages: Sequence[CostStage]) -> Figure:
         key="cost",
         section="cost",
         title="Seconds by stage",
-        alt="Time by stage: "
-        + ", ".join(f"{one_line(stage.name, 40)} {seconds(stage.seconds)}" for stage in shown)
-        + ".",
+        alt=listed("Time by stage", ((stage.name, seconds(stage.seconds)) for stage in shown)),
         legend=(),
         height=FRAME + ROW_HEIGHT * len(labels),
         spec=plain_spec(figure),

@@ -14,18 +14,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from tamis.report import figures, training_figures, wording
+from tamis.report import figures, training_figures
 from tamis.report.content import ReportContent
 from tamis.report.drawing import PALETTE, Figure
+from tamis.report.environment import TEMPLATES, page_environment, page_style
 from tamis.report.training import TrainingContent
 
 __all__ = ["render_page", "render_template", "render_training_page", "write_page", "write_text"]
-
-_TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write_page(content: ReportContent, path: str | Path) -> None:
@@ -53,38 +51,19 @@ def render_training_page(content: TrainingContent) -> str:
 
 def render_template(template: str, content: Any, drawn: Sequence[Figure], *, title: str) -> str:
     """A page from one of the templates, with the house's style, scripts and figures."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        finalize=_finalize,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        count=wording.count,
-        percent=wording.percent,
-        number=wording.number,
-        seconds=wording.seconds,
-        short=lambda text: wording.one_line(text, 80),
-    )
-    scripts = (_script(get_plotlyjs()), _script((_TEMPLATES / "page.js").read_text(encoding="utf-8")))
-    return environment.get_template(template).render(
+    scripts = (_script(get_plotlyjs()), _script((TEMPLATES / "page.js").read_text(encoding="utf-8")))
+    filled = page_environment().get_template(template)
+    return filled.render(
         title=title,
         content=content,
         figures=drawn,
         figure_json=_json({figure.key: {**figure.spec, "height": figure.height} for figure in drawn}),
         palette=PALETTE,
-        style=Markup((_TEMPLATES / "page.css").read_text(encoding="utf-8")),
+        style=page_style(),
         plotly_script=Markup(scripts[0]),
         page_script=Markup(scripts[1]),
         script_hashes=Markup(" ".join(f"'sha256-{_hash(script)}'" for script in scripts)),
     )
-
-
-def _finalize(value: Any) -> Any:
-    """Last stop of every value on its way into the page: no control or direction character gets past."""
-    return wording.visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _script(source: str) -> str:

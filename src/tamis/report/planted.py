@@ -12,7 +12,7 @@ from tamis.report.comparison import settings_rows
 from tamis.report.content import KeyNumber
 from tamis.report.document import Document, Section, Table
 from tamis.report.drawing import FRAME, ROW_HEIGHT, Figure, bare_figure, bars, categories, plain_spec
-from tamis.report.warnings import Finding
+from tamis.report.finding import Finding
 from tamis.report.wording import count, number, one_line, percent, seconds
 
 __all__ = ["planted_document"]

@@ -13,8 +13,8 @@ import pyarrow as pa
 from tamis.report.content import Headline, KeyNumber, provenance
 from tamis.report.curves import Curve, Fate, SourceFate, effective_sizes, fates, shares_by_source, steps_of, thinned
 from tamis.report.examples import ExampleCard, card
+from tamis.report.finding import Finding
 from tamis.report.training_findings import Evidence, find, forecast_pairs, held_out_losses, lost_at
-from tamis.report.warnings import Finding
 from tamis.report.wording import count, joined, number, one_line, seconds
 from tamis.types import Example
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from tamis.online.account import fallback_share, forecast_correlation
 from tamis.report.curves import Curve, steps_of
-from tamis.report.warnings import Finding
+from tamis.report.finding import Finding
 from tamis.report.wording import count, counted, number, one_line, percent
 
 __all__ = ["Evidence", "find", "forecast_pairs", "held_out_losses", "lost_at"]

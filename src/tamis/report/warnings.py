@@ -8,19 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from tamis.report.agreement import Agreement
 from tamis.report.columns import Columns
+from tamis.report.finding import SEVERITIES, Finding, Severity
 from tamis.report.measures import RowCount, ScoreDistribution, SourceShare, TokenUse
 from tamis.report.wording import count, counted, joined, number, one_line, percent
 from tamis.types import IntArray
 
-__all__ = ["ONE_SOURCE", "Evidence", "Finding", "Severity", "find", "is_clearly_above"]
-
-Severity = Literal["warning", "note", "open", "unmeasured", "passed"]  # open: measured, but not decided
+__all__ = ["ONE_SOURCE", "Evidence", "find", "is_clearly_above"]
 
 LENGTH_RATIO = 2.0  # (a) mean supervised length below half or above twice the target's
 ONE_SOURCE = 0.80  # (b) share of the selected rows
@@ -36,23 +34,6 @@ FLAGGED_SHARE = 0.1  # flagged rows: about 5 % of clean data are
 _SIGNED_METHODS = frozenset(
     {"tracin", "less", "loss-drop", "influence-function", "influence-distillation", "adamw-influence"}
 )
-_SEVERITIES: tuple[Severity, ...] = ("warning", "note", "open", "unmeasured", "passed")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The answer of one check."""
-
-    key: str
-    severity: Severity
-    title: str
-    sentence: str
-    advice: str = ""
-
-    @property
-    def line(self) -> str:
-        """The finding where it stands alone, as on a console."""
-        return f"{self.title}. {self.sentence}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +61,7 @@ class Evidence:
 def find(evidence: Evidence) -> tuple[Finding, ...]:
     """All findings, the gravest first; within a severity in the order of the checks."""
     findings = [finding for check in _CHECKS for finding in check(evidence)]
-    return tuple(sorted(findings, key=lambda finding: _SEVERITIES.index(finding.severity)))
+    return tuple(sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity)))
 
 
 def check_answer_length(evidence: Evidence) -> Iterator[Finding]:

@@ -6,7 +6,6 @@ reference run that is recorded and swept backwards.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import nn
 from tamis.collect import Task
 from tamis.disk import replace_atomically
 from tamis.errors import InvalidSettings
+from tamis.identity import rows_sha256
 from tamis.model.flops import ModelShape, stage_flops
 from tamis.model.processes import barrier, is_main
 from tamis.model.targets import has_adapter
@@ -93,7 +93,7 @@ class AdamwInfluence:
         spec = {
             "algorithm": "adamw-influence-v1",
             "settings": asdict(self),
-            "rows": hashlib.sha256(task.rows.astype("<i8").tobytes()).hexdigest(),
+            "rows": rows_sha256(task.rows),
             "seed": task.seed,
         }
         folder = task.workdir("adamw-influence", spec)

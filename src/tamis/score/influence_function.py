@@ -64,7 +64,7 @@ class InfluenceFunction:
     memory_gb: float = 2.0
 
     def __post_init__(self) -> None:
-        check_types(self)
+        check_types(self)  # also 1 to 1.0, as which runs have always recorded these settings
         for field in ("damping", "memory_gb"):
             if not getattr(self, field) > 0:
                 raise InvalidSettings(f"{field} must be positive, got {getattr(self, field)}")

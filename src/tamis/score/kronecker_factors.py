@@ -5,7 +5,6 @@ Sums over rows, not rows, are what is kept; so parts are files of a folder of th
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from tamis.disk import replace_atomically
 from tamis.errors import Unsupported
 from tamis.gradients.kronecker import Labels, SecondMoments, SquaredCoordinates, curvature_losses
 from tamis.gradients.per_sample import run_batch
+from tamis.identity import rows_sha256
 from tamis.maths.kronecker import KroneckerBasis, eigenbasis, kfac_eigenvalues, precondition
 from tamis.model.memory import TokenLimit, default_batch_tokens
 from tamis.model.processes import barrier, is_main, rank, world_size
@@ -64,7 +64,7 @@ class KroneckerCurvature:
         return {
             "algorithm": "kronecker-factors-v2",
             "labels": self.labels,
-            "rows": hashlib.sha256(self.rows.astype("<i8").tobytes()).hexdigest(),
+            "rows": rows_sha256(self.rows),
             "seed": self.task.seed if self.labels == "sampled" else None,
             "batch_invariant": self.task.collecting.batch_invariant,
         }

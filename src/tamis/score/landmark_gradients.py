@@ -7,7 +7,6 @@ taken when they are asked for, since all rows may be landmarks.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 from tamis.collect import Task
 from tamis.errors import InvalidInput
 from tamis.gradients.per_sample import per_sample_features
+from tamis.identity import rows_sha256
 from tamis.maths.second_order import adam_offset, adam_scale
 from tamis.maths.similarity import inner_products, row_norms, unit_rows
 from tamis.projection import AnyProjector, make_projector
@@ -48,7 +48,7 @@ class LandmarkGradients:
 
     def only(self, places: IntArray) -> LandmarkGradients:
         """Some of the landmarks alone, by ascending places."""
-        digest = hashlib.sha256(places.astype("<i8").tobytes()).hexdigest()
+        digest = rows_sha256(places)
         return dataclasses.replace(
             self,
             rows=self.rows[places],

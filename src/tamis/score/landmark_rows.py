@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 
 from tamis.collect import Task
+from tamis.identity import rows_sha256
 from tamis.score.decisions import kept_once
 from tamis.score.embedding_candidates import EmbeddingSettings, candidate_embeddings
 from tamis.score.row_embeddings import RowEmbeddings
@@ -34,7 +33,7 @@ def landmark_rows(
         "algorithm": "landmarks-v2",
         "rule": rule,
         "landmarks": count,
-        "rows": hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest(),
+        "rows": rows_sha256(rows),
         "embedding": settings.identity(task.pool),
         "seed": task.seed,
     }

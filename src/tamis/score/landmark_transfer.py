@@ -5,7 +5,6 @@ The coefficients of all rows, rows × landmarks numbers, never exist: a chunk's 
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from tamis.collect import Task
 from tamis.embeddings import Given, ModelEmbedding, TfIdf
-from tamis.identity import fingerprint
+from tamis.identity import fingerprint, rows_sha256
 from tamis.score.embedding_choice import Choice
 from tamis.score.landmark_gradients import LandmarkGradients
 from tamis.score.matrix import empty_scores, fill_columns
@@ -104,7 +103,7 @@ def transfer_coefficients(
     """
     spec = {
         "algorithm": "landmark-coefficients-v1",
-        "landmarks": hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest(),
+        "landmarks": rows_sha256(rows),
         "choice": fingerprint(choice.to_plain()),
         "embedding": embeddings.identity(choice.embedding),
     }
@@ -163,7 +162,7 @@ def _scored_from(
         **spec,
         "stage": name,
         "tokens": task.pool.identity,
-        "rows": hashlib.sha256(task.rows.astype("<i8").tobytes()).hexdigest(),
+        "rows": rows_sha256(task.rows),
         "model": task.model_identity(),
     }
     writer = StageWriter(task.store, f"{name}-{task.pool.name}", full, num_rows=len(task.rows), shard_rows=_SHARD_ROWS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shutil
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +15,7 @@ from tamis.collect import Task
 from tamis.corpus import Corpus
 from tamis.disk import disk_errors
 from tamis.errors import InvalidInput, InvalidSettings
+from tamis.identity import rows_sha256
 from tamis.model.load import ModelSettings, load_tokenizer
 from tamis.model.processes import barrier, is_main
 from tamis.model.source import resolve_source
@@ -128,7 +128,7 @@ def warmup_points(
         "training": asdict(settings),
         "lora_rank": lora_rank,
         "lora_alpha": lora_alpha,
-        "rows": hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest(),
+        "rows": rows_sha256(rows),
         "seed": task.seed,
     }
     folder = task.workdir(f"{method}-warm-up", spec, uses_target=target_name is not None)

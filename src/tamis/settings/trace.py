@@ -1,4 +1,4 @@
-"""What a user can ask of a recorded run: ``tamis attribute`` and ``tamis verify``. No disk, no PyTorch."""
+"""What a user can ask of a recorded run: ``tamis attribute`` and ``tamis verify``."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tamis.errors import InvalidSettings
-from tamis.settings import Format, check_targets
-from tamis.values import check_types, nearest
+from tamis.settings.checks import check_above_zero, check_at_least, check_targets
+from tamis.settings.shared import SharedSettings
+from tamis.values import nearest
 
 __all__ = ["TRACE_METHODS", "AttributeSettings", "VerifySettings"]
 
@@ -20,50 +21,50 @@ Curvature = Literal["exact", "ggn", "fisher", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttributeSettings:
+class _TraceSettings(SharedSettings):
+    """What both verbs ask of the recorded run."""
+
+    run: str  # folder of the record
+    target: tuple[str, ...]
+    model: str | None = None  # None: what the record names
+    curvature: Curvature = "exact"
+    removal: Literal["subtract", "renormalise"] = "subtract"
+    batch_rows: int = 16  # target rows of one pass
+    tolerance: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_targets(self.target, required=True)
+        check_at_least(self, 1, "batch_rows")
+        check_at_least(self, 0, "seed")
+        check_above_zero(self, "tolerance")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttributeSettings(_TraceSettings):
     """Everything that determines the scores of a recorded run.
 
     Raises:
         InvalidSettings: a value is of the wrong type, out of its range, or contradicts another one.
     """
 
-    run: str  # folder of the record
-    target: tuple[str, ...]
     method: str = "adamw-influence"
     out: str = "tamis-attribution"
-    model: str | None = None  # None: what the record names
     form: Literal["adjoint", "matrix"] = "adjoint"
-    curvature: Curvature = "exact"
     secant: int = 0  # steps of finite removal; 0: first order
-    removal: Literal["subtract", "renormalise"] = "subtract"
     per_row: bool = False  # a score for every target row, beside their mean
     error: Literal["none", "proxy", "exact"] = "none"
     error_samples: int = 20  # uses of samples whose exact second order is computed
     diagnose: bool | None = None  # None: where the curvature is not exact
     masks: int = 1  # of the matrix form: parts into which the coordinates are divided
     store: str | None = None  # embeddings of the matrix form; None: <out>/store
-    batch_rows: int = 16  # target rows of one pass
-    tolerance: float | None = None
-    seed: int = 0
-    max_length: int = 2048
-    device: str = "auto"
-    revision: str | None = None
-    chat_template: str | None = None
-    trust_remote_code: bool = False
-    row_format: Format | None = None
-    on_bad_row: Literal["fail", "skip"] = "fail"
 
     def __post_init__(self) -> None:
-        check_types(self)
-        check_targets(self.target, required=True)
+        super().__post_init__()
         _check_method(self.method)
-        for name, least in (("secant", 0), ("error_samples", 1), ("masks", 1), ("batch_rows", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise InvalidSettings(f"{name}={getattr(self, name)}: expected at least {least}")
-        if self.max_length < 2:
-            raise InvalidSettings(f"max_length={self.max_length}: expected at least 2")
-        if self.tolerance is not None and not self.tolerance > 0:
-            raise InvalidSettings(f"tolerance={self.tolerance}: expected a number above zero")
+        check_at_least(self, 0, "secant")
+        check_at_least(self, 1, "error_samples", "masks")
         if self.method != "adamw-influence":
             for name, off in (("secant", 0), ("error", "none"), ("form", "adjoint")):
                 if getattr(self, name) != off:
@@ -95,45 +96,29 @@ class AttributeSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifySettings:
+class VerifySettings(_TraceSettings):
     """What is retrained to see whether the scores of a run can be trusted.
 
     Raises:
         InvalidSettings: a value is of the wrong type, out of its range, or contradicts another one.
     """
 
-    run: str
-    target: tuple[str, ...]
     samples: int = 50  # uses of samples that are left out, one retraining each
     methods: tuple[str, ...] = ("adamw-influence", "sgd-influence", "tracin")
     out: str = "tamis-verification"
-    model: str | None = None
-    curvature: Curvature = "exact"
     secant: int = 0  # above 0: a further method, adamw-influence with finite removal
-    removal: Literal["subtract", "renormalise"] = "subtract"
     per_row: bool = False  # correlate for every target row and average, in place of their mean loss
     processes: int = 1
-    batch_rows: int = 16
-    tolerance: float | None = None
-    seed: int = 0
-    max_length: int = 2048
-    device: str = "auto"
-    revision: str | None = None
-    chat_template: str | None = None
-    trust_remote_code: bool = False
-    row_format: Format | None = None
-    on_bad_row: Literal["fail", "skip"] = "fail"
 
     def __post_init__(self) -> None:
-        check_types(self)
-        check_targets(self.target, required=True)
+        super().__post_init__()
         if not self.methods:
             raise InvalidSettings("methods: expected at least one")
         for name in self.methods:
             _check_method(name)
-        for name, least in (("samples", 3), ("processes", 1), ("batch_rows", 1), ("secant", 0), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise InvalidSettings(f"{name}={getattr(self, name)}: expected at least {least}")
+        check_at_least(self, 0, "secant")
+        check_at_least(self, 1, "processes")
+        check_at_least(self, 3, "samples")
 
 
 def _check_method(name: str) -> None:
