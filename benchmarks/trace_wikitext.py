@@ -26,7 +26,7 @@ from tamis.types import Batch
 
 BLOCK, BATCH, ROWS, EPOCHS, WARMUP = 64, 16, 128, 3, 3
 STEPS = ROWS * EPOCHS // BATCH
-PRETRAINING = 600  # updates of 32 blocks at 3e-3
+PRETRAINING = 300  # updates of 32 blocks at 3e-3
 
 
 @dataclass(frozen=True, kw_only=True)
