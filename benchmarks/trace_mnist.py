@@ -117,4 +117,4 @@ def training_run(
         rule = Rule(kind="adamw", groups=(Group(numel=problem.layout.numel, decay=0.01),))
     else:
         rule = Rule(kind="sgd", groups=(Group(numel=problem.layout.numel, beta1=0.0),))
-    return train(problem, rule, problem.start(), found, every=10), (data.test.at(tests.tolist()),)
+    return train(problem, rule, problem.start(), found, every=1), (data.test.at(tests.tolist()),)

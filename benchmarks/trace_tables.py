@@ -17,6 +17,7 @@ from scipy.stats import t as student
 from trace_runs import RESULTS, read
 
 Row = Mapping[str, str]
+METHODS = ("adamw exact", "adamw exact, finite removal 10", "adamw none", "sgd exact", "tracin")
 BINS = ((1, 10), (11, 30), (31, 60), (61, 94))
 PARTS = ("part_optimizer", "part_update", "part_rest")
 
@@ -28,22 +29,33 @@ def main() -> None:
     summary, samples = (read(args.results / f"trace-fidelity{name}.csv") for name in ("", "-samples"))
     fidelity(summary, "spearman_mean_loss", "Spearman's correlation for the mean loss of the target rows")
     fidelity(summary, "spearman", "Spearman's correlation for single target rows, averaged")
-    fidelity(summary, "relative_error", "Relative error of the scores")
+    relative_errors(summary)
     decomposition(samples)
     by_update(samples)
     update_errors(samples)
 
 
 def fidelity(rows: Sequence[Row], column: str, title: str) -> None:
-    print(f"\n{title}: mean ± half a 95 % interval over seeds; difference of AdamW- and SGD-influence, paired")
-    runs = grouped(rows, ("model", "optimizer", "steps", "rate"))
-    for key, own in runs.items():
-        by_method = {name: by_seed(lines, column) for (name,), lines in grouped(own, ("method",)).items()}
-        by_method = {name: found for name, found in by_method.items() if found}
-        first, second = by_method.get("adamw exact", {}), by_method.get("sgd exact", {})
+    print(f"\n{title}: mean ± half a 95 % interval over seeds; last, AdamW- minus SGD-influence of the same seeds")
+    print("network, optimizer, updates, rate", "seeds", *METHODS, "difference", sep=" | ")
+    for key, own in grouped(rows, ("model", "optimizer", "steps", "rate")).items():
+        found = {name: by_seed([row for row in own if row["method"] == name], column) for name in METHODS}
+        first, second = found["adamw exact"], found["sgd exact"]
         paired = [first[seed] - second[seed] for seed in first if seed in second]
-        cells = [f"{name} {interval(list(found.values()))}" for name, found in by_method.items()]
-        print(*key, f"{len(first)} seeds", *cells, f"difference {interval(paired)}", sep=" | ")
+        if first:
+            cells = [interval(list(own.values())) for own in found.values()]
+            print(" ".join(key), len(first), *cells, interval(paired), sep=" | ")
+
+
+def relative_errors(rows: Sequence[Row]) -> None:
+    print("\nRelative error of the scores, median over seeds: means say nothing of what explodes")
+    for key, own in grouped(rows, ("model", "optimizer", "steps", "rate")).items():
+        by_method = grouped(own, ("method",))
+        cells = [
+            f"{name} {np.median([float(row['relative_error']) for row in lines]):.2g}"
+            for (name,), lines in by_method.items()
+        ]
+        print(*key, *cells, sep=" | ")
 
 
 def decomposition(rows: Sequence[Row]) -> None:
@@ -107,9 +119,15 @@ def correlation(rows: Sequence[Row], one: str, other: str) -> float:
 def interval(values: Sequence[float]) -> str:
     known = [value for value in values if not np.isnan(value)]
     if len(known) < 2:
-        return f"{known[0]:.3f}" if known else "-"
+        return short(known[0]) if known else "-"
     half = student.ppf(0.975, len(known) - 1) * float(np.std(known, ddof=1)) / len(known) ** 0.5
-    return f"{np.mean(known):.3f} ± {half:.3f}"
+    return f"{short(float(np.mean(known)))} ± {short(half)}"
+
+
+def short(value: float) -> str:
+    """Two decimals, three where two would round to 1.00; no zero before the point."""
+    shown = f"{value:.2f}" if abs(value) < 0.995 else f"{value:.3f}"
+    return shown.replace("0.", ".", 1) if abs(value) < 1 else shown
 
 
 if __name__ == "__main__":
