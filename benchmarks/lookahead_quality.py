@@ -147,34 +147,33 @@ def error_of(problem: Classifier, state: State, images: Images) -> float:
 
 
 def print_tables(rows: Sequence[dict[str, str]], epochs: int) -> None:
-    """Per rate: after equal epochs at the best epoch by the target, and at the cost of each method's end."""
+    """Per rate, at the best epoch by the target: against k=1 there; and at the last epoch against k=1 at equal cost."""
     runs = defaultdict[tuple[str, str], dict[str, dict[str, list[dict[str, str]]]]](lambda: defaultdict(dict))
     for row in rows:
         runs[row["model"], row["rate"]][row["method"]].setdefault(row["seed"], []).append(row)
     for (model, rate), by_method in runs.items():
         print(f"\n{model}, rate {rate}: % wrong of 750 test images, mean ± half a 95 % interval over seeds")
-        print("method | seeds | best epoch | last epoch | loss | cost, rows | minus k=1, best epoch | k=1 at this cost")
+        print(
+            "method | epochs | seeds | wrong | rows / 1000 | cpu s | minus k=1, equal updates | minus k=1, equal cost"
+        )
+        first = by_method.get("k=1", {})
         for method, by_seed in by_method.items():
-            early = {seed: [line for line in lines if int(line["epoch"]) <= epochs] for seed, lines in by_seed.items()}
-            ends = {seed: best_epoch(lines) for seed, lines in early.items()}
-            first = by_method.get("k=1", {})
-            both = [seed for seed in ends if seed in first]
-            against = [ends[seed] - best_epoch(first[seed]) for seed in both]
-            cost = float(next(iter(early.values()))[-1]["cost_rows"])
-            matched = [at_cost(first[seed], cost) for seed in both]
-            print(
-                method, len(ends), percent(list(ends.values())),
-                percent([float(lines[-1]["error"]) for lines in early.values()]),
-                round(float(np.mean([float(lines[-1]["loss"]) for lines in early.values()])), 3), int(cost),
-                percent(against), percent([value for value in matched if value is not None]), sep=" | ",
-            )  # fmt: skip
-        for method in ("uniform", "full"):
-            for other, by_seed in by_method.items():
-                cost = float(next(iter(by_seed.values()))[-1]["cost_rows"])
-                if other.startswith("k=") and method in by_method:
-                    found = [at_cost(lines, cost) for lines in by_method[method].values()]
-                    known = [value for value in found if value is not None]
-                    print(f"{method} at the cost of {other}: {percent(known)}")
+            lengths = {epochs, int(next(iter(by_seed.values()))[-1]["epoch"])}
+            for length in sorted(lengths):
+                own = {
+                    seed: [line for line in lines if int(line["epoch"]) <= length] for seed, lines in by_seed.items()
+                }
+                wrong = {seed: best_epoch(lines) for seed, lines in own.items()}
+                ends = [lines[-1] for lines in own.values()]
+                cost, seconds = (float(np.mean([float(end[name]) for end in ends])) for name in ("cost_rows", "cpu_s"))
+                both = [seed for seed in own if seed in first]
+                equal = [wrong[seed] - best_epoch(first[seed]) for seed in both if length == epochs]
+                there = {seed: at_cost(first[seed], cost) for seed in both}
+                matched = [float(own[seed][-1]["error"]) - found for seed, found in there.items() if found is not None]
+                print(
+                    method, length, len(own), percent(list(wrong.values())), round(cost / 1000), round(seconds, 1),
+                    percent(equal), percent(matched), sep=" | ",
+                )  # fmt: skip
 
 
 def best_epoch(lines: Sequence[dict[str, str]]) -> float:
@@ -182,11 +181,10 @@ def best_epoch(lines: Sequence[dict[str, str]]) -> float:
 
 
 def at_cost(lines: Sequence[dict[str, str]], cost: float) -> float | None:
-    """Error after the last epoch that costs no more; None if the run is too short to have spent as much."""
-    within = [line for line in lines if float(line["cost_rows"]) <= cost * 1.001]
-    if not within or (within[-1] is lines[-1] and float(lines[-1]["cost_rows"]) < 0.75 * cost):
-        return None
-    return float(within[-1]["error"])
+    """Error once so much was spent, in a line between epochs; None before the first one's end or after the last."""
+    spent = [float(line["cost_rows"]) for line in lines]
+    errors = [float(line["error"]) for line in lines]
+    return float(np.interp(cost, spent, errors)) if spent[0] <= cost <= spent[-1] else None
 
 
 def percent(values: Sequence[float]) -> str:
