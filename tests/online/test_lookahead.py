@@ -20,8 +20,13 @@ from tamis.online import Lookahead, rehearsal
 from tamis.online.ahead import EarlyBatches
 from tamis.online.batches import target_positions
 from tamis.online.fate import read_candidates
-from tamis.online.rehearsal import coming_rates, rehearse
+from tamis.online.rehearsal import coming_rates, look_ahead, rehearse
+from tamis.trajectory.adjoint import start_channel, sweep_step
+from tamis.trajectory.classifier import Classifier, LabelledRows
 from tamis.trajectory.optimizer_state import live_optimizer
+from tamis.trajectory.replay import mean_gradient, play, train
+from tamis.trajectory.run import Group, Rule, Step
+from tamis.trajectory.sweep import SweepSettings, run_sweep
 from tamis.types import Batch
 from tiny_models import random_batch, tiny_model
 
@@ -143,6 +148,36 @@ def test_a_frozen_horizon_is_the_recursion_at_one_place() -> None:
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+@pytest.mark.parametrize("horizon", [1, 3])
+def test_of_any_problem_scores_are_those_of_attributing_the_rehearsal(horizon: int) -> None:
+    """A rehearsed block is a run: the sweep over the whole of it must find the same, for each of its updates."""
+    torch.manual_seed(0)
+    problem = Classifier(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double())
+    rule = Rule(kind="adamw", groups=(Group(numel=problem.layout.numel, decay=0.1),), clip=0.5)
+
+    def rows(count: int) -> LabelledRows:
+        return LabelledRows(inputs=torch.randn(count, 4, dtype=torch.float64), labels=torch.randint(0, 3, (count,)))
+
+    weights = torch.full((6,), 1 / 6, dtype=torch.float64)
+    steps = [
+        Step(index=t, micros=(rows(6),), rows=np.arange(6), weights=weights, rates=(RATES[t],)) for t in range(horizon)
+    ]
+    run, target = train(problem, rule, problem.start(), steps, every=1), [rows(4)]
+    method = Lookahead(horizon=horizon, curvature="exact")
+    found = look_ahead(method, problem, rule, run.state(0), steps, target, rates=[(rate,) for rate in RATES[:horizon]])
+    # One update ahead the method takes the target's gradient where the run is, not where the update will lead.
+    expected = run_sweep(run, target, SweepSettings())["scores"]
+    if horizon == 1:
+        goal = mean_gradient(problem, run.state(0).theta, target)[1][None]
+        played = play(problem, rule, run.state(0), steps[0])
+        channel = start_channel("by hand", "adamw-influence", "exact", goal, moments=2)
+        expected = [sweep_step(problem, played, channel)]
+    assert len(found) == horizon
+    for own, other in zip(found, expected, strict=True):
+        assert float(own.abs().max()) > 0
+        torch.testing.assert_close(own, other[:, 0], rtol=1e-12, atol=1e-18)
 
 
 def test_coming_rates_are_those_of_the_scheduler() -> None:

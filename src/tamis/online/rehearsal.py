@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tamis.gradients.functional import per_sample_gradients
+from tamis.gradients.functional import Problem, per_sample_gradients
 from tamis.maths.step_derivative import AdamStep
 from tamis.online.batches import supervised_tokens
 from tamis.online.lookahead import Lookahead
@@ -19,12 +19,12 @@ from tamis.trajectory.adjoint import Channel, start_channel, sweep_step
 from tamis.trajectory.causal import CausalProblem
 from tamis.trajectory.optimizer_state import LiveOptimizer, live_optimizer
 from tamis.trajectory.replay import Played, mean_gradient, play
-from tamis.trajectory.run import Rule, Step
+from tamis.trajectory.run import Rule, State, Step
 from tamis.trajectory.secant import SecantWindow
 from tamis.trajectory.token_rows import TokenMicro
 from tamis.types import Batch
 
-__all__ = ["coming_rates", "rehearse"]
+__all__ = ["coming_rates", "look_ahead", "rehearse"]
 
 
 def rehearse(
@@ -57,14 +57,42 @@ def rehearse(
     """
     live = live_optimizer(optimizer, model)
     problem = CausalProblem(model, live.shapes, autocast=autocast)
-    rule, state, played = live.rule(clip), live.state(), list[Played]()
-    for index, (batches, own) in enumerate(zip(block, rates, strict=False)):
-        step = _step(index, batches, own, reduction, state.theta)
-        played.append(play(problem, rule, state, step))
-        state = played[-1].after
-    at = state.theta if method.form == "rehearsal" and method.horizon > 1 else played[0].before.theta
+    state = live.state()
+    steps = [
+        _step(index, batches, own, reduction, state.theta)
+        for index, (batches, own) in enumerate(zip(block, rates, strict=False))
+    ]
     micros = [TokenMicro(batch=batch) for batch in target]
-    _, goal = mean_gradient(problem, at, micros)
+    return look_ahead(method, problem, live.rule(clip), state, steps, micros, rates=rates)
+
+
+def look_ahead(
+    method: Lookahead,
+    problem: Problem,
+    rule: Rule,
+    state: State,
+    steps: Sequence[Step],
+    target: Sequence[Any],
+    *,
+    rates: Sequence[tuple[float, ...]],
+) -> list[Tensor]:
+    """The same of any problem: scores of the candidates of ``steps``, updates on all of them from ``state`` on.
+
+    Args:
+        method: horizon, form and curvature.
+        problem: what is trained.
+        rule: AdamW's or Adam's.
+        state: before the first of ``steps``.
+        steps: the coming updates; of the "frozen" form, one.
+        target: micro-batches of target rows.
+        rates: of every parameter group, for as many coming updates as are looked ahead.
+    """
+    played, now = list[Played](), state
+    for step in steps:
+        played.append(play(problem, rule, now, step))
+        now = played[-1].after
+    at = now.theta if method.form == "rehearsal" and method.horizon > 1 else state.theta
+    _, goal = mean_gradient(problem, at, target)
     channel = start_channel("ahead", "adamw-influence", method.curvature, goal[None], moments=2)
     if method.form == "frozen":
         _repeat(problem, rule, played[0], channel, rates[1 : method.horizon])
@@ -101,9 +129,7 @@ def coming_rates(scheduler: Any, live: LiveOptimizer, count: int) -> list[tuple[
     ]
 
 
-def _repeat(
-    problem: CausalProblem, rule: Rule, first: Played, channel: Channel, rates: Sequence[tuple[float, ...]]
-) -> None:
+def _repeat(problem: Problem, rule: Rule, first: Played, channel: Channel, rates: Sequence[tuple[float, ...]]) -> None:
     """Carry the adjoint back through later updates that are taken to be as the first one was, but for c1, c2 and η."""
     derivative = first.derivative()
     assert isinstance(derivative, AdamStep)

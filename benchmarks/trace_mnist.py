@@ -1,0 +1,120 @@
+"""MNIST runs of the trajectory attribution paper (app. D.1): one epoch, batches of 64, a constant rate.
+
+``mlp`` and ``cnn`` are the paper's networks. They have ReLU and max pooling, whose kinks no derivative sees;
+``mlp-tanh`` and ``cnn-tanh`` are the same with tanh and average pooling, and have none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tamis.trajectory.classifier import Classifier, LabelledRows
+from tamis.trajectory.replay import train
+from tamis.trajectory.run import Group, HeldTrajectory, Rule, Step
+
+BATCH, STEPS = 64, 94
+
+
+class Mlp(nn.Module):
+    def __init__(self, activation: type[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Flatten(), nn.Linear(784, 16), activation(), nn.Linear(16, 16), activation(), nn.Linear(16, 10)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layers(x)
+        return out
+
+
+class Cnn(nn.Module):
+    def __init__(self, activation: type[nn.Module], pooling: type[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, 32, 3, padding=1), activation(), pooling(2),
+            nn.Conv2d(32, 64, 3, padding=1), activation(), pooling(2), nn.Flatten(), nn.Linear(64 * 49, 10),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layers(x)
+        return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    make: Callable[[], nn.Module]
+    dtype: torch.dtype  # float64 where it can be paid: effects of 1e-9 at the smallest rates are no noise then
+    together: bool  # many small networks are trained faster in one batched pass; many convolutions are not
+
+
+NETWORKS = {
+    "mlp": Network(make=lambda: Mlp(nn.ReLU), dtype=torch.float64, together=True),
+    "mlp-tanh": Network(make=lambda: Mlp(nn.Tanh), dtype=torch.float64, together=True),
+    "cnn": Network(make=lambda: Cnn(nn.ReLU, nn.MaxPool2d), dtype=torch.float32, together=False),
+    "cnn-tanh": Network(make=lambda: Cnn(nn.Tanh, nn.AvgPool2d), dtype=torch.float32, together=False),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images(LabelledRows):
+    """Rows of which some can be taken."""
+
+    def at(self, places: Sequence[int]) -> Images:
+        index = list(places)
+        return Images(inputs=self.inputs[index], labels=self.labels[index])
+
+    def first(self, count: int) -> Images:
+        return Images(inputs=self.inputs[:count], labels=self.labels[:count])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mnist:
+    """A tenth of MNIST, standardised: 6,000 training and 1,000 test images."""
+
+    train: Images
+    test: Images
+
+
+def load_mnist(folder: Path, dtype: torch.dtype) -> Mnist:
+    data = np.load(folder / "mnist10.npz")
+
+    def rows(split: str) -> Images:
+        images = torch.from_numpy(data[f"x_{split}"]).to(dtype)[:, None] / 255
+        labels = torch.from_numpy(data[f"y_{split}"]).long()
+        return Images(inputs=((images - 0.1307) / 0.3081), labels=labels)
+
+    return Mnist(train=rows("train"), test=rows("test"))
+
+
+def started(network: str, seed: int) -> Classifier:
+    """The network before training."""
+    torch.manual_seed(seed)
+    own = NETWORKS[network]
+    return Classifier(own.make().to(own.dtype))
+
+
+def training_run(
+    data: Mnist, network: str, optimizer: str, rate: float, *, seed: int, steps: int, targets: int
+) -> tuple[HeldTrajectory, tuple[Any, ...]]:
+    """A run of ``steps`` updates of the epoch (94 are all of it), and ``targets`` test images, in one micro-batch."""
+    problem = started(network, seed)
+    order = np.random.default_rng(1000 + seed).permutation(len(data.train))
+    tests = np.random.default_rng(2000 + seed).permutation(len(data.test))[:targets]
+    found = []
+    for t in range(min(steps, -(-len(order) // BATCH))):
+        index = order[t * BATCH : (t + 1) * BATCH]
+        weights = torch.full((len(index),), 1 / len(index), dtype=torch.float64)
+        micro = data.train.at(index.tolist())
+        found.append(Step(index=t, micros=(micro,), rows=index, weights=weights, rates=(rate,)))
+    if optimizer == "adamw":
+        rule = Rule(kind="adamw", groups=(Group(numel=problem.layout.numel, decay=0.01),))
+    else:
+        rule = Rule(kind="sgd", groups=(Group(numel=problem.layout.numel, beta1=0.0),))
+    return train(problem, rule, problem.start(), found, every=1), (data.test.at(tests.tolist()),)
