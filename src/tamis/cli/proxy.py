@@ -238,6 +238,7 @@ def proxy(
     if as_json:
         print_json(summary)
         return
-    print_warnings(console, list(result.warnings))
+    if result.was_finished:  # a build that ran has said them when it began
+        print_warnings(console, list(result.warnings))
     if not quiet and is_main_rank():
         print_summary(Console(), summary)
