@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -24,7 +23,7 @@ from tamis.errors import InvalidInput, InvalidSettings, Unsupported
 from tamis.model.load import ModelSettings, load_model
 from tamis.model.lowrank import low_rank_layers
 from tamis.model.source import resolve_source
-from tiny_run import TinyRun, chat, make_run, save_model, write_rows
+from tiny_run import TinyRun, chat, make_run, write_rows
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from tamis.errors import InvalidInput, InvalidSettings
 from tamis.model.load import ModelSettings, load_model
 from tamis.model.lowrank import low_rank_layers
 from tamis.notation import PROXY_SUMMARIES
-from tamis.proxies import build as build_module
+from tamis.proxies.decompose import decompose
 from tiny_run import TinyRun, make_run, save_model
 
 MEASURING = ["--held-out-rows", "20", "--no-sweep", "--projection-dim", "8", "--device", "cpu", "--no-report"]
@@ -150,14 +150,13 @@ def test_a_refused_build_leaves_the_folder_free_and_its_factors_to_the_next(
     run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, factored = tmp_path / "proxy", list[int]()
-    real = build_module.decompose
 
     def counted(*args: Any, **options: Any) -> Any:
         missing = len(args[1]) - len(list(options["folder"].glob("*.safetensors")))
         factored.append(missing)
-        return real(*args, **options)
+        return decompose(*args, **options)
 
-    monkeypatch.setattr(build_module, "decompose", counted)
+    monkeypatch.setattr("tamis.proxies.build.decompose", counted)
     words = [*typed(run, "default", out), "--quiet"]
     assert tamis_command([*words, "--learning-rate", "1e30"]) != 0  # diverges, with all factors found
     assert sorted(entry.name for entry in out.iterdir()) == ["store"]
