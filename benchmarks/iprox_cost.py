@@ -84,6 +84,9 @@ def main() -> None:
     parser.add_argument("--pool-rows", type=int, default=12_000)
     parser.add_argument("--probe-rows", type=int, default=128)
     parser.add_argument("--probe-tokens", type=int, default=64)
+    parser.add_argument(
+        "--factors", type=Path, help="`layers` of the retention benchmark's --work: times passes, and not the making"
+    )
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-rows", type=int, default=8)
@@ -135,6 +138,7 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             batches = batches_of(bench.roles.probe, batch_tokens=bench.batch_tokens, pad_id=bench.pad_id)
+            where = arguments.factors or Path(folder) / "layers"
             started = clock()
             done = decompose(
                 model,
@@ -145,7 +149,7 @@ def main() -> None:
                 tokens_per_row=settings.probe_tokens,
                 probe_gb=settings.probe_gb,
                 seed=0,
-                folder=Path(folder) / "layers",
+                folder=where,
                 advance=lambda layers: None,
             )
             finding = clock() - started
@@ -180,6 +184,8 @@ def main() -> None:
                             "operations_ratio": round(operations, 4),
                         }
                     )  # fmt: skip
+            if arguments.factors:  # others have paid for them
+                continue
             whole = [
                 float(x["target_seconds"]) for x in lines if x["sparsity"] == str(sparsity) and x["what"] == "whole"
             ]

@@ -43,4 +43,4 @@ def test_a_drawing_places_points_and_the_wanted_level_on_one_scale() -> None:
 @pytest.mark.parametrize(("highest", "most"), [(1.0, 8), (9.0, 9), (30.0, 9)])
 def test_a_high_ratio_of_losses_does_not_crowd_the_axis(highest: float, most: int) -> None:
     made = _drawing("t", "a", "x", [("pool", "loss kept", [(0.1, highest), (0.9, 0.5)])], wanted=0.9)
-    assert 4 <= len(made.y_ticks) <= most
+    assert 4 <= len(made.y_ticks) <= most and "0" in [label for _, label in made.y_ticks]

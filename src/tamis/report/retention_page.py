@@ -58,7 +58,8 @@ def retention_page(content: Retention, *, command: str, warnings: Sequence[str])
         content=content,
         command=command,
         warnings=list(warnings),
-        drawings=[*_sweep(content), *_curves(content)],
+        sweep=_sweep(content),
+        curves=_curves(content),
         palette=figures.PALETTE,
         style=Markup((_TEMPLATES / "page.css").read_text(encoding="utf-8")),
     )
@@ -76,9 +77,7 @@ def _sweep(content: Retention) -> list[Drawing]:
     final = content.final.agreement.spearman.value
     said = ", ".join(f"{value:.2f} at {rho:g}" for rho, value in points)
     lines = [("selected", "ranking kept, before alignment", points), ("pool", "loss kept (full over proxy)", losses)]
-    lines.append(
-        ("target", "ranking kept by this proxy", [(content.sparsity - 0.03, final), (content.sparsity + 0.03, final)])
-    )
+    lines.append(("target", "ranking kept by this proxy", [(content.sparsity, final)]))
     return [
         _drawing(
             "What is kept at each sparsity",
@@ -134,15 +133,16 @@ def _drawing(
     def up(y: float) -> float:
         return round(_TOP + (high_y - y) / ((high_y - low_y) or 1) * (_HEIGHT - _TOP - _BOTTOM), 1)
 
-    levels = [low_y + _Y_STEP * step for step in range(round((high_y - low_y) / _Y_STEP) + 1)]
-    every = 1 + len(levels) // 8  # a ratio of losses can be far above 1
+    lowest, highest = round(low_y / _Y_STEP), round(high_y / _Y_STEP)
+    every = 1 + (highest - lowest) // 8  # a ratio of losses can be far above 1
+    levels = [_Y_STEP * step for step in range(lowest, highest + 1) if step % every == 0]  # 0 among them
     return Drawing(
         title=title,
         alt=alt,
         x_label=x_label,
         lines=tuple((role, label, tuple((across(x), up(y)) for x, y in points)) for role, label, points in lines),
         x_ticks=tuple((across(x), f"{x:.3g}") for x in (x_ticks or round_numbers(low_x, high_x))),
-        y_ticks=tuple((up(y), wording.number(y, 2)) for y in levels[::every]),
+        y_ticks=tuple((up(y), f"{y:g}".replace("-", "−")) for y in levels),
         wanted=(up(wanted), f"wanted: {wanted:g}") if low_y <= wanted <= high_y else None,
     )
 
