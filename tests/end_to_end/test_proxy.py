@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import tamis
-from proxy_case import SETTINGS
+from proxy_case import SETTINGS, UNALIGNED
 from tamis.cli.main import run as tamis_command
 from tamis.errors import InvalidInput, InvalidSettings, Unsupported
 from tamis.model.load import ModelSettings, load_model
@@ -39,9 +39,9 @@ def one_thread() -> Any:
     torch.set_num_threads(before)
 
 
-def build(run: TinyRun, out: Path, **changes: Any) -> tamis.ProxyResult:
+def build(run: TinyRun, out: Path, *, base: dict[str, Any] | None = None, **changes: Any) -> tamis.ProxyResult:
     return tamis.proxy(
-        **{"model": run.model, "pool": run.pool, "target": run.target, "out": out, **SETTINGS, **changes}
+        **{"model": run.model, "pool": run.pool, "target": run.target, "out": out, **(base or SETTINGS), **changes}
     )
 
 
@@ -171,7 +171,7 @@ def test_the_paper_preset_runs_with_its_control_beside(run: TinyRun, tmp_path: P
 
 
 def test_rows_of_the_pool_stand_in_for_a_target(run: TinyRun, tmp_path: Path) -> None:
-    found = build(run, tmp_path / "alone", target=(), steps=0).retention
+    found = build(run, tmp_path / "alone", target=(), base=UNALIGNED).retention
     assert set(found["targets"]) <= {"sums", "talk", "other sources"} and sum(found["targets"].values()) == 6
     assert "No --target was given" in found["notes"][0] and found["aligned"] is None and not found["sweep"]
 
@@ -204,6 +204,14 @@ def test_a_pool_of_too_few_rows_and_a_proxy_of_a_proxy_are_refused(
         build(run, tmp_path / "twice", model=built.out)
 
 
+def test_target_rows_that_cannot_be_used_are_counted(run: TinyRun, tmp_path: Path) -> None:
+    long = chat("Tell me. " * 80, "No.", id="long")  # its answer is cut off
+    target = write_rows(tmp_path / "t.jsonl", [*map(json.loads, run.target.read_text().splitlines()), long])
+    found = build(run, tmp_path / "proxy", target=target, max_length=256, base=UNALIGNED)
+    assert found.retention["targets"] == {"t": 4}
+    assert "1 of the 5 rows of target 't' have no supervised token" in found.retention["notes"][0]
+
+
 def test_an_adapter_is_merged(run: TinyRun, tmp_path: Path) -> None:
     from tamis.training.lora import add_lora
 
@@ -214,9 +222,9 @@ def test_an_adapter_is_merged(run: TinyRun, tmp_path: Path) -> None:
             if ".lora_B." in name:
                 param.normal_(generator=torch.Generator().manual_seed(0), std=0.1)
     adapted.save_pretrained(tmp_path / "adapter")
-    found = build(run, tmp_path / "proxy", model=tmp_path / "adapter", objective="none")
+    found = build(run, tmp_path / "proxy", model=tmp_path / "adapter", base=UNALIGNED)
     assert len(low_rank_layers(load_model(ModelSettings(name=str(found.out), device="cpu")).model)) == 14
-    other = build(run, tmp_path / "plain", objective="none")
+    other = build(run, tmp_path / "plain", base=UNALIGNED)
     assert found.retention["loss_full"] != other.retention["loss_full"]
 
 
@@ -250,8 +258,8 @@ def test_the_page_shows_hostile_names_as_text(run: TinyRun, tmp_path: Path) -> N
 def test_rows_in_memory_build_the_same_proxy(run: TinyRun, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in run.pool.read_text().splitlines()]
     target = [json.loads(line) for line in run.target.read_text().splitlines()]
-    found = build(run, tmp_path / "held", pool=rows, target={"target": target}, objective="none")
-    files = build(run, tmp_path / "files", objective="none")
+    found = build(run, tmp_path / "held", pool=rows, target={"target": target}, base=UNALIGNED)
+    files = build(run, tmp_path / "files", base=UNALIGNED)
     assert (found.out / "model.safetensors").read_bytes() == (files.out / "model.safetensors").read_bytes()
     assert found.manifest["command"].startswith("tamis.proxy(...) in Python")
     assert files.manifest["command"] == f"tamis proxy --config {tmp_path / 'files' / 'run.yaml'}"
