@@ -5,7 +5,8 @@
 Every repeat runs both models over the same rows, one after the other, and a ratio is formed within a repeat, so that
 what else the machine does cancels. ``blocks`` is the same pass with a head of 64 words in both models: the LM head is
 the same in both and hides the blocks. ``make`` is building and aligning over the target's pass over ``--pool-rows``
-rows. One line of the CSV file per repeat; lines that are there are not measured again.
+rows. One line of the CSV file per repeat; lines that are there are not measured again. With ``--clock cpu``, seconds
+are those of this process alone: on a busy machine and one thread, what the work would take on a free one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from tamis.proxy_run import prepare, read_rows
 from tamis.proxy_settings import ProxySettings, recipe_of
 
 KEY = ("sparsity", "what", "repeat")
-FIELDS = (*KEY, "target_seconds", "proxy_seconds", "ratio", "operations_ratio", "rows", "tokens", "threads")
+FIELDS = (*KEY, "target_seconds", "proxy_seconds", "ratio", "operations_ratio", "rows", "tokens", "threads", "clock")
 WORDS = 64
 
 
@@ -57,16 +58,19 @@ def of_few_words(rows: Sequence[Row]) -> list[Row]:
     return [replace(row, tokens=replace(row.tokens, input_ids=row.tokens.input_ids % np.int32(WORDS))) for row in rows]
 
 
-def seconds_of(model: nn.Module, rows: Sequence[Row], bench: Bench) -> float:
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def seconds_of(model: nn.Module, rows: Sequence[Row], bench: Bench, clock: Callable[[], float]) -> float:
     """One influence pass: forward, backward, and the sketches."""
     layers = gradient_layers(model)
     batches = batches_of(rows, batch_tokens=bench.batch_tokens, pad_id=bench.pad_id)
-    started = time.perf_counter()
+    started = clock()
     for batch in batches:
         per_sample_features(model, batch, layers, bench.projector)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def main() -> None:
@@ -79,6 +83,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--pool-rows", type=int, default=12_000)
     parser.add_argument("--probe-rows", type=int, default=128)
+    parser.add_argument("--probe-tokens", type=int, default=64)
+    parser.add_argument(
+        "--factors", type=Path, help="`layers` of the retention benchmark's --work: times passes, and not the making"
+    )
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-rows", type=int, default=8)
     parser.add_argument("--batch-tokens", type=int)
@@ -93,6 +102,7 @@ def main() -> None:
         pool=tuple(arguments.pool),
         preset=arguments.preset,
         probe_rows=arguments.probe_rows,
+        probe_tokens=arguments.probe_tokens,
         steps=arguments.steps,
         batch_rows=arguments.batch_rows,
         batch_tokens=arguments.batch_tokens,
@@ -121,13 +131,15 @@ def main() -> None:
     loaded, bench, _ = prepare(settings, *read_rows(settings))
     model, rows = loaded.model, bench.roles.held_out[: arguments.rows]
     tokens = sum(len(row.tokens.input_ids) for row in rows)
-    recipe = recipe_of(settings)
+    recipe, clock = recipe_of(settings), CLOCKS[arguments.clock]
     for sparsity in arguments.sparsities:
         keys = [(str(sparsity), what, str(n)) for what in ("whole", "blocks") for n in range(arguments.repeats)]
         if have.issuperset([*keys, (str(sparsity), "make", "0")]):
             continue
         with tempfile.TemporaryDirectory() as folder:
             batches = batches_of(bench.roles.probe, batch_tokens=bench.batch_tokens, pad_id=bench.pad_id)
+            where = arguments.factors or Path(folder) / "layers"
+            started = clock()
             done = decompose(
                 model,
                 find_compressible(model, batches[-1]).layers,
@@ -137,9 +149,10 @@ def main() -> None:
                 tokens_per_row=settings.probe_tokens,
                 probe_gb=settings.probe_gb,
                 seed=0,
-                folder=Path(folder) / "layers",
+                folder=where,
                 advance=lambda layers: None,
             )
+            finding = clock() - started
             proxy = proxy_of(model, done.factors(done.ranks(sparsity)), space="product")
             pairs = {
                 "whole": (model, proxy, list(rows), total_tflops(proxy, rows) / total_tflops(model, rows)),
@@ -150,14 +163,20 @@ def main() -> None:
                     block_tflops(proxy, rows) / block_tflops(model, rows),
                 ),
             }
-            shared = {"sparsity": sparsity, "rows": len(rows), "tokens": tokens, "threads": torch.get_num_threads()}
+            shared: dict[str, Any] = {
+                "sparsity": sparsity,
+                "rows": len(rows),
+                "tokens": tokens,
+                "threads": torch.get_num_threads(),
+            }
+            shared["clock"] = arguments.clock
             for what, (target, small, given, operations) in pairs.items():
                 for each in (target, small):  # buffers and allocators
-                    seconds_of(each, given[:8], bench)
+                    seconds_of(each, given[:8], bench, clock)
                 for repeat in range(arguments.repeats):
                     if (str(sparsity), what, str(repeat)) in have:
                         continue
-                    spent = [seconds_of(each, given, bench) for each in (target, small)]
+                    spent = [seconds_of(each, given, bench, clock) for each in (target, small)]
                     add(
                         {
                             **shared, "what": what, "repeat": repeat, "target_seconds": round(spent[0], 4),
@@ -165,12 +184,15 @@ def main() -> None:
                             "operations_ratio": round(operations, 4),
                         }
                     )  # fmt: skip
+            if arguments.factors:  # others have paid for them
+                continue
             whole = [
                 float(x["target_seconds"]) for x in lines if x["sparsity"] == str(sparsity) and x["what"] == "whole"
             ]
             pool_pass = statistics.median(whole) / tokens * bench.roles.mean_tokens * arguments.pool_rows
             options = replace(align_settings(settings, recipe, model), measure_steps=settings.steps)
-            aligned = align(
+            started = clock()
+            align(
                 proxy,
                 model,
                 bench.roles.align,
@@ -181,8 +203,9 @@ def main() -> None:
                 folder=Path(folder) / "align",
                 advance=lambda steps: None,
             )
-            made = done.seconds + aligned.seconds
-            print(f"factors {done.seconds:.1f} s, alignment {aligned.seconds:.1f} s, pool {pool_pass:.1f} s")
+            aligning = clock() - started
+            made = finding + aligning
+            print(f"factors {finding:.1f} s, alignment {aligning:.1f} s, pool {pool_pass:.1f} s")
             add(
                 {
                     **shared, "what": "make", "repeat": 0, "target_seconds": round(pool_pass, 2),

@@ -7,7 +7,7 @@
 Figure 3 and tables 7, 9 and 12 of *IProX* (2026). Every preset is decomposed once a seed and measured at every
 sparsity. Objectives have equal time: a step that matches gradients costs about three that match outputs, so ``kl``
 takes three times ``--steps``; the seconds stand beside. One line of the CSV file per measurement and space; lines that
-are there are not computed again, so an interrupted run goes on.
+are there are not computed again, so an interrupted run goes on (with ``--work``, in the middle of a preset, too).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import argparse
 import csv
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch import nn
 
 from tamis.model.load import LoadedModel
 from tamis.model.lowrank import set_space
+from tamis.model.targets import embedding_matrix
 from tamis.proxies.align import align
 from tamis.proxies.assemble import proxy_of
 from tamis.proxies.bench import Bench
@@ -33,9 +34,10 @@ from tamis.proxies.compressible import Compressible, find_compressible
 from tamis.proxies.decompose import Decomposed, decompose
 from tamis.proxies.influence import Measured, agreement, mixed_scores
 from tamis.proxies.layer_extraction import block_importance, blocks_to_keep, extract_blocks
+from tamis.proxies.objectives import factor_params
 from tamis.proxies.rows import batches_of
 from tamis.proxy_run import prepare, read_rows
-from tamis.proxy_settings import ProxySettings, recipe_of
+from tamis.proxy_settings import ProxySettings, Recipe, recipe_of
 
 KEY = ("seed", "preset", "probe_rows", "sparsity", "objective")
 FIELDS = (
@@ -75,12 +77,21 @@ class Case:
     """One seed's model, rows and measurement of the full model."""
 
     settings: ProxySettings
+    preset: str
     loaded: LoadedModel
     bench: Bench
     full: Measured
+    measures_factors: bool
+
+    @property
+    def recipe(self) -> Recipe:
+        """Of a preset that puts layers in factors."""
+        return recipe_of(ProxySettings(model=self.settings.model, pool=self.settings.pool, preset=self.preset))
 
     def lines(self, key: Mapping[str, Any], proxy: nn.Module, **more: Any) -> list[dict[str, Any]]:
         """A line per space; ``mixed`` has the rows of the proxy's product against the full model's target rows."""
+        for param in factor_params(proxy).values():  # aligned in float32; a user's proxy is saved in the model's type
+            param.data = param.data.to(embedding_matrix(self.loaded.model).dtype)
         names, seed = self.bench.roles.target.names, self.bench.seed
         started = time.perf_counter()
         set_space(proxy, "product")
@@ -90,8 +101,9 @@ class Case:
         mixed = mixed_scores(product, self.full, self.bench.roles.target)
         if mixed is not None:
             scores["mixed"] = mixed
-        set_space(proxy, "factors")
-        scores["factors"] = self.bench.held_out(proxy).scores
+        if self.measures_factors:  # a second pass
+            set_space(proxy, "factors")
+            scores["factors"] = self.bench.held_out(proxy).scores
         loss, loss_full = float(product.losses.mean()), float(self.full.losses.mean())
         lines = []
         for space, found in scores.items():
@@ -112,14 +124,14 @@ class Case:
 def measure_preset(case: Case, table: Table, arguments: argparse.Namespace, folder: Path) -> None:
     """One preset of one seed: every sparsity before alignment, then the objectives."""
     settings, bench, model = case.settings, case.bench, case.loaded.model
-    key = {"seed": settings.seed, "preset": settings.preset, "probe_rows": settings.probe_rows}
+    key = {"seed": settings.seed, "preset": case.preset, "probe_rows": settings.probe_rows}
     wanted = [("none", rho) for rho in arguments.sparsities]
     wanted += [(objective, rho) for rho in arguments.align_sparsities for objective in arguments.objectives]
     missing = [(o, rho) for o, rho in wanted if not table.has(**key, sparsity=rho, objective=o)]
     if not missing:
         return
     batches = batches_of(bench.roles.probe, batch_tokens=bench.batch_tokens, pad_id=bench.pad_id)
-    if settings.preset == "layer-extraction":
+    if case.preset == "layer-extraction":
         importance = block_importance(model, batches)
         for objective, rho in missing:
             if objective == "none":
@@ -130,8 +142,10 @@ def measure_preset(case: Case, table: Table, arguments: argparse.Namespace, fold
                 table.add(case.lines(line, proxy, achieved=achieved, steps=0, align_seconds=0))
         return
     layers = find_compressible(model, batches[-1])
-    recipe = recipe_of(settings)
-    lowest = min(rho for _, rho in missing)
+    recipe = case.recipe
+    lowest = min(rho for _, rho in wanted)
+    size = f"{settings.probe_rows}x{settings.probe_tokens}"
+    folder /= f"{case.preset}-seed{settings.seed}-{size}-from{lowest:g}"
     done = decompose(
         model,
         layers.layers,
@@ -144,20 +158,29 @@ def measure_preset(case: Case, table: Table, arguments: argparse.Namespace, fold
         folder=folder / "layers",
         advance=lambda layers: None,
     )
-    print(f"{settings.preset}, seed {settings.seed}: factors in {done.seconds:.1f} s", flush=True)
+    print(f"{case.preset}, seed {settings.seed}: factors in {done.seconds:.1f} s", flush=True)
+    aligns = any(objective != "none" for objective, _ in missing)
+    retention = validation_retention(model, bench) if aligns else lambda proxy: 0.0
     for objective, rho in missing:
-        measure_one(case, table, done, layers, objective, rho, folder / f"align-{objective}-{rho}")
+        measure_one(case, table, done, layers, objective, rho, retention, folder / f"align-{objective}-{rho}")
 
 
 def measure_one(
-    case: Case, table: Table, done: Decomposed, layers: Compressible, objective: str, rho: float, folder: Path
+    case: Case,
+    table: Table,
+    done: Decomposed,
+    layers: Compressible,
+    objective: str,
+    rho: float,
+    retention: Callable[[nn.Module], float],
+    folder: Path,
 ) -> None:
     settings, bench, model = case.settings, case.bench, case.loaded.model
     proxy = proxy_of(model, done.factors(done.ranks(rho)), space="product")
     achieved, _ = achieved_sparsity(model, proxy, layers)
     steps, seconds = 0, 0.0
     if objective != "none":
-        options = align_settings(settings, replace(recipe_of(settings), objective=objective), model)  # type: ignore[arg-type]
+        options = align_settings(settings, replace(case.recipe, objective=objective), model)  # type: ignore[arg-type]
         if objective == "kl":
             options = replace(options, steps=3 * options.steps, measure_steps=3 * options.measure_steps)
         aligned = align(
@@ -165,14 +188,18 @@ def measure_one(
             model,
             bench.roles.align,
             settings=options,
-            retention=validation_retention(model, bench),
+            retention=retention,
             batch_tokens=bench.batch_tokens,
             pad_id=bench.pad_id,
             folder=folder,
             advance=lambda steps: None,
         )
+        print(
+            f"{objective}: " + ", ".join(f"{point.retention:.3f} at {point.step}" for point in aligned.curve),
+            flush=True,
+        )
         steps, seconds = aligned.best_step, aligned.seconds
-    key = {"seed": settings.seed, "preset": settings.preset, "probe_rows": settings.probe_rows, "sparsity": rho}
+    key = {"seed": settings.seed, "preset": case.preset, "probe_rows": settings.probe_rows, "sparsity": rho}
     more = {"achieved": round(achieved, 4), "steps": steps, "align_seconds": round(seconds, 2)}
     table.add(case.lines({**key, "objective": objective}, proxy, **more))
 
@@ -188,6 +215,7 @@ def main() -> None:
     parser.add_argument("--objectives", nargs="*", default=["kl", "align", "align+kl"])
     parser.add_argument("--align-sparsities", nargs="*", type=float, default=[0.5])
     parser.add_argument("--steps", type=int, default=100, help="of objectives with gradients; kl: three times as many")
+    parser.add_argument("--measure-steps", type=int, default=50, help="of objectives with gradients, as --steps")
     parser.add_argument("--batch-rows", type=int, default=8)
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--probe-rows", nargs="+", type=int, default=[128], help="several: table 7")
@@ -199,6 +227,10 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--attention", default="sdpa")
+    parser.add_argument("--batch-tokens", type=int)
+    parser.add_argument("--probe-gb", type=float, default=4.0)
+    parser.add_argument("--product-only", action="store_true", help="not the space of the factors: half the passes")
+    parser.add_argument("--work", type=Path, help="keeps factors and alignments of this model and these rows")
     parser.add_argument("--csv", type=Path, default=Path("benchmarks/results/iprox_retention.csv"))
     arguments = parser.parse_args()
     table = Table(arguments.csv)
@@ -208,6 +240,7 @@ def main() -> None:
         target=tuple(arguments.target),
         steps=arguments.steps,
         batch_rows=arguments.batch_rows,
+        measure_steps=arguments.measure_steps,
         learning_rate=arguments.learning_rate,
         probe_tokens=arguments.probe_tokens,
         held_out_rows=arguments.held_out_rows,
@@ -217,6 +250,8 @@ def main() -> None:
         dtype=arguments.dtype,
         device=arguments.device,
         attention=arguments.attention,
+        batch_tokens=arguments.batch_tokens,
+        probe_gb=arguments.probe_gb,
         on_bad_row="skip",
     )
     pool, target = read_rows(base)
@@ -226,9 +261,16 @@ def main() -> None:
             loaded, bench, _ = prepare(settings, pool, target)
             full = bench.held_out(loaded.model)
             for preset in arguments.presets:
-                case = Case(settings=replace(settings, preset=preset), loaded=loaded, bench=bench, full=full)
+                case = Case(
+                    settings=settings,
+                    preset=preset,
+                    loaded=loaded,
+                    bench=bench,
+                    full=full,
+                    measures_factors=not arguments.product_only,
+                )
                 with tempfile.TemporaryDirectory() as folder:
-                    measure_preset(case, table, arguments, Path(folder))
+                    measure_preset(case, table, arguments, arguments.work or Path(folder))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Nothing in the first two depends on time, machine or interruption: the same run 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ __all__ = [
     "MESSAGES",
     "check_claim",
     "claim_folder",
+    "free_claim",
     "score_table",
     "write_json",
     "write_messages",
@@ -35,7 +37,7 @@ __all__ = [
     "write_selected",
 ]
 
-IDENTITY = "identity.json"
+IDENTITY, CONFIG = "identity.json", "run.yaml"
 MESSAGES = "selected-messages.jsonl"
 _RESULTS = ("selected.jsonl", MESSAGES, "scores.parquet", "report.html", "manifest.json")
 _TOKENS = "tokens-"  # stages of rendered rows
@@ -87,6 +89,17 @@ def check_claim(out: Path, identity: Mapping[str, Any]) -> None:
         raise InvalidSettings(
             f"--out {out} was claimed by another run while this one worked; give this one an --out of its own"
         )
+
+
+def free_claim(out: Path, identity: Mapping[str, Any]) -> None:
+    """Give up the claim of a run that was refused, so that a corrected command may have the folder.
+
+    What lies in ``store`` stays: each of its folders says itself what it is of. A claim of another run stays, too.
+    """
+    with contextlib.suppress(InvalidSettings):
+        if not first_difference(_read_identity(out), json.loads(json.dumps(identity, default=str))):
+            for name in (IDENTITY, CONFIG):
+                (out / name).unlink(missing_ok=True)
 
 
 def _read_identity(out: Path) -> Any:

@@ -22,8 +22,8 @@ from tamis.config import write_config
 from tamis.data.examples import Examples, read_examples, warn_of
 from tamis.data.render import Renderer
 from tamis.data.rows import Rows
-from tamis.disk import check_writable, replace_atomically
-from tamis.errors import InvalidSettings
+from tamis.disk import check_writable, make_folder, replace_atomically
+from tamis.errors import InvalidSettings, TamisError
 from tamis.identity import file_sha256, text_sha256
 from tamis.model.limits import model_limits
 from tamis.model.load import (
@@ -39,7 +39,7 @@ from tamis.model.lowrank import low_rank_layers
 from tamis.model.memory import default_batch_tokens
 from tamis.model.processes import world_size
 from tamis.notation import target_parts
-from tamis.outputs import check_claim, claim_folder, write_json
+from tamis.outputs import check_claim, claim_folder, free_claim, write_json
 from tamis.progress import NoProgress
 from tamis.projection.factorized import FactorizedProjector
 from tamis.protocols import Progress
@@ -61,6 +61,9 @@ logger = logging.getLogger(__name__)
 # Settings that cannot change the weights or a score; all others make a folder the folder of one proxy.
 _FREE_SETTINGS = ("out", "report", "on_bad_row", "keep")
 _KNOWN_BY_CONTENT = ("model", "revision", "chat_template", "sibling")
+# Settings that are read when the factors are there, and change no row that made them.
+_AFTER_FACTORS = ("learning_rate", "temperature", "kl_weight", "measure_steps", "patience", "control")
+_MADE_BY = "made-by.txt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,10 +126,16 @@ def proxy_from_settings(
         _advise_again(settings, out, held)
         return _result(out, was_finished=True)
 
-    loaded, bench, warnings = prepare(settings, pool, target)
-    for sentence in warnings:
-        logger.warning("%s", sentence)
-    retention = _build(settings, loaded, bench, pool, out, progress)
+    try:
+        loaded, bench, warnings = prepare(settings, pool, target)
+        for sentence in warnings:  # now, and not after hours
+            logger.warning("%s", sentence)
+        if settings.is_low_rank:
+            _keep_of(out / "store", identity)
+        retention = _build(settings, loaded, bench, pool, out, progress)
+    except TamisError:
+        free_claim(out, identity)
+        raise
     check_claim(out, identity)
     _write_retention(retention, settings, out, command=_command(out, held), warnings=warnings)
     manifest = {
@@ -141,6 +150,19 @@ def proxy_from_settings(
     write_json(out / "manifest.json", manifest)  # last: its presence says that the proxy is complete
     shutil.rmtree(out / "store", ignore_errors=True)
     return _result(out, was_finished=False)
+
+
+def _keep_of(store: Path, identity: Mapping[str, Any]) -> None:
+    """Leave of a refused build's ``store`` what this build would make again, such as factors after a wrong rate."""
+    settings = {name: value for name, value in identity["settings"].items() if name not in _AFTER_FACTORS}
+    stages = {"layers": {**identity, "settings": settings}, "alignment": identity, "control": identity}
+    for name, made_by in stages.items():
+        wanted = text_sha256(json.dumps(made_by, sort_keys=True, default=str))
+        mark = store / name / _MADE_BY
+        if not mark.is_file() or mark.read_text(encoding="utf-8") != wanted:
+            shutil.rmtree(store / name, ignore_errors=True)
+            make_folder(store / name)
+            replace_atomically(mark, (wanted.encode(),))
 
 
 def _write_retention(
@@ -260,12 +282,13 @@ def _of_target(target: Examples | None, index: int) -> list[Example]:
 
 
 def _sizes(settings: ProxySettings) -> RowSizes:
+    is_scorer = settings.preset == "influence-scorer"
     return RowSizes(
         held_out=settings.held_out_rows,
         validation=settings.validation_rows,
         stand_ins=settings.target_rows,
         probe=settings.probe_rows,
-        align=max(settings.batch_rows, settings.steps * settings.batch_rows),
+        align=settings.steps * settings.batch_rows if settings.aligns or is_scorer else 0,
     )
 
 

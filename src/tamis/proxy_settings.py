@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -63,6 +63,17 @@ _RECIPES: Mapping[str, Recipe] = {
 }
 _INVERSE_DAMPING = 0.1
 _NEEDS_SIBLING = ("sibling", "influence-scorer")
+
+# Settings of stages that a baseline does not have. One that differs from its default was meant for another preset.
+_OF_TRAINING = ("learning_rate", "temperature", "measure_steps", "patience", "validation_rows")
+_OF_STEPS = ("steps", "batch_rows")
+_OF_TOKENS = ("probe_tokens", "probe_gb")
+_UNREAD = {
+    "layer-extraction": (*_OF_TRAINING, *_OF_STEPS, *_OF_TOKENS),
+    "sibling": (*_OF_TRAINING, *_OF_STEPS, *_OF_TOKENS, "probe_rows", "sparsity"),
+    # Its head is fitted to --steps times --batch-rows rows.
+    "influence-scorer": (*_OF_TRAINING, *_OF_TOKENS, "probe_rows", "sparsity"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +165,24 @@ class ProxySettings(SharedSettings):
             changed = [entry.name for entry in fields(Recipe) if getattr(self, entry.name, None) is not None]
             if changed:
                 raise InvalidSettings(f"{changed[0]}: the preset {self.preset!r} factors no layer; leave it out")
+            for name in self._changed(_UNREAD[self.preset]):
+                raise InvalidSettings(
+                    f"{name}={getattr(self, name)}: the preset {self.preset!r} does not read it; leave it out"
+                )
+            if self.preset == "influence-scorer" and self.steps == 0:
+                raise InvalidSettings(
+                    "steps=0: the preset 'influence-scorer' fits its head to --steps times --batch-rows rows; expected "
+                    "at least 1"
+                )
+
+    def _changed(self, names: Sequence[str]) -> list[str]:
+        defaults = {entry.name: entry.default for entry in fields(self)}
+        return [name for name in names if getattr(self, name) != defaults[name]]
+
+    @property
+    def aligns(self) -> bool:
+        """Whether factors are trained after they are found."""
+        return self.is_low_rank and self.steps > 0 and recipe_of(self).objective != "none"
 
     def _check_recipe(self, recipe: Recipe) -> None:
         """Refuse what the recipe would not read, and dampings that mean nothing."""
@@ -161,13 +190,19 @@ class ProxySettings(SharedSettings):
         unread = [name for name, weighs in sides if not weighs]
         if len(unread) == len(sides):
             unread += ["form", "damping", "weighting"]
-        for name in unread:
+        for name in unread + (self._changed(_OF_TOKENS) if len(unread) > 1 else []):
             if getattr(self, name) is not None:
                 raise InvalidSettings(f"{name}: the preset {self.preset!r} does not weigh by it; leave it out")
         if self.kl_weight is not None and recipe.objective != "align+kl":
             raise InvalidSettings(
                 f"kl_weight: only objective='align+kl' reads it, not {recipe.objective!r}; leave it out"
             )
+        if not self.aligns:
+            why = "steps=0" if self.steps == 0 else "objective='none'"
+            for name in self._changed((*_OF_TRAINING, "batch_rows", *(() if self.steps == 0 else ("steps",)))):
+                raise InvalidSettings(
+                    f"{name}={getattr(self, name)}: {why} trains nothing, so nothing reads it; leave it out"
+                )
         for name in (name for name, weighs in sides if weighs):
             if (
                 self.damping == "absolute"

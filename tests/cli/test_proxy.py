@@ -26,6 +26,7 @@ class FakeResult:
     """What the library returns, as far as the command line looks at it."""
 
     warnings: list[str] = field(default_factory=lambda: ["mind the gap"])
+    was_finished: bool = True
 
     def summary(self) -> dict[str, Any]:
         return {"preset": "default", "loss": {"full": 2.0, "proxy": 2.5}, "left_out": [], "advice": "Score with it."}
@@ -74,6 +75,14 @@ def test_the_summary_is_printed_or_given_as_json(seen: list[ProxySettings], caps
     assert json.loads(capsys.readouterr().out)["advice"] == "Score with it."
 
 
+def test_warnings_of_a_build_that_ran_are_not_printed_again(
+    seen: list[ProxySettings], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tamis.api, "proxy_from_settings", lambda settings, *, progress: FakeResult(was_finished=False))
+    assert run(["proxy", *ARGUMENTS]) == 0
+    assert "mind the gap" not in capsys.readouterr().err
+
+
 def test_presets_are_recipes_that_single_settings_change() -> None:
     made = {
         name: recipe_of(settings)
@@ -105,6 +114,15 @@ def test_absolute_damping_takes_numbers_of_its_own_and_the_papers_has_them() -> 
     assert recipe_of(ProxySettings(model="m", pool=("p",), preset="paper", damping="absolute")).damping_output == 1e-3
 
 
+def test_what_a_preset_reads_may_be_set() -> None:
+    common = {"model": "m", "pool": ("p",), "target": ("t",)}
+    ProxySettings(**common, preset="layer-extraction", probe_rows=9, sparsity=0.7)  # type: ignore[arg-type]
+    ProxySettings(**common, preset="influence-scorer", sibling="s", steps=300, batch_rows=4)  # type: ignore[arg-type]
+    svd = ProxySettings(**common, preset="svd", steps=300, learning_rate=0.1)  # type: ignore[arg-type]
+    assert svd.aligns
+    assert not ProxySettings(**common, objective="none").aligns  # type: ignore[arg-type]
+
+
 def _needs(preset: str) -> dict[str, str]:
     return {"sibling": "s"} if preset in ("sibling", "influence-scorer") else {}
 
@@ -129,6 +147,21 @@ def _needs(preset: str) -> dict[str, str]:
         ({"damping": "absolute", "damping_input": 1e-3}, "pass damping_output, too"),
         ({"weighting": "inverse", "damping_output": 0.0}, "damping_output=0 with weighting='inverse'"),
         ({"out": " "}, "out=' ': expected a text that is not empty"),
+        ({"preset": "layer-extraction", "steps": 9}, "steps=9: the preset 'layer-extraction' does not read it"),
+        ({"preset": "layer-extraction", "probe_tokens": 9}, "probe_tokens=9: the preset 'layer-extraction' does not"),
+        ({"preset": "sibling", "sibling": "s", "sparsity": 0.7}, "sparsity=0.7: the preset 'sibling' does not read it"),
+        ({"preset": "sibling", "sibling": "s", "learning_rate": 0.1}, "learning_rate=0.1: the preset 'sibling' does"),
+        (
+            {"preset": "influence-scorer", "sibling": "s", "target": ("t",), "patience": 3},
+            "patience=3: the preset 'influence-scorer' does not read it",
+        ),
+        (
+            {"preset": "influence-scorer", "sibling": "s", "target": ("t",), "steps": 0},
+            "steps=0: the preset 'influence-scorer' fits its head to",
+        ),
+        ({"preset": "svd", "probe_tokens": 9}, "probe_tokens: the preset 'svd' does not weigh by it"),
+        ({"objective": "none", "steps": 300}, "steps=300: objective='none' trains nothing"),
+        ({"steps": 0, "learning_rate": 0.1}, "learning_rate=0.1: steps=0 trains nothing"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], said: str) -> None:

@@ -13,18 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 
 import tamis
-from proxy_case import SETTINGS
+from proxy_case import SETTINGS, UNALIGNED
 from tamis.cli.main import run as tamis_command
 from tamis.errors import InvalidInput, InvalidSettings, Unsupported
 from tamis.model.load import ModelSettings, load_model
 from tamis.model.lowrank import low_rank_layers
 from tamis.model.source import resolve_source
-from tiny_run import TinyRun, chat, make_run, save_model, write_rows
+from tiny_run import TinyRun, chat, make_run, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +39,9 @@ def one_thread() -> Any:
     torch.set_num_threads(before)
 
 
-def build(run: TinyRun, out: Path, **changes: Any) -> tamis.ProxyResult:
+def build(run: TinyRun, out: Path, *, base: dict[str, Any] | None = None, **changes: Any) -> tamis.ProxyResult:
     return tamis.proxy(
-        **{"model": run.model, "pool": run.pool, "target": run.target, "out": out, **SETTINGS, **changes}
+        **{"model": run.model, "pool": run.pool, "target": run.target, "out": out, **(base or SETTINGS), **changes}
     )
 
 
@@ -172,38 +171,9 @@ def test_the_paper_preset_runs_with_its_control_beside(run: TinyRun, tmp_path: P
 
 
 def test_rows_of_the_pool_stand_in_for_a_target(run: TinyRun, tmp_path: Path) -> None:
-    found = build(run, tmp_path / "alone", target=(), objective="none").retention
+    found = build(run, tmp_path / "alone", target=(), base=UNALIGNED).retention
     assert set(found["targets"]) <= {"sums", "talk", "other sources"} and sum(found["targets"].values()) == 6
     assert "No --target was given" in found["notes"][0] and found["aligned"] is None and not found["sweep"]
-
-
-def test_baselines_are_folders_too(run: TinyRun, tmp_path: Path) -> None:
-    blocks = build(run, tmp_path / "blocks", preset="layer-extraction")
-    assert blocks.retention["achieved"] == 0.5 and "Blocks kept: 1 of 2" in blocks.retention["notes"][0]
-    assert load_model(ModelSettings(name=str(blocks.out), device="cpu")).model.config.num_hidden_layers == 1  # type: ignore[union-attr, operator]
-    small = save_model(tmp_path / "small-model", seed=3, hidden=16)
-    sibling = build(run, tmp_path / "small", preset="sibling", sibling=small)
-    assert sibling.retention["sparsity"] is None
-    assert sibling.retention["cost"]["params_proxy"] < sibling.retention["cost"]["params_full"]
-    selection = tamis.select(
-        model=sibling.out, pool=run.pool, target=run.target, budget=5, out=tmp_path / "by-sibling", device="cpu"
-    )
-    assert len(selection) == 5
-
-
-def test_a_score_head_gives_scores_and_no_model(run: TinyRun, tmp_path: Path) -> None:
-    small = save_model(tmp_path / "small-model", seed=3, hidden=16)
-    built = build(run, tmp_path / "head", preset="influence-scorer", sibling=small, steps=20)
-    found = built.retention
-    assert found["final"]["loss"] is None and found["final"]["agreement"]["spearman"]["value"] > 0.5
-    table = pq.read_table(built.out / "scores.parquet")
-    assert table.column_names == ["row", "id", "score:target"] and table.num_rows == 120
-    best = np.argsort(-table["score:target"].to_numpy(), kind="stable")[:10]
-    assert np.isin(table["row"].to_numpy()[best], [*run.relevant, 118]).mean() > 0.5
-    with pytest.raises(InvalidInput, match=r"has no config\.json"):
-        tamis.select(model=built.out, pool=run.pool, target=run.target, out=tmp_path / "x", device="cpu")
-    with pytest.raises(InvalidSettings, match="learns the scores for a target; pass --target"):
-        build(run, tmp_path / "y", preset="influence-scorer", sibling=small, target=())
 
 
 @pytest.mark.parametrize(
@@ -212,11 +182,6 @@ def test_a_score_head_gives_scores_and_no_model(run: TinyRun, tmp_path: Path) ->
         ({"sparsity": 1.0}, InvalidSettings, "sparsity=1.0: expected a share above 0 and below 1"),
         ({"preset": "ipsdv"}, InvalidSettings, "expected one of default, ipsvd.*did you mean 'ipsvd'"),
         ({"preset": "sibling"}, InvalidSettings, "pass --sibling MODEL"),
-        (
-            {"preset": "layer-extraction", "form": "core"},
-            InvalidSettings,
-            "the preset 'layer-extraction' factors no",
-        ),
         ({"sibling": "x"}, InvalidSettings, "only the presets sibling and influence-scorer take one"),
         ({"preset": "paper", "probe_rows": 1, "probe_tokens": 2}, InvalidSettings, "has 2 probe tokens.*form=probe"),
         ({"learning_rate": 1e30}, tamis.TamisError, "diverged at step"),
@@ -239,6 +204,14 @@ def test_a_pool_of_too_few_rows_and_a_proxy_of_a_proxy_are_refused(
         build(run, tmp_path / "twice", model=built.out)
 
 
+def test_target_rows_that_cannot_be_used_are_counted(run: TinyRun, tmp_path: Path) -> None:
+    long = chat("Tell me. " * 80, "No.", id="long")  # its answer is cut off
+    target = write_rows(tmp_path / "t.jsonl", [*map(json.loads, run.target.read_text().splitlines()), long])
+    found = build(run, tmp_path / "proxy", target=target, max_length=256, base=UNALIGNED)
+    assert found.retention["targets"] == {"t": 4}
+    assert "1 of the 5 rows of target 't' have no supervised token" in found.retention["notes"][0]
+
+
 def test_an_adapter_is_merged(run: TinyRun, tmp_path: Path) -> None:
     from tamis.training.lora import add_lora
 
@@ -249,9 +222,9 @@ def test_an_adapter_is_merged(run: TinyRun, tmp_path: Path) -> None:
             if ".lora_B." in name:
                 param.normal_(generator=torch.Generator().manual_seed(0), std=0.1)
     adapted.save_pretrained(tmp_path / "adapter")
-    found = build(run, tmp_path / "proxy", model=tmp_path / "adapter", objective="none")
+    found = build(run, tmp_path / "proxy", model=tmp_path / "adapter", base=UNALIGNED)
     assert len(low_rank_layers(load_model(ModelSettings(name=str(found.out), device="cpu")).model)) == 14
-    other = build(run, tmp_path / "plain", objective="none")
+    other = build(run, tmp_path / "plain", base=UNALIGNED)
     assert found.retention["loss_full"] != other.retention["loss_full"]
 
 
@@ -285,8 +258,8 @@ def test_the_page_shows_hostile_names_as_text(run: TinyRun, tmp_path: Path) -> N
 def test_rows_in_memory_build_the_same_proxy(run: TinyRun, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in run.pool.read_text().splitlines()]
     target = [json.loads(line) for line in run.target.read_text().splitlines()]
-    found = build(run, tmp_path / "held", pool=rows, target={"target": target}, objective="none")
-    files = build(run, tmp_path / "files", objective="none")
+    found = build(run, tmp_path / "held", pool=rows, target={"target": target}, base=UNALIGNED)
+    files = build(run, tmp_path / "files", base=UNALIGNED)
     assert (found.out / "model.safetensors").read_bytes() == (files.out / "model.safetensors").read_bytes()
     assert found.manifest["command"].startswith("tamis.proxy(...) in Python")
     assert files.manifest["command"] == f"tamis proxy --config {tmp_path / 'files' / 'run.yaml'}"

@@ -99,6 +99,9 @@ def at(value: float, *, name: str = "x", width: float = 0.1) -> Kept:
         (0.95, {0.3: 0.97, 0.7: 0.92}, 0.7, "0.7 kept that much before alignment"),
         (0.8, {0.3: 0.93, 0.1: 0.97}, 0.3, "build with --sparsity 0.3"),
         (0.6, {0.1: 0.7}, None, "No sparsity that was measured kept it"),
+        (0.6, {}, None, "or accept the loss of agreement"),
+        (0.2, {}, None, "or take a lower --sparsity. With so little agreement a selection by it is not the model's"),
+        (-0.1, {0.3: 0.95}, 0.3, "do not select with it"),
     ],
 )
 def test_advice_names_the_largest_measured_sparsity_that_keeps_enough(
@@ -124,10 +127,11 @@ def test_advice_never_names_what_was_done_or_what_a_baseline_cannot_do() -> None
         keep=0.9, sparsity=0.5, before=at(0.95), final=at(0.8), sweep=[half], control=None, seconds_ratio=0.5
     )
     assert "build with --objective none" in " ".join(worse.sentences) and "--sparsity" not in " ".join(worse.sentences)
-    for final in (0.7, 0.95):
+    for final in (0.2, 0.7, 0.95):
         sibling = advise(
             keep=0.9, sparsity=None, before=None, final=at(final), sweep=(), control=None, seconds_ratio=0.5,
             is_low_rank=False,
         )  # fmt: skip
         said = " ".join(sibling.sentences)
         assert sibling.sparsity is None and "--steps" not in said and "sparsity" not in said
+        assert ("take another --sibling" in said) == (final == 0.2)

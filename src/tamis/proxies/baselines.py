@@ -50,7 +50,6 @@ def build_extraction(loaded: LoadedModel, settings: ProxySettings, bench: Bench,
         "blocks": kept,
         "seed": settings.seed,
     }
-    write_folder(proxy, loaded.tokenizer, ProxyLayout(ranks={}, made_by=made_by), out)
     full, ours = bench.held_out(model), bench.held_out(proxy)
     note = (
         f"Blocks kept: {', '.join(map(str, kept))} of {len(importance)} (from 0); change of the states by block: "
@@ -58,6 +57,7 @@ def build_extraction(loaded: LoadedModel, settings: ProxySettings, bench: Bench,
     )
     achieved = 1 - len(kept) / len(importance)
     cost = bench.cost(model, proxy, build=0.0, align=0.0)
+    write_folder(proxy, loaded.tokenizer, ProxyLayout(ranks={}, made_by=made_by), out)
     return _retention(settings, bench, model, proxy, full, ours, cost=cost, achieved=achieved, notes=(note,))
 
 
@@ -75,11 +75,11 @@ def build_sibling(
         "base_fingerprint": loaded.fingerprint,
         "sibling_fingerprint": sibling.fingerprint,
     }
-    write_folder(sibling.model, sibling.tokenizer, ProxyLayout(ranks={}, made_by=made_by), out)
     full, theirs = bench.held_out(loaded.model), replace(bench, roles=roles, pad_id=sibling.pad_id)
     ours = theirs.held_out(sibling.model)
     cost = bench.cost(loaded.model, sibling.model, build=0.0, align=0.0, theirs=theirs)
     achieved = _size_ratio(loaded.model, sibling.model)
+    write_folder(sibling.model, sibling.tokenizer, ProxyLayout(ranks={}, made_by=made_by), out)
     return _retention(settings, bench, loaded.model, sibling.model, full, ours, cost=cost, achieved=achieved)
 
 
@@ -117,11 +117,9 @@ def build_scorer(
     full = bench.held_out(model)
     scores = head.predict(row_states(sibling.model, roles.held_out, **how))
     final = Kept(name="this head", loss=None, agreement=agreement(scores, full.scores, names, seed=bench.seed))
-    write_head(head, names, out / "scorer.safetensors")
     rows = list(pool)
     with progress.stage("scores (pool)", len(rows), "rows") as advance:
         predicted = head.predict(row_states(sibling.model, [row for _, row in rows], **how, advance=advance))
-    _write_scores(rows, predicted, names, out / "scores.parquet")
     theirs = replace(bench, roles=roles, pad_id=sibling.pad_id)
     # The head needs a forward pass alone, and no logits.
     cost = replace(
@@ -136,6 +134,8 @@ def build_scorer(
     )
     made = _retention(settings, bench, model, sibling.model, full, full, cost=cost, achieved=0.0, notes=(note,))
     achieved = _size_ratio(model, sibling.model)
+    write_head(head, names, out / "scorer.safetensors")
+    _write_scores(rows, predicted, names, out / "scores.parquet")
     return replace(made, final=final, achieved=achieved, advice=made.advised(settings.keep, final))
 
 

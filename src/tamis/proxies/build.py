@@ -92,7 +92,7 @@ def build_low_rank(
     before = bench.kept(BEFORE, bench.held_out(proxy), full)
     aligned, control = None, None
     others = []
-    if recipe.objective != "none" and settings.steps and ranks:
+    if settings.aligns and ranks:
         others.append(before)
         retention = validation_retention(model, bench)
         options = align_settings(settings, recipe, model)
@@ -103,12 +103,12 @@ def build_low_rank(
         aligned = _aligned(proxy, model, options, retention, bench, work / "alignment", progress)
     for param in factor_params(proxy).values():  # trained in float32; scored and saved in the model's own type
         param.data = param.data.to(embedding_matrix(model).dtype)
-    write_folder(proxy, loaded.tokenizer, _layout(settings, recipe, ranks, done, loaded), out)
     ours = bench.held_out(proxy)
     final = bench.kept(f"this proxy, {recipe.space}", ours, full)
     others += _other_spaces(proxy, recipe, ours, full, bench)
     achieved, whole = achieved_sparsity(model, proxy, layers)
     cost = bench.cost(model, proxy, build=done.seconds, align=aligned.seconds if aligned else 0.0)
+    write_folder(proxy, loaded.tokenizer, _layout(settings, recipe, ranks, done, loaded), out)  # nothing fails after
     return Retention(
         model=settings.model,
         preset=settings.preset,

@@ -66,10 +66,12 @@ def collect_probes(
         for layer in layers:
             parts[layer.name].append(consumer.found.pop(layer.name))
         advance(len(batch.rows))
-    return {
-        name: LayerProbes(inputs=torch.cat([i for i, _ in found]), grads=torch.cat([g for _, g in found]))
-        for name, found in parts.items()
-    }
+    whole = {}
+    for layer in layers:  # parts go as their layer is joined: both at once would be twice the memory that was allowed
+        found = parts.pop(layer.name)
+        whole[layer.name] = LayerProbes(inputs=torch.cat([i for i, _ in found]), grads=torch.cat([g for _, g in found]))
+        del found
+    return whole
 
 
 class _SampledTokens:

@@ -29,6 +29,7 @@ __all__ = [
     "total_tflops",
 ]
 
+_SOME_AGREEMENT = 0.5  # rank correlation below which two selections of a few percent share little
 BEFORE, CONTROL = "before alignment", "control: outputs alone, three times the steps"  # names of measurements
 
 
@@ -224,16 +225,20 @@ def advise(
             sentences.append("The same sparsity kept it before alignment: build with --objective none.")
         elif best is not None:
             sentences.append(f"A sparsity of {best:g} kept it before alignment: build with --sparsity {best:g}.")
-        elif is_low_rank:
-            sentences.append(
-                "No sparsity that was measured kept it. Score with the full model after a --shortlist, align for more "
-                "--steps, or accept the loss of agreement."
-            )
         else:
-            sentences.append(
-                "Score with the full model after a --shortlist, build a proxy by the preset default, or accept the "
-                "loss of agreement."
-            )
+            last = "take another --sibling" if sparsity is None else "take a lower --sparsity"
+            last = "accept the loss of agreement" if found >= _SOME_AGREEMENT else last
+            if is_low_rank:
+                sentences.append(
+                    "No sparsity that was measured kept it. Score with the full model after a --shortlist, align for "
+                    f"more --steps, or {last}."
+                )
+            else:
+                sentences.append(
+                    f"Score with the full model after a --shortlist, build a proxy by the preset default, or {last}."
+                )
+        if found < _SOME_AGREEMENT:
+            sentences.append("With so little agreement a selection by it is not the model's: do not select with it.")
     if before is not None and found < before.agreement.spearman.value:
         sentences.append("Alignment did not raise the agreement on held-out rows; more rows or a lower rate may.")
     if control is not None and control.agreement.spearman.value > found:

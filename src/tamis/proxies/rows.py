@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -44,6 +44,7 @@ class TargetRows:
     group: IntArray
     names: tuple[str, ...]
     are_stand_ins: bool  # drawn from the pool, because no target was given
+    left_out: Mapping[str, int] = field(default_factory=dict)  # rows of a target without a supervised token
 
     def counts(self) -> dict[str, int]:
         """Rows of every target."""
@@ -120,6 +121,12 @@ class Roles:
             said.append(
                 f"No --target was given: {len(self.target.rows)} pool rows stand in for it, as "
                 f"{len(self.target.names)} targets by their source."
+            )
+        counts = self.target.counts()
+        for name, number in self.target.left_out.items():
+            said.append(
+                f"{number} of the {number + counts[name]} rows of target '{name}' have no supervised token within "
+                "--max-length, or cannot be rendered, and are left out."
             )
         return said
 
@@ -228,6 +235,7 @@ def _render(example: Example, renderer: Renderer, on_bad_row: str) -> Row | None
 def _given_targets(target: Mapping[str, Sequence[Example]], renderer: Renderer, on_bad_row: str) -> TargetRows:
     rows: list[Row] = []
     group: list[int] = []
+    left_out: dict[str, int] = {}
     for index, (name, examples) in enumerate(target.items()):
         usable = [row for example in examples if (row := _render(example, renderer, on_bad_row)) is not None]
         if not usable:
@@ -236,7 +244,15 @@ def _given_targets(target: Mapping[str, Sequence[Example]], renderer: Renderer, 
             )
         rows += usable
         group += [index] * len(usable)
-    return TargetRows(rows=tuple(rows), group=np.array(group, dtype=np.int64), names=tuple(target), are_stand_ins=False)
+        if len(usable) < len(examples):
+            left_out[name] = len(examples) - len(usable)
+    return TargetRows(
+        rows=tuple(rows),
+        group=np.array(group, dtype=np.int64),
+        names=tuple(target),
+        are_stand_ins=False,
+        left_out=left_out,
+    )
 
 
 def _stand_ins(rows: Sequence[Row]) -> TargetRows:

@@ -6,6 +6,7 @@ characters are made visible, and the page's own policy lets no script run and no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,10 @@ from tamis.proxies.align import Aligned
 from tamis.proxies.retention import Retention
 from tamis.report import figures, wording
 
-__all__ = ["Drawing", "retention_page"]
+__all__ = ["Drawing", "retention_page", "round_numbers"]
 
 _TEMPLATES = Path(__file__).parent / "templates"
+_Y_STEP = 0.25
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 260, 48, 16, 14, 40
 
 
@@ -31,9 +33,10 @@ class Drawing:
     title: str
     alt: str
     x_label: str
-    lines: tuple[tuple[str, str, str], ...]  # role, label, points
+    lines: tuple[tuple[str, str, tuple[tuple[float, float], ...]], ...]  # role, label, points
     x_ticks: tuple[tuple[float, str], ...]
     y_ticks: tuple[tuple[float, str], ...]
+    wanted: tuple[float, str] | None  # a level, and what it is called
     width: int = _WIDTH
     height: int = _HEIGHT
 
@@ -55,7 +58,8 @@ def retention_page(content: Retention, *, command: str, warnings: Sequence[str])
         content=content,
         command=command,
         warnings=list(warnings),
-        drawings=[*_sweep(content), *_curves(content)],
+        sweep=_sweep(content),
+        curves=_curves(content),
         palette=figures.PALETTE,
         style=Markup((_TEMPLATES / "page.css").read_text(encoding="utf-8")),
     )
@@ -73,15 +77,15 @@ def _sweep(content: Retention) -> list[Drawing]:
     final = content.final.agreement.spearman.value
     said = ", ".join(f"{value:.2f} at {rho:g}" for rho, value in points)
     lines = [("selected", "ranking kept, before alignment", points), ("pool", "loss kept (full over proxy)", losses)]
-    lines.append(
-        ("target", "ranking kept by this proxy", [(content.sparsity - 0.03, final), (content.sparsity + 0.03, final)])
-    )
+    lines.append(("target", "ranking kept by this proxy", [(content.sparsity, final)]))
     return [
         _drawing(
             "What is kept at each sparsity",
             f"Rank correlation with the full model before alignment: {said}. This proxy: {final:.2f}.",
             "sparsity",
             lines,
+            wanted=content.advice.keep,
+            x_ticks=[rho for rho, _ in points],
         )
     ]
 
@@ -99,6 +103,7 @@ def _curves(content: Retention) -> list[Drawing]:
             f"Rank correlation on validation rows over seconds of training; at the end: {ends}.",
             "seconds of training",
             lines,
+            wanted=content.advice.keep,
         )
     ]
 
@@ -108,12 +113,19 @@ def _by_seconds(aligned: Aligned) -> list[tuple[float, float]]:
 
 
 def _drawing(
-    title: str, alt: str, x_label: str, lines: Sequence[tuple[str, str, Sequence[tuple[float, float]]]]
+    title: str,
+    alt: str,
+    x_label: str,
+    lines: Sequence[tuple[str, str, Sequence[tuple[float, float]]]],
+    *,
+    wanted: float,
+    x_ticks: Sequence[float] | None = None,
 ) -> Drawing:
     xs = [x for _, _, points in lines for x, _ in points]
     ys = [y for _, _, points in lines for _, y in points]
     low_x, high_x = min(xs), max(xs)
-    low_y, high_y = min(0.0, *ys), max(1.0, *ys)
+    low_y = _Y_STEP * math.floor(min(0.0, *ys) / _Y_STEP)
+    high_y = _Y_STEP * math.ceil(max(1.0, *ys) / _Y_STEP)
 
     def across(x: float) -> float:
         return round(_LEFT + (x - low_x) / ((high_x - low_x) or 1) * (_WIDTH - _LEFT - _RIGHT), 1)
@@ -121,17 +133,26 @@ def _drawing(
     def up(y: float) -> float:
         return round(_TOP + (high_y - y) / ((high_y - low_y) or 1) * (_HEIGHT - _TOP - _BOTTOM), 1)
 
+    lowest, highest = round(low_y / _Y_STEP), round(high_y / _Y_STEP)
+    every = 1 + (highest - lowest) // 8  # a ratio of losses can be far above 1
+    levels = [_Y_STEP * step for step in range(lowest, highest + 1) if step % every == 0]  # 0 among them
     return Drawing(
         title=title,
         alt=alt,
         x_label=x_label,
-        lines=tuple(
-            (role, label, " ".join(f"{across(x)},{up(y)}" for x, y in points)) for role, label, points in lines
-        ),
-        x_ticks=tuple((across(x), f"{x:.3g}") for x in _spread(low_x, high_x)),
-        y_ticks=tuple((up(y), f"{y:.2g}") for y in _spread(low_y, high_y)),
+        lines=tuple((role, label, tuple((across(x), up(y)) for x, y in points)) for role, label, points in lines),
+        x_ticks=tuple((across(x), f"{x:.3g}") for x in (x_ticks or round_numbers(low_x, high_x))),
+        y_ticks=tuple((up(y), f"{y:g}".replace("-", "−")) for y in levels),
+        wanted=(up(wanted), f"wanted: {wanted:g}") if low_y <= wanted <= high_y else None,
     )
 
 
-def _spread(low: float, high: float, parts: int = 4) -> list[float]:
-    return [low + (high - low) * part / parts for part in range(parts + 1)]
+def round_numbers(low: float, high: float, most: int = 7) -> list[float]:
+    """Multiples of 1, 2 or 5 times a power of ten between ``low`` and ``high``, ``most`` at most."""
+    if not high > low:
+        return [low]
+    power = 10.0 ** math.floor(math.log10((high - low) / most))
+    step = next(factor * power for factor in (1, 2, 5, 10, 20) if (high - low) / (factor * power) <= most - 1)
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [number * step for number in range(first, last + 1)]
