@@ -36,8 +36,8 @@ from tamis.proxies.compressible import find_compressible
 from tamis.proxies.decompose import decompose
 from tamis.proxies.retention import block_tflops, total_tflops
 from tamis.proxies.rows import Row, batches_of
-from tamis.proxy_run import prepare, read_rows
-from tamis.proxy_settings import ProxySettings, recipe_of
+from tamis.runs.proxy import prepare, read_rows
+from tamis.settings.proxy import ProxySettings, recipe_of
 
 KEY = ("sparsity", "what", "repeat")
 FIELDS = (*KEY, "target_seconds", "proxy_seconds", "ratio", "operations_ratio", "rows", "tokens", "threads", "clock")

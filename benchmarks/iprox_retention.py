@@ -36,8 +36,8 @@ from tamis.proxies.influence import Measured, agreement, mixed_scores
 from tamis.proxies.layer_extraction import block_importance, blocks_to_keep, extract_blocks
 from tamis.proxies.objectives import factor_params
 from tamis.proxies.rows import batches_of
-from tamis.proxy_run import prepare, read_rows
-from tamis.proxy_settings import ProxySettings, Recipe, recipe_of
+from tamis.runs.proxy import prepare, read_rows
+from tamis.settings.proxy import ProxySettings, Recipe, recipe_of
 
 KEY = ("seed", "preset", "probe_rows", "sparsity", "objective")
 FIELDS = (

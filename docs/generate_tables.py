@@ -25,8 +25,8 @@ from tamis.notation import METHOD_SUMMARIES, ONLINE_SUMMARIES, PROJECTION_NAMES,
 from tamis.online import METHODS as ONLINE  # noqa: E402
 from tamis.online import StepSettings  # noqa: E402
 from tamis.online.settings import check_combination  # noqa: E402
-from tamis.proxy_settings import _RECIPES, Recipe  # noqa: E402
 from tamis.score import METHODS  # noqa: E402
+from tamis.settings.proxy import _RECIPES, Recipe  # noqa: E402
 
 PART = re.compile(r"(<!-- generated: ([^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 

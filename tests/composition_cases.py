@@ -11,7 +11,7 @@ from typing import Any
 
 from tamis.errors import InvalidSettings
 from tamis.notation import PROJECTION_NAMES
-from tamis.pipeline import make_method
+from tamis.runs.select import make_method
 from tamis.score import METHODS
 from tamis.settings import SelectSettings
 

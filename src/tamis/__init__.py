@@ -62,11 +62,9 @@ if TYPE_CHECKING:
         train,
         verify,
     )
-    from tamis.compare_settings import CompareSettings
     from tamis.errors import TamisError
     from tamis.online.sft import OnlineSFTTrainer
     from tamis.online.trainer import OnlineTrainer
-    from tamis.proxy_settings import ProxySettings
     from tamis.settings import (
         AttributeSettings,
         DoctorSettings,
@@ -75,19 +73,21 @@ if TYPE_CHECKING:
         TrainRunSettings,
         VerifySettings,
     )
+    from tamis.settings.compare import CompareSettings
+    from tamis.settings.proxy import ProxySettings
     from tamis.trajectory.recorder import TrajectoryRecorder
 
 _HOMES = {
     "AttributeSettings": "tamis.settings",
     "Attribution": "tamis.api",
     "CompareResult": "tamis.api",
-    "CompareSettings": "tamis.compare_settings",
+    "CompareSettings": "tamis.settings.compare",
     "DoctorSettings": "tamis.settings",
     "OnlineSFTTrainer": "tamis.online.sft",
     "OnlineTrainer": "tamis.online.trainer",
     "PlanSettings": "tamis.settings",
     "ProxyResult": "tamis.api",
-    "ProxySettings": "tamis.proxy_settings",
+    "ProxySettings": "tamis.settings.proxy",
     "PlantedResult": "tamis.api",
     "SelectSettings": "tamis.settings",
     "Selection": "tamis.api",

@@ -9,19 +9,19 @@ from typing import Any
 
 from torch import nn
 
-from tamis.attribute_run import Attribution, attribute_from_settings
-from tamis.compare_run import CompareResult, PlantedResult, compare_from_settings
-from tamis.compare_settings import CompareSettings
 from tamis.data.rows import Rows, are_rows, checked_rows, held_name
 from tamis.errors import InvalidSettings
 from tamis.evaluate.cost import PlanResult, estimate_plan
 from tamis.evaluate.doctor import DoctorResult, examine
 from tamis.online.by_name import plain_settings as online_settings
 from tamis.online.choice import Method as OnlineMethod
-from tamis.pipeline import Selection, select_from_settings
 from tamis.protocols import Method, Progress
-from tamis.proxy_run import ProxyResult, proxy_from_settings
-from tamis.proxy_settings import ProxySettings
+from tamis.runs.attribute import Attribution, attribute_from_settings
+from tamis.runs.compare import CompareResult, PlantedResult, compare_from_settings
+from tamis.runs.proxy import ProxyResult, proxy_from_settings
+from tamis.runs.select import Selection, select_from_settings
+from tamis.runs.train import TrainResult, train_from_settings
+from tamis.runs.verify import Verification, verify_from_settings
 from tamis.settings import (
     AttributeSettings,
     DoctorSettings,
@@ -30,9 +30,9 @@ from tamis.settings import (
     TrainRunSettings,
     VerifySettings,
 )
-from tamis.train_run import TrainResult, train_from_settings
+from tamis.settings.compare import CompareSettings
+from tamis.settings.proxy import ProxySettings
 from tamis.values import from_dict
-from tamis.verify_run import Verification, verify_from_settings
 
 __all__ = [
     "Attribution",
@@ -276,7 +276,7 @@ def proxy(
         sparsity: share of the compressed layers' numbers that is removed.
         out: folder for the proxy; an interrupted build with the same arguments resumes there.
         progress: where to say how far it is; by default nowhere.
-        settings: any other field of ``tamis.proxy_settings.ProxySettings``.
+        settings: any other field of ``tamis.settings.proxy.ProxySettings``.
 
     Returns:
         Where the proxy lies and what it keeps.

@@ -16,8 +16,8 @@ import pytest
 import tamis
 from tamis.cli.compare import compare
 from tamis.cli.main import run
-from tamis.compare_settings import CompareSettings, MethodText, method_parts
 from tamis.config import config_text, read_config
+from tamis.settings.compare import CompareSettings, MethodText, method_parts
 from tamis.values import from_dict
 
 ARGUMENTS = ["--model", "m", "--pool", "p.jsonl", "--target", "t.jsonl", "--eval", "e.jsonl"]

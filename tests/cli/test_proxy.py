@@ -16,7 +16,7 @@ import tamis
 from tamis.cli.main import run
 from tamis.errors import InvalidSettings
 from tamis.notation import PROXY_SUMMARIES
-from tamis.proxy_settings import ProxySettings, Recipe, recipe_of
+from tamis.settings.proxy import ProxySettings, Recipe, recipe_of
 
 ARGUMENTS = ["--model", "m", "--pool", "p.jsonl", "q.jsonl"]
 

@@ -7,11 +7,9 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from tamis.compare_settings import CompareSettings
 from tamis.errors import InvalidSettings
 from tamis.notation import GRADIENT_METHODS, METHOD_SUMMARIES, PROJECTION_NAMES, shortlist_parts, target_parts
 from tamis.projection import PROJECTIONS
-from tamis.proxy_settings import ProxySettings
 from tamis.score import METHODS
 from tamis.settings import (
     AttributeSettings,
@@ -22,6 +20,8 @@ from tamis.settings import (
     TrainRunSettings,
     VerifySettings,
 )
+from tamis.settings.compare import CompareSettings
+from tamis.settings.proxy import ProxySettings
 from tamis.values import from_dict, nearest, to_dict
 
 REQUIRED: dict[str, Any] = {"model": "m", "pool": ("p.jsonl",), "target": ("t.jsonl",)}

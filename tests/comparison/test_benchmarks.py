@@ -62,7 +62,7 @@ def test_without_the_package_a_comparison_says_so_before_it_reads_or_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(benchmarks, "find_spec", lambda name: None)
-    monkeypatch.setattr("tamis.compare_run.model_fingerprint", lambda settings: pytest.fail("the model was read"))
+    monkeypatch.setattr("tamis.runs.compare.model_fingerprint", lambda settings: pytest.fail("the model was read"))
     run = make_run(tmp_path / "run", rows=20)
     with pytest.raises(Unsupported, match=r"pip install 'tamis\[eval\]'"):
         tamis.compare(

@@ -269,7 +269,7 @@ def test_more_seeds_and_methods_add_runs_and_repeat_none(
 ) -> None:
     before = records(whole.out)
     steps: list[int] = []
-    from tamis import compare_training as training
+    from tamis.runs import compare_training as training
 
     train = training.fine_tune
 

@@ -11,12 +11,12 @@ import pytest
 from scipy import stats
 
 from comparison_runs import contender, made_run
-from tamis.compare_run import _of_runs
 from tamis.comparison.records import Run
 from tamis.comparison.result import SelectionFacts
 from tamis.comparison.statistics import holm
 from tamis.comparison.verdict import compare_pairs, standings_of
 from tamis.report.conclude import conclude
+from tamis.runs.compare import _of_runs
 
 MATCHED = "full at tracin's cost"
 CONTENDERS = [

@@ -19,9 +19,9 @@ from tamis import online, score
 from tamis.errors import InvalidSettings
 from tamis.evaluate.cost import _values as planned_values
 from tamis.online.by_name import make_method as make_online
-from tamis.pipeline import make_method as make_offline
-from tamis.proxy_settings import ProxySettings, Recipe
+from tamis.runs.select import make_method as make_offline
 from tamis.settings import SelectSettings
+from tamis.settings.proxy import ProxySettings, Recipe
 from tamis.values import from_dict, method_from_dict
 
 Make = Callable[[Mapping[str, Any]], Any]

@@ -18,10 +18,10 @@ import tamis
 import tamis.methods
 import tamis.online
 from tamis.cli import main as cli
-from tamis.compare_settings import CompareSettings
 from tamis.notation import METHOD_SUMMARIES, ONLINE_SUMMARIES, PROJECTION_NAMES
-from tamis.proxy_settings import ProxySettings
 from tamis.settings import SelectSettings, TrainRunSettings
+from tamis.settings.compare import CompareSettings
+from tamis.settings.proxy import ProxySettings
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

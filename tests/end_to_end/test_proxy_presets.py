@@ -192,7 +192,7 @@ def test_a_refused_baseline_leaves_the_folder_free(
 
 
 def test_another_runs_claim_is_not_given_up(tmp_path: Path) -> None:
-    from tamis.outputs import claim_folder, free_claim
+    from tamis.runs.outputs import claim_folder, free_claim
 
     claim_folder(tmp_path / "out", {"verb": "proxy", "seed": 1})
     free_claim(tmp_path / "out", {"verb": "proxy", "seed": 2})

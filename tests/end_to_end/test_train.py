@@ -28,7 +28,7 @@ from tamis.data.render import Renderer
 from tamis.errors import InvalidInput, InvalidSettings, Unsupported
 from tamis.online.fate import read_candidates
 from tamis.online.trainer import OnlineTrainer
-from tamis.run_report import write_report
+from tamis.runs.report import write_report
 from tamis.training.lora import add_lora
 from tiny_run import TinyRun, chat, make_run, save_model, write_rows
 
@@ -160,7 +160,7 @@ def test_a_finished_run_is_recognised_and_another_one_refused_by_what_differs(
     out, pool = tmp_path / "out", tmp_path / "pool.jsonl"
     shutil.copy(run.pool, pool)
     first = train(run, out, pool=pool, method="full", steps=2)
-    monkeypatch.setattr("tamis.train_run.open_model", lambda *_, **__: pytest.fail("the model was loaded again"))
+    monkeypatch.setattr("tamis.runs.train.open_model", lambda *_, **__: pytest.fail("the model was loaded again"))
     again = train(run, out, pool=pool, method="full", steps=2, log_steps=2)  # what cannot change the weights may differ
     assert again.was_finished and again.manifest == first.manifest and again.log == first.log
     with pytest.raises(InvalidSettings, match=r"holds another run: settings\.weight_decay was 0\.0 there and is 0\.5"):
@@ -311,7 +311,7 @@ def test_what_cannot_be_is_refused_in_one_line(
     message: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("tamis.train_setup.find_spec", lambda name: None)
+    monkeypatch.setattr("tamis.runs.train_setup.find_spec", lambda name: None)
     with pytest.raises(error, match=message) as caught:
         train(run, tmp_path / "out", **changes)
     assert "\n" not in str(caught.value)

@@ -16,8 +16,8 @@ from tamis.progress import NoProgress
 from tamis.proxies.build import build_low_rank
 from tamis.proxies.compressible import find_compressible
 from tamis.proxies.retention import Retention
-from tamis.proxy_settings import ProxySettings
 from tamis.report.retention_page import retention_page
+from tamis.settings.proxy import ProxySettings
 from tiny_models import random_batch
 from tiny_run import byte_tokenizer
 

@@ -20,7 +20,7 @@ from tamis.proxies.compressible import find_compressible
 from tamis.proxies.decompose import Decomposed, decompose, factor_layer
 from tamis.proxies.probes import LayerProbes, collect_probes, count_probes, passes_within
 from tamis.proxies.rows import batches_of
-from tamis.proxy_settings import Recipe
+from tamis.settings.proxy import Recipe
 from tamis.types import LayerSpec
 from tiny_models import FAMILIES
 

@@ -18,7 +18,7 @@ from tamis.errors import InvalidInput
 from tamis.online.fate import _SCHEMA
 from tamis.report.page import render_training_page, write_text
 from tamis.report.training import TrainingContent, TrainingInputs, build_training_content
-from tamis.run_report import write_report
+from tamis.runs.report import write_report
 from tamis.types import Example
 
 STEPS, KEEP, OFFERED = 40, 2, 4

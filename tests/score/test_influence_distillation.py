@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from score_task import TARGET, batch_of, file_bytes, loop_gradients_of, make_task, models_alive, save_tiny, unit
 from tamis.embeddings import HiddenError, save_embeddings
 from tamis.errors import InvalidInput, InvalidSettings, Unsupported
-from tamis.pipeline import make_method
+from tamis.runs.select import make_method
 from tamis.score import landmark_gradients
 from tamis.score.distillation_settings import PRESETS, landmark_count
 from tamis.score.embedding_candidates import embeddings_within, label_of

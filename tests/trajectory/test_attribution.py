@@ -79,7 +79,7 @@ def test_scores_are_those_of_the_sweep_by_use_and_summed_by_sample(recorded: Rec
 
 
 def _row(row: dict[str, Any]) -> Any:
-    from tamis.trace_inputs import _of_tokens
+    from tamis.runs.trace_inputs import _of_tokens
 
     return _of_tokens(row)
 
@@ -150,7 +150,7 @@ def test_embeddings_serve_a_target_that_comes_later(
 
 
 def test_a_killed_verification_goes_on_and_tells_the_methods_apart(recorded: Recorded, tmp_path: Path) -> None:
-    import tamis.verify_run as module
+    import tamis.runs.verify as module
 
     def verify(out: Path) -> tamis.Verification:
         return tamis.verify(
@@ -237,7 +237,7 @@ def test_the_three_verbs_work_one_after_the_other(
     summary = json.loads(capsys.readouterr().out)
     assert set(summary["methods"]) == {"adamw-influence", "sgd-influence", "tracin"} and summary["samples"] == 4
     # Several processes check no replay of their own: it is done before they start.
-    monkeypatch.setattr("tamis.verify_run.ProcessPoolExecutor", lambda *a, **k: pytest.fail("retrained unchecked"))
+    monkeypatch.setattr("tamis.runs.verify.ProcessPoolExecutor", lambda *a, **k: pytest.fail("retrained unchecked"))
     path, lost = tmp_path / "record/segments/00000000-00000002.safetensors", next((tmp_path / "v/truth").iterdir())
     own, tensors = path.read_bytes(), load_file(path)
     save_file({**tensors, "losses": tensors["losses"] * 2}, path)

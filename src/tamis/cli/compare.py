@@ -13,8 +13,8 @@ from rich.text import Text
 from tamis.cli import options as opt
 from tamis.cli.command import work
 from tamis.cli.output import plain
-from tamis.compare_settings import CompareSettings
 from tamis.report.wording import number, percent, visible
+from tamis.settings.compare import CompareSettings
 
 __all__ = ["EPILOG", "compare"]
 

@@ -50,7 +50,7 @@ def report(
     the best and worst rows, and what it cost. A selection has its page already, and its place is printed.
     """
     with clean_output(quiet=quiet or as_json):
-        from tamis.run_report import write_report  # imports PyTorch; help must not wait for it
+        from tamis.runs.report import write_report  # imports PyTorch; help must not wait for it
 
         path = write_report(run, out=out)
     if as_json:

@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from tamis.compare_settings import CompareSettings, MethodText, method_parts
 from tamis.identity import text_sha256
+from tamis.settings.compare import CompareSettings, MethodText, method_parts
 
 __all__ = ["FEWEST_DRAWS", "SUBSETS", "Contender", "Kind", "contenders_of", "slug"]
 

@@ -23,7 +23,7 @@ from tamis.proxies.influence import Measured, agreement, mean_correlation, mixed
 from tamis.proxies.objectives import factor_params
 from tamis.proxies.retention import BEFORE, CONTROL, Kept, Retention, SweepPoint, advise
 from tamis.proxies.rows import batches_of
-from tamis.proxy_settings import SWEEP, ProxySettings, Recipe, recipe_of
+from tamis.settings.proxy import SWEEP, ProxySettings, Recipe, recipe_of
 
 __all__ = [
     "achieved_sparsity",

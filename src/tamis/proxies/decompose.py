@@ -25,7 +25,7 @@ from tamis.maths.moment_roots import MomentRoot, core_root, damping_of, dense_ro
 from tamis.maths.rank_budget import LayerSpectrum, rank_for, share_ranks
 from tamis.maths.weighted_svd import WeightedFactors, balance, weighted_svd
 from tamis.proxies.probes import LayerProbes, collect_probes, count_probes, passes_within
-from tamis.proxy_settings import Recipe
+from tamis.settings.proxy import Recipe
 from tamis.types import Batch, LayerSpec
 
 __all__ = ["Decomposed", "decompose", "factor_layer"]

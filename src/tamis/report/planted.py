@@ -48,7 +48,7 @@ class Standing(Protocol):
 
 
 class Result(Protocol):
-    """What the page is made from; ``tamis.planted_run.PlantedResult`` is one."""
+    """What the page is made from; ``tamis.runs.planted.PlantedResult`` is one."""
 
     @property
     def standings(self) -> Sequence[Standing]:

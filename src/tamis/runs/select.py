@@ -25,11 +25,15 @@ from tamis.data.rows import Rows
 from tamis.disk import check_writable
 from tamis.errors import InvalidSettings
 from tamis.identity import file_sha256
-from tamis.manifest import costs, describe_data
 from tamis.model.load import model_fingerprint, resolved_dtype, template_sha256
 from tamis.model.processes import barrier, is_main
 from tamis.notation import shortlist_parts
-from tamis.outputs import (
+from tamis.progress import NoProgress
+from tamis.protocols import Method, Progress, ReadsFiles
+from tamis.report.content import ReportInputs, build_content
+from tamis.report.page import write_page
+from tamis.runs.manifest import costs, describe_data
+from tamis.runs.outputs import (
     MESSAGES,
     check_claim,
     claim_folder,
@@ -39,11 +43,7 @@ from tamis.outputs import (
     write_scores,
     write_selected,
 )
-from tamis.progress import NoProgress
-from tamis.protocols import Method, Progress, ReadsFiles
-from tamis.report.content import ReportInputs, build_content
-from tamis.report.page import write_page
-from tamis.row_shapes import count_shapes, training_warnings
+from tamis.runs.row_shapes import count_shapes, training_warnings
 from tamis.score import METHODS
 from tamis.score.losses import row_losses
 from tamis.seeds import child_seed

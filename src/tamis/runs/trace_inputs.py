@@ -21,8 +21,8 @@ from tamis.errors import InvalidInput
 from tamis.identity import canonical_json, file_sha256, text_sha256
 from tamis.model.load import ModelSettings, load_tokenizer, template_sha256
 from tamis.notation import target_parts
-from tamis.outputs import write_scores
 from tamis.protocols import Progress
+from tamis.runs.outputs import write_scores
 from tamis.settings import AttributeSettings, VerifySettings
 from tamis.trajectory.causal import RecordedRun
 from tamis.trajectory.log import LogReader

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from tamis.compare_settings import CompareSettings
 from tamis.comparison.planted import PlantedPool, answer, plant
 from tamis.corpora import Sources, leaked_rows
 from tamis.data.examples import Examples
@@ -19,8 +18,9 @@ from tamis.disk import make_folder, replace_atomically
 from tamis.errors import InvalidInput, InvalidSettings
 from tamis.model.processes import barrier, is_main
 from tamis.report.wording import percent
-from tamis.row_shapes import as_messages
+from tamis.runs.row_shapes import as_messages
 from tamis.seeds import child_seed, random_subset
+from tamis.settings.compare import CompareSettings
 from tamis.types import Example
 
 __all__ = ["planted_rows", "write_planted"]

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from tamis.compare_settings import CompareSettings
 from tamis.comparison.benchmarks import Benchmarks
 from tamis.comparison.cells import Cell, Price, Seen, rows_seen_in, seen_rows
 from tamis.comparison.measure import answer_of, held_out_losses, last_answer, written_answers
@@ -24,8 +23,9 @@ from tamis.model.load import load_model, no_progress_bars
 from tamis.model.processes import is_main
 from tamis.online.fate import read_candidates
 from tamis.progress import NoProgress
-from tamis.train_run import train_from_settings
-from tamis.train_setup import LEARNING_RATES, compute_dtype, open_model
+from tamis.runs.train import train_from_settings
+from tamis.runs.train_setup import LEARNING_RATES, compute_dtype, open_model
+from tamis.settings.compare import CompareSettings
 from tamis.training.loop import Spent, TrainSettings, fine_tune
 from tamis.types import IntArray
 

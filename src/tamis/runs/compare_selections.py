@@ -13,17 +13,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tamis.budget import parse_budget
-from tamis.compare_settings import CompareSettings, MethodText
 from tamis.comparison.contenders import slug
 from tamis.data.rows import Rows
 from tamis.errors import InvalidSettings
 from tamis.identity import fingerprint
 from tamis.model.processes import barrier
-from tamis.pipeline import select_from_settings
 from tamis.protocols import Progress
+from tamis.runs.select import select_from_settings
 from tamis.seeds import child_seed, random_subset, random_uniform
 from tamis.selection.choose import choose
 from tamis.settings import SelectSettings
+from tamis.settings.compare import CompareSettings, MethodText
 from tamis.types import IntArray, TargetScores
 from tamis.values import to_dict
 

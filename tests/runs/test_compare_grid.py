@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comparison_runs import contender
-from tamis.compare_grid import share_out
 from tamis.comparison.cells import Cell, make_cell
+from tamis.runs.compare_grid import share_out
 
 
 def cell(number: int, kind: Any, steps: int) -> Cell:

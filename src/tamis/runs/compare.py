@@ -14,11 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from tamis.compare_grid import Grid, common_spec, make_missing
-from tamis.compare_halves import half_files, halves_of, said_of_halves, write_halves
-from tamis.compare_selections import Chosen, PoolTable, select_rows
-from tamis.compare_settings import CompareSettings, method_parts
-from tamis.compare_training import Bench
 from tamis.comparison.benchmarks import open_benchmarks
 from tamis.comparison.cells import Cell, Price
 from tamis.comparison.contenders import Contender, contenders_of
@@ -37,16 +32,21 @@ from tamis.model.limits import skeleton
 from tamis.model.load import model_fingerprint, resolved_dtype, template_text
 from tamis.model.processes import barrier, is_main
 from tamis.notation import target_parts
-from tamis.outputs import check_claim, claim_folder, write_json
-from tamis.planted_run import PlantedResult, planted_from_settings
 from tamis.progress import NoProgress
 from tamis.protocols import Progress
 from tamis.report.comparison import comparison_document
 from tamis.report.conclude import conclude
 from tamis.report.document import write_document
 from tamis.report.wording import counted
+from tamis.runs.compare_grid import Grid, common_spec, make_missing
+from tamis.runs.compare_halves import half_files, halves_of, said_of_halves, write_halves
+from tamis.runs.compare_selections import Chosen, PoolTable, select_rows
+from tamis.runs.compare_training import Bench
+from tamis.runs.outputs import check_claim, claim_folder, write_json
+from tamis.runs.planted import PlantedResult, planted_from_settings
+from tamis.runs.train_setup import check_device, check_tuning
 from tamis.settings import SelectSettings
-from tamis.train_setup import check_device, check_tuning
+from tamis.settings.compare import CompareSettings, method_parts
 from tamis.values import to_dict
 from tamis.versions import releases, versions
 

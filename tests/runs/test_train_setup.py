@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tamis.errors import InvalidSettings
+from tamis.runs.train_setup import check_device, training_arguments
 from tamis.settings import TrainRunSettings
-from tamis.train_setup import check_device, training_arguments
 
 
 def settings(**changes: Any) -> TrainRunSettings:

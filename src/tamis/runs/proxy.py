@@ -39,7 +39,6 @@ from tamis.model.lowrank import low_rank_layers
 from tamis.model.memory import default_batch_tokens
 from tamis.model.processes import world_size
 from tamis.notation import target_parts
-from tamis.outputs import check_claim, claim_folder, free_claim, write_json
 from tamis.progress import NoProgress
 from tamis.projection.factorized import FactorizedProjector
 from tamis.protocols import Progress
@@ -48,8 +47,9 @@ from tamis.proxies.bench import Bench
 from tamis.proxies.build import build_low_rank
 from tamis.proxies.retention import Retention
 from tamis.proxies.rows import RowSizes, assign_roles, usable_rows
-from tamis.proxy_settings import ProxySettings
 from tamis.report.retention_page import retention_page
+from tamis.runs.outputs import check_claim, claim_folder, free_claim, write_json
+from tamis.settings.proxy import ProxySettings
 from tamis.types import Example
 from tamis.values import to_dict
 from tamis.versions import versions

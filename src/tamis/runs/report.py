@@ -13,9 +13,9 @@ from tamis.errors import InvalidInput, TamisError
 from tamis.notation import target_parts
 from tamis.online.fate import read_candidates
 from tamis.online.resume import read_log
-from tamis.outputs import IDENTITY
 from tamis.report.page import render_training_page, write_text
 from tamis.report.training import TrainingInputs, build_training_content
+from tamis.runs.outputs import IDENTITY
 from tamis.settings import TrainRunSettings
 from tamis.types import Example
 from tamis.values import from_dict

@@ -20,7 +20,7 @@ from tamis.corpora import Corpora
 from tamis.disk import TEMPORARY_SUFFIX, make_folder, replace_atomically
 from tamis.errors import InvalidSettings
 from tamis.identity import first_difference
-from tamis.row_shapes import as_messages
+from tamis.runs.row_shapes import as_messages
 from tamis.selection.choose import Choice
 from tamis.store.manifest import PLAN_FILE
 from tamis.types import FloatArray, IntArray

@@ -9,8 +9,8 @@ import pytest
 
 from tamis.errors import InvalidSettings
 from tamis.online import Tilt
+from tamis.runs.train_rows import check_candidates, measuring_targets, num_updates
 from tamis.settings import TrainRunSettings
-from tamis.train_rows import check_candidates, measuring_targets, num_updates
 
 
 def settings(**changes: Any) -> TrainRunSettings:

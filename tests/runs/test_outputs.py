@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import tamis
-from tamis import pipeline
 from tamis.cli.main import run as run_command
 from tamis.errors import InvalidInput, InvalidSettings
-from tamis.outputs import check_claim, claim_folder
+from tamis.runs import select as pipeline
+from tamis.runs.outputs import check_claim, claim_folder
 from tiny_run import TinyRun, make_run
 
 

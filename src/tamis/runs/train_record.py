@@ -10,8 +10,8 @@ from pathlib import Path
 
 from tamis.corpora import Rendered
 from tamis.errors import InvalidInput
+from tamis.runs.trace_inputs import write_examples
 from tamis.settings import TrainRunSettings
-from tamis.trace_inputs import write_examples
 from tamis.trajectory.log import LogReader, mark_finished
 from tamis.trajectory.recorder import TrajectoryRecorder
 from tamis.trajectory.token_rows import TokenRow

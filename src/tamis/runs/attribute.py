@@ -22,12 +22,12 @@ from tamis.disk import check_writable
 from tamis.errors import StoreCorrupted
 from tamis.identity import file_sha256, fingerprint
 from tamis.maths.ranks import rank_correlation
-from tamis.outputs import claim_folder, write_json, write_scores
 from tamis.progress import NoProgress
 from tamis.protocols import Progress
+from tamis.runs.outputs import claim_folder, write_json, write_scores
+from tamis.runs.trace_inputs import OpenedRun, open_inputs, read_target, recorded_rows, run_identity
 from tamis.seeds import child_seed, random_subset
 from tamis.settings import AttributeSettings
-from tamis.trace_inputs import OpenedRun, open_inputs, read_target, recorded_rows, run_identity
 from tamis.trajectory.adjoint import renormalised
 from tamis.trajectory.embeddings import run_embeddings, scores_from_embeddings
 from tamis.trajectory.summary_matrix import draw_masks

@@ -8,16 +8,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tamis.budget import describe_budget, parse_budget
-from tamis.compare_selections import Chosen, PoolTable
-from tamis.compare_settings import CompareSettings
-from tamis.compare_training import Bench, training_settings
 from tamis.comparison.cells import Cell, Price, make_cell, updates_at_cost, updates_for
 from tamis.comparison.contenders import SUBSETS, Contender
 from tamis.comparison.records import Records, Run
 from tamis.corpus import Corpus
 from tamis.model.processes import barrier, rank, world_size
 from tamis.protocols import Progress
+from tamis.runs.compare_selections import Chosen, PoolTable
+from tamis.runs.compare_training import Bench, training_settings
 from tamis.seeds import child_seed, random_subset
+from tamis.settings.compare import CompareSettings
 from tamis.types import IntArray
 
 __all__ = ["Grid", "common_spec", "make_missing", "share_out"]

@@ -23,12 +23,12 @@ from tamis.config import write_config
 from tamis.data.rows import Rows
 from tamis.disk import check_writable, make_folder, replace_atomically
 from tamis.errors import InvalidSettings
-from tamis.outputs import claim_folder, write_json
 from tamis.progress import NoProgress
 from tamis.protocols import Progress
+from tamis.runs.outputs import claim_folder, write_json
+from tamis.runs.trace_inputs import OpenedRun, TargetRows, open_inputs, read_target, run_identity
 from tamis.seeds import child_seed, random_subset
 from tamis.settings import VerifySettings
-from tamis.trace_inputs import OpenedRun, TargetRows, open_inputs, read_target, run_identity
 from tamis.trajectory.causal import RecordedRun
 from tamis.trajectory.fidelity import agreement
 from tamis.trajectory.leave_out import leave_out_effect

@@ -35,14 +35,13 @@ from tamis.online.resume import WholeCheckpoint, append_log, cut_log, read_log, 
 from tamis.online.rows import PaddingCollator, TokenRows
 from tamis.online.run_trainer import HeldOut, RunCallback, RunTrainer, is_stopped
 from tamis.online.settings import StepSettings, check_combination
-from tamis.outputs import check_claim, claim_folder, write_json
 from tamis.progress import NoProgress
 from tamis.protocols import Progress
-from tamis.settings import TrainRunSettings
-from tamis.train_account import describe_cost, describe_training
-from tamis.train_record import finish_record, recorder_of, require_record
-from tamis.train_rows import RunRows, check_candidates, measuring_targets, num_updates, split_rows
-from tamis.train_setup import (
+from tamis.runs.outputs import check_claim, claim_folder, write_json
+from tamis.runs.train_account import describe_cost, describe_training
+from tamis.runs.train_record import finish_record, recorder_of, require_record
+from tamis.runs.train_rows import RunRows, check_candidates, measuring_targets, num_updates, split_rows
+from tamis.runs.train_setup import (
     check_device,
     check_proxy_vocabulary,
     check_reports,
@@ -51,6 +50,7 @@ from tamis.train_setup import (
     open_model,
     training_arguments,
 )
+from tamis.settings import TrainRunSettings
 from tamis.values import to_dict
 from tamis.versions import releases, versions
 

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tamis
 from tamis.data.examples import read_examples
-from tamis.row_shapes import as_messages, count_shapes, training_warnings
+from tamis.runs.row_shapes import as_messages, count_shapes, training_warnings
 from tiny_run import byte_tokenizer, chat, save_model, write_rows
 
 Rows = Sequence[dict[str, Any]]

@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from tamis.compare_selections import Chosen, PoolTable, select_rows
-from tamis.compare_settings import CompareSettings, MethodText, method_parts
 from tamis.comparison.contenders import FEWEST_DRAWS
 from tamis.comparison.planted import KINDS, PlantedPool, Score, score_selection
 from tamis.config import write_config
@@ -23,12 +21,14 @@ from tamis.data.rows import Rows
 from tamis.disk import check_writable, replace_atomically
 from tamis.model.load import model_fingerprint, resolved_dtype, template_sha256
 from tamis.model.processes import barrier, is_main
-from tamis.outputs import check_claim, claim_folder, write_json
-from tamis.planted_rows import planted_rows, write_planted
 from tamis.protocols import Progress
 from tamis.report.document import write_document
 from tamis.report.planted import planted_document
+from tamis.runs.compare_selections import Chosen, PoolTable, select_rows
+from tamis.runs.outputs import check_claim, claim_folder, write_json
+from tamis.runs.planted_rows import planted_rows, write_planted
 from tamis.settings import SelectSettings
+from tamis.settings.compare import CompareSettings, MethodText, method_parts
 from tamis.values import to_dict
 from tamis.versions import releases, versions
 
