@@ -49,9 +49,11 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     opened = load_model(ModelSettings(name=str(run.model), device="cpu"))
     config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     get_peft_model(opened.model, config).save_pretrained(folder / "adapter")
-    asked: dict[str, Any] = {"model": run.model, "pool": run.pool, "target": run.target, "report": False, **SETTINGS}
-    tamis.proxy(**asked, out=folder / "proxy")
-    tamis.proxy(**{**asked, "learning_rate": None}, preset="layer-extraction", out=folder / "blocks")
+    asked: dict[str, Any] = {"model": run.model, "pool": run.pool, "target": run.target, "report": False}
+    tamis.proxy(**asked, **SETTINGS, out=folder / "proxy")
+    measured = ("probe_rows", "held_out_rows", "target_rows", "projection_dim", "sweep", "device")
+    blocks = {name: SETTINGS[name] for name in measured}  # blocks that are left out are neither factored nor aligned
+    tamis.proxy(**asked, **blocks, preset="layer-extraction", out=folder / "blocks")
     places = (run.model, folder / "adapter", folder / "proxy", folder / "blocks")
     return Bench(run=run, pool=pool, models=dict(zip(MODELS, places, strict=True)))
 

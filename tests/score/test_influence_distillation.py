@@ -68,7 +68,7 @@ def unseen_correlation(scores, exact: np.ndarray) -> float:
 def test_with_every_row_a_landmark_scores_are_those_of_tracin(
     tmp_path: Path, llama: Path, projection: str, dim: int | None
 ) -> None:
-    settings = {**COLD, "projection": projection, "projection_dim": dim}
+    settings = {**COLD, "landmarks": 100, "projection": projection, "projection_dim": dim}
     task = make_task(tmp_path / "a", llama, pool=POOL, groups=[0, 1, 1])
     scores = InfluenceDistillation(**settings).score(task)
     wanted = TracIn(projection=projection, projection_dim=dim, feature_dtype="float32").score(
