@@ -309,7 +309,7 @@ def test_exact_match_reads_the_answers_that_the_model_writes(run: TinyRun, tmp_p
     record = Records(result.out / "records").read(result.standings[0].keys[0])
     assert len(record.answers) == len(record.row_matches) == 6
     assert record.exact_match == np.mean(record.row_matches)
-    assert result.conclusion.title.endswith("ahead of the other baselines")
+    assert result.conclusion.title.endswith("has the best mean of the baselines")
 
 
 def test_random_parts_of_the_pool_ask_whether_scores_foretell_the_loss(

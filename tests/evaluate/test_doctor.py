@@ -111,6 +111,19 @@ def test_without_a_target_one_pool_row_stands_for_it(tiny: TinyRun) -> None:
     assert result.sign_check is not None and result.sign_check.passed
 
 
+def test_a_target_file_that_nothing_can_be_learnt_from_fails_and_no_other_row_stands_for_it(
+    tiny: TinyRun, tmp_path: Path
+) -> None:
+    long = write_rows(tmp_path / "long.jsonl", [chat("a " * 400, "b") for _ in range(3)])
+    alone = examined(tiny, target=str(long), max_length=64)
+    assert not alone.passed and alone.sign_check is None
+    assert any(f"none of the 3 rows looked at of {long}" in failure for failure in alone.failures)
+    assert any("sign was not checked" in warning for warning in alone.warnings)
+    beside = examined(tiny, target=(str(tiny.target), str(long)), max_length=64)
+    assert not beside.passed and beside.sign_check is not None
+    assert len(beside.failures) == 1 and "raise --max-length" in beside.failures[0]
+
+
 def test_unusable_data_is_an_error(tiny: TinyRun, tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=r"none\.jsonl"):
         examined(tiny, pool=str(tmp_path / "none.jsonl"))

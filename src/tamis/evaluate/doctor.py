@@ -141,6 +141,7 @@ def examine(settings: DoctorSettings, *, progress: Progress | None = None) -> Do
     model = loaded.model if loaded is not None else skeleton(loading)
     covered = coverage(model, gradient_layers(model))
     described = {"name": settings.model, "attention": settings.attention} if loaded is None else loaded.description
+    failures = (*numbers.failures, *_nothing_to_learn(pool, target))
     reports = [_report(corpus, renderer, settings.preview) for corpus in (pool, target) if corpus is not None]
     result = DoctorResult(
         model=dict(described),
@@ -154,11 +155,28 @@ def examine(settings: DoctorSettings, *, progress: Progress | None = None) -> Do
         sign_convention=SIGN,
         projection={"name": settings.projection, **projector.identity} if distortion else None,
         distortion=tuple(distortion),
-        failures=numbers.failures,
-        passed=not numbers.failures,
+        failures=failures,
+        passed=not failures,
         warnings=(),
     )
-    return replace(result, warnings=(*_warnings(result, misfits), *numbers.failures, *numbers.not_run))
+    return replace(result, warnings=(*_warnings(result, misfits), *failures, *numbers.not_run))
+
+
+def _nothing_to_learn(pool: SampledCorpus, target: SampledCorpus | None) -> list[str]:
+    """A sentence for each file of the target, and for a pool, of which no row looked at carries a supervised token."""
+    found = []
+    if not pool.usable:
+        found.append(f"pool: none of the {len(pool.rows)} rows looked at carries a supervised token; see --max-length.")
+    if target is not None:
+        seen = Counter(target.example(i).file for i in range(len(target.rows)))
+        usable = Counter(target.example(i).file for i in target.usable)
+        found += [
+            f"target: none of the {rows} rows looked at of {file} carries a supervised token, so nothing can be scored "
+            "for it; raise --max-length, or give rows with an answer."
+            for file, rows in seen.items()
+            if not usable[file]
+        ]
+    return found
 
 
 def _leaks(pool: SampledCorpus, target: SampledCorpus) -> LeakReport:

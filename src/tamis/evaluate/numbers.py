@@ -53,8 +53,15 @@ def check_numbers(
     try:
         batch_check = check_batch_composition(loaded.model, layers, list(rows.values()), dtype=dtype)
         advance(1)
-        if target is not None and (found := _rows_to_check(target, count)):
-            against, candidates = list(found.values()), rows
+        if target is not None:
+            against, candidates = list(_rows_to_check(target, count).values()), rows
+            if not against:
+                why = "The sign was not checked: no target row that was looked at carries a supervised token."
+                return Numbers(
+                    batch_check=batch_check,
+                    failures=() if batch_check.passed else (_batch_failure(batch_check),),
+                    not_run=(why,),
+                )
         else:  # without a target, one pool row stands for it
             (_, stand_in), *others = rows.items()
             against, candidates = [stand_in], dict(others)

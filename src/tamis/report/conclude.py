@@ -37,9 +37,10 @@ def conclude(
     if not named:
         best = next(iter(own.values()))  # standings come best first
         return Conclusion(
-            title=f"{best.name} is ahead of the other baselines",
-            sentence=f"{best.name}: {metric} {mean_text(best)}. No method was named, so none is tested against them.",
-            next_steps=("Name a method to compare with the baselines: --methods tracin.",),
+            title=f"{best.name} has the best mean of the baselines",
+            sentence=f"{best.name}: {metric} {mean_text(best)}. No method was named beside the baselines, which bm25, "
+            "length, uniform and full always are, so no difference is tested.",
+            next_steps=("Name another method to hold against the baselines: --methods tracin.",),
             warnings=tuple(found),
         )
     best = named[0]
@@ -126,10 +127,11 @@ def _next_steps(
         )
     equal_updates = against.get("full") or key
     if key.gain < 0 < equal_updates.gain and key.opponent != "full":
+        shown = "" if equal_updates.is_sure else ", if at all (chance could explain that too)"
         steps.append(
-            f"{best.name} is ahead only while updates are limited. Make its score cheaper (--methods bm25:5x+METHOD "
-            "scores five times the budget only), let one pass serve several targets, or spend the cost on longer "
-            "training."
+            f"{best.name} is ahead only while updates are limited{shown}. Make its score cheaper "
+            "(--methods bm25:5x+METHOD scores five times the budget only), let one pass serve several targets, or "
+            "spend the cost on longer training."
         )
     lexical = against.get("bm25")
     if lexical is not None and not (lexical.is_sure and lexical.gain > 0):
