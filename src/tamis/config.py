@@ -16,7 +16,7 @@ from tamis import __version__
 from tamis.errors import InvalidInput, first_line
 from tamis.values import to_dict
 
-__all__ = ["config_text", "read_config", "read_value", "write_config"]
+__all__ = ["config_text", "config_verb", "read_config", "read_value", "write_config"]
 
 
 class _Loader(yaml.SafeLoader):
@@ -64,6 +64,13 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InvalidInput(f"{path}: expected a mapping of settings ('name: value'), got {_kind(values)}")
     return values
+
+
+def config_verb(path: str | Path) -> str | None:
+    """The verb whose settings a file written by this library holds; None for a file of anyone else's."""
+    with Path(path).open(encoding="utf-8") as file:
+        found = re.match(r"# Settings of `tamis (\w+)`", file.readline())
+    return None if found is None else found.group(1)
 
 
 def read_value(text: str) -> Any:

@@ -16,7 +16,7 @@ from tamis.cli.config import merge_settings, parse_pairs
 from tamis.config import config_text, read_config, write_config
 from tamis.errors import InvalidInput, InvalidSettings
 from tamis.notation import METHOD_SUMMARIES, PROJECTION_NAMES
-from tamis.settings import LoadingSettings, SelectSettings
+from tamis.settings import DoctorSettings, LoadingSettings, SelectSettings
 from tamis.values import from_dict
 
 # Anything a person might type, and what trips YAML: signs, quotes, numbers in disguise, words read as booleans.
@@ -137,6 +137,18 @@ def test_an_empty_file_leaves_what_the_flags_say(tmp_path: Path) -> None:
 def test_an_unknown_key_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(InvalidSettings, match=r"run\.yaml: unknown setting 'metod', did you mean 'method'\?"):
         merge_settings(SelectSettings, {}, write(tmp_path, BASE + "metod: less\n"))
+
+
+def test_a_file_of_another_verb_is_named_as_what_it_is(tmp_path: Path) -> None:
+    asked = SelectSettings(model="m", pool=("p.jsonl",), target=("t.jsonl",), budget="7")
+    path = write(tmp_path, config_text("select", asked))
+    assert merge_settings(SelectSettings, {}, path) == asked
+    with pytest.raises(
+        InvalidSettings, match=r"settings of `tamis select`, and here there is no .*budget.*leave those"
+    ):
+        merge_settings(DoctorSettings, {}, path)
+    with pytest.raises(InvalidSettings, match="did you mean 'method'"):
+        merge_settings(SelectSettings, {}, write(tmp_path, config_text("select", asked) + "metod: less\n"))
 
 
 def test_pairs_are_read_as_yaml_values() -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, TypeVar
 
-from tamis.config import read_config, read_value
+from tamis.config import config_verb, read_config, read_value
 from tamis.errors import InvalidInput, InvalidSettings
-from tamis.values import from_dict
+from tamis.values import from_dict, nearest
 
 __all__ = ["merge_settings", "parse_pairs"]
 
@@ -24,6 +25,16 @@ def merge_settings(cls: type[T], flags: Mapping[str, Any], config: str | None) -
         InvalidSettings: a setting is unknown, missing or refused.
     """
     values = read_config(config) if config is not None else {}
+    if config is not None:
+        known = [entry.name for entry in fields(cls)]  # type: ignore[arg-type]  # settings are dataclasses
+        strange = sorted(str(name) for name in values if name not in known)
+        verb = config_verb(config)
+        # Names that are all close to known ones are slips of the pen in a file of this verb's own.
+        if verb is not None and not all(nearest(name, known) for name in strange):
+            raise InvalidSettings(
+                f"--config {config}: these are settings of `tamis {verb}`, and here there is no {', '.join(strange)}; "
+                "leave those lines out of a copy, or pass flags instead"
+            )
     for name, value in flags.items():
         if isinstance(value, Mapping) and isinstance(values.get(name), Mapping):
             value = {**values[name], **value}
