@@ -6,7 +6,6 @@ computes that way survives a kill, is spread over the ranks, and is reused by th
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -22,7 +21,7 @@ from tamis.corpus import Corpus
 from tamis.data.batches import collate, plan_batches
 from tamis.disk import replace_atomically
 from tamis.errors import InvalidSettings, NonFinite, Unsupported
-from tamis.identity import fingerprint
+from tamis.identity import fingerprint, rows_sha256
 from tamis.model.load import LoadedModel, ModelSettings, load_model, model_fingerprint, resolved_dtype
 from tamis.model.memory import TokenLimit, default_batch_tokens
 from tamis.model.processes import is_main
@@ -36,7 +35,7 @@ from tamis.store.writer import StageWriter
 from tamis.types import Batch, IntArray, LayerSpec
 from tamis.versions import releases
 
-__all__ = ["BatchFunction", "Collecting", "Task"]
+__all__ = ["BatchFunction", "Collecting", "Task", "named_row"]
 
 BatchFunction = Callable[[Batch], Mapping[str, Tensor]]
 
@@ -192,7 +191,7 @@ class Task:
         full_spec: dict[str, Any] = {
             "stage": name,
             "tokens": corpus.identity,
-            "rows": _digest_rows(rows),
+            "rows": rows_sha256(rows),
             "work": work,
             "model": self.model_identity(),
             "batch_invariant": self.collecting.batch_invariant,
@@ -238,7 +237,7 @@ class Task:
     def _same_of_all_rows(self, corpus: Corpus, spec: Mapping[str, Any], name: str) -> _Whole | None:
         """The finished stage that differs from ``spec`` in its rows only, and has all usable ones; None: not there."""
         rows = np.flatnonzero(corpus.usable).astype(np.int64)
-        if (digest := _digest_rows(rows)) == spec["rows"]:
+        if (digest := rows_sha256(rows)) == spec["rows"]:
             return None
         path = stage_path(self.store, name, {**spec, "rows": digest})
         return None if read_manifest(path) is None else _Whole(StageReader(path), corpus, rows)
@@ -329,20 +328,20 @@ def _sizes(corpus: Corpus, rows: IntArray) -> dict[str, int]:
     }
 
 
-def _digest_rows(rows: IntArray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(rows, dtype="<i8").tobytes()).hexdigest()
-
-
 def _with_places(error: NonFinite, corpus: Corpus) -> NonFinite:
     """The same error, with the file and row of every position that it names."""
-    places = [corpus.examples[row] for row in error.rows]
-    named = "; ".join(f"{example.file}, row {example.row} (0-based)" for example in places[:3])
+    named = "; ".join(named_row(corpus, row) for row in error.rows[:3])
     return NonFinite(f"{error} [{named}]" if named else str(error), rows=error.rows)
 
 
-def _one_row_too_large(corpus: Corpus, row: int) -> str:
+def named_row(corpus: Corpus, row: int) -> str:
+    """File and place of a row, as messages name it."""
     example = corpus.examples[row]
+    return f"{example.file}, row {example.row} (0-based)"
+
+
+def _one_row_too_large(corpus: Corpus, row: int) -> str:
     return (
-        f"{example.file}, row {example.row} (0-based): its {int(corpus.lengths[row])} tokens alone do not fit in "
+        f"{named_row(corpus, row)}: its {int(corpus.lengths[row])} tokens alone do not fit in "
         "memory; lower --max-length, use --dtype bfloat16, or turn on --gradient-checkpointing"
     )

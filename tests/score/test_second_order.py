@@ -339,7 +339,11 @@ def test_a_single_row_whose_hessian_does_not_fit_is_an_error_that_says_what_to_l
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(landmark_curvature, "hessian_products", never_fits)
-    with pytest.raises(Unsupported, match=r"over one row of \d+ tokens .* lower --set memory_gb=2 or --max-length"):
+    with pytest.raises(
+        Unsupported,
+        match=r"row \d+ \(0-based\): a Hessian product over its \d+ tokens alone .* "
+        r"lower --set memory_gb=2 or --max-length",
+    ):
         InfluenceDistillation(**CARRIED, eta=0.1).score(make_task(tmp_path, llama, pool=POOL_OF_20))
 
 

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from tamis.collect import Task
+from tamis.collect import Task, named_row
 from tamis.data.batches import collate, plan_batches
 from tamis.disk import replace_atomically
 from tamis.errors import Unsupported
@@ -162,15 +163,14 @@ class KroneckerCurvature:
     def _part(self, path: Path, rows: IntArray, begin: Callable[[], Sums], limit: TokenLimit, *, number: int) -> None:
         task, started = self.task, time.perf_counter()
         limit.tokens = limit.tokens or default_batch_tokens(task.loaded.device)
-        lengths, latest = task.pool.lengths[rows], (0, 0)
+        lengths, places = task.pool.lengths[rows], np.arange(0)
 
         def compute() -> Sums:
-            nonlocal latest
+            nonlocal places
             sums = begin()  # anew after a batch that did not fit: the sums have seen a part of it
             losses_of = curvature_losses(self.labels, seed=child_seed(task.seed, "kronecker factors"))
             most = 1 if task.collecting.batch_invariant else None
             for places in plan_batches(lengths, batch_tokens=limit.at(number), max_rows=most):
-                latest = len(places), len(places) * int(lengths[places].max())
                 batch = collate(rows[places], task.pool.take(rows[places]), 0).to(task.loaded.device)
                 sums.see(batch)
                 run_batch(task.loaded.model, batch, task.layers(), sums, losses_of=losses_of)
@@ -179,9 +179,10 @@ class KroneckerCurvature:
         sums = limit.within_memory(
             number,
             compute,
-            latest=lambda: latest,
+            latest=lambda: (len(places), len(places) * int(lengths[places].max())),
             refuse=lambda: Unsupported(
-                f"a row of {latest[1]} tokens alone does not fit in memory beside the factors; lower --max-length"
+                f"{named_row(task.pool, int(rows[places[0]]))}: its {int(lengths[places[0]])} tokens alone do not fit "
+                "in memory beside the factors; lower --max-length"
             ),
         )
         found = {

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tamis.collect import Task
+from tamis.collect import Task, named_row
 from tamis.corpus import Corpus
 from tamis.data.batches import collate, plan_batches
 from tamis.errors import Unsupported
@@ -67,7 +67,7 @@ class LandmarkHessians:
         self._task, self._moments, self._memory = task, moments, memory_bytes
         self._adam: tuple[Tensor, Tensor] | None = None
         self._most_tokens = 0  # padded tokens of a batch at most, in the shard at hand
-        self._latest = (0, 0)  # rows and padded tokens of the batch at hand
+        self._latest: tuple[Corpus, IntArray] = (task.pool, task.rows[:0])  # rows of the batch at hand
         lengths = self._lengths(task.target, task.target_rows, None)
         self.losses = [
             TargetLoss(
@@ -227,7 +227,7 @@ class LandmarkHessians:
                     self._most_tokens = limit.at(shard)
                     return self._shard(flat // columns, flat % columns, rows, lengths, directions)
 
-                found = limit.within_memory(shard, compute, latest=lambda: self._latest, refuse=self._too_large)
+                found = limit.within_memory(shard, compute, latest=self._size, refuse=self._too_large)
                 writer.write_shard(shard, {"product": found})
                 spent = time.perf_counter() - started
                 record_cost(writer.path, shard, spent, work="gradient", **self._counts(flat % columns, rows))
@@ -278,14 +278,20 @@ class LandmarkHessians:
         """Positions in ``rows``, and these rows, on the model's device."""
         most = 1 if self._task.collecting.batch_invariant else None
         for places in plan_batches(corpus.lengths[rows], batch_tokens=self._most_tokens, max_rows=most):
-            self._latest = (len(places), len(places) * int(corpus.lengths[rows[places]].max()))
+            self._latest = (corpus, rows[places])
             yield places, collate(rows[places], corpus.take(rows[places]), 0).to(self._task.loaded.device)
 
+    def _size(self) -> tuple[int, int]:
+        """Rows and padded tokens of the batch at hand."""
+        corpus, rows = self._latest
+        return len(rows), len(rows) * int(corpus.lengths[rows].max())
+
     def _too_large(self) -> Unsupported:
+        corpus, rows = self._latest
         return Unsupported(
-            f"a Hessian product over one row of {self._latest[1]} tokens does not fit in memory beside the vectors of "
-            f"the gradient's size that are held at once; lower --set memory_gb={self._memory / 2**30:g} or "
-            "--max-length, or train an adapter (--set warmup=lora)"
+            f"{named_row(corpus, int(rows[0]))}: a Hessian product over its {self._size()[1]} tokens alone does not "
+            "fit in memory beside the vectors of the gradient's size that are held at once; lower "
+            f"--set memory_gb={self._memory / 2**30:g} or --max-length, or train an adapter (--set warmup=lora)"
         )
 
     def _counts(self, column: IntArray, rows: IntArray) -> dict[str, float]:
