@@ -9,19 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-import jinja2
-from markupsafe import Markup
 
 from tamis.proxies.align import Aligned
 from tamis.proxies.retention import Retention
-from tamis.report import figures, wording
+from tamis.report import figures
+from tamis.report.environment import page_environment, page_style
 
 __all__ = ["Drawing", "retention_page", "round_numbers"]
 
-_TEMPLATES = Path(__file__).parent / "templates"
 _Y_STEP = 0.25
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 260, 48, 16, 14, 40
 
@@ -43,30 +38,19 @@ class Drawing:
 
 def retention_page(content: Retention, *, command: str, warnings: Sequence[str]) -> str:
     """The page as text."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        finalize=_visible,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    return (
+        page_environment()
+        .get_template("retention.html.j2")
+        .render(
+            content=content,
+            command=command,
+            warnings=list(warnings),
+            sweep=_sweep(content),
+            curves=_curves(content),
+            palette=figures.PALETTE,
+            style=page_style(),
+        )
     )
-    environment.filters.update(
-        count=wording.count, percent=wording.percent, number=wording.number, seconds=wording.seconds
-    )
-    return environment.get_template("retention.html.j2").render(
-        content=content,
-        command=command,
-        warnings=list(warnings),
-        sweep=_sweep(content),
-        curves=_curves(content),
-        palette=figures.PALETTE,
-        style=Markup((_TEMPLATES / "page.css").read_text(encoding="utf-8")),
-    )
-
-
-def _visible(value: Any) -> Any:
-    return wording.visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _sweep(content: Retention) -> list[Drawing]:

@@ -26,10 +26,9 @@ from tamis.corpora import Rendered, Sources, leaked_rows, model_settings, read_s
 from tamis.data.examples import Examples, read_examples
 from tamis.data.rows import Rows
 from tamis.disk import check_writable
-from tamis.identity import text_sha256
 from tamis.model.flops import ModelShape
 from tamis.model.limits import skeleton
-from tamis.model.load import model_fingerprint, resolved_dtype, template_text
+from tamis.model.load import model_fingerprint, resolved_dtype, template_sha256
 from tamis.model.processes import barrier, is_main
 from tamis.notation import target_parts
 from tamis.progress import NoProgress
@@ -82,7 +81,7 @@ def compare_from_settings(
     sources = read_sources(measured, held)
     target = _read_target(settings, held) if settings.eval else sources.target
     halves = None if settings.eval else halves_of(sources, seed=settings.seed)
-    template = None if settings.chat_template is None else text_sha256(template_text(settings.chat_template))
+    template = template_sha256(settings.chat_template)
     content = {
         "tamis": metadata.version("tamis"),
         "model": model,

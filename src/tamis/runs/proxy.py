@@ -33,7 +33,7 @@ from tamis.model.load import (
     load_tokenizer,
     model_fingerprint,
     resolved_dtype,
-    template_text,
+    template_sha256,
 )
 from tamis.model.lowrank import low_rank_layers
 from tamis.model.memory import default_batch_tokens
@@ -298,7 +298,7 @@ def _identity(
     plain = {k: v for k, v in to_dict(settings).items() if k not in (*_FREE_SETTINGS, *_KNOWN_BY_CONTENT)}
     inputs = {}
     if settings.chat_template is not None:
-        inputs["chat_template"] = text_sha256(template_text(settings.chat_template))
+        inputs["chat_template"] = template_sha256(settings.chat_template)
     if settings.sibling is not None:
         inputs["sibling"] = model_fingerprint(replace(loading, name=settings.sibling, revision=None))
     return {
