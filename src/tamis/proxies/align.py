@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tamis.disk import make_folder, replace_atomically
 from tamis.errors import NonFinite
 from tamis.gradients.hooks import frozen
+from tamis.maths.schedule import linear_rate
 from tamis.model.loss import supervised_logits, supervised_positions
 from tamis.model.lowrank import low_rank_layers
 from tamis.model.targets import embedding_matrix
@@ -165,10 +166,7 @@ def align(
 
 def learning_rate_at(step: int, settings: AlignSettings) -> float:
     """Of update ``step`` (from 0): up over ten steps, then down in a line to zero after the last."""
-    warmup = min(_WARMUP_STEPS, settings.steps)
-    if step < warmup:
-        return settings.learning_rate * (step + 1) / warmup
-    return settings.learning_rate * (settings.steps - step) / max(1, settings.steps - warmup)
+    return settings.learning_rate * linear_rate(step, settings.steps, min(_WARMUP_STEPS, settings.steps))
 
 
 def _step(

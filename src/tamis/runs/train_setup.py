@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from dataclasses import replace
 from importlib.util import find_spec
@@ -147,7 +148,7 @@ def open_model(settings: TrainRunSettings, *, dtype: str) -> LoadedModel:
 
 def training_arguments(settings: TrainRunSettings, *, total: int, dtype: str, out: Path) -> TrainingArguments:
     """Of a run of ``total`` updates in the folder ``out``."""
-    warmup = round(settings.warmup_share * total)
+    warmup = math.ceil(settings.warmup_share * total)
     scheduler = "constant_with_warmup" if settings.scheduler == "constant" and warmup else settings.scheduler
     values: dict[str, Any] = {
         "output_dir": str(out / "checkpoints"),

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from tamis.data.batches import collate, plan_batches
 from tamis.errors import InvalidInput, InvalidSettings, NonFinite, Unsupported
+from tamis.maths.schedule import linear_rate
 from tamis.model.loss import evaluation_mode, per_sample_losses
 from tamis.model.memory import TokenLimit, is_out_of_memory
 from tamis.seeds import child_seed, random_permutation
@@ -90,10 +91,7 @@ def num_steps(settings: TrainSettings, num_rows: int) -> int:
 
 def learning_rate_at(settings: TrainSettings, step: int, total: int) -> float:
     """Learning rate of update ``step`` (from 0) of ``total``: up to the peak, then down; never 0."""
-    rising = math.ceil(settings.lr_warmup_share * total)
-    if step < rising:
-        return settings.learning_rate * (step + 1) / rising
-    return settings.learning_rate * (total - step) / (total - rising)
+    return settings.learning_rate * linear_rate(step, total, math.ceil(settings.lr_warmup_share * total))
 
 
 def rows_of_step(settings: TrainSettings, step: int, rows: IntArray, *, seed: int) -> IntArray:

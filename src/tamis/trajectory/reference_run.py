@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 
 from tamis.disk import disk_errors
 from tamis.errors import InvalidSettings
+from tamis.maths.schedule import linear_rate
 from tamis.seeds import child_seed, random_permutation
 from tamis.trajectory.causal import CausalProblem, RecordedRun
 from tamis.trajectory.identity import base_dtype, describe_model, frozen_digest
@@ -50,8 +52,7 @@ class ReferenceSettings:
 
     def rate(self, step: int, total: int) -> float:
         """Of update ``step`` (from 0): up to the peak, then down; never 0."""
-        rising = max(1, round(self.warmup_share * total))
-        return self.learning_rate * min((step + 1) / rising, (total - step) / max(1, total - rising + 1))
+        return self.learning_rate * linear_rate(step, total, math.ceil(self.warmup_share * total))
 
 
 def reference_run(
