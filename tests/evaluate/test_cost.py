@@ -73,6 +73,7 @@ def test_the_plan_agrees_with_what_a_run_has_spent(
         report=False,
     )
     plan = plan_of(tiny, budget=12, shortlist=shortlist or "bm25:5x", sample=0, compare=str(out))
+    assert not any("different jobs" in note for note in plan.notes)
     ratios = {c.quantity: c.ratio for c in plan.comparisons}
     work = "gradient" if method in ("tracin", "influence-function", "adamw-influence") else "forward"
     assert ratios[f"{work} rows"] == pytest.approx(1, abs=1e-9)
@@ -102,6 +103,16 @@ def test_a_warmup_is_planned_too(tiny: TinyRun, tmp_path: Path) -> None:
     # The warm-up's rows are a random draw with other lengths than the mean.
     assert ratios["gradient rows"] == pytest.approx(1, abs=0.02)
     assert ratios["gradient tokens"] == pytest.approx(1, abs=0.1)
+
+
+def test_a_run_over_other_data_is_named_beside_its_ratios(tiny: TinyRun, tmp_path: Path) -> None:
+    out, other = tmp_path / "out", tmp_path / "other.jsonl"
+    other.write_text("".join(Path(tiny.pool).read_text(encoding="utf-8").splitlines(keepends=True)[:30]))
+    tamis.select(
+        model=tiny.model, pool=other, target=tiny.target, method="length", budget=12, out=out, report=False
+    )  # fmt: skip
+    notes = [note for note in plan_of(tiny, compare=str(out)).notes if "different jobs" in note]
+    assert len(notes) == 1 and "the run had pool" in notes[0] and "other.jsonl" in notes[0]
 
 
 def test_a_measured_plan_names_this_machine(tiny: TinyRun) -> None:

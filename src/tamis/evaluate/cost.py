@@ -30,7 +30,7 @@ from tamis.progress import NoProgress
 from tamis.protocols import Progress
 from tamis.score import METHODS
 from tamis.settings import PlanSettings
-from tamis.values import method_from_dict
+from tamis.values import method_from_dict, to_dict
 
 __all__ = ["Comparison", "ModelShape", "PlanResult", "compare_with_run", "estimate_plan", "stage_tflops"]
 
@@ -198,7 +198,9 @@ def estimate_plan(settings: PlanSettings, *, progress: Progress | None = None) -
         landmark_tflops=landmark_tflops(shape, pool),
         notes=tuple(notes),
     )
-    return result if run is None else replace(result, comparisons=compare_with_run(result, run))
+    if run is None:
+        return result
+    return replace(result, comparisons=compare_with_run(result, run), notes=(*notes, *_unlike(settings, run)))
 
 
 def _values(method: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,6 +209,17 @@ def _values(method: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
     kind: type[Any] = METHODS[method]
     made = method_from_dict(kind, own, origin=f"settings of method {method!r}")
     return {entry.name: getattr(made, entry.name) for entry in fields(made)}
+
+
+def _unlike(settings: PlanSettings, manifest: Mapping[str, Any]) -> list[str]:
+    """What the run read that the plan does not: its ratios then compare two different jobs."""
+    planned, spent = to_dict(settings), manifest["settings"]
+    names = [name for name in ("model", "pool", "target", "max_length") if spent.get(name) != planned[name]]
+    return [
+        f"compare: the run had {name} {spent.get(name)!r}, this plan has {planned[name]!r}; the ratios compare "
+        "different jobs unless both are the same under two names"
+        for name in names
+    ]
 
 
 def _read_manifest(path: str) -> Mapping[str, Any]:
