@@ -298,7 +298,7 @@ def main() -> None:
     seed = child_seed(task.seed, "embedding") % 2**31
     paper = Jvp(depth=4, directions=2, positions="last", seed=seed)
     vectors: dict[str, tuple[Tensor, Tensor]] = {}
-    wanted = [dataclasses.replace(ANY, budget=budget) for budget in sorted({*options.budgets, 2.0}, reverse=True)]
+    wanted = [dataclasses.replace(ANY, budget=budget) for budget in sorted(options.budgets, reverse=True)]
     every = {label_of(e): e for settings in wanted for e in candidate_embeddings(settings, task)}
     named: list[AnyEmbedding] = [*every.values(), Rds()]
     for embedding in named:
