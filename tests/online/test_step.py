@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from oracles import reference_loss
 from tamis.errors import InvalidInput, InvalidSettings, NonFinite, Unsupported
 from tamis.gradients.parameters import param_matrices
-from tamis.gradients.reference import reference_loss
 from tamis.gradients.rows import RowGradients, hold_gradients
 from tamis.model.trainable import trainable_layers
 from tamis.online import METHODS, Anchored, FilterThenWeight, Full, Less, TargetOnly, Tilt, TracIn, Uniform

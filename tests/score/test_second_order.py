@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from oracles import adam_quadratic, adam_scores
 from score_task import POOL, TARGET, batch_of, file_bytes, loop_gradients_of, make_task, save_tiny, unit
 from solver_oracles import enumerated_weights
 from tamis.budget import Budget
@@ -17,7 +18,6 @@ from tamis.collect import Task
 from tamis.embeddings import HiddenMean
 from tamis.errors import InvalidInput, InvalidSettings, Unsupported
 from tamis.gradients.hessian import hessian_products
-from tamis.maths.second_order import adam_quadratic, adam_scores
 from tamis.score import landmark_curvature, landmark_gradients
 from tamis.score.influence_distillation import InfluenceDistillation
 from tamis.score.landmark_gradients import adam_vectors
@@ -65,8 +65,7 @@ def test_scores_and_products_are_those_of_dense_matrices(tmp_path: Path, family:
         p = pool @ sum(w * target[row] for w, row in zip(coefficients, rows, strict=True))
         np.testing.assert_allclose(scores.values[:, c], p.numpy(), rtol=0, atol=3e-6)  # float32 gradients
         products = dense_hessian_products(task, module, layers, rows, coefficients, pool)
-        # adam_quadratic with a of ones is equation 4: G H G^T / n, symmetrised.
-        wanted = adam_quadratic(pool, torch.ones_like(pool[0]), products) * len(pool)
+        wanted = adam_quadratic(pool, torch.ones_like(pool[0]), products)
         got = scores.curvature.products[c]
         np.testing.assert_allclose(got, wanted.numpy(), rtol=0, atol=2e-5 * float(wanted.abs().max()))
         ratio = 0.05 * float(wanted.sum()) / len(pool) / float(p.sum())
@@ -91,13 +90,11 @@ def test_adam_s_form_is_that_of_equations_8_and_9(tmp_path: Path, llama: Path) -
     product = dense_hessian_products(warm, module, layers, rows, coefficients, (offset / lengths.mean())[None])[0]
     for momentum, pool_size in (("paper", len(pool)), ("whole", 1), ("none", None)):
         found = dataclasses.replace(settings, momentum=momentum).score(make_task(tmp_path, llama, aggregate="mean"))
-        wanted = adam_scores(
-            pool, scale, gradient, None if pool_size is None else product, eta=0.5, pool_size=pool_size
-        )
+        wanted = adam_scores(pool, scale, gradient, None if pool_size is None else product, step=0.5 / (pool_size or 1))
         np.testing.assert_allclose(found.values[:, 0], (wanted / lengths).numpy(), rtol=0, atol=1e-5)
     whole = pool * scale / lengths[:, None]
     products = dense_hessian_products(warm, module, layers, rows, coefficients, whole)
-    wanted_q = adam_quadratic(pool / lengths[:, None], scale, products) * len(pool)
+    wanted_q = adam_quadratic(pool / lengths[:, None], scale, products)
     assert scores.curvature is not None
     got = scores.curvature.products[0]
     np.testing.assert_allclose(got, wanted_q.numpy(), rtol=0, atol=1e-4 * float(wanted_q.abs().max()))
