@@ -129,10 +129,10 @@ def test_target_rows_pick_in_turn_each_by_its_own_programme(tmp_path: Path, llam
     budget = Budget(kind="rows", value=4)
     choice = choose(scores, budget=budget, tokens=task.pool.lengths)
     assert scores.curvature is not None
-    counts = np.bincount(choice.target_row, minlength=3)
-    assert counts.sum() == 4 and counts[0] == 2  # half of the budget is the first target's, which has one row
+    assert np.bincount(choice.picked_for).tolist() == [2, 2]  # half of the budget is the first target's, of one row
+    counts = np.array([2, 1, 1])  # the rows of the second target take turns
     marginal, solutions = second_order_scores(scores.values, scores.curvature, counts, np.ones(len(POOL), np.bool_))
-    first = choice.order[choice.target_row == 0][0]
+    first = choice.order[choice.picked_for == 0][0]
     assert first == marginal[:, 0].argmax()
     for solution in solutions:  # v - p = -η Q w with a w that sums to n
         q = convex(scores.curvature.products[solution.column]) / len(POOL)
@@ -211,13 +211,14 @@ def test_rows_that_stand_in_for_rows_already_taken_weigh_something() -> None:
     scores = dataclasses.replace(
         one,
         values=values,
-        group=np.zeros(2, np.int64),
+        group=np.arange(2),
+        target_names=("t", "u"),
         curvature=dataclasses.replace(one.curvature, products=products, ratio=np.zeros(2, np.float32)),
     )
     found = choose(scores, budget=Budget(kind="rows", value=4), tokens=np.ones(4, np.int64))
     assert sorted(found.order) == [0, 1, 2, 3] and (found.example_weights > 0).all()
     for column in (0, 1):
-        mine = found.order[found.target_row == column]
+        mine = found.order[found.picked_for == column]
         assert found.example_weights[mine].mean() == pytest.approx(1)
         assert np.argmax(found.example_weights[mine]) == np.argmax(values[mine, column])
 
