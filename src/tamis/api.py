@@ -32,7 +32,7 @@ from tamis.settings import (
 )
 from tamis.settings.compare import CompareSettings
 from tamis.settings.proxy import ProxySettings
-from tamis.values import from_dict
+from tamis.values import changed_values, from_dict
 
 __all__ = [
     "Attribution",
@@ -411,9 +411,5 @@ def _paths(given: str | Path | Sequence[str | Path] | Rows, what: str, held: dic
 
 def _plain_settings(method: Method) -> dict[str, Any]:
     """The settings of a method object that are not its defaults, as ``--set`` would state them."""
-    found = {}
-    for field in dataclasses.fields(method):  # type: ignore[arg-type]  # methods are dataclasses by contract
-        value = getattr(method, field.name)
-        if value != field.default:
-            found[field.name] = list(value) if isinstance(value, tuple) else value
-    return found
+    changed = changed_values(method)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
