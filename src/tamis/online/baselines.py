@@ -191,9 +191,9 @@ class Uniform:
 class Full:
     """Plain training on all ``keep · oversample`` candidates, weight 1 each."""
 
-    keep: int = 8  # candidates kept
-    oversample: int = 4  # candidates looked at per candidate kept
-    cold_start: int = 0  # uniform updates before the method starts
+    keep: int = 8  # an update is of all keep x oversample candidates
+    oversample: int = 4  # 1 for updates of keep rows
+    cold_start: int = 0  # of no effect: all candidates are taken from the first update on
 
     def __post_init__(self) -> None:
         check_sizes(self.keep, self.oversample, self.cold_start)
@@ -222,9 +222,9 @@ class Full:
 class TargetOnly:
     """Train on the target rows themselves: a warning, not a method. A small target is memorised."""
 
-    keep: int = 8  # candidates kept
-    oversample: int = 4  # candidates looked at per candidate kept
-    cold_start: int = 0  # uniform updates before the method starts
+    keep: int = 8  # keep x oversample candidates count as seen by an update; none of them is used
+    oversample: int = 4  # as for keep
+    cold_start: int = 0  # of no effect: the target is all there is from the first update on
 
     def __post_init__(self) -> None:
         check_sizes(self.keep, self.oversample, self.cold_start)

@@ -60,8 +60,8 @@ class FilterThenWeight:
 
     keep: int = 8  # candidates kept; of methods that keep all, what an update of theirs is compared with
     oversample: int = 4  # candidates looked at per candidate kept
-    alignment: AlignmentForm = "adam"  # how b is taken: through Adam's D, the derivative of its step, its step, ...
-    interactions: InteractionForm = "metric"  # how G is taken: in the D metric (the units of b), raw, D on both sides
+    alignment: AlignmentForm = "adam"  # b: how candidates are compared with the target
+    interactions: InteractionForm = "metric"  # G: how they are compared with each other
     scale: Literal["target"] | float = "target"  # a number is c itself; 1.0 leaves the target as it is
     filter: Literal["greedy", "top", "none"] = "greedy"  # by what is left of the target, the plain top, or keep all
     # matching pulled towards 1, towards 0 and w >= 0, towards 0 with any sign, or all 1
@@ -194,8 +194,8 @@ class Anchored:
     keep: int = 8  # candidates kept; of methods that keep all, what an update of theirs is compared with
     oversample: int = 4  # candidates looked at per candidate kept
     ridge: float = 4.0  # times the mean diagonal of G
-    alignment: AlignmentForm = "adam"  # how b is taken: through Adam's D, the derivative of its step, its step, ...
-    interactions: InteractionForm = "metric"  # how G is taken: in the D metric (the units of b), raw, D on both sides
+    alignment: AlignmentForm = "adam"  # b: how candidates are compared with the target
+    interactions: InteractionForm = "metric"  # G: how they are compared with each other
     cold_start: int | None = None  # updates before the method starts; None: 1 for the Jacobian, 10 otherwise
 
     def __post_init__(self) -> None:
@@ -241,7 +241,7 @@ class Tilt:
     keep: int = 8  # candidates kept; of methods that keep all, what an update of theirs is compared with
     oversample: int = 4  # candidates looked at per candidate kept
     ridge: float = 4.0  # λ over the mean squared length
-    alignment: AlignmentForm = "adam"  # how b is taken: through Adam's D, the derivative of its step, its step, ...
+    alignment: AlignmentForm = "adam"  # b: how candidates are compared with the target
     interactions: InteractionForm = "metric"  # the metric in which lengths are taken
     cold_start: int | None = None  # updates before the method starts; None: 1 for the Jacobian, 10 otherwise
 
