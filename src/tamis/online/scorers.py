@@ -7,7 +7,7 @@ stated by its ``needs``. Adding a method: a frozen dataclass here or in ``baseli
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -58,6 +58,7 @@ class FilterThenWeight:
     to match, and those candidates get equal weights (all candidates, without a filter).
     """
 
+    name: ClassVar[str] = "filter-then-weight"
     keep: int = 8  # candidates kept; of methods that keep all, what an update of theirs is compared with
     oversample: int = 4  # candidates looked at per candidate kept
     alignment: AlignmentForm = "adam"  # b: how candidates are compared with the target
@@ -125,11 +126,6 @@ class FilterThenWeight:
         return cls(keep=keep, oversample=oversample, **{**settings, **changes})
 
     @property
-    def name(self) -> str:
-        """What a user types to get it."""
-        return "filter-then-weight"
-
-    @property
     def keeps_all(self) -> bool:
         """True without a filter."""
         return self.filter == "none"
@@ -191,6 +187,8 @@ class Anchored:
     ``ridge`` is plain training on all of them, a small one approaches matching without a filter.
     """
 
+    name: ClassVar[str] = "anchored"
+    keeps_all: ClassVar[bool] = True
     keep: int = 8  # candidates kept; of methods that keep all, what an update of theirs is compared with
     oversample: int = 4  # candidates looked at per candidate kept
     ridge: float = 4.0  # times the mean diagonal of G
@@ -202,16 +200,6 @@ class Anchored:
         check_sizes(self.keep, self.oversample, self.cold_start)
         check_forms(self.alignment, self.interactions, self.cold_start)
         check_ridge(self.ridge)
-
-    @property
-    def name(self) -> str:
-        """What a user types to get it."""
-        return "anchored"
-
-    @property
-    def keeps_all(self) -> bool:
-        """Always."""
-        return True
 
     @property
     def needs(self) -> Needs:
@@ -238,6 +226,8 @@ class Tilt:
     pair of candidates is looked at, only the lengths of their gradients and of the sum of the aligned ones.
     """
 
+    name: ClassVar[str] = "tilt"
+    keeps_all: ClassVar[bool] = True
     keep: int = 8  # candidates kept; of methods that keep all, what an update of theirs is compared with
     oversample: int = 4  # candidates looked at per candidate kept
     ridge: float = 4.0  # λ over the mean squared length
@@ -251,16 +241,6 @@ class Tilt:
         check_ridge(self.ridge)
         if self.interactions == "token-level":
             raise InvalidSettings("interactions='token-level' is about pairs, of which a tilt sees none; use 'raw'")
-
-    @property
-    def name(self) -> str:
-        """What a user types to get it."""
-        return "tilt"
-
-    @property
-    def keeps_all(self) -> bool:
-        """Always."""
-        return True
 
     @property
     def needs(self) -> Needs:
