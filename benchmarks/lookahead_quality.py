@@ -27,7 +27,7 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from tamis.gradients.functional import products
-from tamis.online.lookahead import Lookahead
+from tamis.online.methods.lookahead import Lookahead
 from tamis.online.rehearsal import look_ahead
 from tamis.trajectory.adjoint import final_values
 from tamis.trajectory.replay import mean_gradient, play

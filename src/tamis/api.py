@@ -13,8 +13,8 @@ from tamis.data.rows import Rows, are_rows, checked_rows, held_name
 from tamis.errors import InvalidSettings
 from tamis.evaluate.cost import PlanResult, estimate_plan
 from tamis.evaluate.doctor import DoctorResult, examine
-from tamis.online.by_name import plain_settings as online_settings
-from tamis.online.choice import Method as OnlineMethod
+from tamis.online.methods.by_name import plain_settings as online_settings
+from tamis.online.methods.choice import Method as OnlineMethod
 from tamis.protocols import Method, Progress
 from tamis.runs.attribute import Attribution, attribute_from_settings
 from tamis.runs.compare import CompareResult, PlantedResult, compare_from_settings

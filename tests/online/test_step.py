@@ -21,8 +21,8 @@ from tamis.model.trainable import trainable_layers
 from tamis.online import METHODS, Anchored, FilterThenWeight, Full, Less, TargetOnly, Tilt, TracIn, Uniform
 from tamis.online import evidence as online_evidence
 from tamis.online.adam_state import read_adam
-from tamis.online.choice import Choice, Evidence, Needs
 from tamis.online.measure import exact_interactions, sketched_interactions
+from tamis.online.methods.choice import Choice, Evidence, Needs
 from tamis.online.step import OnlineStep, Proposal, StepSettings
 from tamis.projection.factorized import FactorizedProjector
 from tamis.seeds import random_permutation

@@ -29,8 +29,8 @@ from tamis.model.memory import is_out_of_memory
 from tamis.model.processes import barrier, is_main, world_size
 from tamis.model.proxy_folder import layout_of, write_layout
 from tamis.notation import candidates_parts
-from tamis.online.by_name import make_method
-from tamis.online.choice import Method, cold_updates
+from tamis.online.methods.by_name import make_method
+from tamis.online.methods.choice import Method, cold_updates
 from tamis.online.resume import WholeCheckpoint, append_log, cut_log, read_log, remove_after, whole_checkpoints
 from tamis.online.rows import PaddingCollator, TokenRows
 from tamis.online.run_trainer import HeldOut, RunCallback, RunTrainer, is_stopped

@@ -1,7 +1,4 @@
-"""The methods to compare with, as published and at one step: ``uniform`` and ``full`` belong into every comparison.
-
-Pure functions of the evidence, as those of ``scorers``.
-"""
+"""The methods to compare with, as published and at one step: ``uniform`` and ``full`` belong into every comparison."""
 
 from __future__ import annotations
 
@@ -10,8 +7,17 @@ from typing import ClassVar
 
 import numpy as np
 
-from tamis.online.choice import Choice, Evidence, Needs, check_sizes, everything, top_choice, unweighted, weighted
-from tamis.online.weights import check_ridge
+from tamis.online.methods.choice import (
+    Choice,
+    Evidence,
+    Needs,
+    check_sizes,
+    everything,
+    top_choice,
+    unweighted,
+    weighted,
+)
+from tamis.online.methods.weights import check_ridge
 from tamis.solve.greedy import greedy_residual
 from tamis.solve.omp import match_orthogonally
 from tamis.solve.solution import Status

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from tamis.errors import InvalidSettings
-from tamis.online.choice import Method
-from tamis.online.scorers import METHODS, FilterThenWeight
+from tamis.online.methods import METHODS
+from tamis.online.methods.choice import Method
+from tamis.online.methods.filter_then_weight import FilterThenWeight
 from tamis.values import changed_values, method_from_dict
 
 __all__ = ["make_method", "plain_settings"]

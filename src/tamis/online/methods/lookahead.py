@@ -1,6 +1,6 @@
 """Look-ahead selection: candidates by what they do to the target loss k updates later, through AdamW's own dynamics.
 
-Section 5 of *How Faithful Is Trajectory-Based Data Attribution?*. Unlike the methods of ``scorers``, a score here is
+Section 5 of *How Faithful Is Trajectory-Based Data Attribution?*. Unlike those of the other methods, a score here is
 not a function of one step's inner products: ``rehearsal`` computes it.
 """
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from tamis.errors import InvalidSettings
-from tamis.online.choice import Choice, Evidence, Needs, check_sizes, top_choice
+from tamis.online.methods.choice import Choice, Evidence, Needs, check_sizes, top_choice
 from tamis.trajectory.adjoint import steps_back
 
 __all__ = ["Lookahead"]
