@@ -24,14 +24,14 @@ from tamis.runs.train import TrainResult, train_from_settings
 from tamis.runs.verify import Verification, verify_from_settings
 from tamis.settings import (
     AttributeSettings,
+    CompareSettings,
     DoctorSettings,
     PlanSettings,
+    ProxySettings,
     SelectSettings,
     TrainRunSettings,
     VerifySettings,
 )
-from tamis.settings.compare import CompareSettings
-from tamis.settings.proxy import ProxySettings
 from tamis.values import changed_values, from_dict
 
 __all__ = [
@@ -276,7 +276,7 @@ def proxy(
         sparsity: share of the compressed layers' numbers that is removed.
         out: folder for the proxy; an interrupted build with the same arguments resumes there.
         progress: where to say how far it is; by default nowhere.
-        settings: any other field of ``tamis.settings.proxy.ProxySettings``.
+        settings: any other field of ``tamis.settings.ProxySettings``.
 
     Returns:
         Where the proxy lies and what it keeps.

@@ -10,7 +10,7 @@ from tamis.cli import options as opt
 from tamis.cli.command import work
 from tamis.cli.output import plain, print_summary
 from tamis.notation import PROXY_SUMMARIES
-from tamis.settings.proxy import ProxySettings
+from tamis.settings import ProxySettings
 
 __all__ = ["EPILOG", "proxy"]
 

@@ -17,7 +17,7 @@ from tamis.protocols import Progress
 from tamis.runs.compare_selections import Chosen, PoolTable
 from tamis.runs.compare_training import Bench, training_settings
 from tamis.seeds import child_seed, random_subset
-from tamis.settings.compare import CompareSettings
+from tamis.settings import CompareSettings
 from tamis.types import IntArray
 
 __all__ = ["Grid", "common_spec", "make_missing", "share_out"]

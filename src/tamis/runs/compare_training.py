@@ -25,7 +25,7 @@ from tamis.online.fate import read_candidates
 from tamis.progress import NoProgress
 from tamis.runs.train import train_from_settings
 from tamis.runs.train_setup import LEARNING_RATES, compute_dtype, open_model
-from tamis.settings.compare import CompareSettings
+from tamis.settings import CompareSettings
 from tamis.training.loop import Spent, TrainSettings, fine_tune
 from tamis.types import IntArray
 

@@ -50,7 +50,7 @@ from tamis.proxies.rows import RowSizes, assign_roles, usable_rows
 from tamis.report.retention_page import retention_page
 from tamis.runs.manifest import identity_settings, repeat_command
 from tamis.runs.outputs import check_claim, claim_folder, free_claim, write_json
-from tamis.settings.proxy import ProxySettings
+from tamis.settings import ProxySettings
 from tamis.types import Example
 from tamis.values import to_dict
 from tamis.versions import versions

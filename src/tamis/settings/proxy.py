@@ -8,9 +8,8 @@ from typing import Any, Literal
 
 from tamis.errors import InvalidSettings
 from tamis.notation import PROXY_SUMMARIES
-from tamis.settings import SharedSettings
 from tamis.settings.checks import check_above_zero, check_at_least, check_sources, check_targets
-from tamis.settings.shared import Dtype
+from tamis.settings.shared import Dtype, SharedSettings
 from tamis.values import nearest
 
 __all__ = ["SWEEP", "ProxySettings", "Recipe", "recipe_of"]
