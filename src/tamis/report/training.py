@@ -14,7 +14,7 @@ from tamis.report.content import Headline, KeyNumber, manifest_part, provenance
 from tamis.report.curves import Curve, Fate, SourceFate, effective_sizes, fates, shares_by_source, steps_of, thinned
 from tamis.report.examples import ExampleCard, card
 from tamis.report.finding import Finding
-from tamis.report.training_findings import Evidence, find, forecast_pairs, held_out_losses, lost_at
+from tamis.report.training_findings import TrainingEvidence, find, forecast_pairs, held_out_losses, lost_at
 from tamis.report.wording import count, joined, number, one_line, seconds
 from tamis.types import Example
 
@@ -94,7 +94,7 @@ def build_training_content(inputs: TrainingInputs) -> TrainingContent:
     return TrainingContent(
         headline=_headline(inputs, fate, held_out, last, cost),
         findings=find(
-            Evidence(
+            TrainingEvidence(
                 forecasts=forecast_pairs(log),
                 held_out=held_out,
                 lost_at=lost_at(log),

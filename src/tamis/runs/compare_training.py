@@ -29,7 +29,7 @@ from tamis.settings import CompareSettings
 from tamis.training.loop import Spent, TrainSettings, fine_tune
 from tamis.types import IntArray
 
-__all__ = ["Bench", "training_settings"]
+__all__ = ["TrainingBench", "training_settings"]
 
 
 def training_settings(settings: CompareSettings, *, steps: int) -> TrainSettings:
@@ -47,7 +47,7 @@ def training_settings(settings: CompareSettings, *, steps: int) -> TrainSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench:
+class TrainingBench:
     """What every run needs: where things lie, the rows as tokens, and what an operation is reckoned as."""
 
     settings: CompareSettings

@@ -216,7 +216,7 @@ def prepare(settings: ProxySettings, pool: Examples, target: Examples | None) ->
     roles = assign_roles(
         pool, groups, renderer, sizes=_sizes(settings), seed=settings.seed, on_bad_row=settings.on_bad_row
     )
-    warnings = [*renderer.notes, *roles.check_fit(model_limits(loading), load_tokenizer(loading))]
+    warnings = [*renderer.notes, *roles.check_drawn_rows(model_limits(loading), load_tokenizer(loading))]
     loaded = _load(loading)
     bench = Bench(
         roles=roles,
