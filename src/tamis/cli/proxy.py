@@ -143,9 +143,9 @@ def proxy(
         float | None, typer.Option(help="Weight of the outputs in align+kl.", rich_help_panel=ALIGN)
     ] = None,
     steps: Annotated[int, typer.Option(help="Updates.", rich_help_panel=ALIGN)] = ProxySettings.steps,
-    batch_rows: Annotated[
+    update_rows: Annotated[
         int, typer.Option(help="Rows of an update.", rich_help_panel=ALIGN)
-    ] = ProxySettings.batch_rows,
+    ] = ProxySettings.update_rows,
     learning_rate: Annotated[
         float | None,
         typer.Option(

@@ -282,7 +282,7 @@ def _sizes(settings: ProxySettings) -> RowSizes:
         validation=settings.validation_rows,
         stand_ins=settings.target_rows,
         probe=settings.probe_rows,
-        align=settings.steps * settings.batch_rows if settings.aligns or is_scorer else 0,
+        align=settings.steps * settings.update_rows if settings.aligns or is_scorer else 0,
     )
 
 
