@@ -104,7 +104,7 @@ def main() -> None:
         probe_rows=arguments.probe_rows,
         probe_tokens=arguments.probe_tokens,
         steps=arguments.steps,
-        batch_rows=arguments.batch_rows,
+        update_rows=arguments.batch_rows,
         batch_tokens=arguments.batch_tokens,
         held_out_rows=max(20, arguments.rows),
         max_length=arguments.max_length,

@@ -239,7 +239,7 @@ def main() -> None:
         pool=tuple(arguments.pool),
         target=tuple(arguments.target),
         steps=arguments.steps,
-        batch_rows=arguments.batch_rows,
+        update_rows=arguments.batch_rows,
         measure_steps=arguments.measure_steps,
         learning_rate=arguments.learning_rate,
         probe_tokens=arguments.probe_tokens,

@@ -27,13 +27,12 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from tamis.gradients.functional import products
-from tamis.online.lookahead import Lookahead
+from tamis.online.methods.lookahead import Lookahead
 from tamis.online.rehearsal import look_ahead
 from tamis.trajectory.adjoint import final_values
-from tamis.trajectory.classifier import Classifier
 from tamis.trajectory.replay import mean_gradient, play
 from tamis.trajectory.run import Group, Rule, State, Step
-from trace_mnist import NETWORKS, Images, load_mnist
+from trace_mnist import NETWORKS, Classifier, Images, load_mnist
 from trace_runs import RESULTS, append, read
 
 CANDIDATES, KEEP, TARGET = 64, 32, 250

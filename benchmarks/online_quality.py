@@ -57,8 +57,8 @@ from tamis.data.render import Renderer
 from tamis.errors import BadRow
 from tamis.model.load import ModelSettings, load_model, load_tokenizer
 from tamis.online import METHODS, FilterThenWeight, StepSettings
-from tamis.online.choice import cold_updates
 from tamis.online.cost import as_plain
+from tamis.online.methods.choice import cold_updates
 from tamis.online.settings import check_combination
 from tamis.types import Example
 

@@ -34,7 +34,7 @@ from torch import nn
 
 from engine import HEADS, SHAPES, build_model
 from tamis.online import METHODS
-from tamis.online.choice import Method
+from tamis.online.methods.choice import Method
 from tamis.online.settings import StepSettings, check_combination
 from tamis.online.step import OnlineStep
 from tamis.types import Batch

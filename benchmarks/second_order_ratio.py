@@ -26,7 +26,7 @@ from tamis.data.examples import read_examples
 from tamis.data.render import Renderer
 from tamis.gradients.hessian import hessian_products
 from tamis.gradients.per_sample import MaterialisedGradients, run_batch
-from tamis.maths.second_order import TermRatio, adam_quadratic
+from tamis.maths.second_order import TermRatio
 from tamis.model.load import ModelSettings, load_model
 from tamis.model.targets import gradient_layers
 from tamis.solve.quadratic import LowRankQuadratic, landmark_root
@@ -72,7 +72,8 @@ def quadratic_of(model: Any, layers: Any, pool: Tensor, target: list[Batch], coe
     batches = [(batch, coefficients[j : j + 1].float()) for j, batch in enumerate(target)]
     products = hessian_products(model, batches, layers, directions)
     flat = torch.cat([products[layer.name].flatten(1) for layer in layers], dim=1).double()
-    return adam_quadratic(pool, torch.ones(pool.shape[1], dtype=torch.float64), flat)
+    q = pool @ flat.T / max(len(pool), 1)
+    return (q + q.T) / 2
 
 
 def lines_of(p: Tensor, q: Tensor) -> list[dict[str, Any]]:

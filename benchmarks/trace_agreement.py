@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,14 @@ import torch
 from torch import nn
 
 from tamis.maths.ranks import rank_correlation
-from tamis.trajectory.classifier import Classifier, LabelledRows
 from tamis.trajectory.leave_out import leave_out_effect
 from tamis.trajectory.replay import train
 from tamis.trajectory.run import Group, HeldTrajectory, Rule, Step
 from tamis.trajectory.sweep import SweepSettings, run_sweep
+
+# Shared with the tests: the package itself trains language models only.
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from classifier import Classifier, LabelledRows
 
 RUNNER = Path(__file__).parent / "peers" / "run_dattri_trajectory.py"
 WIDTHS, BATCH, STEPS, TARGETS = (20, 16, 5), 8, 30, 6

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tamis.trajectory.classifier import Classifier, LabelledRows
 from tamis.trajectory.replay import train
 from tamis.trajectory.run import Group, HeldTrajectory, Rule, Step
+
+# Shared with the tests: the package itself trains language models only.
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from classifier import Classifier, LabelledRows
 
 BATCH, STEPS = 64, 94
 

@@ -39,6 +39,18 @@ def enumerated_weights(p: F64, r: F64) -> F64:
     return best
 
 
+def weights_at_lambda(p: F64, lam: float) -> F64:
+    """The first-order solution for a given λ: ``w = (p + τ)_+ / λ``, with as many positive weights as sum to n."""
+    n = len(p)
+    ordered = np.sort(p)[::-1]
+    # L_(k+1) - L_k = k (p_(k) - p_(k+1)): a sum of terms >= 0, with no large sums to cancel.
+    sums = np.concatenate([[0.0], np.cumsum(np.arange(1, n) * (ordered[:-1] - ordered[1:]))])
+    k = int(np.searchsorted(sums, n * lam, side="left"))
+    # p + τ = (p - p_(k)) + (nλ - L_k)/k, which stays positive for the k-th row in floating point too.
+    weights = np.maximum(p - ordered[k - 1] + (n * lam - sums[k - 1]) / k, 0)
+    return np.asarray(weights * (n / weights.sum()))
+
+
 def slsqp_objective(p: F64, r: F64) -> float:
     """The minimum as sequential quadratic programming finds it, from equal weights."""
     n = len(p)

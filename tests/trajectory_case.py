@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from classifier import Classifier, LabelledRows
 from tamis.trajectory.adjoint import start_channel, sweep_step
-from tamis.trajectory.classifier import Classifier, LabelledRows
 from tamis.trajectory.replay import Played, mean_gradient, play_segment, train
 from tamis.trajectory.run import Group, HeldTrajectory, Rule, Step
 

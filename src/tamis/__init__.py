@@ -67,27 +67,27 @@ if TYPE_CHECKING:
     from tamis.online.trainer import OnlineTrainer
     from tamis.settings import (
         AttributeSettings,
+        CompareSettings,
         DoctorSettings,
         PlanSettings,
+        ProxySettings,
         SelectSettings,
         TrainRunSettings,
         VerifySettings,
     )
-    from tamis.settings.compare import CompareSettings
-    from tamis.settings.proxy import ProxySettings
     from tamis.trajectory.recorder import TrajectoryRecorder
 
 _HOMES = {
     "AttributeSettings": "tamis.settings",
     "Attribution": "tamis.api",
     "CompareResult": "tamis.api",
-    "CompareSettings": "tamis.settings.compare",
+    "CompareSettings": "tamis.settings",
     "DoctorSettings": "tamis.settings",
     "OnlineSFTTrainer": "tamis.online.sft",
     "OnlineTrainer": "tamis.online.trainer",
     "PlanSettings": "tamis.settings",
     "ProxyResult": "tamis.api",
-    "ProxySettings": "tamis.settings.proxy",
+    "ProxySettings": "tamis.settings",
     "PlantedResult": "tamis.api",
     "SelectSettings": "tamis.settings",
     "Selection": "tamis.api",

@@ -13,8 +13,8 @@ from tamis.data.rows import Rows, are_rows, checked_rows, held_name
 from tamis.errors import InvalidSettings
 from tamis.evaluate.cost import PlanResult, estimate_plan
 from tamis.evaluate.doctor import DoctorResult, examine
-from tamis.online.by_name import plain_settings as online_settings
-from tamis.online.choice import Method as OnlineMethod
+from tamis.online.methods.by_name import plain_settings as online_settings
+from tamis.online.methods.choice import Method as OnlineMethod
 from tamis.protocols import Method, Progress
 from tamis.runs.attribute import Attribution, attribute_from_settings
 from tamis.runs.compare import CompareResult, PlantedResult, compare_from_settings
@@ -24,15 +24,15 @@ from tamis.runs.train import TrainResult, train_from_settings
 from tamis.runs.verify import Verification, verify_from_settings
 from tamis.settings import (
     AttributeSettings,
+    CompareSettings,
     DoctorSettings,
     PlanSettings,
+    ProxySettings,
     SelectSettings,
     TrainRunSettings,
     VerifySettings,
 )
-from tamis.settings.compare import CompareSettings
-from tamis.settings.proxy import ProxySettings
-from tamis.values import from_dict
+from tamis.values import changed_values, from_dict
 
 __all__ = [
     "Attribution",
@@ -276,7 +276,7 @@ def proxy(
         sparsity: share of the compressed layers' numbers that is removed.
         out: folder for the proxy; an interrupted build with the same arguments resumes there.
         progress: where to say how far it is; by default nowhere.
-        settings: any other field of ``tamis.settings.proxy.ProxySettings``.
+        settings: any other field of ``tamis.settings.ProxySettings``.
 
     Returns:
         Where the proxy lies and what it keeps.
@@ -411,9 +411,5 @@ def _paths(given: str | Path | Sequence[str | Path] | Rows, what: str, held: dic
 
 def _plain_settings(method: Method) -> dict[str, Any]:
     """The settings of a method object that are not its defaults, as ``--set`` would state them."""
-    found = {}
-    for field in dataclasses.fields(method):  # type: ignore[arg-type]  # methods are dataclasses by contract
-        value = getattr(method, field.name)
-        if value != field.default:
-            found[field.name] = list(value) if isinstance(value, tuple) else value
-    return found
+    changed = changed_values(method)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}

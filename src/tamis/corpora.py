@@ -17,11 +17,11 @@ from tamis.data.examples import Examples, read_examples, warn_of
 from tamis.data.render import Renderer
 from tamis.data.rows import Rows
 from tamis.errors import BadRow, InvalidInput
-from tamis.fit import check_fit
 from tamis.model.limits import model_limits
 from tamis.model.load import ModelSettings, load_tokenizer
 from tamis.notation import target_parts
 from tamis.protocols import Progress
+from tamis.row_limits import check_row_limits
 from tamis.settings import DoctorSettings, PlanSettings, SelectSettings, TrainRunSettings
 from tamis.types import IntArray
 
@@ -158,7 +158,7 @@ def render_corpora(
     for corpus in (pool, target):
         rows = np.flatnonzero(corpus.usable).astype(np.int64)
         lengths = corpus.lengths[rows]
-        warnings += check_fit(
+        warnings += check_row_limits(
             limits, tokenizer, corpus.examples, kind=corpus.name, rows=rows, lengths=lengths, take=corpus.take
         )
         if corpus.dropped.any():

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 
 from tamis.errors import InvalidSettings
 
-__all__ = ["check_plain", "check_types", "from_dict", "method_from_dict", "nearest", "to_dict"]
+__all__ = ["changed_values", "check_plain", "check_types", "from_dict", "method_from_dict", "nearest", "to_dict"]
 
 T = TypeVar("T")
 
@@ -76,6 +76,12 @@ def to_dict(settings: Any) -> dict[str, Any]:
             value = {key: list(v) if isinstance(v, tuple) else v for key, v in value.items()}
         plain[entry.name] = value
     return plain
+
+
+def changed_values(settings: Any) -> dict[str, Any]:
+    """The fields of a dataclass that differ from their defaults."""
+    values = {entry.name: (getattr(settings, entry.name), entry.default) for entry in fields(settings)}
+    return {name: value for name, (value, default) in values.items() if value != default}
 
 
 def check_types(settings: Any) -> None:

@@ -117,7 +117,7 @@ def test_absolute_damping_takes_numbers_of_its_own_and_the_papers_has_them() -> 
 def test_what_a_preset_reads_may_be_set() -> None:
     common = {"model": "m", "pool": ("p",), "target": ("t",)}
     ProxySettings(**common, preset="layer-extraction", probe_rows=9, sparsity=0.7)  # type: ignore[arg-type]
-    ProxySettings(**common, preset="influence-scorer", sibling="s", steps=300, batch_rows=4)  # type: ignore[arg-type]
+    ProxySettings(**common, preset="influence-scorer", sibling="s", steps=300, update_rows=4)  # type: ignore[arg-type]
     svd = ProxySettings(**common, preset="svd", steps=300, learning_rate=0.1)  # type: ignore[arg-type]
     assert svd.aligns
     assert not ProxySettings(**common, objective="none").aligns  # type: ignore[arg-type]

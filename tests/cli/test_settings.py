@@ -13,15 +13,15 @@ from tamis.projection import PROJECTIONS
 from tamis.score import METHODS
 from tamis.settings import (
     AttributeSettings,
+    CompareSettings,
     DoctorSettings,
     PlanSettings,
+    ProxySettings,
     SelectSettings,
     SharedSettings,
     TrainRunSettings,
     VerifySettings,
 )
-from tamis.settings.compare import CompareSettings
-from tamis.settings.proxy import ProxySettings
 from tamis.values import from_dict, nearest, to_dict
 
 REQUIRED: dict[str, Any] = {"model": "m", "pool": ("p.jsonl",), "target": ("t.jsonl",)}

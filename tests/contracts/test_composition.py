@@ -24,7 +24,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "influence-distillation": {"landmarks": 6, "warmup_epochs": 1, "warmup_batch_rows": 2, "lora_rank": 2,
                                "embedding": "error"},
     "influence-function": {"factor_rows": 6},
-    "adamw-influence": {"batch_rows": 8, "lora_rank": 2, "curvature": "none"},
+    "adamw-influence": {"update_rows": 8, "lora_rank": 2, "curvature": "none"},
 }  # fmt: skip
 POOL_ROWS = 24
 

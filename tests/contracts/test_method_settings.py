@@ -18,7 +18,7 @@ import pytest
 from tamis import online, score
 from tamis.errors import InvalidSettings
 from tamis.evaluate.cost import _values as planned_values
-from tamis.online.by_name import make_method as make_online
+from tamis.online.methods.by_name import make_method as make_online
 from tamis.runs.select import make_method as make_offline
 from tamis.settings import SelectSettings
 from tamis.settings.proxy import ProxySettings, Recipe

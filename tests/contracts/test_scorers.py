@@ -17,7 +17,7 @@ QUICK = {
     "less": {"warmup_epochs": 1, "warmup_share": 0.5},
     "loss-drop": {"warmup_steps": 2},
     "influence-distillation": {"landmarks": 4, "warmup_epochs": 1},
-    "adamw-influence": {"batch_rows": 4},
+    "adamw-influence": {"update_rows": 4},
 }
 
 

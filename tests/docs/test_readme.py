@@ -19,9 +19,7 @@ import tamis.methods
 import tamis.online
 from tamis.cli import main as cli
 from tamis.notation import METHOD_SUMMARIES, ONLINE_SUMMARIES, PROJECTION_NAMES
-from tamis.settings import SelectSettings, TrainRunSettings
-from tamis.settings.compare import CompareSettings
-from tamis.settings.proxy import ProxySettings
+from tamis.settings import CompareSettings, ProxySettings, SelectSettings, TrainRunSettings
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

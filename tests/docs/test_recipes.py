@@ -12,11 +12,10 @@ import pytest
 
 from tamis.cli.config import merge_settings
 from tamis.notation import METHOD_SUMMARIES, ONLINE_SUMMARIES, target_parts
-from tamis.online.by_name import make_method as make_online_method
+from tamis.online.methods.by_name import make_method as make_online_method
 from tamis.online.settings import StepSettings, check_combination
 from tamis.runs.select import make_method
-from tamis.settings import SelectSettings, TrainRunSettings
-from tamis.settings.compare import CompareSettings
+from tamis.settings import CompareSettings, SelectSettings, TrainRunSettings
 from tamis.settings.proxy import ProxySettings, recipe_of
 
 ROOT = Path(__file__).parents[2]

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from oracles import reference_gradients
 from tamis.embeddings import Gradient, LensGradient, TailGradient
 from tamis.errors import InvalidSettings
-from tamis.gradients.reference import reference_gradients
 from tamis.model.blocks import Decoder, first_blocks
 from tamis.model.targets import gradient_layers
 from tamis.projection import FactorizedProjector

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from oracles import reference_gradients
 from tamis.data.batches import collate
 from tamis.evaluate.checks import check_batch_composition, check_distortion, check_sign
-from tamis.gradients.reference import reference_gradients
 from tamis.model.targets import gradient_layers
 from tamis.projection import make_projector, project_gradients
 from tamis.types import TokenizedExample

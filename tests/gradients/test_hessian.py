@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from oracles import reference_loss
 from tamis.errors import InvalidInput, InvalidSettings, Unsupported
 from tamis.gradients.hessian import attention_for_hessians, hessian_products
-from tamis.gradients.reference import reference_loss
 from tamis.model.loss import per_sample_losses, twice_differentiable_losses
 from tamis.model.targets import gradient_layers
 from tamis.types import Batch, LayerSpec

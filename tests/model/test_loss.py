@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from oracles import reference_loss
 from tamis.errors import InvalidInput, NonFinite, Unsupported
-from tamis.gradients.reference import reference_loss
 from tamis.model.loss import evaluation_mode, per_sample_losses, require_finite, supervised_positions
 from tamis.types import Batch
 from tiny_models import FAMILIES, one_row, padded_by, permuted, random_batch, tiny_model

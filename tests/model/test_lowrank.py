@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from oracles import reference_gradients
 from tamis.errors import InvalidInput
 from tamis.gradients.jvp import gaussian_direction, hidden_tangents
 from tamis.gradients.per_sample import MaterialisedGradients, per_sample_features, run_batch
-from tamis.gradients.reference import reference_gradients
 from tamis.model.flops import ModelShape
 from tamis.model.limits import skeleton
 from tamis.model.load import ModelSettings, load_model, model_fingerprint

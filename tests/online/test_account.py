@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tamis.online.account import fallback_share, forecast_correlation, read_account
-from tamis.online.choice import Choice
 from tamis.online.fate import CandidateLog
+from tamis.online.methods.choice import Choice
 from tamis.online.proposal import Proposal
 
 

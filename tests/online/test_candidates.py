@@ -19,7 +19,7 @@ from tamis.model.targets import gradient_layers
 from tamis.model.trainable import trainable_layers
 from tamis.online import METHODS, Anchored, FilterThenWeight, Full, Greats, Tilt, TracIn, Uniform
 from tamis.online.adam_state import read_adam
-from tamis.online.choice import Evidence
+from tamis.online.methods.choice import Evidence
 from tamis.online.proxy import check_proxy, load_proxy
 from tamis.online.settings import StepSettings
 from tamis.online.step import OnlineStep

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tamis.errors import InvalidInput
-from tamis.online.choice import Choice
 from tamis.online.fate import CandidateLog, read_candidates
+from tamis.online.methods.choice import Choice
 from tamis.online.proposal import Proposal
 
 

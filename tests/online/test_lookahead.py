@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import tamis
+from classifier import Classifier, LabelledRows
 from online_runs import arguments, collate, rows_of
 from tamis.errors import InvalidSettings, Unsupported
 from tamis.model.loss import per_sample_losses
@@ -22,7 +23,6 @@ from tamis.online.batches import target_positions
 from tamis.online.fate import read_candidates
 from tamis.online.rehearsal import coming_rates, look_ahead, rehearse
 from tamis.trajectory.adjoint import start_channel, sweep_step
-from tamis.trajectory.classifier import Classifier, LabelledRows
 from tamis.trajectory.optimizer_state import live_optimizer
 from tamis.trajectory.replay import mean_gradient, play, train
 from tamis.trajectory.run import Group, Rule, Step

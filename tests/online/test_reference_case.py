@@ -9,10 +9,10 @@ import torch
 from online_case import KEEP, gradients, mean_gradient, moments, rows, target
 from tamis.maths.adam import adam_direction
 from tamis.online import Anchored, FilterThenWeight, Greats
-from tamis.online.choice import AlignmentForm, Evidence, InteractionForm
 from tamis.online.measure import exact_interactions, measure_alignments, measure_lengths
+from tamis.online.methods.choice import AlignmentForm, Evidence, InteractionForm
+from tamis.online.methods.weights import positive_scale
 from tamis.online.token_level import position_interactions
-from tamis.online.weights import positive_scale
 from tamis.solve.greedy import top
 from tamis.solve.omp import match_orthogonally
 

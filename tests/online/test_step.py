@@ -13,16 +13,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from oracles import reference_loss
 from tamis.errors import InvalidInput, InvalidSettings, NonFinite, Unsupported
 from tamis.gradients.parameters import param_matrices
-from tamis.gradients.reference import reference_loss
 from tamis.gradients.rows import RowGradients, hold_gradients
 from tamis.model.trainable import trainable_layers
 from tamis.online import METHODS, Anchored, FilterThenWeight, Full, Less, TargetOnly, Tilt, TracIn, Uniform
 from tamis.online import evidence as online_evidence
 from tamis.online.adam_state import read_adam
-from tamis.online.choice import Choice, Evidence, Needs
 from tamis.online.measure import exact_interactions, sketched_interactions
+from tamis.online.methods.choice import Choice, Evidence, Needs
 from tamis.online.step import OnlineStep, Proposal, StepSettings
 from tamis.projection.factorized import FactorizedProjector
 from tamis.seeds import random_permutation

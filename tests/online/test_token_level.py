@@ -15,7 +15,7 @@ from tamis.gradients.parameters import ParamMatrix, param_matrices
 from tamis.model.trainable import trainable_layers
 from tamis.online import FilterThenWeight
 from tamis.online.adam_state import read_adam
-from tamis.online.choice import Choice, Evidence, everything
+from tamis.online.methods.choice import Choice, Evidence, everything
 from tamis.online.step import OnlineStep
 from tamis.projection.factorized import FactorizedProjector
 from tamis.types import Batch

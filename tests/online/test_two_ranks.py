@@ -14,7 +14,7 @@ import torch
 import tamis
 from online_case import moments, rows
 from online_two_ranks import METHODS, main
-from tamis.gradients.reference import reference_loss
+from oracles import reference_loss
 from tamis.online import Full
 from tamis.online.fate import read_candidates
 from tamis.online.measure import exact_interactions

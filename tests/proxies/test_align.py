@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import proxy_case
+from oracles import reference_gradients
 from tamis.errors import NonFinite
-from tamis.gradients.reference import reference_gradients
 from tamis.model.loss import supervised_logits, supervised_positions
 from tamis.model.lowrank import low_rank_layers
 from tamis.model.targets import gradient_layers

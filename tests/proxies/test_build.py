@@ -17,7 +17,7 @@ from tamis.proxies.build import build_low_rank
 from tamis.proxies.compressible import find_compressible
 from tamis.proxies.retention import Retention
 from tamis.report.retention_page import retention_page
-from tamis.settings.proxy import ProxySettings
+from tamis.settings import ProxySettings
 from tiny_models import random_batch
 from tiny_run import byte_tokenizer
 

@@ -30,7 +30,7 @@ def rows_of_tokens(count: int) -> list[TokenRow]:
 def test_a_score_foretells_training_without_the_row(tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "model")
     task = make_task(tmp_path, model)
-    method = AdamwInfluence(batch_rows=4, learning_rate=1e-3, lora_rank=2)
+    method = AdamwInfluence(update_rows=4, learning_rate=1e-3, lora_rank=2)
     scores = method.score(task).values
     [folder] = task.store.glob("adamw-influence-*")
     run = module.LogReader(folder / "run")

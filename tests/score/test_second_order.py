@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from oracles import adam_quadratic, adam_scores
 from score_task import POOL, TARGET, batch_of, file_bytes, loop_gradients_of, make_task, save_tiny, unit
 from solver_oracles import enumerated_weights
 from tamis.budget import Budget
@@ -17,7 +18,6 @@ from tamis.collect import Task
 from tamis.embeddings import HiddenMean
 from tamis.errors import InvalidInput, InvalidSettings, Unsupported
 from tamis.gradients.hessian import hessian_products
-from tamis.maths.second_order import adam_quadratic, adam_scores
 from tamis.score import landmark_curvature, landmark_gradients
 from tamis.score.influence_distillation import InfluenceDistillation
 from tamis.score.landmark_gradients import adam_vectors
@@ -65,8 +65,7 @@ def test_scores_and_products_are_those_of_dense_matrices(tmp_path: Path, family:
         p = pool @ sum(w * target[row] for w, row in zip(coefficients, rows, strict=True))
         np.testing.assert_allclose(scores.values[:, c], p.numpy(), rtol=0, atol=3e-6)  # float32 gradients
         products = dense_hessian_products(task, module, layers, rows, coefficients, pool)
-        # adam_quadratic with a of ones is equation 4: G H G^T / n, symmetrised.
-        wanted = adam_quadratic(pool, torch.ones_like(pool[0]), products) * len(pool)
+        wanted = adam_quadratic(pool, torch.ones_like(pool[0]), products)
         got = scores.curvature.products[c]
         np.testing.assert_allclose(got, wanted.numpy(), rtol=0, atol=2e-5 * float(wanted.abs().max()))
         ratio = 0.05 * float(wanted.sum()) / len(pool) / float(p.sum())
@@ -91,13 +90,11 @@ def test_adam_s_form_is_that_of_equations_8_and_9(tmp_path: Path, llama: Path) -
     product = dense_hessian_products(warm, module, layers, rows, coefficients, (offset / lengths.mean())[None])[0]
     for momentum, pool_size in (("paper", len(pool)), ("whole", 1), ("none", None)):
         found = dataclasses.replace(settings, momentum=momentum).score(make_task(tmp_path, llama, aggregate="mean"))
-        wanted = adam_scores(
-            pool, scale, gradient, None if pool_size is None else product, eta=0.5, pool_size=pool_size
-        )
+        wanted = adam_scores(pool, scale, gradient, None if pool_size is None else product, step=0.5 / (pool_size or 1))
         np.testing.assert_allclose(found.values[:, 0], (wanted / lengths).numpy(), rtol=0, atol=1e-5)
     whole = pool * scale / lengths[:, None]
     products = dense_hessian_products(warm, module, layers, rows, coefficients, whole)
-    wanted_q = adam_quadratic(pool / lengths[:, None], scale, products) * len(pool)
+    wanted_q = adam_quadratic(pool / lengths[:, None], scale, products)
     assert scores.curvature is not None
     got = scores.curvature.products[0]
     np.testing.assert_allclose(got, wanted_q.numpy(), rtol=0, atol=1e-4 * float(wanted_q.abs().max()))
@@ -132,10 +129,10 @@ def test_target_rows_pick_in_turn_each_by_its_own_programme(tmp_path: Path, llam
     budget = Budget(kind="rows", value=4)
     choice = choose(scores, budget=budget, tokens=task.pool.lengths)
     assert scores.curvature is not None
-    counts = np.bincount(choice.target_row, minlength=3)
-    assert counts.sum() == 4 and counts[0] == 2  # half of the budget is the first target's, which has one row
+    assert np.bincount(choice.picked_for).tolist() == [2, 2]  # half of the budget is the first target's, of one row
+    counts = np.array([2, 1, 1])  # the rows of the second target take turns
     marginal, solutions = second_order_scores(scores.values, scores.curvature, counts, np.ones(len(POOL), np.bool_))
-    first = choice.order[choice.target_row == 0][0]
+    first = choice.order[choice.picked_for == 0][0]
     assert first == marginal[:, 0].argmax()
     for solution in solutions:  # v - p = -η Q w with a w that sums to n
         q = convex(scores.curvature.products[solution.column]) / len(POOL)
@@ -214,13 +211,14 @@ def test_rows_that_stand_in_for_rows_already_taken_weigh_something() -> None:
     scores = dataclasses.replace(
         one,
         values=values,
-        group=np.zeros(2, np.int64),
+        group=np.arange(2),
+        target_names=("t", "u"),
         curvature=dataclasses.replace(one.curvature, products=products, ratio=np.zeros(2, np.float32)),
     )
     found = choose(scores, budget=Budget(kind="rows", value=4), tokens=np.ones(4, np.int64))
     assert sorted(found.order) == [0, 1, 2, 3] and (found.example_weights > 0).all()
     for column in (0, 1):
-        mine = found.order[found.target_row == column]
+        mine = found.order[found.picked_for == column]
         assert found.example_weights[mine].mean() == pytest.approx(1)
         assert np.argmax(found.example_weights[mine]) == np.argmax(values[mine, column])
 

@@ -245,9 +245,9 @@ def test_only_the_rows_asked_for_are_scored(tmp_path: Path, llama: Path) -> None
 
 def _without_gradient(monkeypatch: pytest.MonkeyPatch, corpus: str, rows: set[int], task) -> None:
     """Pretend that the model predicts some rows with certainty."""
-    from tamis.score import tracin
+    from tamis.score import features as kept
 
-    original = tracin.per_sample_features
+    original = kept.per_sample_features
 
     def features(model, batch, layers, projector):
         losses, found, norms = original(model, batch, layers, projector)
@@ -261,7 +261,7 @@ def _without_gradient(monkeypatch: pytest.MonkeyPatch, corpus: str, rows: set[in
                 found[place] = 0
         return losses, found, norms
 
-    monkeypatch.setattr(tracin, "per_sample_features", features)
+    monkeypatch.setattr(kept, "per_sample_features", features)
 
 
 @pytest.mark.parametrize("keep_features", [True, False])
@@ -300,16 +300,16 @@ def test_a_target_without_any_gradient_is_refused(tmp_path: Path, llama: Path, m
 def test_a_gradient_that_is_not_finite_names_its_row(
     tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tamis.score import tracin
+    from tamis.score import features as kept
 
-    original = tracin.per_sample_features
+    original = kept.per_sample_features
 
     def broken(model, batch, layers, projector):
         losses, found, norms = original(model, batch, layers, projector)
         found[batch.rows == 1, 0] = float("nan")
         return losses, found, norms
 
-    monkeypatch.setattr(tracin, "per_sample_features", broken)
+    monkeypatch.setattr(kept, "per_sample_features", broken)
     with pytest.raises(NonFinite, match="target rows target-1 is NaN or infinite") as caught:
         TracIn().score(make_task(tmp_path, llama))
     assert caught.value.rows == (1,)

@@ -38,7 +38,6 @@ def test_round_robin_by_hand():
         2,
     ]  # maths row 0 takes 0; code, left with 1, 2, 3, takes 3; maths row 1 takes 2
     assert choice.picked_for.tolist() == [0, 1, 0]
-    assert choice.target_row.tolist() == [0, 2, 1]
     np.testing.assert_allclose(choice.target_scores, [[2.5, 3], [3, 0], [3.5, 1], [1.5, 2]])
     np.testing.assert_allclose(choice.score, [2.75, 1.5, 2.25, 1.75])
     assert choice.rank.tolist() == [1, 4, 3, 2]
@@ -49,7 +48,6 @@ def test_round_robin_by_hand():
 def test_mean_by_hand():
     choice = choose(scores_of(VALUES, group=[0, 0, 1]), budget=parse_budget(2), tokens=HUNDRED, aggregate="mean")
     assert choice.order.tolist() == [2, 0]  # maths' highest mean is row 2, code's highest is row 0
-    assert choice.target_row.tolist() == [-1, -1]
 
 
 @given(st.data(), st.integers(1, 12), st.sampled_from(["round-robin", "mean"]), st.booleans())
@@ -97,7 +95,6 @@ def test_choice_equals_the_plain_loop(data, n, aggregate, by_tokens):
     choice = run()
     assert choice.order.tolist() == rows[slow.rows].tolist()
     assert choice.picked_for.tolist() == slow.target
-    assert choice.target_row.tolist() == (slow.column if aggregate == "round-robin" else [-1] * len(slow.rows))
     assert choice.tokens == tokens[choice.order].sum()
     np.testing.assert_array_equal(choice.target_scores, means)
     np.testing.assert_allclose(choice.score, 0.75 * means[:, 0] + 0.25 * means[:, 1], rtol=1e-6)

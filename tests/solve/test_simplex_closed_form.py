@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from solver_oracles import enumerated_weights, kkt_violation
+from solver_oracles import enumerated_weights, kkt_violation, weights_at_lambda
 from tamis.errors import InvalidInput, NonFinite
-from tamis.solve.simplex_closed_form import lambda_interval, weights_at_lambda, weights_for_count
+from tamis.solve.simplex_closed_form import lambda_interval, weights_for_count
 from tamis.solve.solution import Status
 
 COSINES = np.cos(np.arange(8.0))
@@ -32,7 +32,7 @@ def test_published_intervals_and_weights() -> None:
     expected = [3.364157703435, 0, 0, 0, 0, 0, 3.072676065173, 1.563166231393]
     np.testing.assert_allclose(weights_for_count(COSINES, 3).value, expected, rtol=0, atol=1e-12)
     expected = [2.18478518707, 1.265389798806, 0, 0, 0, 0.752109557996, 2.105125760371, 1.692589695757]
-    np.testing.assert_allclose(weights_at_lambda(COSINES, 0.5).value, expected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(weights_at_lambda(COSINES, 0.5), expected, rtol=0, atol=1e-12)
 
 
 def test_hand_computed_case() -> None:
@@ -65,10 +65,7 @@ def test_every_count_is_certified_and_exact_unless_rows_tie(p: np.ndarray) -> No
 
 @given(scores, st.floats(1e-3, 1e3))
 def test_weights_at_any_lambda_satisfy_the_optimality_conditions(p: np.ndarray, lam: float) -> None:
-    solution = weights_at_lambda(p, lam)
-    assert kkt_violation(solution.value, p, lam * np.eye(len(p))) <= 1e-11
-    assert solution.stats["lambda_low"] < lam <= float(solution.stats["lambda_high"]) * (1 + 1e-12)
-    assert solution.stats["gap"] <= 1e-12
+    assert kkt_violation(weights_at_lambda(p, lam), p, lam * np.eye(len(p))) <= 1e-11
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -77,7 +74,7 @@ def test_weights_equal_the_best_over_all_supports(seed: int) -> None:
     p = rng.integers(-3, 3, 7) + (seed % 2) * rng.standard_normal(7)
     for lam in (0.01, 0.3, 5.0):
         expected = enumerated_weights(p, lam * np.eye(7))
-        np.testing.assert_allclose(weights_at_lambda(p, lam).value, expected, rtol=0, atol=1e-9)
+        np.testing.assert_allclose(weights_at_lambda(p, lam), expected, rtol=0, atol=1e-9)
 
 
 @given(scores)
@@ -87,11 +84,11 @@ def test_lambda_just_inside_and_outside_the_interval_leaves_k_and_not_k(p: np.nd
         if high <= low * (1 + 1e-6) or high < 1e-6:
             continue
         inside = (low + high) / 2 if np.isfinite(high) else 2 * low + 1
-        assert weights_at_lambda(p, inside).stats["nonzero"] == k
+        assert np.count_nonzero(weights_at_lambda(p, inside)) == k
         if low > 1e-6:
-            assert weights_at_lambda(p, low * (1 - 1e-6)).stats["nonzero"] < k
+            assert np.count_nonzero(weights_at_lambda(p, low * (1 - 1e-6))) < k
         if np.isfinite(high):
-            assert weights_at_lambda(p, high * (1 + 1e-6)).stats["nonzero"] > k
+            assert np.count_nonzero(weights_at_lambda(p, high * (1 + 1e-6))) > k
 
 
 @given(scores)
@@ -106,11 +103,11 @@ def test_intervals_follow_each_other_from_zero_to_infinity(p: np.ndarray) -> Non
 def test_order_shift_and_scale_of_scores_do_not_matter(p: np.ndarray, seed: int, shift: float, scale: float) -> None:
     k = 1 + seed % len(p)
     order = np.random.default_rng(seed).permutation(len(p))
-    w = weights_at_lambda(p, 0.7).value
-    np.testing.assert_allclose(weights_at_lambda(p[order], 0.7).value, w[order], rtol=1e-9, atol=1e-9)
+    w = weights_at_lambda(p, 0.7)
+    np.testing.assert_allclose(weights_at_lambda(p[order], 0.7), w[order], rtol=1e-9, atol=1e-9)
     # A shift costs p its digits below the shift's last one.
-    np.testing.assert_allclose(weights_at_lambda(p + shift, 0.7).value, w, rtol=1e-8, atol=1e-8)
-    np.testing.assert_allclose(weights_at_lambda(p * scale, 0.7 * scale).value, w, rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(weights_at_lambda(p + shift, 0.7), w, rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(weights_at_lambda(p * scale, 0.7 * scale), w, rtol=1e-8, atol=1e-8)
     if weights_for_count(p, k).status is Status.OPTIMAL:
         for other in (weights_for_count(p[order], k).value, weights_for_count(p * 4.0, k).value[order]):
             np.testing.assert_allclose(other, weights_for_count(p, k).value[order], rtol=1e-12, atol=1e-12)
@@ -121,7 +118,7 @@ def test_all_rows_get_weights_at_most_twice_each_other(p: np.ndarray) -> None:
     solution = weights_for_count(p, len(p))
     assert solution.value.max() <= 2 * solution.value.min() * (1 + 1e-12)
     assert solution.value.sum() == pytest.approx(len(p), rel=1e-12)
-    at_lambda = weights_at_lambda(p, float(solution.stats["lambda"])).value
+    at_lambda = weights_at_lambda(p, float(solution.stats["lambda"]))
     np.testing.assert_allclose(at_lambda, solution.value, rtol=1e-9)
 
 
@@ -174,7 +171,7 @@ def test_subnormal_differences_neither_overflow_nor_vanish() -> None:
 
 def test_one_row_gets_the_whole_weight() -> None:
     assert weights_for_count(np.array([-7.0]), 1).value.tolist() == [1.0]
-    assert weights_at_lambda(np.array([-7.0]), 3.0).value.tolist() == [1.0]
+    assert weights_at_lambda(np.array([-7.0]), 3.0).tolist() == [1.0]
 
 
 def test_memory_is_a_few_vectors() -> None:
@@ -199,9 +196,3 @@ def test_what_cannot_be_weighed_is_refused(p: list[float], k: int, error: type[E
     for function in (weights_for_count, lambda_interval):
         with pytest.raises(error, match=sentence):
             function(np.array(p, dtype=np.float64), k)
-
-
-@pytest.mark.parametrize("lam", [0.0, -1.0, np.inf, np.nan])
-def test_a_lambda_that_is_no_positive_number_is_refused(lam: float) -> None:
-    with pytest.raises(InvalidInput, match=f"lambda must be a positive number, got {lam}"):
-        weights_at_lambda(COSINES, lam)

@@ -4,9 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from solver_oracles import PROBLEM_KINDS, kkt_violation, objective, random_problem
+from solver_oracles import PROBLEM_KINDS, kkt_violation, objective, random_problem, weights_at_lambda
 from tamis.solve.quadratic import DenseQuadratic, LowRankQuadratic
-from tamis.solve.simplex_closed_form import weights_at_lambda
 from tamis.solve.simplex_projection import project_to_simplex, projected_gradient, relative_gap
 from tamis.solve.simplex_qp import solve_simplex_qp
 
@@ -20,7 +19,7 @@ def test_hand_computed_projection() -> None:
 @given(st.lists(st.floats(-100, 100), min_size=1, max_size=30))
 def test_projection_is_the_first_order_solution_at_lambda_one(values: list[float]) -> None:
     v = np.array(values)
-    expected = weights_at_lambda(v, 1.0).value
+    expected = weights_at_lambda(v, 1.0)
     projected = project_to_simplex(torch.from_numpy(v), float(len(v)))
     np.testing.assert_allclose(projected, expected, rtol=0, atol=1e-11)
     np.testing.assert_allclose(project_to_simplex(projected, float(len(v))), projected, rtol=0, atol=1e-11)

@@ -11,11 +11,12 @@ from solver_oracles import (
     objective,
     random_problem,
     slsqp_objective,
+    weights_at_lambda,
 )
 from tamis.errors import InvalidInput, NonFinite
 from tamis.solve import simplex_qp
 from tamis.solve.quadratic import DenseQuadratic, LowRankQuadratic
-from tamis.solve.simplex_closed_form import weights_at_lambda, weights_for_count
+from tamis.solve.simplex_closed_form import weights_for_count
 from tamis.solve.simplex_qp import solve_simplex_qp, solve_simplex_qp_for_count
 from tamis.solve.solution import Status
 
@@ -136,7 +137,7 @@ def test_order_shift_and_scale_do_not_matter(kind: str, seed: int, shift: float,
 @given(st.integers(1, 12), st.integers(0, 2**31), st.floats(0.01, 10))
 def test_without_curvature_the_weights_are_those_of_first_order(n: int, seed: int, lam: float) -> None:
     p = np.random.default_rng(seed).standard_normal(n)
-    expected = weights_at_lambda(p, lam).value
+    expected = weights_at_lambda(p, lam)
     for quadratic in (DenseQuadratic(torch.zeros(n, n, dtype=F64)), LowRankQuadratic(torch.zeros(n, 1, dtype=F64))):
         found = solve_simplex_qp(torch.from_numpy(p), quadratic, lam)
         np.testing.assert_allclose(found.value, expected, rtol=0, atol=1e-10 * n)

@@ -14,7 +14,7 @@ from tamis.cli import options as opt
 from tamis.cli.command import work
 from tamis.cli.output import plain
 from tamis.report.wording import number, percent, visible
-from tamis.settings.compare import CompareSettings
+from tamis.settings import CompareSettings
 
 __all__ = ["EPILOG", "compare"]
 

@@ -10,7 +10,7 @@ from tamis.cli import options as opt
 from tamis.cli.command import work
 from tamis.cli.output import plain, print_summary
 from tamis.notation import PROXY_SUMMARIES
-from tamis.settings.proxy import ProxySettings
+from tamis.settings import ProxySettings
 
 __all__ = ["EPILOG", "proxy"]
 
@@ -143,9 +143,9 @@ def proxy(
         float | None, typer.Option(help="Weight of the outputs in align+kl.", rich_help_panel=ALIGN)
     ] = None,
     steps: Annotated[int, typer.Option(help="Updates.", rich_help_panel=ALIGN)] = ProxySettings.steps,
-    batch_rows: Annotated[
+    update_rows: Annotated[
         int, typer.Option(help="Rows of an update.", rich_help_panel=ALIGN)
-    ] = ProxySettings.batch_rows,
+    ] = ProxySettings.update_rows,
     learning_rate: Annotated[
         float | None,
         typer.Option(

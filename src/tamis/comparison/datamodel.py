@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
 
+from tamis.maths.ranks import rank_correlation
 from tamis.seeds import child_seed, raw_words
 from tamis.types import IntArray
 
@@ -52,17 +52,10 @@ def foretell(
     foretold = np.array([float(score[rows].sum()) for rows in parts])
     gain = -np.asarray(losses, dtype=np.float64)
     count = len(parts)
-    if np.isnan(foretold).any() or count < 3 or not np.ptp(foretold) or not np.ptp(gain):
+    correlation = None if np.isnan(foretold).any() or count < 3 else rank_correlation(foretold, gain)
+    if correlation is None:
         return Foretold(name=name, correlation=None, low=None, high=None, parts=count)
     drawn = (raw_words(child_seed(seed, "resampled parts"), _RESAMPLES * count) % np.uint64(count)).astype(np.int64)
-    again = [
-        _spearman(foretold[places], gain[places])
-        for places in drawn.reshape(_RESAMPLES, count)
-        if np.ptp(foretold[places]) and np.ptp(gain[places])
-    ]
-    low, high = np.quantile(again, [0.025, 0.975]).tolist()
-    return Foretold(name=name, correlation=_spearman(foretold, gain), low=low, high=high, parts=count)
-
-
-def _spearman(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float:
-    return float(np.corrcoef(stats.rankdata(a), stats.rankdata(b))[0, 1])
+    again = [rank_correlation(foretold[places], gain[places]) for places in drawn.reshape(_RESAMPLES, count)]
+    low, high = np.quantile([found for found in again if found is not None], [0.025, 0.975]).tolist()
+    return Foretold(name=name, correlation=correlation, low=low, high=high, parts=count)

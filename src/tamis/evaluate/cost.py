@@ -138,11 +138,11 @@ def estimate_plan(settings: PlanSettings, *, progress: Progress | None = None) -
     )
     sampled = read(settings.pool, kind="pool")
     pool = sampled.size()
-    notes = [*renderer.notes, *sampled.check_fit(limits, tokenizer)]
+    notes = [*renderer.notes, *sampled.check_usable_rows(limits, tokenizer)]
     warn_of(sampled.examples, "pool")
     if settings.target:
         asked = read([target_parts(text)[1] for text in settings.target], kind="target")
-        notes += asked.check_fit(limits, tokenizer)
+        notes += asked.check_usable_rows(limits, tokenizer)
         warn_of(asked.examples, "target")
         target = asked.size()
     else:

@@ -124,7 +124,9 @@ def examine(settings: DoctorSettings, *, progress: Progress | None = None) -> Do
     target = read([target_parts(text)[1] for text in settings.target], kind="target") if settings.target else None
     leaks = _leaks(pool, target) if target is not None else None
     limits = model_limits(loading)
-    misfits = [s for corpus in (pool, target) if corpus is not None for s in corpus.check_fit(limits, tokenizer)]
+    misfits = [
+        s for corpus in (pool, target) if corpus is not None for s in corpus.check_usable_rows(limits, tokenizer)
+    ]
 
     loaded = None
     numbers = Numbers()

@@ -12,9 +12,9 @@ import numpy as np
 from tamis.data.examples import Examples, read_examples
 from tamis.data.render import Renderer
 from tamis.errors import BadRow, InvalidInput
-from tamis.fit import check_fit
 from tamis.model.limits import ModelLimits
 from tamis.protocols import Progress
+from tamis.row_limits import check_row_limits
 from tamis.types import Example, IntArray, RowFormat, TokenizedExample
 
 __all__ = ["CorpusSize", "SampledCorpus", "read_sample"]
@@ -55,10 +55,10 @@ class SampledCorpus:
         """Positions in ``rows`` of those with a supervised token."""
         return [i for i, t in enumerate(self.tokenized) if t is not None and t.num_supervised > 0]
 
-    def check_fit(self, limits: ModelLimits, tokenizer: Any) -> list[str]:
-        """As ``tamis.fit.check_fit``, of the usable rows."""
+    def check_usable_rows(self, limits: ModelLimits, tokenizer: Any) -> list[str]:
+        """As ``row_limits.check_row_limits``, of the usable rows."""
         at = {int(self.rows[i]): self._at(i) for i in self.usable}
-        return check_fit(
+        return check_row_limits(
             limits,
             tokenizer,
             self.examples,

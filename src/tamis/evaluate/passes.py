@@ -27,6 +27,7 @@ from tamis.score.distillation_settings import landmark_count
 from tamis.score.embedding_candidates import embeddings_within, nominal_passes
 from tamis.score.influence_distillation import InfluenceDistillation
 from tamis.score.row_embeddings import work_of
+from tamis.score.warmup import warmup_rows
 from tamis.trajectory.adjoint import steps_back
 
 __all__ = ["MethodPlan", "MethodQuestion", "PassPlan", "landmark_tflops", "method_plan"]
@@ -150,9 +151,8 @@ def _less(question: MethodQuestion) -> list[PassPlan]:
     adapted = question.with_lora(int(values["lora_rank"]))
     passes = []
     if values["moments"] is None:
-        # The method warms up on a share of the pool, but on no fewer rows than four updates need.
-        rows = max(math.ceil(values["warmup_share"] * question.pool.rows), 4 * int(values["warmup_batch_rows"]))
-        seen = question.pool.times(min(rows, question.pool.rows) * values["warmup_epochs"] / question.pool.rows)
+        rows = warmup_rows(values["warmup_share"], int(values["warmup_batch_rows"]), question.pool.rows)
+        seen = question.pool.times(rows * values["warmup_epochs"] / question.pool.rows)
         passes.append(question.model_pass("warm-up (LoRA)", "gradient", seen, shape=adapted))
     for _ in range(int(values["warmup_epochs"]) if values["moments"] is None else 1):
         passes.append(question.feature_pass("gradients (target)", question.target, shape=adapted, kept=True))
@@ -197,8 +197,8 @@ def _influence_distillation(question: MethodQuestion) -> list[PassPlan]:
     shape = question.with_lora(method.lora_rank) if lora else question.shape
     passes = []
     if method.moments is None and method.warmup != "none":
-        wanted = max(math.ceil(method.warmup_share * question.pool.rows), 4 * method.warmup_batch_rows)
-        rows = min(wanted if method.warmup_rows is None else method.warmup_rows, question.pool.rows)
+        share = warmup_rows(method.warmup_share, method.warmup_batch_rows, question.pool.rows)
+        rows = share if method.warmup_rows is None else min(method.warmup_rows, question.pool.rows)
         seen = question.pool.times(rows * method.warmup_epochs / question.pool.rows)
         warmup = question.model_pass(f"warm-up ({method.warmup})", "gradient", seen, shape=shape)
         if not lora:

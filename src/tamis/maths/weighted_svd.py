@@ -7,7 +7,6 @@ After *IProX* (2026, section 4.1): ``S = C_d^{1/2} W C_h^{1/2} = U s V^T`` and, 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -30,13 +29,6 @@ class WeightedFactors:
     right: Tensor  # (R, I) B
     values: Tensor  # (K,) weighted singular values that are known, largest first; K >= R
     energy: float  # sum of the squares of all of them, known or not
-
-    def relative_error(self, rank: int) -> float:
-        """Weighted norm of what rank ``rank`` leaves out, over that of the matrix."""
-        if not self.energy:
-            return 0.0
-        kept = float(self.values[:rank].double().square().sum())
-        return math.sqrt(max(0.0, 1 - kept / self.energy))
 
 
 def weighted_svd(

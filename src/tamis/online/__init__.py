@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from tamis.online.baselines import Full, GradMatch, Greats, Less, TargetOnly, TracIn, Uniform
-from tamis.online.lookahead import Lookahead
-from tamis.online.scorers import METHODS, Anchored, FilterThenWeight, Tilt
+from tamis.online.methods import METHODS
+from tamis.online.methods.baselines import Full, GradMatch, Greats, Less, TargetOnly, TracIn, Uniform
+from tamis.online.methods.filter_then_weight import FilterThenWeight
+from tamis.online.methods.lookahead import Lookahead
+from tamis.online.methods.tilt import Anchored, Tilt
 from tamis.online.settings import StepSettings
 
 __all__ = [

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tamis.errors import Unsupported
 from tamis.model.processes import world_size
-from tamis.online.lookahead import Lookahead
+from tamis.online.methods.lookahead import Lookahead
 from tamis.online.proposal import Proposal
 from tamis.online.rehearsal import coming_rates, rehearse
 from tamis.online.step import OnlineStep

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tamis.errors import Unsupported
-from tamis.online.choice import Vector
+from tamis.online.methods.choice import Vector
 from tamis.seeds import child_seed, random_permutation
 from tamis.types import Batch, IntArray
 

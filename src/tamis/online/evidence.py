@@ -17,8 +17,8 @@ from tamis.errors import InvalidSettings, NonFinite
 from tamis.gradients.parameters import ParamMatrix
 from tamis.gradients.rows import RowGradients
 from tamis.online.adam_state import AdamMoments
-from tamis.online.choice import AlignmentForm, Evidence, InteractionForm, Lengths, Needs, Vector
 from tamis.online.measure import exact_interactions, measure_alignments, measure_lengths, sketched_interactions
+from tamis.online.methods.choice import AlignmentForm, Evidence, InteractionForm, Lengths, Needs, Vector
 from tamis.online.settings import StepSettings
 from tamis.online.shadow import ShadowMoments
 from tamis.online.together import add_up, as_first, gather_rows, offset_of

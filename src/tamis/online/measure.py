@@ -19,7 +19,7 @@ from tamis.gradients.parameters import ParamMatrix
 from tamis.gradients.rows import RowGradients
 from tamis.maths.adam import adam_direction, adam_jacobian, row_column
 from tamis.online.adam_state import AdamMoments
-from tamis.online.choice import AlignmentForm, InteractionForm
+from tamis.online.methods.choice import AlignmentForm, InteractionForm
 from tamis.projection.factorized import FactorizedProjector
 
 __all__ = [

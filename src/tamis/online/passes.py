@@ -17,8 +17,8 @@ from tamis.gradients.parameters import ParamMatrix
 from tamis.gradients.rows import RowGradients, hold_gradients, summed_gradient
 from tamis.model.processes import counts_of_all, rank
 from tamis.online.batches import regrouped
-from tamis.online.choice import Vector
 from tamis.online.cost import Counter
+from tamis.online.methods.choice import Vector
 from tamis.online.target import Look
 from tamis.online.together import add_up, gather_rows, offset_of
 from tamis.types import Batch

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tamis.online.choice import Choice, Vector
+from tamis.online.methods.choice import Choice, Vector
 from tamis.types import IntArray
 
 __all__ = ["Proposal"]

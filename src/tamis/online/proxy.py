@@ -20,9 +20,9 @@ from tamis.model.processes import counts_of_all
 from tamis.model.targets import embedding_matrix, gradient_layers
 from tamis.model.trainable import trainable_layers
 from tamis.notation import candidates_parts
-from tamis.online.choice import Needs
 from tamis.online.cost import Counter
 from tamis.online.evidence import Measured, Measurer
+from tamis.online.methods.choice import Needs
 from tamis.online.settings import StepSettings
 from tamis.online.together import add_up, gather_rows
 from tamis.types import Batch, IntArray

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tamis.gradients.functional import Problem, per_sample_gradients
 from tamis.maths.step_derivative import AdamStep
 from tamis.online.batches import supervised_tokens
-from tamis.online.lookahead import Lookahead
+from tamis.online.methods.lookahead import Lookahead
 from tamis.trajectory.adjoint import Channel, start_channel, sweep_step
 from tamis.trajectory.causal import CausalProblem
 from tamis.trajectory.optimizer_state import LiveOptimizer, live_optimizer

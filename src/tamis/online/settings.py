@@ -7,7 +7,7 @@ from typing import Literal
 
 from tamis.errors import InvalidSettings
 from tamis.notation import candidates_parts
-from tamis.online.choice import Method
+from tamis.online.methods.choice import Method
 
 __all__ = ["StepSettings", "check_combination"]
 

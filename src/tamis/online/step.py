@@ -23,9 +23,9 @@ from tamis.model.trainable import trainable_layers
 from tamis.online.adam_state import learning_rate, read_adam
 from tamis.online.batches import supervised_tokens
 from tamis.online.checks import refuse_sharded
-from tamis.online.choice import Choice, Evidence, Method, Vector, everything, unweighted
 from tamis.online.cost import Part
 from tamis.online.evidence import Measured, Measurer, row_sizes
+from tamis.online.methods.choice import Choice, Evidence, Method, Vector, everything, unweighted
 from tamis.online.passes import Passes
 from tamis.online.proposal import Proposal
 from tamis.online.proxy import Proxy

@@ -20,7 +20,7 @@ from tamis.gradients.parameters import ParamMatrix
 from tamis.gradients.rows import RowGradients
 from tamis.model.processes import world_size
 from tamis.online.adam_state import AdamMoments
-from tamis.online.choice import AlignmentForm
+from tamis.online.methods.choice import AlignmentForm
 from tamis.online.shadow import ShadowMoments
 from tamis.projection.factorized import FactorizedProjector
 

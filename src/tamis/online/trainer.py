@@ -21,15 +21,15 @@ from transformers import Trainer, TrainerCallback
 from tamis.errors import InvalidInput, InvalidSettings, Unsupported
 from tamis.model.processes import counts_of_all, is_main, rank, world_size
 from tamis.online.ahead import Ahead
-from tamis.online.baselines import TargetOnly
 from tamis.online.batches import target_positions, to_batches
 from tamis.online.checks import dropout_of, refuse_settings, refuse_sharded
-from tamis.online.choice import Method, cold_updates
 from tamis.online.fate import CandidateLog, refuse_earlier_parts
 from tamis.online.forecast import Forecaster, clip_factor
 from tamis.online.loader import candidate_loader
-from tamis.online.lookahead import Lookahead
 from tamis.online.meter import Meter
+from tamis.online.methods.baselines import TargetOnly
+from tamis.online.methods.choice import Method, cold_updates
+from tamis.online.methods.lookahead import Lookahead
 from tamis.online.numbered import ROWS
 from tamis.online.proposal import Proposal
 from tamis.online.proxy import check_proxy, load_proxy

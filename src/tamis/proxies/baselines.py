@@ -25,7 +25,7 @@ from tamis.proxies.influence_scorer import fit_head, row_states, states_of, writ
 from tamis.proxies.layer_extraction import block_importance, blocks_to_keep, extract_blocks
 from tamis.proxies.retention import Cost, Kept, Retention, advise, block_tflops
 from tamis.proxies.rows import Roles, Row, batches_of
-from tamis.settings.proxy import ProxySettings
+from tamis.settings import ProxySettings
 from tamis.types import FloatArray
 
 __all__ = ["build_extraction", "build_scorer", "build_sibling"]

@@ -73,18 +73,6 @@ class Decomposed:
                 found[layer.name] = (left.contiguous(), right.contiguous())
         return found
 
-    def relative_errors(self, ranks: Mapping[str, int]) -> dict[str, float]:
-        """Weighted error of every factored layer over the weighted norm of its matrix."""
-        found = {}
-        for index, layer in enumerate(self.layers):
-            if layer.name in ranks:
-                with safe_open(_file(self.folder, index), framework="pt") as file:
-                    energy = float(json.loads(file.metadata()["record"])["energy"])
-                    empty = torch.empty(0)
-                    stored = WeightedFactors(left=empty, right=empty, values=file.get_tensor("values"), energy=energy)
-                found[layer.name] = stored.relative_error(ranks[layer.name])
-        return found
-
     def _spectrum(self, index: int) -> LayerSpectrum:
         layer = self.layers[index]
         with safe_open(_file(self.folder, index), framework="pt") as file:

@@ -17,8 +17,8 @@ from tamis.data.duplicates import exact_duplicates
 from tamis.data.examples import Examples
 from tamis.data.render import Renderer
 from tamis.errors import BadRow, InvalidInput
-from tamis.fit import check_fit
 from tamis.model.limits import ModelLimits
+from tamis.row_limits import check_row_limits
 from tamis.seeds import child_seed, random_permutation
 from tamis.types import Batch, Example, IntArray, TokenizedExample
 
@@ -63,8 +63,8 @@ class Roles:
     pool_rows: int
     mean_tokens: float  # of the rows drawn, for what a pass over the pool would cost
 
-    def check_fit(self, limits: ModelLimits, tokenizer: Any) -> list[str]:
-        """As ``tamis.fit.check_fit``, of the rows that were drawn and of the target's.
+    def check_drawn_rows(self, limits: ModelLimits, tokenizer: Any) -> list[str]:
+        """As ``row_limits.check_row_limits``, of the rows that were drawn and of the target's.
 
         Raises:
             BadRow: the model cannot take a row.
@@ -72,7 +72,7 @@ class Roles:
         said = []
         drawn = (*self.held_out, *self.validation, *self.probe, *self.align)
         for kind, rows in (("pool", drawn), ("target", self.target.rows)):
-            said += check_fit(
+            said += check_row_limits(
                 limits,
                 tokenizer,
                 cast(Examples, [row.example for row in rows]),  # it looks rows up by their place, no more

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from tamis.maths.ranks import correlation_of_ranks, mean_ranks
 from tamis.report.columns import Columns, DoubleArray
 from tamis.types import FloatArray, IntArray
 
-__all__ = ["Agreement", "agreements", "spearman"]
+__all__ = ["Agreement", "agreements"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,15 +75,7 @@ class _Ranks:
         if len(other) != len(self.score):
             raise ValueError(f"baseline has {len(other)} scores for {len(self.score)} pool rows")
         both = self.finite & np.isfinite(other)
-        if both.sum() == self.finite.sum():
-            return _correlation(self.ranks, mean_ranks(other[both]))
-        return spearman(self.score[both], other[both])
-
-
-def spearman(x: DoubleArray, y: DoubleArray) -> float | None:
-    """Rank correlation of two vectors of equal length (ties share their mean rank); None if either is constant."""
-    return _correlation(mean_ranks(x), mean_ranks(y))
-
-
-def _correlation(x: npt.NDArray[Any], y: npt.NDArray[Any]) -> float | None:
-    return None if len(x) < 3 else correlation_of_ranks(x, y)
+        if both.sum() < 3:
+            return None
+        own = self.ranks if both.sum() == self.finite.sum() else mean_ranks(self.score[both])
+        return correlation_of_ranks(own, mean_ranks(other[both]))

@@ -48,7 +48,7 @@ def conclude(
     return Conclusion(
         title=_title(best.name, key),
         sentence=_sentence(best, own, key, metric),
-        next_steps=tuple(_next_steps(best, own, here, key, seeds, held_out_rows)),
+        next_steps=tuple(_next_steps(best, here, key, seeds, held_out_rows)),
         warnings=tuple(found),
     )
 
@@ -99,7 +99,6 @@ def _sentence(best: Standing, own: dict[str, Standing], key: Difference, metric:
 
 def _next_steps(
     best: Standing,
-    own: dict[str, Standing],
     here: Sequence[Difference],
     key: Difference,
     seeds: int,

@@ -168,7 +168,7 @@ def build_content(inputs: ReportInputs) -> ReportContent:
         InvalidInput: the table lacks a column or points outside the pool.
     """
     columns = read_columns(inputs.table, inputs.target_names)
-    settings = _mapping(inputs.manifest, "settings")
+    settings = manifest_part(inputs.manifest, "settings")
     method, shortlist = _method(settings), _plain(settings.get("shortlist"))
     sources = measures.source_shares(columns)
     edges, lengths = measures.length_groups(columns, inputs.target_group, inputs.target_supervised_tokens)
@@ -192,7 +192,7 @@ def build_content(inputs: ReportInputs) -> ReportContent:
             run_warnings=inputs.warnings,
         )
     )
-    stages = _mapping(inputs.manifest, "cost")
+    stages = manifest_part(inputs.manifest, "cost")
     spent = measures.cost_stages(stages)
     cost = Cost(
         stages=spent,
@@ -360,6 +360,7 @@ def _plain(value: Any) -> str:
     return str(value)
 
 
-def _mapping(manifest: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+def manifest_part(manifest: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """What the manifest holds under ``key``; empty if it has no such part."""
     value = manifest.get(key)
     return value if isinstance(value, Mapping) else {}

@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from tamis.report.content import Headline, KeyNumber, provenance
+from tamis.report.content import Headline, KeyNumber, manifest_part, provenance
 from tamis.report.curves import Curve, Fate, SourceFate, effective_sizes, fates, shares_by_source, steps_of, thinned
 from tamis.report.examples import ExampleCard, card
 from tamis.report.finding import Finding
-from tamis.report.training_findings import Evidence, find, forecast_pairs, held_out_losses, lost_at
+from tamis.report.training_findings import TrainingEvidence, find, forecast_pairs, held_out_losses, lost_at
 from tamis.report.wording import count, joined, number, one_line, seconds
 from tamis.types import Example
 
@@ -84,17 +84,17 @@ def build_training_content(inputs: TrainingInputs) -> TrainingContent:
     fate = fates(table)
     held_out = held_out_losses(log)
     best = min(zip(held_out[0].values, held_out[0].steps, strict=True))[1] if held_out else None
-    training = _mapping(inputs.manifest, "training")
+    training = manifest_part(inputs.manifest, "training")
     stopped = bool(training.get("stopped_early", False))
     last = int(np.max(table["step"].to_numpy())) if table.num_rows else 0
     aligned, effective, offered = effective_sizes(table)
     seen = _logged(log, "selection/target_rows_seen")
-    cost = _mapping(inputs.manifest, "cost")
+    cost = manifest_part(inputs.manifest, "cost")
     parts = _parts(cost)
     return TrainingContent(
         headline=_headline(inputs, fate, held_out, last, cost),
         findings=find(
-            Evidence(
+            TrainingEvidence(
                 forecasts=forecast_pairs(log),
                 held_out=held_out,
                 lost_at=lost_at(log),
@@ -134,7 +134,7 @@ def build_training_content(inputs: TrainingInputs) -> TrainingContent:
 def _headline(
     inputs: TrainingInputs, fate: Fate, held_out: Sequence[Curve], steps: int, cost: Mapping[str, Any]
 ) -> Headline:
-    settings = _mapping(inputs.manifest, "settings")
+    settings = manifest_part(inputs.manifest, "settings")
     targets = joined([one_line(name, 40) for name in inputs.target_names])
     model = one_line(str(settings.get("model", "")), 80)
     change = "no row measured"
@@ -170,7 +170,7 @@ def _headline(
 
 
 def _method(manifest: Mapping[str, Any]) -> str:
-    method = manifest.get("method") or _mapping(manifest, "settings").get("method", "")
+    method = manifest.get("method") or manifest_part(manifest, "settings").get("method", "")
     return one_line(str(method.get("name", "") if isinstance(method, Mapping) else method), 40)
 
 
@@ -190,8 +190,3 @@ def _cards(inputs: TrainingInputs, fate: Fate, rows: Sequence[int]) -> tuple[Exa
 def _logged(log: Sequence[Mapping[str, Any]], key: str) -> Curve:
     steps, values = steps_of(log, key)
     return Curve(name=key, steps=steps, values=values)
-
-
-def _mapping(manifest: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = manifest.get(key)
-    return value if isinstance(value, Mapping) else {}

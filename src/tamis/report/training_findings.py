@@ -14,7 +14,7 @@ from tamis.report.curves import Curve, steps_of
 from tamis.report.finding import Finding
 from tamis.report.wording import count, counted, number, one_line, percent
 
-__all__ = ["Evidence", "find", "forecast_pairs", "held_out_losses", "lost_at"]
+__all__ = ["TrainingEvidence", "find", "forecast_pairs", "held_out_losses", "lost_at"]
 
 _HOLDS, _LOOSE = 0.7, 0.3  # correlations from which forecasts are believed, and half believed
 _FEW_PAIRS = 8
@@ -22,7 +22,7 @@ _FEW_TARGET_ROWS = 16  # at which the specification measured choices that fit th
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evidence:
+class TrainingEvidence:
     """What the checks look at."""
 
     forecasts: npt.NDArray[np.float64]
@@ -37,7 +37,7 @@ class Evidence:
     method: str
 
 
-def find(evidence: Evidence) -> tuple[Finding, ...]:
+def find(evidence: TrainingEvidence) -> tuple[Finding, ...]:
     """One finding for each check that has something to look at; warnings first."""
     found = [
         *_unfinished(evidence),
@@ -84,7 +84,7 @@ def lost_at(log: Sequence[Mapping[str, Any]]) -> int | None:
     return min(steps, default=None)
 
 
-def _unfinished(evidence: Evidence) -> list[Finding]:
+def _unfinished(evidence: TrainingEvidence) -> list[Finding]:
     if evidence.is_finished:
         return []
     return [
@@ -95,7 +95,7 @@ def _unfinished(evidence: Evidence) -> list[Finding]:
     ]  # fmt: skip
 
 
-def _forecasts(evidence: Evidence) -> Finding:
+def _forecasts(evidence: TrainingEvidence) -> Finding:
     title = "Do choices do what they promise?"
     pairs = len(evidence.forecasts)
     correlation, _ = forecast_correlation(evidence.log)
@@ -125,7 +125,7 @@ def _forecasts(evidence: Evidence) -> Finding:
     )  # fmt: skip
 
 
-def _held_out(evidence: Evidence) -> Finding:
+def _held_out(evidence: TrainingEvidence) -> Finding:
     title = "Did the target loss fall on rows that only measure?"
     if evidence.lost_at is not None:
         return Finding(
@@ -150,7 +150,7 @@ def _held_out(evidence: Evidence) -> Finding:
     return Finding(key="held-out", severity="passed", title=title, sentence=sentence)
 
 
-def _target_rows(evidence: Evidence) -> list[Finding]:
+def _target_rows(evidence: TrainingEvidence) -> list[Finding]:
     if evidence.target_seen is None:
         return []
     rows = int(evidence.target_seen)
@@ -163,7 +163,7 @@ def _target_rows(evidence: Evidence) -> list[Finding]:
     ]  # fmt: skip
 
 
-def _fallbacks(evidence: Evidence) -> list[Finding]:
+def _fallbacks(evidence: TrainingEvidence) -> list[Finding]:
     share = fallback_share(evidence.log)
     if share == 0:
         return []

@@ -40,7 +40,7 @@ from tamis.report.wording import counted
 from tamis.runs.compare_grid import Grid, common_spec, make_missing
 from tamis.runs.compare_halves import half_files, halves_of, said_of_halves, write_halves
 from tamis.runs.compare_selections import Chosen, PoolTable, select_rows
-from tamis.runs.compare_training import Bench
+from tamis.runs.compare_training import TrainingBench
 from tamis.runs.outputs import check_claim, claim_folder, write_json
 from tamis.runs.planted import PlantedResult, planted_from_settings
 from tamis.runs.train_setup import check_device, check_tuning
@@ -138,7 +138,7 @@ def compare_from_settings(
         ),
         target=target.identity["content"],
     )
-    bench = Bench(
+    bench = TrainingBench(
         settings=settings,
         rendered=rendered,
         held_out=rendered.target_rows,
@@ -197,7 +197,9 @@ def _select_all(
     return {(name, budget): made[name, budget] for name in texts for budget in settings.all_budgets}
 
 
-def _train_all(grid: Grid, bench: Bench, records: Records, progress: Progress) -> dict[tuple[str, str], list[Cell]]:
+def _train_all(
+    grid: Grid, bench: TrainingBench, records: Records, progress: Progress
+) -> dict[tuple[str, str], list[Cell]]:
     """Every run; first those known from the start, then those whose length follows from what others cost."""
     cells = {
         (contender.name, budget): grid.cells(contender, budget)
@@ -222,7 +224,9 @@ def _train_all(grid: Grid, bench: Bench, records: Records, progress: Progress) -
     return {**matched, **cells}
 
 
-def _foretell(grid: Grid, bench: Bench, records: Records, progress: Progress) -> tuple[tuple[Foretold, ...], list[Run]]:
+def _foretell(
+    grid: Grid, bench: TrainingBench, records: Records, progress: Progress
+) -> tuple[tuple[Foretold, ...], list[Run]]:
     """The linear datamodelling score of every method that selects, and the runs that it comes from."""
     cells, parts = grid.subset_cells()
     if not cells:

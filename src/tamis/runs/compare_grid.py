@@ -15,9 +15,9 @@ from tamis.corpus import Corpus
 from tamis.model.processes import barrier, rank, world_size
 from tamis.protocols import Progress
 from tamis.runs.compare_selections import Chosen, PoolTable
-from tamis.runs.compare_training import Bench, training_settings
+from tamis.runs.compare_training import TrainingBench, training_settings
 from tamis.seeds import child_seed, random_subset
-from tamis.settings.compare import CompareSettings
+from tamis.settings import CompareSettings
 from tamis.types import IntArray
 
 __all__ = ["Grid", "common_spec", "make_missing", "share_out"]
@@ -151,7 +151,7 @@ def share_out(cells: Sequence[Cell], *, rank: int, ranks: int) -> tuple[list[Cel
     return together, apart[rank::ranks]
 
 
-def make_missing(bench: Bench, cells: Sequence[Cell], records: Records, *, progress: Progress) -> None:
+def make_missing(bench: TrainingBench, cells: Sequence[Cell], records: Records, *, progress: Progress) -> None:
     """Make the runs that have no record yet, and return when all have one. All ranks call this together.
 
     Runs are shared out by ``share_out``; online methods train over all ranks at once.

@@ -25,11 +25,11 @@ from tamis.online.fate import read_candidates
 from tamis.progress import NoProgress
 from tamis.runs.train import train_from_settings
 from tamis.runs.train_setup import LEARNING_RATES, compute_dtype, open_model
-from tamis.settings.compare import CompareSettings
+from tamis.settings import CompareSettings
 from tamis.training.loop import Spent, TrainSettings, fine_tune
 from tamis.types import IntArray
 
-__all__ = ["Bench", "training_settings"]
+__all__ = ["TrainingBench", "training_settings"]
 
 
 def training_settings(settings: CompareSettings, *, steps: int) -> TrainSettings:
@@ -47,7 +47,7 @@ def training_settings(settings: CompareSettings, *, steps: int) -> TrainSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench:
+class TrainingBench:
     """What every run needs: where things lie, the rows as tokens, and what an operation is reckoned as."""
 
     settings: CompareSettings

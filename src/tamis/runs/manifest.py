@@ -1,7 +1,9 @@
-"""Parts of a run's ``manifest.json``: the data as counted, what was spent, which releases ran."""
+"""Parts of a run's ``manifest.json``: the data as counted, what was spent, what repeats the run and what decides it."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +12,21 @@ from tamis.collect import Task
 from tamis.corpora import Corpora
 from tamis.model.flops import ModelShape, stage_tflops
 from tamis.model.limits import skeleton
+from tamis.values import to_dict
 
-__all__ = ["costs", "describe_data"]
+__all__ = ["costs", "describe_data", "identity_settings", "repeat_command"]
+
+
+def repeat_command(verb: str, out: Path, held: Collection[str]) -> str:
+    """What repeats the run in folder ``out``; ``held`` names rows that were given in memory."""
+    if held:
+        return f"tamis.{verb}(...) in Python with the same rows: run.yaml cannot bring back {' and '.join(held)}"
+    return f"tamis {verb} --config {out / 'run.yaml'}"
+
+
+def identity_settings(settings: Any, leave_out: Collection[str]) -> dict[str, Any]:
+    """A verb's settings without those that cannot change the result or are known by what they name."""
+    return {name: value for name, value in to_dict(settings).items() if name not in leave_out}
 
 
 def describe_data(corpora: Corpora, *, scored: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from tamis.model.processes import barrier, is_main
 from tamis.report.wording import percent
 from tamis.runs.row_shapes import as_messages
 from tamis.seeds import child_seed, random_subset
-from tamis.settings.compare import CompareSettings
+from tamis.settings import CompareSettings
 from tamis.types import Example
 
 __all__ = ["planted_rows", "write_planted"]

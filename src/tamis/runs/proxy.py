@@ -48,8 +48,9 @@ from tamis.proxies.build import build_low_rank
 from tamis.proxies.retention import Retention
 from tamis.proxies.rows import RowSizes, assign_roles, usable_rows
 from tamis.report.retention_page import retention_page
+from tamis.runs.manifest import identity_settings, repeat_command
 from tamis.runs.outputs import check_claim, claim_folder, free_claim, write_json
-from tamis.settings.proxy import ProxySettings
+from tamis.settings import ProxySettings
 from tamis.types import Example
 from tamis.values import to_dict
 from tamis.versions import versions
@@ -137,10 +138,10 @@ def proxy_from_settings(
         free_claim(out, identity)
         raise
     check_claim(out, identity)
-    _write_retention(retention, settings, out, command=_command(out, held), warnings=warnings)
+    _write_retention(retention, settings, out, command=repeat_command("proxy", out, held), warnings=warnings)
     manifest = {
         **identity,
-        "command": _command(out, held),
+        "command": repeat_command("proxy", out, held),
         "versions": versions(),
         "settings": to_dict(settings),
         "models": [loaded.description],
@@ -181,7 +182,7 @@ def _advise_again(settings: ProxySettings, out: Path, held: Mapping[str, Rows]) 
         return
     warnings = json.loads((out / "manifest.json").read_text(encoding="utf-8"))["warnings"]
     found = replace(found, advice=found.advised(settings.keep))
-    _write_retention(found, settings, out, command=_command(out, held), warnings=warnings)
+    _write_retention(found, settings, out, command=repeat_command("proxy", out, held), warnings=warnings)
 
 
 def read_rows(settings: ProxySettings, held: Mapping[str, Rows] | None = None) -> tuple[Examples, Examples | None]:
@@ -215,7 +216,7 @@ def prepare(settings: ProxySettings, pool: Examples, target: Examples | None) ->
     roles = assign_roles(
         pool, groups, renderer, sizes=_sizes(settings), seed=settings.seed, on_bad_row=settings.on_bad_row
     )
-    warnings = [*renderer.notes, *roles.check_fit(model_limits(loading), load_tokenizer(loading))]
+    warnings = [*renderer.notes, *roles.check_drawn_rows(model_limits(loading), load_tokenizer(loading))]
     loaded = _load(loading)
     bench = Bench(
         roles=roles,
@@ -241,13 +242,6 @@ def _build(
         return build_sibling(loaded, sibling, roles, settings, bench, out=out)
     rows = usable_rows(pool, renderer, settings.on_bad_row)
     return build_scorer(loaded, sibling, roles, settings, bench, pool=rows, out=out, progress=progress)
-
-
-def _command(out: Path, held: Mapping[str, Rows]) -> str:
-    """What repeats the build."""
-    if held:
-        return f"tamis.proxy(...) in Python with the same rows: run.yaml cannot bring back {' and '.join(held)}"
-    return f"tamis proxy --config {out / 'run.yaml'}"
 
 
 def _loading(settings: ProxySettings) -> ModelSettings:
@@ -288,14 +282,14 @@ def _sizes(settings: ProxySettings) -> RowSizes:
         validation=settings.validation_rows,
         stand_ins=settings.target_rows,
         probe=settings.probe_rows,
-        align=settings.steps * settings.batch_rows if settings.aligns or is_scorer else 0,
+        align=settings.steps * settings.update_rows if settings.aligns or is_scorer else 0,
     )
 
 
 def _identity(
     settings: ProxySettings, loading: ModelSettings, pool: Examples, target: Examples | None
 ) -> dict[str, Any]:
-    plain = {k: v for k, v in to_dict(settings).items() if k not in (*_FREE_SETTINGS, *_KNOWN_BY_CONTENT)}
+    plain = identity_settings(settings, (*_FREE_SETTINGS, *_KNOWN_BY_CONTENT))
     inputs = {}
     if settings.chat_template is not None:
         inputs["chat_template"] = template_sha256(settings.chat_template)

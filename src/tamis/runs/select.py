@@ -32,7 +32,7 @@ from tamis.progress import NoProgress
 from tamis.protocols import Method, Progress, ReadsFiles
 from tamis.report.content import ReportInputs, build_content
 from tamis.report.page import write_page
-from tamis.runs.manifest import costs, describe_data
+from tamis.runs.manifest import costs, describe_data, identity_settings, repeat_command
 from tamis.runs.outputs import (
     MESSAGES,
     check_claim,
@@ -176,7 +176,7 @@ def select_from_settings(
     table = score_table(corpora, choice, losses=losses, flagged=flagged)
     manifest: dict[str, Any] = {
         **identity,
-        "command": _command(out, held),
+        "command": repeat_command("select", out, held),
         "versions": versions(),
         "method": {"name": method.name, **dataclasses.asdict(method)},  # type: ignore[call-overload]  # a dataclass
         "settings": to_dict(settings),
@@ -222,17 +222,10 @@ def select_from_settings(
     return Selection(out=out, table=table, order=choice.order, warnings=tuple(manifest["warnings"]), manifest=manifest)
 
 
-def _command(out: Path, held: Mapping[str, Rows]) -> str:
-    """What repeats the run."""
-    if held:
-        return f"tamis.select(...) in Python with the same rows: run.yaml cannot bring back {' and '.join(held)}"
-    return f"tamis select --config {out / 'run.yaml'}"
-
-
 def _settings_identity(settings: SelectSettings, method: Method) -> dict[str, Any]:
     """``settings`` as far as they can change the result, and ``inputs``: what the files hold that they name."""
     inputs = method.by_content(model_settings(settings)) if isinstance(method, ReadsFiles) else {}
-    plain = {k: v for k, v in to_dict(settings).items() if k not in (*_FREE_SETTINGS, *_KNOWN_BY_CONTENT)}
+    plain = identity_settings(settings, (*_FREE_SETTINGS, *_KNOWN_BY_CONTENT))
     plain["set"] = {name: value for name, value in settings.set.items() if name not in inputs}
     if settings.chat_template is not None:
         inputs["chat_template"] = template_sha256(settings.chat_template)

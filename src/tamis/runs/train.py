@@ -29,14 +29,15 @@ from tamis.model.memory import is_out_of_memory
 from tamis.model.processes import barrier, is_main, world_size
 from tamis.model.proxy_folder import layout_of, write_layout
 from tamis.notation import candidates_parts
-from tamis.online.by_name import make_method
-from tamis.online.choice import Method, cold_updates
+from tamis.online.methods.by_name import make_method
+from tamis.online.methods.choice import Method, cold_updates
 from tamis.online.resume import WholeCheckpoint, append_log, cut_log, read_log, remove_after, whole_checkpoints
 from tamis.online.rows import PaddingCollator, TokenRows
 from tamis.online.run_trainer import HeldOut, RunCallback, RunTrainer, is_stopped
 from tamis.online.settings import StepSettings, check_combination
 from tamis.progress import NoProgress
 from tamis.protocols import Progress
+from tamis.runs.manifest import identity_settings, repeat_command
 from tamis.runs.outputs import check_claim, claim_folder, write_json
 from tamis.runs.train_account import describe_cost, describe_training
 from tamis.runs.train_record import finish_record, recorder_of, require_record
@@ -181,7 +182,7 @@ def train_from_settings(
         check_claim(out, identity)
         manifest = {
             **identity,
-            "command": _command(out, held),
+            "command": repeat_command("train", out, held),
             "versions": versions(),
             "method": {"name": method.name, **vars(method)},
             "settings": to_dict(settings),
@@ -341,7 +342,7 @@ def _result(out: Path, *, was_finished: bool) -> TrainResult:
 
 def _settings_identity(settings: TrainRunSettings) -> dict[str, Any]:
     """``settings`` as far as they can change the weights, and what the files hold that they name."""
-    plain = {k: v for k, v in to_dict(settings).items() if k not in (*_FREE_SETTINGS, *_KNOWN_BY_CONTENT)}
+    plain = identity_settings(settings, (*_FREE_SETTINGS, *_KNOWN_BY_CONTENT))
     inputs: dict[str, Any] = {}
     kind, proxy = candidates_parts(settings.candidates)
     if kind == "proxy":
@@ -349,10 +350,3 @@ def _settings_identity(settings: TrainRunSettings) -> dict[str, Any]:
     if settings.chat_template is not None:
         inputs["chat_template"] = template_sha256(settings.chat_template)
     return {"settings": plain, "inputs": inputs}
-
-
-def _command(out: Path, held: Mapping[str, Rows]) -> str:
-    """What repeats the run."""
-    if held:
-        return f"tamis.train(...) in Python with the same rows: run.yaml cannot bring back {' and '.join(held)}"
-    return f"tamis train --config {out / 'run.yaml'}"

@@ -10,7 +10,7 @@ import numpy as np
 from tamis.corpora import Rendered, Sources, leaked_rows
 from tamis.errors import InvalidSettings
 from tamis.notation import target_parts
-from tamis.online.choice import Method
+from tamis.online.methods.choice import Method
 from tamis.seeds import child_seed, random_permutation
 from tamis.settings import TrainRunSettings
 from tamis.types import IntArray

@@ -48,7 +48,7 @@ class AdamwInfluence:
 
     Args:
         epochs: of the reference run.
-        batch_rows: rows of an update.
+        update_rows: rows of an update.
         learning_rate: the peak.
         clip: largest norm of an update's gradient.
         lora_rank: of the fresh adapter; a model that is an adapter is trained as it is.
@@ -62,7 +62,7 @@ class AdamwInfluence:
     name: ClassVar[str] = "adamw-influence"
 
     epochs: int = 1
-    batch_rows: int = 16
+    update_rows: int = 16
     learning_rate: float = 2e-4
     clip: float = 1.0
     lora_rank: int = 8
@@ -70,6 +70,8 @@ class AdamwInfluence:
     curvature: Literal["exact", "ggn", "fisher", "none"] = "exact"
 
     def __post_init__(self) -> None:
+        if self.update_rows < 1:
+            raise InvalidSettings(f"update_rows must be at least 1, got {self.update_rows}")
         if self.lora_rank < 1:
             raise InvalidSettings(f"lora_rank must be at least 1, got {self.lora_rank}")
         if self.lora_alpha is not None and not self.lora_alpha > 0:
@@ -80,7 +82,7 @@ class AdamwInfluence:
     def reference_settings(self) -> ReferenceSettings:
         """The run that is attributed."""
         return ReferenceSettings(
-            epochs=self.epochs, batch_rows=self.batch_rows, learning_rate=self.learning_rate, clip=self.clip
+            epochs=self.epochs, batch_rows=self.update_rows, learning_rate=self.learning_rate, clip=self.clip
         )
 
     def score(self, task: Task) -> TargetScores:
@@ -115,13 +117,13 @@ class AdamwInfluence:
         rows = [_token_row(one) for one in task.pool.take(task.rows)]
         target = [_token_row(one) for one in task.target.take(task.target_rows)]
         settings = self.reference_settings()
-        total = self.epochs * -(-len(rows) // self.batch_rows)
+        total = self.epochs * -(-len(rows) // self.update_rows)
         with task.progress.stage("reference run", total, "updates") as advance:
             run, numbers = reference_run(
                 model, rows, settings, seed=task.seed, folder=folder / "run", name=task.model_settings.name,
                 advance=advance,
             )  # fmt: skip
-        micros = run.micros_of(target, most=self.batch_rows)
+        micros = run.micros_of(target, most=self.update_rows)
         with task.progress.stage("sweep", total, "updates") as advance:
             found = run_sweep(
                 run, micros, SweepSettings(curvature=self.curvature), group=task.target_group.tolist(),

@@ -18,8 +18,10 @@ from torch import Tensor
 from tamis.collect import Task
 from tamis.corpus import Corpus
 from tamis.errors import InvalidInput, NonFinite
+from tamis.gradients.per_sample import per_sample_features
 from tamis.identity import fingerprint
-from tamis.maths.similarity import cosines, inner_products, unit_rows
+from tamis.maths.similarity import cosines, inner_products, row_norms, unit_rows
+from tamis.projection import AnyProjector
 from tamis.score.matrix import empty_scores, fill_columns
 from tamis.store.reader import StageReader
 from tamis.types import Batch, FloatArray, IntArray
@@ -30,6 +32,7 @@ __all__ = [
     "RowScores",
     "add_scores",
     "collect_features",
+    "gradient_features",
     "parts_of",
     "read_features",
     "rows_with_gradient",
@@ -171,6 +174,17 @@ def rows_with_gradient(task: Task, is_zero: npt.NDArray[np.bool_], is_zero_targe
         f"{_some_ids(task.target, left_out)}."
     )
     return kept
+
+
+def gradient_features(task: Task, projector: AnyProjector, *, include_head: bool = False) -> FeatureFunction:
+    """Projected per-sample gradients of the task's model; the projection's own norms where it knows no exact ones."""
+    model, layers = task.loaded.model, task.layers(include_head=include_head)
+
+    def features(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        losses, found, norms = per_sample_features(model, batch, layers, projector)
+        return losses, found, row_norms(found) if norms is None else norms
+
+    return features
 
 
 def collect_features(

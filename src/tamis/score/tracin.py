@@ -14,12 +14,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from torch import Tensor
 
 from tamis.collect import Task
 from tamis.errors import InvalidSettings
-from tamis.gradients.per_sample import per_sample_features
-from tamis.maths.similarity import row_norms
 from tamis.model.load import ModelSettings, model_fingerprint
 from tamis.projection import NoProjector, make_projector
 from tamis.score.exact import exact_scores
@@ -28,12 +25,13 @@ from tamis.score.features import (
     FeatureSpec,
     RowScores,
     add_scores,
+    gradient_features,
     rows_with_gradient,
     scores_of_features,
 )
 from tamis.score.matrix import with_columns
 from tamis.training.checkpoints import learning_rates_of
-from tamis.types import Batch, TargetScores
+from tamis.types import TargetScores
 
 __all__ = ["TracIn"]
 
@@ -193,13 +191,7 @@ class TracIn:
         )
 
         def start() -> FeatureFunction:
-            model, layers = task.loaded.model, task.layers(include_head=self.include_head)
-
-            def features(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-                losses, found, norms = per_sample_features(model, batch, layers, projector)
-                return losses, found, row_norms(found) if norms is None else norms
-
-            return features
+            return gradient_features(task, projector, include_head=self.include_head)
 
         return scores_of_features(
             task,

@@ -35,7 +35,6 @@ class Choice:
     rows: IntArray  # (n,) the scored pool rows, ascending
     order: IntArray  # (k,) selected pool rows in the order they were picked
     picked_for: IntArray  # (k,) index into ``target_names``: whose turn it was
-    target_row: IntArray  # (k,) the score column that picked it; -1 where targets picked by their mean
     score: FloatArray  # (n,) mean over targets, by share, of ``target_scores``; higher helps more
     target_scores: FloatArray  # (n, G) mean over the target's columns
     rank: IntArray  # (n,) 1 .. n: selected rows by pick, then the others by falling score, ties by lower row
@@ -157,7 +156,6 @@ def choose(
         rows=rows,
         order=rows[picks.rows],
         picked_for=picks.target,
-        target_row=picks.column if per_row else np.full(len(picks.rows), -1, np.int64),
         score=score,
         target_scores=means,
         rank=_ranks(score, picks.rows),

@@ -48,11 +48,10 @@ class HighLoss:
 
 @dataclass(frozen=True, kw_only=True)
 class LossFlags:
-    """``flagged`` where ``z`` exceeds the threshold; ``compared_with`` says which group each row was held against."""
+    """``flagged`` where ``z`` exceeds the threshold."""
 
     flagged: npt.NDArray[np.bool_]  # (n,)
     z: FloatArray  # (n,) robust standard deviations above the group's median; 0 where there was no group
-    compared_with: npt.NDArray[np.str_]  # (n,) "source and length", "source", "all" or "none"
 
 
 def flag_high_losses(
@@ -80,20 +79,20 @@ def flag_high_losses(
     n = len(losses)
     length_bin = np.floor(np.log2(np.maximum(supervised, 1))).astype(np.int64)
     groupings = (
-        ("source and length", np.unique(np.stack([sources, length_bin]), axis=1, return_inverse=True)[1].reshape(-1)),
-        ("source", np.unique(sources, return_inverse=True)[1]),
-        ("all", np.zeros(n, np.int64)),
+        np.unique(np.stack([sources, length_bin]), axis=1, return_inverse=True)[1].reshape(-1),
+        np.unique(sources, return_inverse=True)[1],
+        np.zeros(n, np.int64),
     )
     z = np.zeros(n, np.float32)
-    compared_with = np.full(n, "none", dtype="<U17")
-    for name, groups in groupings:
+    is_judged = np.zeros(n, np.bool_)
+    for groups in groupings:
         order = np.argsort(groups, kind="stable")
         for members in np.split(order, np.flatnonzero(np.diff(groups[order])) + 1):
-            waiting = members[compared_with[members] == "none"]
+            waiting = members[~is_judged[members]]
             if len(members) >= settings.min_group and len(waiting):
                 z[waiting] = _robust_z(losses[members].astype(np.float64), losses[waiting].astype(np.float64))
-                compared_with[waiting] = name
-    return LossFlags(flagged=z > settings.threshold, z=z, compared_with=compared_with)
+                is_judged[waiting] = True
+    return LossFlags(flagged=z > settings.threshold, z=z)
 
 
 def _robust_z(group: npt.NDArray[np.float64], losses: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -4,8 +4,10 @@ The command line, a YAML file and Python all end here. Nothing in this room read
 misspelt setting is answered at once.
 """
 
+from tamis.settings.compare import CompareSettings
 from tamis.settings.doctor import DoctorSettings
 from tamis.settings.plan import PlanSettings
+from tamis.settings.proxy import ProxySettings
 from tamis.settings.select import SelectSettings
 from tamis.settings.shared import LoadingSettings, SharedSettings
 from tamis.settings.trace import AttributeSettings, VerifySettings
@@ -13,9 +15,11 @@ from tamis.settings.train import TrainRunSettings
 
 __all__ = [
     "AttributeSettings",
+    "CompareSettings",
     "DoctorSettings",
     "LoadingSettings",
     "PlanSettings",
+    "ProxySettings",
     "SelectSettings",
     "SharedSettings",
     "TrainRunSettings",

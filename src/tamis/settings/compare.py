@@ -14,8 +14,10 @@ from typing import Any, Literal
 from tamis.budget import describe_budget, parse_budget
 from tamis.errors import InvalidSettings
 from tamis.notation import check_method, check_online_method, shortlist_parts, target_parts
-from tamis.settings import LoadingSettings, SelectSettings, TrainRunSettings
 from tamis.settings.checks import check_at_least
+from tamis.settings.select import SelectSettings
+from tamis.settings.shared import LoadingSettings
+from tamis.settings.train import TrainRunSettings
 from tamis.values import check_plain, nearest
 
 __all__ = ["BASELINES", "ONLINE", "CompareSettings", "MethodText", "method_parts"]

@@ -8,9 +8,8 @@ from typing import Any, Literal
 
 from tamis.errors import InvalidSettings
 from tamis.notation import PROXY_SUMMARIES
-from tamis.settings import SharedSettings
 from tamis.settings.checks import check_above_zero, check_at_least, check_sources, check_targets
-from tamis.settings.shared import Dtype
+from tamis.settings.shared import Dtype, SharedSettings
 from tamis.values import nearest
 
 __all__ = ["SWEEP", "ProxySettings", "Recipe", "recipe_of"]
@@ -66,7 +65,7 @@ _NEEDS_SIBLING = ("sibling", "influence-scorer")
 
 # Settings of stages that a baseline does not have. One that differs from its default was meant for another preset.
 _OF_TRAINING = ("learning_rate", "temperature", "measure_steps", "patience", "validation_rows")
-_OF_STEPS = ("steps", "batch_rows")
+_OF_STEPS = ("steps", "update_rows")
 _OF_TOKENS = ("probe_tokens", "probe_gb")
 _UNREAD = {
     "layer-extraction": (*_OF_TRAINING, *_OF_STEPS, *_OF_TOKENS),
@@ -105,7 +104,7 @@ class ProxySettings(SharedSettings):
     probe_tokens: int = 64  # tokens drawn from each of them; shorter rows give all
     probe_gb: float = 4.0  # bound on the probes held at once; less means more passes over the probe rows
     steps: int = 100  # of alignment
-    batch_rows: int = 8  # of one such step
+    update_rows: int = 8  # of one such step
     learning_rate: float | None = None  # None: 1e-3 for hidden sizes up to 256, 1e-4 above
     temperature: float = 1.0
     measure_steps: int = 50  # steps between measurements on rows kept for that
@@ -149,7 +148,7 @@ class ProxySettings(SharedSettings):
             raise InvalidSettings(f"keep={self.keep}: expected a rank correlation above 0 and at most 1")
         check_above_zero(self, "learning_rate", "temperature", "probe_gb")
         check_at_least(self, 0, "damping_input", "damping_output", "kl_weight", "steps", "seed")
-        check_at_least(self, 1, "probe_rows", "probe_tokens", "batch_rows", "measure_steps", "patience")
+        check_at_least(self, 1, "probe_rows", "probe_tokens", "update_rows", "measure_steps", "patience")
         check_at_least(self, 1, "projection_dim", "target_rows", "batch_tokens")
         check_at_least(self, 8, "validation_rows")
         check_at_least(self, 20, "held_out_rows")
@@ -199,7 +198,7 @@ class ProxySettings(SharedSettings):
             )
         if not self.aligns:
             why = "steps=0" if self.steps == 0 else "objective='none'"
-            for name in self._changed((*_OF_TRAINING, "batch_rows", *(() if self.steps == 0 else ("steps",)))):
+            for name in self._changed((*_OF_TRAINING, "update_rows", *(() if self.steps == 0 else ("steps",)))):
                 raise InvalidSettings(
                     f"{name}={getattr(self, name)}: {why} trains nothing, so nothing reads it; leave it out"
                 )

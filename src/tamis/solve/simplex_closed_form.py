@@ -16,7 +16,7 @@ from jaxtyping import Float
 from tamis.errors import InvalidInput, NonFinite
 from tamis.solve.solution import Solution, Status
 
-__all__ = ["lambda_interval", "weights_at_lambda", "weights_for_count"]
+__all__ = ["lambda_interval", "weights_for_count"]
 
 _F64 = npt.NDArray[np.float64]
 
@@ -69,36 +69,6 @@ def weights_for_count(
     status = Status.TIED if tied else Status.OPTIMAL
     stats = _stats(p, weights, optimum, (low, high), total=n, tied_rows=tied_rows)
     return Solution(value=weights, status=status, stats=stats)
-
-
-def weights_at_lambda(p: Float[np.ndarray, " N"], lam: float) -> Solution[Float[np.ndarray, " N"]]:
-    """Weights (float64, sum n) for a given λ: ``w = (p + τ)_+ / λ`` with ``k = #{j : L_j < nλ}``, ``τ = (nλ - S_k)/k``.
-
-    Stats: those of ``weights_for_count`` without ties: ``lambda``, ``lambda_low`` and ``lambda_high`` of the k found,
-    ``nonzero``, ``tied_rows`` (0), ``gap``.
-
-    Raises:
-        InvalidInput: there are no rows, or ``lam`` is not a positive number.
-        NonFinite: ``p`` has a NaN or an infinite entry.
-    """
-    n = _check(p, 1)
-    if not np.finfo(np.float64).tiny <= lam < np.inf:
-        raise InvalidInput(f"lambda must be a positive number, got {lam}; 0 would put all weight on one row")
-    ordered = np.sort(p.astype(np.float64))[::-1]
-    # L_(k+1) - L_k = k (p_(k) - p_(k+1)): a sum of terms >= 0, with no large sums to cancel.
-    sums = np.concatenate([[0.0], np.cumsum(np.arange(1, n) * (ordered[:-1] - ordered[1:]))])
-    k = int(np.searchsorted(sums, n * lam, side="left"))
-    last, low = ordered[k - 1], sums[k - 1]
-    high = sums[k] / n if k < n else np.inf
-    del ordered, sums
-    # p + τ = (p - p_(k)) + (nλ - L_k)/k, which stays positive for the k-th row in floating point too.
-    weights = p.astype(np.float64)
-    weights -= last
-    weights += (n * lam - low) / k
-    np.maximum(weights, 0, out=weights)
-    weights *= n / weights.sum()
-    stats = _stats(p, weights, lam, (low / n, high), total=n, tied_rows=0)
-    return Solution(value=weights, status=Status.OPTIMAL, stats=stats)
 
 
 def lambda_interval(p: Float[np.ndarray, " N"], k: int) -> tuple[float, float]:

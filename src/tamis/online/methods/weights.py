@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tamis.errors import InvalidSettings
-from tamis.online.choice import Lengths, Vector
+from tamis.online.methods.choice import Lengths, Vector
 from tamis.solve.nnls import solve_nnls, solve_ridge
 from tamis.solve.solution import Solution
 

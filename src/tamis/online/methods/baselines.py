@@ -1,17 +1,24 @@
-"""The methods to compare with, as published and at one step: ``uniform`` and ``full`` belong into every comparison.
-
-Pure functions of the evidence, as those of ``scorers``.
-"""
+"""The methods to compare with, as published and at one step: ``uniform`` and ``full`` belong into every comparison."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 
-from tamis.online.choice import Choice, Evidence, Needs, check_sizes, everything, unweighted, weighted
-from tamis.online.weights import check_ridge
-from tamis.solve.greedy import greedy_residual, top
+from tamis.online.methods.choice import (
+    Choice,
+    Evidence,
+    Needs,
+    check_sizes,
+    everything,
+    top_choice,
+    unweighted,
+    weighted,
+)
+from tamis.online.methods.weights import check_ridge
+from tamis.solve.greedy import greedy_residual
 from tamis.solve.omp import match_orthogonally
 from tamis.solve.solution import Status
 
@@ -22,6 +29,9 @@ __all__ = ["Full", "GradMatch", "Greats", "Less", "TargetOnly", "TracIn", "Unifo
 class TracIn:
     """The candidates with the largest ``<grad t, grad l_i>`` (Pruthi et al., 2020, with one checkpoint: this step)."""
 
+    name: ClassVar[str] = "tracin"
+    keeps_all: ClassVar[bool] = False
+    needs: ClassVar[Needs] = Needs(alignment="raw")
     keep: int = 8  # candidates kept
     oversample: int = 4  # candidates looked at per candidate kept
     cold_start: int = 0  # uniform updates before the method starts
@@ -29,30 +39,18 @@ class TracIn:
     def __post_init__(self) -> None:
         check_sizes(self.keep, self.oversample, self.cold_start)
 
-    @property
-    def name(self) -> str:
-        """What a user types to get it."""
-        return "tracin"
-
-    @property
-    def keeps_all(self) -> bool:
-        """Never."""
-        return False
-
-    @property
-    def needs(self) -> Needs:
-        """Raw alignments."""
-        return Needs(alignment="raw")
-
     def choose(self, evidence: Evidence) -> Choice:
         """Weight 1 for the best."""
-        return unweighted(top(evidence.alignments, count=min(self.keep, len(evidence.alignments))))
+        return top_choice(evidence, self.keep)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Less:
     """The candidates whose own Adam step has the largest cosine with the target gradient (Xia et al., 2024)."""
 
+    name: ClassVar[str] = "less"
+    keeps_all: ClassVar[bool] = False
+    needs: ClassVar[Needs] = Needs(alignment="cosine")
     keep: int = 8  # candidates kept
     oversample: int = 4  # candidates looked at per candidate kept
     cold_start: int = 0  # uniform updates before the method starts
@@ -60,51 +58,24 @@ class Less:
     def __post_init__(self) -> None:
         check_sizes(self.keep, self.oversample, self.cold_start)
 
-    @property
-    def name(self) -> str:
-        """What a user types to get it."""
-        return "less"
-
-    @property
-    def keeps_all(self) -> bool:
-        """Never."""
-        return False
-
-    @property
-    def needs(self) -> Needs:
-        """Cosines with each candidate's own Adam step."""
-        return Needs(alignment="cosine")
-
     def choose(self, evidence: Evidence) -> Choice:
         """Weight 1 for the best."""
-        return unweighted(top(evidence.alignments, count=min(self.keep, len(evidence.alignments))))
+        return top_choice(evidence, self.keep)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Greats:
     """Greedy by ``η <grad t, grad l_i>``, less ``η² <grad l_i, grad l_j>`` for each ``j`` taken (Wang et al., 2024)."""
 
+    name: ClassVar[str] = "greats"
+    keeps_all: ClassVar[bool] = False
+    needs: ClassVar[Needs] = Needs(alignment="raw", interactions="raw")
     keep: int = 8  # candidates kept
     oversample: int = 4  # candidates looked at per candidate kept
     cold_start: int = 0  # uniform updates before the method starts
 
     def __post_init__(self) -> None:
         check_sizes(self.keep, self.oversample, self.cold_start)
-
-    @property
-    def name(self) -> str:
-        """What a user types to get it."""
-        return "greats"
-
-    @property
-    def keeps_all(self) -> bool:
-        """Never."""
-        return False
-
-    @property
-    def needs(self) -> Needs:
-        """Raw inner products."""
-        return Needs(alignment="raw", interactions="raw")
 
     def choose(self, evidence: Evidence) -> Choice:
         """Weight 1 for those chosen; at small learning rates the choice is TracIn's."""
@@ -120,6 +91,9 @@ class GradMatch:
     Negative weights become 0, and the weights then sum to the number kept.
     """
 
+    name: ClassVar[str] = "grad-match"
+    keeps_all: ClassVar[bool] = False
+    needs: ClassVar[Needs] = Needs(alignment="raw", interactions="raw")
     keep: int = 8  # candidates kept
     oversample: int = 4  # candidates looked at per candidate kept
     ridge: float = 0.1  # times the mean diagonal of G
@@ -129,27 +103,12 @@ class GradMatch:
         check_sizes(self.keep, self.oversample, self.cold_start)
         check_ridge(self.ridge)
 
-    @property
-    def name(self) -> str:
-        """What a user types to get it."""
-        return "grad-match"
-
-    @property
-    def keeps_all(self) -> bool:
-        """Never."""
-        return False
-
-    @property
-    def needs(self) -> Needs:
-        """Raw inner products."""
-        return Needs(alignment="raw", interactions="raw")
-
     def choose(self, evidence: Evidence) -> Choice:
         """The pursuit's order and its last weights."""
         b, gram = evidence.alignments, evidence.gram
         unit = float(np.diag(gram).mean()) if len(b) else 0.0
         if not unit > 0:
-            return replace(unweighted(top(b, count=min(self.keep, len(b)))), fallback="all gradients are zero")
+            return replace(top_choice(evidence, self.keep), fallback="all gradients are zero")
         rows, solution = match_orthogonally(gram / unit, b / unit, count=min(self.keep, len(b)), ridge=self.ridge)
         if solution.status is not Status.OPTIMAL:
             return replace(unweighted(rows), fallback=solution.status.value)
@@ -160,27 +119,15 @@ class GradMatch:
 class Uniform:
     """``keep`` candidates drawn at random, weight 1 each: the baseline that always runs. Only those are computed."""
 
+    name: ClassVar[str] = "uniform"
+    keeps_all: ClassVar[bool] = False
+    needs: ClassVar[Needs] = Needs()
     keep: int = 8  # candidates kept
     oversample: int = 4  # candidates looked at per candidate kept
     cold_start: int = 0  # uniform updates before the method starts
 
     def __post_init__(self) -> None:
         check_sizes(self.keep, self.oversample, self.cold_start)
-
-    @property
-    def name(self) -> str:
-        """What a user types to get it."""
-        return "uniform"
-
-    @property
-    def keeps_all(self) -> bool:
-        """Never."""
-        return False
-
-    @property
-    def needs(self) -> Needs:
-        """Nothing."""
-        return Needs()
 
     def choose(self, evidence: Evidence) -> Choice:
         """Weight 1 for the candidates given: the draw happened before they were computed."""
@@ -191,27 +138,15 @@ class Uniform:
 class Full:
     """Plain training on all ``keep · oversample`` candidates, weight 1 each."""
 
-    keep: int = 8  # candidates kept
-    oversample: int = 4  # candidates looked at per candidate kept
-    cold_start: int = 0  # uniform updates before the method starts
+    name: ClassVar[str] = "full"
+    keeps_all: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs()
+    keep: int = 8  # an update is of all keep x oversample candidates
+    oversample: int = 4  # 1 for updates of keep rows
+    cold_start: int = 0  # of no effect: all candidates are taken from the first update on
 
     def __post_init__(self) -> None:
         check_sizes(self.keep, self.oversample, self.cold_start)
-
-    @property
-    def name(self) -> str:
-        """What a user types to get it."""
-        return "full"
-
-    @property
-    def keeps_all(self) -> bool:
-        """Always."""
-        return True
-
-    @property
-    def needs(self) -> Needs:
-        """Nothing."""
-        return Needs()
 
     def choose(self, evidence: Evidence) -> Choice:
         """Weight 1 for all."""
@@ -222,27 +157,15 @@ class Full:
 class TargetOnly:
     """Train on the target rows themselves: a warning, not a method. A small target is memorised."""
 
-    keep: int = 8  # candidates kept
-    oversample: int = 4  # candidates looked at per candidate kept
-    cold_start: int = 0  # uniform updates before the method starts
+    name: ClassVar[str] = "target-only"
+    keeps_all: ClassVar[bool] = False
+    needs: ClassVar[Needs] = Needs(target_only=True)
+    keep: int = 8  # keep x oversample candidates count as seen by an update; none of them is used
+    oversample: int = 4  # as for keep
+    cold_start: int = 0  # of no effect: the target is all there is from the first update on
 
     def __post_init__(self) -> None:
         check_sizes(self.keep, self.oversample, self.cold_start)
-
-    @property
-    def name(self) -> str:
-        """What a user types to get it."""
-        return "target-only"
-
-    @property
-    def keeps_all(self) -> bool:
-        """Never: no candidate is used."""
-        return False
-
-    @property
-    def needs(self) -> Needs:
-        """The target's gradient and nothing else."""
-        return Needs(target_only=True)
 
     def choose(self, evidence: Evidence) -> Choice:
         """No candidate."""

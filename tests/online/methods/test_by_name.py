@@ -9,7 +9,7 @@ import pytest
 from tamis.errors import InvalidSettings
 from tamis.notation import ONLINE_SUMMARIES
 from tamis.online import METHODS, FilterThenWeight, Tilt
-from tamis.online.by_name import make_method, plain_settings
+from tamis.online.methods.by_name import make_method, plain_settings
 
 
 def make(name: str, **values: Any) -> Any:

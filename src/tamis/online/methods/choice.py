@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tamis.errors import InvalidSettings
+from tamis.solve.greedy import top
 from tamis.types import IntArray
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "check_sizes",
     "cold_updates",
     "everything",
+    "top_choice",
     "unweighted",
     "weighted",
 ]
@@ -172,6 +174,11 @@ def cold_updates(method: Method) -> int:
 def unweighted(rows: IntArray) -> Choice:
     """Weight 1 for ``rows``."""
     return Choice(rows=rows, weights=np.ones(len(rows)), weight_sum=float(len(rows)))
+
+
+def top_choice(evidence: Evidence, keep: int) -> Choice:
+    """Weight 1 for the ``keep`` candidates of the largest alignments."""
+    return unweighted(top(evidence.alignments, count=min(keep, len(evidence.alignments))))
 
 
 def everything(count: int) -> Choice:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from tamis.errors import InvalidSettings
-from tamis.online.choice import Method
-from tamis.online.scorers import METHODS, FilterThenWeight
-from tamis.values import method_from_dict
+from tamis.online.methods import METHODS
+from tamis.online.methods.choice import Method
+from tamis.online.methods.filter_then_weight import FilterThenWeight
+from tamis.values import changed_values, method_from_dict
 
 __all__ = ["make_method", "plain_settings"]
 
@@ -37,9 +37,4 @@ def make_method(name: str, values: Mapping[str, Any], *, keep: int, oversample: 
 
 def plain_settings(method: Method) -> dict[str, Any]:
     """The settings of a method that are not its defaults; ``keep`` and ``oversample``, which all have, are left out."""
-    found = {}
-    for field in dataclasses.fields(method):  # type: ignore[arg-type]  # methods are dataclasses by contract
-        value = getattr(method, field.name)
-        if value != field.default and field.name not in ("keep", "oversample"):
-            found[field.name] = value
-    return found
+    return {name: value for name, value in changed_values(method).items() if name not in ("keep", "oversample")}

@@ -1,47 +1,38 @@
-"""The online methods: from alignments and interactions of a step's candidates to a choice and its weights.
-
-Pure functions of the evidence, without model, optimizer or randomness. Which inner products a method is given is
-stated by its ``needs``. Adding a method: a frozen dataclass here or in ``baselines`` and an entry in ``METHODS``.
-"""
+"""Filter, then weight: the recommended online method, and with ``paper()`` the published one."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from tamis.errors import InvalidSettings
-from tamis.online.baselines import Full, GradMatch, Greats, Less, TargetOnly, TracIn, Uniform
-from tamis.online.choice import (
+from tamis.online.methods.choice import (
     AlignmentForm,
     Choice,
     Evidence,
     InteractionForm,
-    Method,
     Needs,
     Vector,
     check_forms,
     check_sizes,
-    everything,
     unweighted,
     weighted,
 )
-from tamis.online.lookahead import Lookahead
-from tamis.online.weights import (
+from tamis.online.methods.weights import (
     LEAST_RIDGE,
     anchored_weights,
     check_ridge,
     matching_weights,
     positive_scale,
     target_scale,
-    tilted_weights,
 )
 from tamis.solve.greedy import greedy_residual, top
 from tamis.solve.solution import Status
 from tamis.types import IntArray
 
-__all__ = ["METHODS", "Anchored", "FilterThenWeight", "Tilt"]
+__all__ = ["FilterThenWeight"]
 
 _PAPER_DIM = 256  # table 5's best, and the dimension of the running times
 
@@ -58,10 +49,11 @@ class FilterThenWeight:
     to match, and those candidates get equal weights (all candidates, without a filter).
     """
 
+    name: ClassVar[str] = "filter-then-weight"
     keep: int = 8  # candidates kept; of methods that keep all, what an update of theirs is compared with
     oversample: int = 4  # candidates looked at per candidate kept
-    alignment: AlignmentForm = "adam"  # how b is taken: through Adam's D, the derivative of its step, its step, ...
-    interactions: InteractionForm = "metric"  # how G is taken: in the D metric (the units of b), raw, D on both sides
+    alignment: AlignmentForm = "adam"  # b: how candidates are compared with the target
+    interactions: InteractionForm = "metric"  # G: how they are compared with each other
     scale: Literal["target"] | float = "target"  # a number is c itself; 1.0 leaves the target as it is
     filter: Literal["greedy", "top", "none"] = "greedy"  # by what is left of the target, the plain top, or keep all
     # matching pulled towards 1, towards 0 and w >= 0, towards 0 with any sign, or all 1
@@ -125,11 +117,6 @@ class FilterThenWeight:
         return cls(keep=keep, oversample=oversample, **{**settings, **changes})
 
     @property
-    def name(self) -> str:
-        """What a user types to get it."""
-        return "filter-then-weight"
-
-    @property
     def keeps_all(self) -> bool:
         """True without a filter."""
         return self.filter == "none"
@@ -181,113 +168,3 @@ class FilterThenWeight:
         if solution.status is not Status.OPTIMAL:
             return replace(unweighted(rows), scale=scale, fallback=solution.status.value)
         return weighted(rows, solution.value, scale=scale, normalise=self.normalise)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Anchored:
-    """Keep every candidate and weight it by matching the target, with a ridge towards weight 1.
-
-    No gradient that was computed is thrown away: all ``keep · oversample`` candidates make up the update. A large
-    ``ridge`` is plain training on all of them, a small one approaches matching without a filter.
-    """
-
-    keep: int = 8  # candidates kept; of methods that keep all, what an update of theirs is compared with
-    oversample: int = 4  # candidates looked at per candidate kept
-    ridge: float = 4.0  # times the mean diagonal of G
-    alignment: AlignmentForm = "adam"  # how b is taken: through Adam's D, the derivative of its step, its step, ...
-    interactions: InteractionForm = "metric"  # how G is taken: in the D metric (the units of b), raw, D on both sides
-    cold_start: int | None = None  # updates before the method starts; None: 1 for the Jacobian, 10 otherwise
-
-    def __post_init__(self) -> None:
-        check_sizes(self.keep, self.oversample, self.cold_start)
-        check_forms(self.alignment, self.interactions, self.cold_start)
-        check_ridge(self.ridge)
-
-    @property
-    def name(self) -> str:
-        """What a user types to get it."""
-        return "anchored"
-
-    @property
-    def keeps_all(self) -> bool:
-        """Always."""
-        return True
-
-    @property
-    def needs(self) -> Needs:
-        """Alignments and interactions."""
-        return Needs(alignment=self.alignment, interactions=self.interactions)
-
-    def choose(self, evidence: Evidence) -> Choice:
-        """Weights of all candidates, about 1 each."""
-        rows = np.arange(len(evidence.alignments), dtype=np.int64)
-        scale = positive_scale(evidence.alignments, evidence.gram)
-        if scale is None:
-            return replace(unweighted(rows), fallback="no candidate is aligned with the target")
-        solution = anchored_weights(evidence.alignments, evidence.gram, scale=scale, ridge=self.ridge)
-        if solution.status is not Status.OPTIMAL:
-            return replace(unweighted(rows), scale=scale, fallback=solution.status.value)
-        return weighted(rows, solution.value, scale=scale, normalise=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tilt:
-    """Keep every candidate; weigh it up or down in proportion to its alignment: anchored without interactions.
-
-    ``w_i = max(0, 1 + c_P b_i / λ)``. As good as anchored weights where both were measured; nothing is solved, and no
-    pair of candidates is looked at, only the lengths of their gradients and of the sum of the aligned ones.
-    """
-
-    keep: int = 8  # candidates kept; of methods that keep all, what an update of theirs is compared with
-    oversample: int = 4  # candidates looked at per candidate kept
-    ridge: float = 4.0  # λ over the mean squared length
-    alignment: AlignmentForm = "adam"  # how b is taken: through Adam's D, the derivative of its step, its step, ...
-    interactions: InteractionForm = "metric"  # the metric in which lengths are taken
-    cold_start: int | None = None  # updates before the method starts; None: 1 for the Jacobian, 10 otherwise
-
-    def __post_init__(self) -> None:
-        check_sizes(self.keep, self.oversample, self.cold_start)
-        check_forms(self.alignment, self.interactions, self.cold_start)
-        check_ridge(self.ridge)
-        if self.interactions == "token-level":
-            raise InvalidSettings("interactions='token-level' is about pairs, of which a tilt sees none; use 'raw'")
-
-    @property
-    def name(self) -> str:
-        """What a user types to get it."""
-        return "tilt"
-
-    @property
-    def keeps_all(self) -> bool:
-        """Always."""
-        return True
-
-    @property
-    def needs(self) -> Needs:
-        """Alignments, and lengths of the gradients and of a sum of them."""
-        return Needs(alignment=self.alignment, lengths=self.interactions)
-
-    def choose(self, evidence: Evidence) -> Choice:
-        """Weights of all candidates, about 1 each."""
-        b, lengths = evidence.alignments, evidence.lengths
-        assert lengths is not None, "the method asked for lengths"
-        scale = positive_scale(b, lengths)
-        if scale is None:
-            return replace(everything(len(b)), fallback="no candidate is aligned with the target")
-        weights = tilted_weights(b, lengths.squares, scale=scale, ridge=self.ridge)
-        return weighted(np.arange(len(b), dtype=np.int64), weights, scale=scale, normalise=True)
-
-
-METHODS: dict[str, type[Method]] = {
-    "filter-then-weight": FilterThenWeight,
-    "tilt": Tilt,
-    "anchored": Anchored,
-    "tracin": TracIn,
-    "less": Less,
-    "greats": Greats,
-    "grad-match": GradMatch,
-    "uniform": Uniform,
-    "full": Full,
-    "target-only": TargetOnly,
-    "lookahead": Lookahead,
-}

@@ -1,17 +1,16 @@
 """Look-ahead selection: candidates by what they do to the target loss k updates later, through AdamW's own dynamics.
 
-Section 5 of *How Faithful Is Trajectory-Based Data Attribution?*. Unlike the methods of ``scorers``, a score here is
+Section 5 of *How Faithful Is Trajectory-Based Data Attribution?*. Unlike those of the other methods, a score here is
 not a function of one step's inner products: ``rehearsal`` computes it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from tamis.errors import InvalidSettings
-from tamis.online.choice import Choice, Evidence, Needs, check_sizes, unweighted
-from tamis.solve.greedy import top
+from tamis.online.methods.choice import Choice, Evidence, Needs, check_sizes, top_choice
 from tamis.trajectory.adjoint import steps_back
 
 __all__ = ["Lookahead"]
@@ -44,6 +43,9 @@ class Lookahead:
         InvalidSettings: a value is out of range.
     """
 
+    name: ClassVar[str] = "lookahead"
+    keeps_all: ClassVar[bool] = False
+    needs: ClassVar[Needs] = Needs(alignment="jacobian", ahead=True)  # its scores come in place of alignments
     keep: int = 8
     oversample: int = 4
     horizon: int = 1
@@ -62,24 +64,9 @@ class Lookahead:
             raise InvalidSettings(f"curvature must be exact, ggn, fisher or none, got {self.curvature!r}")
 
     @property
-    def name(self) -> str:
-        """What a user types to get it."""
-        return "lookahead"
-
-    @property
-    def keeps_all(self) -> bool:
-        """Never."""
-        return False
-
-    @property
     def block(self) -> int:
         """Updates that one rehearsal serves."""
         return self.horizon if self.form == "rehearsal" else 1
-
-    @property
-    def needs(self) -> Needs:
-        """Target rows and an Adam that has taken a step; the scores come in place of alignments."""
-        return Needs(alignment="jacobian", ahead=True)
 
     def spent(self, slot: int) -> float:
         """Training steps on the candidates of update ``slot`` of a block that scoring them is as dear as; measured.
@@ -106,4 +93,4 @@ class Lookahead:
 
     def choose(self, evidence: Evidence) -> Choice:
         """Weight 1 for the best scores, which stand where alignments do."""
-        return unweighted(top(evidence.alignments, count=min(self.keep, len(evidence.alignments))))
+        return top_choice(evidence, self.keep)

@@ -12,12 +12,12 @@ from tamis.errors import BadRow
 from tamis.model.limits import ModelLimits
 from tamis.types import IntArray, TokenizedExample
 
-__all__ = ["check_fit"]
+__all__ = ["check_row_limits"]
 
 _BLOCK_ROWS = 4096  # rows whose ids are looked at together
 
 
-def check_fit(
+def check_row_limits(
     limits: ModelLimits,
     tokenizer: Any,
     examples: Examples,

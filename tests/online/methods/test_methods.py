@@ -23,10 +23,9 @@ from tamis.online import (
     Tilt,
     TracIn,
     Uniform,
-    baselines,
-    weights,
 )
-from tamis.online.choice import Evidence, Lengths, cold_updates
+from tamis.online.methods import baselines, weights
+from tamis.online.methods.choice import Evidence, Lengths, cold_updates
 from tamis.online.step import StepSettings
 from tamis.solve.solution import Solution, Status
 
