@@ -99,7 +99,7 @@ def doctor(
     with work(ctx, DoctorSettings) as job:
         from tamis import api
 
-        result = api.doctor(job.settings, progress=job.progress)
+        result = api.examine(job.settings, progress=job.progress)
         write_result("doctor", job.settings, job.settings.out, result)
     job.answer(result, print_doctor)
     if not job.as_json:

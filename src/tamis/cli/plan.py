@@ -112,7 +112,7 @@ def plan(
     with work(ctx, PlanSettings) as job:
         from tamis import api
 
-        result = api.plan(job.settings, progress=job.progress)
+        result = api.estimate_plan(job.settings, progress=job.progress)
         write_result("plan", job.settings, job.settings.out, result)
     job.answer(result, print_plan, warnings=result.notes)
 

@@ -107,11 +107,11 @@ def train(
         ),
     ] = TrainRunSettings.target_ema,
     drop_leaks: Annotated[bool, opt.drop_leaks(HOW)] = TrainRunSettings.drop_leaks,
-    eval_target: Annotated[
+    eval: Annotated[
         list[str] | None,
         typer.Option(
             help="Rows of the task that only measure, like --target.",
-            metavar="TARGET...",
+            metavar="EVAL...",
             rich_help_panel=MEASURE,
             show_default=False,
         ),
@@ -119,7 +119,7 @@ def train(
     held_out: Annotated[
         float | None,
         typer.Option(
-            help="Share of every target's rows that only measures; 0.2 when left out, 0 with --eval-target.",
+            help="Share of every target's rows that only measures; 0.2 when left out, 0 with --eval.",
             rich_help_panel=MEASURE,
         ),
     ] = None,
