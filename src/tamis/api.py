@@ -413,7 +413,7 @@ def verify(
     progress: Progress | None = None,
     **settings: Any,
 ) -> Verification:
-    """Retrain a recorded run without each of some random samples, and see which scores foretold the outcome.
+    """Retrain a recorded run without each of some random samples, and see which scores predicted the outcome.
 
     Args:
         run: folder that ``tamis.TrajectoryRecorder`` or ``tamis train --record`` wrote.

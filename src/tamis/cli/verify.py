@@ -78,7 +78,7 @@ def verify(
     quiet: opt.Quiet = False,
     as_json: opt.JsonOutput = False,
 ) -> None:
-    """Retrain a recorded run without each of some random samples, and see which method's scores foretold the outcome.
+    """Retrain a recorded run without each of some random samples, and see which method's scores predicted the outcome.
 
     Prints Spearman's correlation with an interval of 95 % for every method. Writes to the --out folder:
     [bold]truth[/bold] (one file per retraining), [bold]manifest.json[/bold], and [bold]run.yaml[/bold].
