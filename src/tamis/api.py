@@ -37,6 +37,8 @@ from tamis.values import changed_values, from_dict
 __all__ = [
     "Attribution",
     "CompareResult",
+    "DoctorResult",
+    "PlanResult",
     "PlantedResult",
     "ProxyResult",
     "Selection",
@@ -47,6 +49,8 @@ __all__ = [
     "compare",
     "compare_from_settings",
     "doctor",
+    "estimate_plan",
+    "examine",
     "plan",
     "proxy",
     "proxy_from_settings",
@@ -83,7 +87,7 @@ def select(
         budget: rows (500), a share of the pool ("5%" or 0.05) or tokens ("200k-tokens").
         out: folder for the result; an interrupted run with the same arguments resumes there.
         progress: where to say how far it is; by default nowhere.
-        settings: any other field of ``tamis.settings.SelectSettings``.
+        settings: any other field of ``tamis.SelectSettings``.
 
     Returns:
         The selection. Scores are positive where training on the row lowers the target loss.
@@ -119,14 +123,79 @@ def select(
     )
 
 
-def doctor(settings: DoctorSettings, *, progress: Progress | None = None) -> DoctorResult:
-    """What will be trained on and scored, and whether the numbers can be trusted, before anyone spends money."""
-    return examine(settings, progress=progress)
+def doctor(
+    *,
+    model: str | Path,
+    pool: str | Path | Sequence[str | Path] | Rows,
+    target: str | Path | Sequence[str | Path] | Rows | Mapping[str, str | Path | Rows] = (),
+    progress: Progress | None = None,
+    **settings: Any,
+) -> DoctorResult:
+    """Check what will be trained on and scored, and whether the numbers can be trusted, before anyone spends money.
+
+    Args:
+        model: hub id, local folder, PEFT adapter folder or GGUF file.
+        pool: rows to choose from, in the forms that ``tamis.select`` takes.
+        target: rows of the task, in the same forms; without any, the checks that need a target are left out.
+        progress: where to say how far it is; by default nowhere.
+        settings: any other field of ``tamis.DoctorSettings`` but ``out``: nothing is written.
+
+    Returns:
+        What was found. ``passed`` says whether every check passed, and ``warnings`` what to know before going on.
+
+    Raises:
+        InvalidInput: data or model cannot be used at all.
+        InvalidSettings: a setting is unknown, or of the wrong type, or contradicts another one.
+        Unsupported: the model has no layers that tamis can take gradients of.
+    """
+    held: dict[str, Rows] = {}
+    values = _examined_values("tamis.doctor", model, pool, target, settings, held)
+    return examine(from_dict(DoctorSettings, values, origin="tamis.doctor"), progress=progress, held=held)
 
 
-def plan(settings: PlanSettings, *, progress: Progress | None = None) -> PlanResult:
-    """What each method would cost on this pool."""
-    return estimate_plan(settings, progress=progress)
+def plan(
+    *,
+    model: str | Path,
+    pool: str | Path | Sequence[str | Path] | Rows,
+    target: str | Path | Sequence[str | Path] | Rows | Mapping[str, str | Path | Rows] = (),
+    budget: str | int | float = "5%",
+    progress: Progress | None = None,
+    **settings: Any,
+) -> PlanResult:
+    """Estimate what each method would cost on ``pool``: operations, seconds, memory and disk.
+
+    Args:
+        model: hub id, local folder, PEFT adapter folder or GGUF file; its weights are not loaded unless
+            ``measure=True``.
+        pool: rows to choose from, in the forms that ``tamis.select`` takes.
+        target: rows of the task, in the same forms; without any, their number is assumed and a note says so.
+        budget: as for ``tamis.select``; it decides how long a shortlist is.
+        progress: where to say how far it is; by default nowhere.
+        settings: any other field of ``tamis.PlanSettings`` but ``out``: nothing is written.
+
+    Returns:
+        The cost of every method, and what it was worked out from.
+
+    Raises:
+        InvalidInput: data or model cannot be used, or the run to compare with cannot be read.
+        InvalidSettings: a setting is unknown, or of the wrong type, or contradicts another one.
+    """
+    held: dict[str, Rows] = {}
+    values = {**_examined_values("tamis.plan", model, pool, target, settings, held), "budget": budget}
+    return estimate_plan(from_dict(PlanSettings, values, origin="tamis.plan"), progress=progress, held=held)
+
+
+def _examined_values(
+    verb: str, model: Any, pool: Any, target: Any, settings: Mapping[str, Any], held: dict[str, Rows]
+) -> dict[str, Any]:
+    if settings.get("out") is not None:
+        raise InvalidSettings(f"out: {verb} writes nothing; leave it out, and keep what it returns")
+    return {
+        "model": str(model),
+        "pool": _paths(pool, "pool", held),
+        "target": _targets(target, "target", held),
+        **{key: str(value) if isinstance(value, Path) else value for key, value in settings.items()},
+    }
 
 
 def train(
@@ -137,7 +206,7 @@ def train(
     method: str | OnlineMethod = "filter-then-weight",
     steps: int | None = None,
     out: str | Path = "tamis-train",
-    eval_target: str | Path | Sequence[str | Path] | Rows | Mapping[str, str | Path | Rows] = (),
+    eval: str | Path | Sequence[str | Path] | Rows | Mapping[str, str | Path | Rows] = (),
     progress: Progress | None = None,
     **settings: Any,
 ) -> TrainResult:
@@ -148,15 +217,15 @@ def train(
     Args:
         model: hub id, local folder, PEFT adapter folder (which is trained on) or GGUF file.
         pool: files, globs or hub ids of the rows to choose from, or the rows themselves; as for ``tamis.select``.
-        target: rows of the task, in the same forms. A fifth of them only measures, unless ``eval_target`` or
+        target: rows of the task, in the same forms. A fifth of them only measures, unless ``eval`` or
             ``held_out`` says otherwise.
         method: a name from ``tamis.online.METHODS``, or a method object such as
             ``tamis.online.FilterThenWeight(keep=8, oversample=4)``.
         steps: updates; or give ``epochs``.
         out: folder for the result; an interrupted run with the same arguments resumes there.
-        eval_target: rows of the task that only measure, in the same forms as ``target``.
+        eval: rows of the task that only measure, in the same forms as ``target``.
         progress: where to say how far it is; by default nowhere.
-        settings: any other field of ``tamis.settings.TrainRunSettings``.
+        settings: any other field of ``tamis.TrainRunSettings``.
 
     Returns:
         Where the model lies, the log, and what the run did.
@@ -180,7 +249,7 @@ def train(
         "model": str(model),
         "pool": _paths(pool, "pool", held),
         "target": _targets(target, "target", held),
-        "eval_target": _targets(eval_target, "eval_target", held),
+        "eval": _targets(eval, "eval", held),
         "steps": steps,
         "out": str(out),
         **chosen,
@@ -276,7 +345,7 @@ def proxy(
         sparsity: share of the compressed layers' numbers that is removed.
         out: folder for the proxy; an interrupted build with the same arguments resumes there.
         progress: where to say how far it is; by default nowhere.
-        settings: any other field of ``tamis.settings.ProxySettings``.
+        settings: any other field of ``tamis.ProxySettings``.
 
     Returns:
         Where the proxy lies and what it keeps.
@@ -344,7 +413,7 @@ def verify(
     progress: Progress | None = None,
     **settings: Any,
 ) -> Verification:
-    """Retrain a recorded run without each of some random samples, and see which scores foretold the outcome.
+    """Retrain a recorded run without each of some random samples, and see which scores predicted the outcome.
 
     Args:
         run: folder that ``tamis.TrajectoryRecorder`` or ``tamis train --record`` wrote.

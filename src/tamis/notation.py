@@ -26,41 +26,42 @@ __all__ = [
 # imports PyTorch, and help and error messages must not wait for it; a test holds the two equal.
 METHOD_SUMMARIES: dict[str, str] = {
     "uniform": "a random draw: what every other method has to beat",
-    "length": "rows with most supervised tokens first: shows what length alone explains",
+    "length": "rows with the most supervised tokens first: shows what length alone explains",
     "bm25": "words shared with the target rows; costs next to nothing and is hard to beat",
     "loss-drop": "relative loss drop of the row after a short warm-up on the target",
     "mid-ppl": "rows of middling perplexity; ignores the target",
     "rds+": "cosine of position-weighted mean hidden states with the target rows",
     "tracin": "gradient cosine with the target rows (the default)",
     "less": "Adam update of the row against the target gradient, over checkpoints of a LoRA warm-up",
-    "influence-function": "exact gradients through the inverse curvature of the loss, as EK-FAC or K-FAC has it",
+    "influence-function": "exact gradients compared through the inverse curvature of the loss (EK-FAC or K-FAC)",
     "influence-distillation": "exact gradients of a few landmark rows, carried to all others by cheap embeddings",
     "adamw-influence": "what each row did to the target along one whole training run (offline)",
 }
 GRADIENT_METHODS = ("tracin", "less", "influence-function")
 # The methods of ``tamis.online.METHODS``, likewise.
 ONLINE_SUMMARIES: dict[str, str] = {
-    "filter-then-weight": "greedy filter by what is left of the target, then weights near 1 (the default)",
+    "filter-then-weight": "keeps the candidates that together best match the target's update, then weights them "
+    "around 1 (the default)",
     "tilt": "keeps all candidates, weighted by alignment with the target",
     "anchored": "keeps all candidates, weighted by matching the target, pulled towards 1",
     "tracin": "largest inner products with the target's gradient",
     "less": "largest cosines of a candidate's own Adam step with the target's gradient",
-    "greats": "greedy by inner products, less those with candidates taken",
+    "greats": "greedy by inner products with the target, minus those with candidates already taken",
     "grad-match": "orthogonal matching pursuit of the target's gradient",
     "uniform": "a random draw: what every other method has to beat",
     "full": "plain training on all candidates: what every other method has to beat at equal compute",
-    "target-only": "trains on the target rows themselves: a warning, small targets are memorised",
-    "lookahead": "largest effect on the target k updates later, through AdamW's own dynamics (set horizon)",
+    "target-only": "trains on the target rows themselves: a warning, since a small target is memorised",
+    "lookahead": "takes what lowers the target loss most k updates later, through AdamW's dynamics (set horizon)",
 }
 # The presets of ``tamis proxy``.
 PROXY_SUMMARIES: dict[str, str] = {
-    "default": "influence-preserving factors: inputs weigh fully, output gradients steer; aligned by outputs",
-    "ipsvd": "the same with both sides weighing fully (relative damping .01 each)",
+    "default": "influence-preserving factors, weighted fully by inputs, mildly by output gradients; aligned by outputs",
+    "ipsvd": "like default, with both sides at full weight (relative damping .01 each)",
     "activation": "factors weighted by the inputs alone",
     "svd": "plain truncated SVD",
     "paper": "IProX as published: core form, absolute damping, gradient alignment, influence over the factors",
-    "layer-extraction": "baseline: the blocks that change their input most, whole",
-    "sibling": "baseline: a smaller model of the family, as it is (--sibling)",
+    "layer-extraction": "baseline: keeps whole blocks, those that change their input most",
+    "sibling": "baseline: a smaller model of the family, unchanged (--sibling)",
     "influence-scorer": "baseline: a head on a smaller model's states, fitted to scores; gives scores, no model",
 }
 PROJECTION_NAMES = ("none", "factorized", "rademacher", "hadamard", "mask")

@@ -47,7 +47,7 @@ def select_settings(draw: st.DrawFn) -> SelectSettings:
         budget=draw(st.sampled_from(["500", "5%", "0.5%", "200k-tokens"])),
         shortlist=None if cheap is None else f"{cheap}:{draw(st.integers(1, 20))}x",
         aggregate=draw(st.sampled_from(["round-robin", "mean"])),
-        shares=shares,
+        share=shares,
         projection=draw(st.sampled_from([None, *PROJECTION_NAMES])),
         seed=draw(st.integers(0, 2**40)),
         near_threshold=draw(st.floats(0.01, 1)),

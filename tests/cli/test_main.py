@@ -93,7 +93,7 @@ def test_flags_arrive_as_settings(seen: list[SelectSettings]) -> None:
         method="less",
         set={"lora_rank": 4, "form": "adam"},
         budget="200k-tokens",
-        shares={"t": 2.0},
+        share={"t": 2.0},
         drop_leaks=True,
         report=False,
     )

@@ -51,9 +51,9 @@ def test_the_listed_methods_and_projections_are_those_that_exist() -> None:
         ("shortlist", "bm25:0.5x", "at least the budget itself"),
         ("shortlist", "tracin:5x", "uses the chosen method 'tracin' itself"),
         ("aggregate", "max", "aggregate='max': expected one of round-robin, mean"),
-        ("shares", {"q": 1}, "there is no target called 'q' (targets: t)"),
-        ("shares", {"t": -1}, "above zero"),
-        ("shares", {"t": 0}, "above zero"),
+        ("share", {"q": 1}, "there is no target called 'q' (targets: t)"),
+        ("share", {"t": -1}, "above zero"),
+        ("share", {"t": 0}, "above zero"),
         ("projection", "hadamrad", "did you mean 'hadamard'?"),
         ("projection_dim", 0, "projection_dim=0: expected at least 1"),
         ("seed", -1, "seed=-1: expected at least 0"),
@@ -88,11 +88,11 @@ def test_a_wrong_value_is_refused_by_name(setting: str, value: Any, message: str
         ({"keep": 0}, "keep=0: expected at least 1"),
         ({"forecast_every": -1}, "forecast_every=-1: expected at least 0"),
         ({"held_out": 1.0}, "held_out=1.0: expected a share of the target rows"),
-        ({"held_out": 0.1, "eval_target": ("e",)}, "held_out, eval_target: rows that measure come from one of them"),
-        ({"held_out": 0.0, "eval_steps": 5}, "eval_steps: no row measures; pass --eval-target, or --held-out"),
+        ({"held_out": 0.1, "eval": ("e",)}, "held_out, eval: rows that measure come from one of them"),
+        ({"held_out": 0.0, "eval_steps": 5}, "eval_steps: no row measures; pass --eval, or --held-out"),
         ({"patience": 2}, "patience: counts measurements, and none is made on the way; pass --eval-steps"),
         ({"patience": 2, "eval_steps": 5, "save_steps": 10}, "but save_steps=10 and eval_steps=5"),
-        ({"eval_target": ("a/e.jsonl", "b/e.jsonl")}, "two targets are called 'e'"),
+        ({"eval": ("a/e.jsonl", "b/e.jsonl")}, "two targets are called 'e'"),
         ({"learning_rate": 0}, "learning_rate=0.0: expected a number above zero"),
         ({"warmup_share": 1}, "warmup_share=1.0: expected at least 0 and below 1"),
         ({"beta2": 1.0}, "beta2=1.0: expected at least 0 and below 1"),
@@ -115,13 +115,13 @@ def test_a_training_run_that_cannot_be_is_refused_by_name(changes: dict[str, Any
 
 def test_a_fifth_of_the_target_measures_unless_other_rows_do() -> None:
     assert TrainRunSettings(**REQUIRED, steps=5).held_out_share == 0.2
-    assert TrainRunSettings(**REQUIRED, steps=5, eval_target="e").held_out_share == 0.0  # type: ignore[arg-type]
+    assert TrainRunSettings(**REQUIRED, steps=5, eval="e").held_out_share == 0.0  # type: ignore[arg-type]
     assert TrainRunSettings(**REQUIRED, steps=5, held_out=0).held_out_share == 0.0
 
 
 def test_missing_shares_are_named() -> None:
     with pytest.raises(InvalidSettings, match="b has no share"):
-        SelectSettings(**{**REQUIRED, "target": ("a=x", "b=y")}, shares={"a": 1.0})
+        SelectSettings(**{**REQUIRED, "target": ("a=x", "b=y")}, share={"a": 1.0})
 
 
 @pytest.mark.parametrize(

@@ -43,12 +43,12 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[TrainRunSettings]:
 
 def test_flags_arrive_as_settings(seen: list[TrainRunSettings]) -> None:
     words = "--steps 7 --method tilt --set ridge=2.0 --keep 4 --lora-rank 8 --lora-targets q_proj v_proj --clip 0.5"
-    more = "--eval-target e=a.jsonl b.jsonl --eval-steps 5 --patience 2 --report-to wandb --drop-leaks --batch-rows 2"
+    more = "--eval e=a.jsonl b.jsonl --eval-steps 5 --patience 2 --report-to wandb --drop-leaks --batch-rows 2"
     assert run(["train", *ARGUMENTS, *words.split(), *more.split()]) == 0
     assert seen == [
         TrainRunSettings(
             model="m", pool=("p.jsonl",), target=("t.jsonl",), steps=7, method="tilt", set={"ridge": 2.0}, keep=4,
-            lora_rank=8, lora_targets=("q_proj", "v_proj"), clip=0.5, eval_target=("e=a.jsonl", "b.jsonl"),
+            lora_rank=8, lora_targets=("q_proj", "v_proj"), clip=0.5, eval=("e=a.jsonl", "b.jsonl"),
             eval_steps=5, patience=2, report_to=("wandb",), drop_leaks=True, batch_rows=2,
         )
     ]  # fmt: skip

@@ -28,7 +28,7 @@ CODE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PUBLIC = {
     *("select", "doctor", "plan", "train", "compare", "proxy", "attribute", "verify", "methods"),
     *("OnlineTrainer", "OnlineSFTTrainer", "online"),
-    *("CompareSettings", "CompareResult", "PlantedResult"),
+    *("CompareSettings", "CompareResult", "PlantedResult", "DoctorResult", "PlanResult"),
     *("SelectSettings", "DoctorSettings", "PlanSettings", "TrainRunSettings", "ProxySettings"),
     *("AttributeSettings", "VerifySettings", "TrajectoryRecorder", "Attribution", "Verification"),
     *("Selection", "TrainResult", "ProxyResult", "TamisError", "__version__"),

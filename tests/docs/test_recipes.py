@@ -71,7 +71,7 @@ def test_files_that_a_recipe_names_are_those_that_its_first_command_writes(recip
     said = re.search(r"python recipes/prepare\.py((?: \w+)*)", text)
     assert said, "no command prepares the tasks"
     written = set(said[1].split()) or set(PREPARE.TASKS)
-    for given in (*settings.target, *getattr(settings, "eval", ()), *getattr(settings, "eval_target", ())):
+    for given in (*settings.target, *getattr(settings, "eval", ())):
         name, path = target_parts(given)
         assert path in (f"recipes/data/{name}.jsonl", f"recipes/data/{name}-held-out.jsonl")
         assert name in written

@@ -83,12 +83,8 @@ def test_the_folder_is_a_model_to_every_verb(run: TinyRun, built: tamis.ProxyRes
         model=built.out, pool=run.pool, target=run.target, method="rds+", budget=5, out=tmp_path / "rds", device="cpu"
     )
     assert len(states) == 5
-    plan = tamis.plan(
-        tamis.PlanSettings(model=str(built.out), pool=(str(run.pool),), target=(str(run.target),), device="cpu")
-    )
-    whole = tamis.plan(
-        tamis.PlanSettings(model=str(run.model), pool=(str(run.pool),), target=(str(run.target),), device="cpu")
-    )
+    plan = tamis.plan(model=built.out, pool=run.pool, target=run.target, device="cpu")
+    whole = tamis.plan(model=run.model, pool=run.pool, target=run.target, device="cpu")
     costs = [next(m.tflops for m in each.methods if m.method == "tracin" and not m.shortlist) for each in (plan, whole)]
     assert costs[0] < costs[1]
 

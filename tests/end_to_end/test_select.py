@@ -142,7 +142,7 @@ def test_two_targets_share_the_budget(run: TinyRun, tmp_path: Path) -> None:
         target={"sums": run.target, "talk": talk},
         budget=12,
         out=tmp_path / "out",
-        shares={"sums": 3, "talk": 1},
+        share={"sums": 3, "talk": 1},
     )
     assert {"score:sums", "score:talk"} <= set(selection.table.column_names)
     for_whom = [selection.table["picked_for"].to_pylist()[row] for row in selection.order]

@@ -296,7 +296,7 @@ def test_targets_measure_apart_and_leaks_are_dropped(run: TinyRun, tmp_path: Pat
     looked_at = read_candidates(tmp_path / "dropped" / "candidates").to_pylist()
     sources = ["target"] * 3 + [row["source"] for row in pool[:-2]] + ["sums", "talk"]
     assert all(row["row"] >= 3 and row["source"] == sources[row["row"]] for row in looked_at)
-    measured = train(run, tmp_path / "measured", **{**changes, "target": target[:6], "eval_target": target[6:]})
+    measured = train(run, tmp_path / "measured", **{**changes, "target": target[:6], "eval": target[6:]})
     assert measured.manifest["rows"]["target"] == 6 and measured.manifest["rows"]["held_out"] == 4
     assert "run.yaml cannot bring back" in measured.manifest["command"]
 

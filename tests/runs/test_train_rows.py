@@ -38,7 +38,7 @@ def test_a_pool_must_fill_one_choice() -> None:
 
 
 def test_rows_that_measure_are_targets_with_names_of_their_own() -> None:
-    assert measuring_targets(settings(steps=1, eval_target=("t", "x=b.jsonl"))) == (
+    assert measuring_targets(settings(steps=1, eval=("t", "x=b.jsonl"))) == (
         "t (measures)=t",
         "x (measures)=b.jsonl",
     )

@@ -48,8 +48,8 @@ def attribute(
     secant: Annotated[
         int,
         typer.Option(
-            help="Updates over which a sample is removed exactly and not to first order (10 is a good number); needs "
-            "every sample's gradient, so small models.",
+            help="Remove each sample exactly, not to first order, over so many updates (10 is a good number). Needs "
+            "every sample's gradient, so it is for small models.",
             rich_help_panel=opt.SCORE,
         ),
     ] = AttributeSettings.secant,
@@ -71,26 +71,27 @@ def attribute(
     masks: Annotated[
         int,
         typer.Option(
-            help="Of the matrix form: parts into which trained numbers are divided.", rich_help_panel=opt.SCORE
+            help="Matrix form only: number of groups the parameters are split into.", rich_help_panel=opt.SCORE
         ),
     ] = AttributeSettings.masks,
     error: Annotated[
         str,
         typer.Option(
-            help="How wrong each sample's estimate is: an element-wise estimate, or also the exact second order of "
-            "some.",
+            help="Estimate how wrong each score is. proxy: element-wise, for all samples; exact: also the exact second "
+            "order, for some.",
             metavar="none|proxy|exact",
             rich_help_panel=opt.SCORE,
         ),
     ] = AttributeSettings.error,
     error_samples: Annotated[
-        int, typer.Option(help="Of --error exact: how many.", rich_help_panel=opt.SCORE)
+        int, typer.Option(help="With --error exact: number of samples.", rich_help_panel=opt.SCORE)
     ] = AttributeSettings.error_samples,
     diagnose: Annotated[
         bool | None,
         typer.Option(
             "--diagnose/--no-diagnose",
-            help="Say which curvature is needed, for two more sweeps; on when left out unless it is exact.",
+            help="Say which curvature is needed, at the cost of two more sweeps; when left out, on unless --curvature "
+            "is exact.",
             rich_help_panel=opt.SCORE,
         ),
     ] = None,

@@ -25,10 +25,10 @@ __all__ = ["UserInterruptError", "VerbCommand", "Work", "typed_flags", "work"]
 S = TypeVar("S")
 
 _SEVERAL = (
-    *("--pool", "--target", "--eval-target", "--lora-targets", "--report-to", "--tasks"),
+    *("--pool", "--target", "--lora-targets", "--report-to", "--tasks"),
     *("--eval", "--methods", "--budgets", "--relevant", "--relevant-sources"),
 )
-_PAIRS = {"set_": ("set", "--set"), "share": ("shares", "--share")}  # parameter -> setting, flag
+_PAIRS = {"set_": ("set", "--set"), "share": ("share", "--share")}  # parameter -> setting, flag
 
 
 class UserInterruptError(Exception):

@@ -34,7 +34,7 @@ Always beside them: uniform, bm25, length, random rows of the chosen sources, fu
 
 [bold]Examples[/bold]
 
-[cyan]tamis compare --model M --pool P --target T --planted --methods tracin less[/cyan]   five minutes, nothing trained
+[cyan]tamis compare --model M --pool P --target T --planted --methods tracin less[/cyan]   a check without training runs
 
 [cyan]tamis compare --model M --pool P --target T --eval E --methods tracin bm25:5x+tracin --seeds 5[/cyan]
 
@@ -44,7 +44,7 @@ Always beside them: uniform, bm25, length, random rows of the chosen sources, fu
 
 [cyan]tamis compare --config out/run.yaml --seeds 10[/cyan]   the same with more seeds; finished runs are kept
 
-Killed or interrupted comparisons go on with the same command.
+Killed or interrupted comparisons resume with the same command.
 """
 
 
@@ -56,8 +56,8 @@ def compare(
     eval: Annotated[
         list[str] | None,
         typer.Option(
-            help="Rows of the task that only measure, like --target; nothing else may see them. Half of every target's "
-            "rows when left out.",
+            help="Rows of the task that only measure, like --target; they must not be in the pool or the target. When "
+            "left out, half of every target's rows.",
             metavar="EVAL...",
             rich_help_panel=opt.WHAT,
             show_default=False,
@@ -80,7 +80,7 @@ def compare(
     budgets: Annotated[
         list[str] | None,
         typer.Option(
-            help="Further budgets, for a curve; every contender runs at each of them.",
+            help="Further budgets, for a curve; every contender runs at each.",
             metavar="BUDGET...",
             rich_help_panel=HOW,
             show_default=False,
@@ -95,8 +95,8 @@ def compare(
     metric: Annotated[
         str,
         typer.Option(
-            help="What the verdict is about: loss of the held-out answers, or exact-match of answers that the model "
-            "writes (their loss is measured, too).",
+            help="What the verdict is about. loss: of the held-out answers; exact-match: of answers that the model "
+            "writes (the loss is measured, too).",
             metavar="loss|exact-match",
             rich_help_panel=MEASURE,
         ),
@@ -111,7 +111,7 @@ def compare(
         ),
     ] = None,
     answer_tokens: Annotated[
-        int, typer.Option(help="Tokens that the model may write.", rich_help_panel=MEASURE)
+        int, typer.Option(help="Most tokens that the model may write.", rich_help_panel=MEASURE)
     ] = CompareSettings.answer_tokens,
     tasks: Annotated[
         list[str] | None,
@@ -125,7 +125,7 @@ def compare(
     ] = None,
     task_folder: Annotated[
         str | None,
-        typer.Option(help="Folder of task files of your own.", metavar="DIR", rich_help_panel=MEASURE),
+        typer.Option(help="Folder with your own task files.", metavar="DIR", rich_help_panel=MEASURE),
     ] = None,
     task_limit: Annotated[
         int | None, typer.Option(help="Questions of each task; all when left out.", rich_help_panel=MEASURE)
@@ -133,33 +133,34 @@ def compare(
     task_shots: Annotated[
         int | None,
         typer.Option(
-            help="Examples in front of each question; the task's own number when left out.", rich_help_panel=MEASURE
+            help="Examples before each question; the task's own number when left out.", rich_help_panel=MEASURE
         ),
     ] = None,
     subsets: Annotated[
         int,
         typer.Option(
-            help="Random parts of the pool to train on, to see whether scores foretell the loss of each: the linear "
-            "datamodelling score. For small models; 0: none.",
+            help="Train on so many random parts of the pool, to see whether scores predict the loss of each: the "
+            "linear datamodelling score. For small models; 0: none.",
             rich_help_panel=MEASURE,
         ),
     ] = CompareSettings.subsets,
     subset_share: Annotated[
-        float, typer.Option(help="Of the pool's rows in each of them.", rich_help_panel=MEASURE)
+        float, typer.Option(help="Share of the pool's rows in each of these parts.", rich_help_panel=MEASURE)
     ] = CompareSettings.subset_share,
     planted: Annotated[
         bool,
         typer.Option(
             "--planted/--no-planted",
             help="Check the methods on a pool whose answer is known: relevant, wrong, broken, copied and irrelevant "
-            "rows among rows of yours. Trains nothing.",
+            "rows among rows of yours. No training runs: one scoring pass per method over about 500 rows, plus the "
+            "method's warm-up.",
             rich_help_panel=PLANTED,
         ),
     ] = CompareSettings.planted,
     relevant: Annotated[
         list[str] | None,
         typer.Option(
-            help="Rows to plant as relevant; half of the target rows are held back when left out.",
+            help="Rows to plant as relevant; when left out, half of the target rows.",
             metavar="FILE...",
             rich_help_panel=PLANTED,
             show_default=False,
@@ -168,21 +169,21 @@ def compare(
     relevant_sources: Annotated[
         list[str] | None,
         typer.Option(
-            help="Sources of the pool that are of the target's kind, left out of the background.",
+            help="Sources of the pool with rows of the target's kind; they are left out of the background.",
             metavar="SOURCE...",
             rich_help_panel=PLANTED,
             show_default=False,
         ),
     ] = None,
     planted_rows: Annotated[
-        int, typer.Option(help="Relevant rows planted at most.", rich_help_panel=PLANTED)
+        int, typer.Option(help="Most relevant rows to plant.", rich_help_panel=PLANTED)
     ] = CompareSettings.planted_rows,
     background_rows: Annotated[
-        int, typer.Option(help="Rows of the pool that they are mixed into; 0: all.", rich_help_panel=PLANTED)
+        int, typer.Option(help="Pool rows that the planted ones are mixed into; 0: all.", rich_help_panel=PLANTED)
     ] = CompareSettings.background_rows,
     steps: Annotated[
         int | None,
-        typer.Option(help="Updates of every run; what --epochs takes when left out.", rich_help_panel=TRAINING),
+        typer.Option(help="Updates of every run; when left out, as many as --epochs takes.", rich_help_panel=TRAINING),
     ] = None,
     epochs: Annotated[
         int, typer.Option(help="Passes over as many rows as the budget allows.", rich_help_panel=TRAINING)
@@ -199,14 +200,14 @@ def compare(
     lora_alpha: Annotated[float | None, opt.lora_alpha(TRAINING)] = None,
     lora_targets: Annotated[list[str] | None, opt.lora_targets(TRAINING)] = None,
     oversample: Annotated[
-        int, typer.Option(help="Of online methods: candidates per row of an update.", rich_help_panel=TRAINING)
+        int, typer.Option(help="Online methods: candidates per row of an update.", rich_help_panel=TRAINING)
     ] = CompareSettings.oversample,
     out: opt.Out = CompareSettings.out,
     store: opt.Store = None,
     save_steps: Annotated[
         int,
         typer.Option(
-            help="Updates between checkpoints of a run, the most a kill can lose; shorter runs start anew.",
+            help="Updates between checkpoints of a run, the most that a kill can lose; shorter runs start again.",
             rich_help_panel=opt.RESULTS,
         ),
     ] = CompareSettings.save_steps,

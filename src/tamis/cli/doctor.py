@@ -49,7 +49,7 @@ def doctor(
     sample: Annotated[
         int,
         typer.Option(
-            help="Rows that are tokenized for the counts, evenly spaced (0: all). All rows are read and checked.",
+            help="Rows to tokenize for the counts, evenly spaced (0: all). All rows are read and checked.",
             rich_help_panel=LOOK,
         ),
     ] = DoctorSettings.sample,
@@ -90,7 +90,7 @@ def doctor(
     quiet: opt.Quiet = False,
     as_json: opt.JsonOutput = False,
 ) -> None:
-    """Look before anyone spends money: what carries loss, what is covered, whether the numbers can be trusted.
+    """Check before you spend money: what carries loss, which parameters count, whether the numbers can be trusted.
 
     Shows the loss mask of a few rows, counts supervised tokens, lists covered and uncovered parameters, says what the
     chat template adds or drops, checks that scores do not depend on batch mates and have the right sign, and measures
@@ -99,7 +99,7 @@ def doctor(
     with work(ctx, DoctorSettings) as job:
         from tamis import api
 
-        result = api.doctor(job.settings, progress=job.progress)
+        result = api.examine(job.settings, progress=job.progress)
         write_result("doctor", job.settings, job.settings.out, result)
     job.answer(result, print_doctor)
     if not job.as_json:

@@ -90,8 +90,8 @@ Pool = Annotated[
 Target = Annotated[
     list[str] | None,
     typer.Option(
-        help="Rows that stand for the task to help, in the same formats; each TARGET is one task. "
-        "NAME=PATH names it (else: the file's stem).",
+        help="Rows of the task to improve, in the same formats; each TARGET is one task. NAME=PATH names it; without "
+        "NAME it has the file's stem.",
         metavar="TARGET...",
         rich_help_panel=WHAT,
         show_default=False,
@@ -160,7 +160,7 @@ GradientCheckpointing = Annotated[
 ]
 MaxLength = Annotated[
     int,
-    typer.Option(help="Tokens after which a row is cut; what was cut is reported.", rich_help_panel=DATA),
+    typer.Option(help="Longer rows are cut to so many tokens; what was cut is reported.", rich_help_panel=DATA),
 ]
 RowFormat = Annotated[
     str | None,
@@ -172,13 +172,19 @@ RowFormat = Annotated[
 ]
 OnBadRow = Annotated[
     str,
-    typer.Option(help="fail, or skip (skipped rows are listed in a file).", metavar="fail|skip", rich_help_panel=DATA),
+    typer.Option(
+        help="What to do with a row that cannot be used: fail, or skip it and list it in a file.",
+        metavar="fail|skip",
+        rich_help_panel=DATA,
+    ),
 ]
 BatchTokens = Annotated[
     int | None,
-    typer.Option(help="Padded tokens per forward pass; chosen for the device when left out.", rich_help_panel=RUN),
+    typer.Option(
+        help="Tokens per forward pass, padding included; chosen for the device when left out.", rich_help_panel=RUN
+    ),
 ]
-Seed = Annotated[int, typer.Option(help="Root of all randomness.", rich_help_panel=RUN)]
+Seed = Annotated[int, typer.Option(help="Seed of all random choices.", rich_help_panel=RUN)]
 Config = Annotated[
     str | None,
     typer.Option(
@@ -221,7 +227,7 @@ RunModel = Annotated[
 Curvature = Annotated[
     str,
     typer.Option(
-        help="What stands for the Hessian of every update's loss.",
+        help="What is used as the Hessian of each update's loss.",
         metavar="exact|ggn|fisher|none",
         rich_help_panel=SCORE,
     ),
@@ -229,16 +235,16 @@ Curvature = Annotated[
 Removal = Annotated[
     str,
     typer.Option(
-        help="A removed sample leaves a gap in its batch, or the others take over its weight.",
+        help="subtract: a removed sample leaves a gap in its batch; renormalise: the others take over its weight.",
         metavar="subtract|renormalise",
         rich_help_panel=SCORE,
     ),
 ]
-TargetBatchRows = Annotated[int, typer.Option(help="Target rows of one pass.", rich_help_panel=RUN)]
+TargetBatchRows = Annotated[int, typer.Option(help="Target rows per pass.", rich_help_panel=RUN)]
 Tolerance = Annotated[
     float | None,
     typer.Option(
-        help="How far replayed losses may be from recorded ones, relatively; by the dtype when left out.",
+        help="Largest relative difference between replayed and recorded losses; by the dtype when left out.",
         rich_help_panel=RUN,
     ),
 ]
@@ -274,7 +280,7 @@ def budget(panel: str) -> Any:
 def aggregate(panel: str) -> Any:
     """How the scores of several target rows become one order."""
     return typer.Option(
-        help="round-robin over the target rows, or mean over them.",
+        help="round-robin: each target row in turn takes its best free row; mean: rank by the mean over target rows.",
         metavar="round-robin|mean",
         rich_help_panel=panel,
     )
@@ -283,8 +289,8 @@ def aggregate(panel: str) -> Any:
 def duplicates(panel: str) -> Any:
     """What becomes of copies."""
     return typer.Option(
-        help="one copy of exact duplicates, keep all, or near: one of near-duplicates too.",
-        metavar="one|keep|near",
+        help="one: keep one copy of exact duplicates; near: also one of near-duplicates; keep: keep all.",
+        metavar="one|near|keep",
         rich_help_panel=panel,
     )
 
@@ -299,7 +305,7 @@ def drop_leaks(panel: str) -> Any:
 def projection_dim(panel: str) -> Any:
     """How far gradients are compressed."""
     return typer.Option(
-        help="Numbers a row keeps; for factorized: the side of each layer's square.", rich_help_panel=panel
+        help="Numbers per row after projection; for factorized: per side of each layer.", rich_help_panel=panel
     )
 
 
@@ -314,19 +320,19 @@ def tune(panel: str) -> Any:
 
 def lora_rank(panel: str) -> Any:
     """The adapter's rank."""
-    return typer.Option(help="Of the fresh adapter; 16 when left out.", rich_help_panel=panel)
+    return typer.Option(help="Rank of the fresh adapter; 16 when left out.", rich_help_panel=panel)
 
 
 def lora_alpha(panel: str) -> Any:
     """The adapter's scale."""
-    return typer.Option(help="Its scale is alpha over rank; twice the rank when left out.", rich_help_panel=panel)
+    return typer.Option(help="LoRA's scale is this over the rank; twice the rank when left out.", rich_help_panel=panel)
 
 
 def lora_targets(panel: str) -> Any:
     """The adapter's layers."""
     return typer.Option(
-        help="Layers it stands on, by the end of their names ([cyan]q_proj v_proj[/cyan]); all linear ones but the "
-        "head when left out.",
+        help="Layers that get LoRA, by the end of their names ([cyan]q_proj v_proj[/cyan]); when left out, all linear "
+        "layers but the head.",
         metavar="NAME...",
         rich_help_panel=panel,
         show_default=False,
@@ -335,19 +341,21 @@ def lora_targets(panel: str) -> Any:
 
 def learning_rate(panel: str) -> Any:
     """Of training."""
-    return typer.Option(help="The peak; 2e-4 with LoRA and 2e-5 without when left out.", rich_help_panel=panel)
+    return typer.Option(
+        help="Peak learning rate; when left out, 2e-4 with LoRA and 2e-5 without.", rich_help_panel=panel
+    )
 
 
 def warmup_share(panel: str) -> Any:
     """Of training."""
-    return typer.Option(help="Of the updates, in which the rate rises.", rich_help_panel=panel)
+    return typer.Option(help="Share of the updates over which the learning rate rises.", rich_help_panel=panel)
 
 
 def weight_decay(panel: str) -> Any:
     """Of training."""
-    return typer.Option(help="Decoupled, as in AdamW.", rich_help_panel=panel)
+    return typer.Option(help="Decoupled weight decay, as in AdamW.", rich_help_panel=panel)
 
 
 def clip(panel: str) -> Any:
     """Of training."""
-    return typer.Option(help="Largest norm of an update's gradient (0: any).", rich_help_panel=panel)
+    return typer.Option(help="Gradients of an update are clipped to this norm (0: not clipped).", rich_help_panel=panel)

@@ -43,7 +43,7 @@ def plan(
     pool: opt.Pool = None,
     target: opt.Target = None,
     budget: Annotated[
-        str, typer.Option(help="As for select; it decides how long a shortlist is.", rich_help_panel=opt.WHAT)
+        str, typer.Option(help="As for select; it decides the length of a shortlist.", rich_help_panel=opt.WHAT)
     ] = PlanSettings.budget,
     assume_device: Annotated[
         str,
@@ -55,7 +55,7 @@ def plan(
     ] = PlanSettings.assume_device,
     utilisation: Annotated[
         float | None,
-        typer.Option(help="Part of the device's peak that is reached; 0.35 when left out.", rich_help_panel=ASSUME),
+        typer.Option(help="Share of the device's peak that is reached; 0.35 when left out.", rich_help_panel=ASSUME),
     ] = None,
     measure: Annotated[
         bool,
@@ -72,20 +72,20 @@ def plan(
         ),
     ] = None,
     shortlist: Annotated[
-        str, typer.Option(help="The cascade shown beside every gradient method.", rich_help_panel=ASSUME)
+        str, typer.Option(help="Shortlist shown beside every gradient method.", rich_help_panel=ASSUME)
     ] = PlanSettings.shortlist,
     set_: Annotated[list[str] | None, opt.method_setting("a method", "METHOD.NAME=VALUE", ASSUME)] = None,
     projection: Annotated[
         str | None,
         typer.Option(
-            help=f"Of gradients: {', '.join(PROJECTION_NAMES)}; each method's own when left out.",
+            help=f"How gradients are projected: {', '.join(PROJECTION_NAMES)}; each method's own when left out.",
             rich_help_panel=ASSUME,
         ),
     ] = None,
     projection_dim: Annotated[int | None, opt.projection_dim(ASSUME)] = None,
     sample: Annotated[
         int,
-        typer.Option(help="Rows that are tokenized for the counts, evenly spaced (0: all).", rich_help_panel=ASSUME),
+        typer.Option(help="Rows to tokenize for the counts, evenly spaced (0: all).", rich_help_panel=ASSUME),
     ] = PlanSettings.sample,
     out: opt.PrintedOut = None,
     revision: opt.Revision = None,
@@ -104,15 +104,15 @@ def plan(
     quiet: opt.Quiet = False,
     as_json: opt.JsonOutput = False,
 ) -> None:
-    """What each method would cost on this pool: operations, hours, memory and disk, before any weight is loaded.
+    """Estimate what each method would cost on this pool: operations, hours, memory and disk. No weights are loaded.
 
-    Operations are counted from the model's shapes and the pool's tokens. Hours assume a part of a device's published
-    peak, stated in the output, or are measured here with --measure.
+    Operations are counted from the model's shapes and the pool's tokens. Hours assume a share of a device's published
+    peak, stated in the output; --measure loads the weights and times a few batches here instead.
     """
     with work(ctx, PlanSettings) as job:
         from tamis import api
 
-        result = api.plan(job.settings, progress=job.progress)
+        result = api.estimate_plan(job.settings, progress=job.progress)
         write_result("plan", job.settings, job.settings.out, result)
     job.answer(result, print_plan, warnings=result.notes)
 

@@ -76,7 +76,7 @@ def proxy(
     weighting: Annotated[
         str | None,
         typer.Option(
-            help="influence for gradient scores, inverse for influence functions.",
+            help="influence: for gradient scores; inverse: for influence functions.",
             metavar="influence|inverse",
             rich_help_panel=HOW,
         ),
@@ -84,16 +84,16 @@ def proxy(
     damping: Annotated[
         str | None,
         typer.Option(
-            help="Whether dampings are relative to a side's mean eigenvalue, or absolute as in the paper.",
+            help="relative: in units of a side's mean eigenvalue; absolute: as in the paper.",
             metavar="relative|absolute",
             rich_help_panel=HOW,
         ),
     ] = None,
     damping_input: Annotated[
-        float | None, typer.Option(help="Of the inputs' second moment.", rich_help_panel=HOW)
+        float | None, typer.Option(help="Damping of the inputs' second moment.", rich_help_panel=HOW)
     ] = None,
     damping_output: Annotated[
-        float | None, typer.Option(help="Of the output gradients' second moment.", rich_help_panel=HOW)
+        float | None, typer.Option(help="Damping of the output gradients' second moment.", rich_help_panel=HOW)
     ] = None,
     gauge: Annotated[
         str | None,
@@ -106,7 +106,8 @@ def proxy(
     allocation: Annotated[
         str | None,
         typer.Option(
-            help="Ranks uniform over layers, or by each direction's share of its layer's energy (from 0.7 on).",
+            help="uniform: every layer is cut alike; share: more rank where a direction holds more of its layer's "
+            "energy (worth a try from sparsity 0.7 on).",
             metavar="uniform|share",
             rich_help_panel=HOW,
         ),
@@ -114,21 +115,21 @@ def proxy(
     space: Annotated[
         str | None,
         typer.Option(
-            help="What the proxy's per-sample gradients are of: each layer's product, or its two factors.",
+            help="Take the proxy's per-sample gradients of each layer's product, or of its two factors.",
             metavar="product|factors",
             rich_help_panel=HOW,
         ),
     ] = None,
     probe_rows: Annotated[
-        int, typer.Option(help="Pool rows whose tokens weigh the layers.", rich_help_panel=PROBES)
+        int, typer.Option(help="Pool rows used to estimate which directions of a layer matter.", rich_help_panel=PROBES)
     ] = ProxySettings.probe_rows,
     probe_tokens: Annotated[
-        int, typer.Option(help="Tokens drawn from each of them.", rich_help_panel=PROBES)
+        int, typer.Option(help="Tokens drawn from each probe row.", rich_help_panel=PROBES)
     ] = ProxySettings.probe_tokens,
     probe_gb: Annotated[
         float,
         typer.Option(
-            help="Most memory for probes; less means more passes over the probe rows.", rich_help_panel=PROBES
+            help="Memory for probes, in GB; less memory takes more passes over the probe rows.", rich_help_panel=PROBES
         ),
     ] = ProxySettings.probe_gb,
     objective: Annotated[
@@ -149,17 +150,18 @@ def proxy(
     learning_rate: Annotated[
         float | None,
         typer.Option(
-            help="The peak; 1e-3 for hidden sizes up to 256 and 1e-4 above when left out.", rich_help_panel=ALIGN
+            help="Peak learning rate; when left out, 1e-3 for hidden sizes up to 256 and 1e-4 above.",
+            rich_help_panel=ALIGN,
         ),
     ] = None,
     temperature: Annotated[
-        float, typer.Option(help="Of the outputs compared.", rich_help_panel=ALIGN)
+        float, typer.Option(help="Temperature of the outputs that are compared.", rich_help_panel=ALIGN)
     ] = ProxySettings.temperature,
     measure_steps: Annotated[
-        int, typer.Option(help="Updates between measurements on validation rows.", rich_help_panel=ALIGN)
+        int, typer.Option(help="Updates between two measurements on validation rows.", rich_help_panel=ALIGN)
     ] = ProxySettings.measure_steps,
     patience: Annotated[
-        int, typer.Option(help="Measurements without a better one after which it stops.", rich_help_panel=ALIGN)
+        int, typer.Option(help="Stop after so many measurements without improvement.", rich_help_panel=ALIGN)
     ] = ProxySettings.patience,
     control: Annotated[
         bool,
@@ -170,16 +172,16 @@ def proxy(
         ),
     ] = ProxySettings.control,
     held_out_rows: Annotated[
-        int, typer.Option(help="Pool rows of the report; 200 give about ±0.06.", rich_help_panel=MEASURE)
+        int, typer.Option(help="Pool rows that the report measures; 200 give about ±0.06.", rich_help_panel=MEASURE)
     ] = ProxySettings.held_out_rows,
     validation_rows: Annotated[
-        int, typer.Option(help="Pool rows by which alignment is stopped.", rich_help_panel=MEASURE)
+        int, typer.Option(help="Pool rows that decide when alignment stops.", rich_help_panel=MEASURE)
     ] = ProxySettings.validation_rows,
     target_rows: Annotated[
         int, typer.Option(help="Without --target: pool rows that stand in for one.", rich_help_panel=MEASURE)
     ] = ProxySettings.target_rows,
     keep: Annotated[
-        float, typer.Option(help="Rank correlation that the advised sparsity must keep.", rich_help_panel=MEASURE)
+        float, typer.Option(help="Least rank correlation that the advised sparsity may have.", rich_help_panel=MEASURE)
     ] = ProxySettings.keep,
     sweep: Annotated[
         bool,
@@ -200,7 +202,7 @@ def proxy(
     dtype: Annotated[
         str,
         typer.Option(
-            help="auto is float32, in which layers are best compressed and aligned; the proxy then runs in any.",
+            help="Type to compress and align in; auto is float32, the best one. The finished proxy loads in any type.",
             metavar="DTYPE",
             rich_help_panel=opt.MODEL,
         ),

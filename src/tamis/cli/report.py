@@ -46,8 +46,8 @@ def report(
 ) -> None:
     """Write one offline page about a training run: whether choices did what they promised, and what was trained on.
 
-    Forecast and outcome of updates, held-out loss, alignment, weights, sources, the fate of candidates with the text of
-    the best and worst rows, and what it cost. A selection has its page already, and its place is printed.
+    It has forecasts and outcomes of updates, held-out loss, alignment, weights, sources, what happened to candidates,
+    with the text of the best and worst rows, and the cost. A selection already has its page; then its path is printed.
     """
     with clean_output(quiet=quiet or as_json):
         from tamis.runs.report import write_report  # imports PyTorch; help must not wait for it

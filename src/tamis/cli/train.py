@@ -51,7 +51,7 @@ def train(
     epochs: Annotated[
         float | None,
         typer.Option(
-            help="In place of --steps: how often every pool row is a candidate.",
+            help="In place of --steps: passes over the pool, each row a candidate once in each.",
             rich_help_panel=opt.WHAT,
             show_default=False,
         ),
@@ -64,26 +64,26 @@ def train(
         ),
     ] = None,
     keep: Annotated[
-        int, typer.Option(help="Candidates that a hard choice keeps.", rich_help_panel=HOW)
+        int, typer.Option(help="Candidates kept per choice, by methods that keep some.", rich_help_panel=HOW)
     ] = TrainRunSettings.keep,
     oversample: Annotated[
         int,
         typer.Option(
-            help="Candidates per candidate kept: keep x oversample rows, of all processes together, per choice.",
+            help="Each choice scores keep × oversample rows (all processes together).",
             rich_help_panel=HOW,
         ),
     ] = TrainRunSettings.oversample,
     target_rows: Annotated[
         int | None,
         typer.Option(
-            help="Target rows per choice, fresh ones every time; half as many as candidates when left out.",
+            help="Target rows per choice, new ones each time; when left out, half as many as candidates.",
             rich_help_panel=HOW,
         ),
     ] = None,
     reduction: Annotated[
         str,
         typer.Option(
-            help="What counts alike in an update: rows, or tokens (as in plain training).",
+            help="rows: every row has the same weight in an update; tokens: every token, as in plain training.",
             metavar="rows|tokens",
             rich_help_panel=HOW,
         ),
@@ -91,27 +91,25 @@ def train(
     candidates: Annotated[
         str,
         typer.Option(
-            help="How candidates are scored: by a pass of their own, once for K choices, by a forward pass alone, or "
-            "by a smaller model. docs/online.md says what each costs.",
+            help="How candidates are scored. exact: by gradients, at each choice; reuse:K: by gradients, once for K "
+            "choices; jvp: by a forward pass alone; proxy:MODEL: by a smaller model. docs/online.md has the costs.",
             metavar="exact|reuse:K|jvp|proxy:MODEL",
             rich_help_panel=HOW,
         ),
     ] = TrainRunSettings.candidates,
     target_every: Annotated[
-        int, typer.Option(help="Choices that a target gradient is used for.", rich_help_panel=HOW)
+        int, typer.Option(help="Number of choices that use the same target gradient.", rich_help_panel=HOW)
     ] = TrainRunSettings.target_every,
     target_ema: Annotated[
         float,
-        typer.Option(
-            help="Share of the earlier target gradients in their running mean (0: none).", rich_help_panel=HOW
-        ),
+        typer.Option(help="Weight of earlier target gradients in a running mean (0: no mean).", rich_help_panel=HOW),
     ] = TrainRunSettings.target_ema,
     drop_leaks: Annotated[bool, opt.drop_leaks(HOW)] = TrainRunSettings.drop_leaks,
-    eval_target: Annotated[
+    eval: Annotated[
         list[str] | None,
         typer.Option(
             help="Rows of the task that only measure, like --target.",
-            metavar="TARGET...",
+            metavar="EVAL...",
             rich_help_panel=MEASURE,
             show_default=False,
         ),
@@ -119,7 +117,7 @@ def train(
     held_out: Annotated[
         float | None,
         typer.Option(
-            help="Share of every target's rows that only measures; 0.2 when left out, 0 with --eval-target.",
+            help="Share of every target's rows that only measure; 0.2 when left out, 0 with --eval.",
             rich_help_panel=MEASURE,
         ),
     ] = None,
@@ -132,14 +130,14 @@ def train(
     patience: Annotated[
         int | None,
         typer.Option(
-            help="Stop after that many measurements without a better one, and keep the best weights.",
+            help="Stop after so many measurements without improvement, and keep the best weights.",
             rich_help_panel=MEASURE,
         ),
     ] = None,
     forecast_every: Annotated[
         int,
         typer.Option(
-            help="Updates between comparisons of predicted and realised drop of the target loss (0: none).",
+            help="Every so many updates, compare the predicted with the realised drop of the target loss (0: never).",
             rich_help_panel=MEASURE,
         ),
     ] = TrainRunSettings.forecast_every,
@@ -151,19 +149,15 @@ def train(
     scheduler: Annotated[
         str,
         typer.Option(
-            help="What the rate does after its warm-up.",
+            help="How the learning rate changes after its warm-up.",
             metavar="linear|cosine|constant|inverse_sqrt",
             rich_help_panel=OPTIMIZER,
         ),
     ] = TrainRunSettings.scheduler,
     warmup_share: Annotated[float, opt.warmup_share(OPTIMIZER)] = TrainRunSettings.warmup_share,
     weight_decay: Annotated[float, opt.weight_decay(OPTIMIZER)] = TrainRunSettings.weight_decay,
-    beta1: Annotated[
-        float, typer.Option(help="Of AdamW's first moments.", rich_help_panel=OPTIMIZER)
-    ] = TrainRunSettings.beta1,
-    beta2: Annotated[
-        float, typer.Option(help="Of AdamW's second moments.", rich_help_panel=OPTIMIZER)
-    ] = TrainRunSettings.beta2,
+    beta1: Annotated[float, typer.Option(help="AdamW's beta1.", rich_help_panel=OPTIMIZER)] = TrainRunSettings.beta1,
+    beta2: Annotated[float, typer.Option(help="AdamW's beta2.", rich_help_panel=OPTIMIZER)] = TrainRunSettings.beta2,
     clip: Annotated[float, opt.clip(OPTIMIZER)] = TrainRunSettings.clip,
     accumulation: Annotated[
         int, typer.Option(help="Choices per update.", rich_help_panel=OPTIMIZER)
@@ -172,8 +166,8 @@ def train(
     save_steps: Annotated[
         int | None,
         typer.Option(
-            help="Updates between checkpoints, the most a kill can lose; 100 when left out, with --patience those of "
-            "--eval-steps.",
+            help="Updates between checkpoints, the most that a kill can lose; when left out, 100, or --eval-steps with "
+            "--patience.",
             rich_help_panel=opt.RESULTS,
         ),
     ] = None,
@@ -183,7 +177,7 @@ def train(
     record: Annotated[
         str | None,
         typer.Option(
-            help="Folder for all that [cyan]tamis attribute[/cyan] needs of the run: states, batches, rates.",
+            help="Record in this folder what [cyan]tamis attribute[/cyan] needs: states, batches, learning rates.",
             metavar="DIR",
             rich_help_panel=opt.RESULTS,
             show_default=False,
@@ -192,8 +186,8 @@ def train(
     record_every: Annotated[
         int | None,
         typer.Option(
-            help="Updates between two recorded states, each three times what is trained; the root of all updates, at "
-            "least 10, when left out.",
+            help="Updates between two recorded states, each three times the size of what is trained; when left out, "
+            "the square root of the number of updates, at least 10.",
             rich_help_panel=opt.RESULTS,
         ),
     ] = None,
@@ -217,7 +211,7 @@ def train(
     row_format: opt.RowFormat = None,
     on_bad_row: opt.OnBadRow = TrainRunSettings.on_bad_row,
     batch_rows: Annotated[
-        int, typer.Option(help="Rows of one forward pass: what fits in memory.", rich_help_panel=opt.RUN)
+        int, typer.Option(help="Rows per forward pass; lower it if memory runs out.", rich_help_panel=opt.RUN)
     ] = TrainRunSettings.batch_rows,
     seed: opt.Seed = TrainRunSettings.seed,
     config: opt.Config = None,

@@ -33,7 +33,7 @@ def verify(
     run: opt.Run = None,
     target: opt.Target = None,
     samples: Annotated[
-        int, typer.Option(help="Uses of samples that are left out, one retraining each.", rich_help_panel=opt.SCORE)
+        int, typer.Option(help="How many samples to leave out; each takes one retraining.", rich_help_panel=opt.SCORE)
     ] = VerifySettings.samples,
     methods: Annotated[
         list[str] | None,
@@ -47,20 +47,21 @@ def verify(
     curvature: opt.Curvature = VerifySettings.curvature,
     secant: Annotated[
         int,
-        typer.Option(help="Also compare finite removal over that many updates (0: not).", rich_help_panel=opt.SCORE),
+        typer.Option(help="Also compare finite removal over so many updates (0: no).", rich_help_panel=opt.SCORE),
     ] = VerifySettings.secant,
     removal: opt.Removal = VerifySettings.removal,
     per_row: Annotated[
         bool,
         typer.Option(
             "--per-row/--mean",
-            help="Correlate for every target row and average, in place of their mean loss.",
+            help="Correlate for each target row and average, instead of for their mean loss.",
             rich_help_panel=opt.SCORE,
         ),
     ] = VerifySettings.per_row,
     out: opt.Out = VerifySettings.out,
     processes: Annotated[
-        int, typer.Option(help="Retrainings at the same time, each with a model of its own.", rich_help_panel=opt.RUN)
+        int,
+        typer.Option(help="Retrainings that run at the same time, each with its own model.", rich_help_panel=opt.RUN),
     ] = VerifySettings.processes,
     model: opt.RunModel = None,
     revision: opt.Revision = None,
@@ -77,7 +78,7 @@ def verify(
     quiet: opt.Quiet = False,
     as_json: opt.JsonOutput = False,
 ) -> None:
-    """Retrain a recorded run without each of some random samples, and see which method's scores foretold the outcome.
+    """Retrain a recorded run without each of some random samples, and see which method's scores predicted the outcome.
 
     Prints Spearman's correlation with an interval of 95 % for every method. Writes to the --out folder:
     [bold]truth[/bold] (one file per retraining), [bold]manifest.json[/bold], and [bold]run.yaml[/bold].

@@ -17,6 +17,7 @@ from tamis.budget import parse_budget, times
 from tamis.corpora import model_settings
 from tamis.data.examples import warn_of
 from tamis.data.render import Renderer
+from tamis.data.rows import Rows
 from tamis.errors import InvalidInput
 from tamis.evaluate.calibrate import measured_rate
 from tamis.evaluate.devices import Rate, assumed_rate
@@ -112,8 +113,12 @@ def compare_with_run(plan: PlanResult, manifest: Mapping[str, Any]) -> tuple[Com
     return tuple(comparisons)
 
 
-def estimate_plan(settings: PlanSettings, *, progress: Progress | None = None) -> PlanResult:
+def estimate_plan(
+    settings: PlanSettings, *, progress: Progress | None = None, held: Mapping[str, Rows] | None = None
+) -> PlanResult:
     """Read the pool and target, count, and estimate every method; no weights are loaded unless ``measure`` is on.
+
+    ``held`` has the rows in memory that ``settings`` name.
 
     Raises:
         InvalidInput: data or model cannot be used, or the manifest to compare with cannot be read.
@@ -135,6 +140,7 @@ def estimate_plan(settings: PlanSettings, *, progress: Progress | None = None) -
         on_bad_row=settings.on_bad_row,
         sample=settings.sample,
         progress=progress,
+        held=held,
     )
     sampled = read(settings.pool, kind="pool")
     pool = sampled.size()

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 from tamis.corpora import dropped_sentence, model_settings
 from tamis.data.duplicates import exact_duplicates, find_leaks
 from tamis.data.render import Renderer
+from tamis.data.rows import Rows
 from tamis.evaluate.checks import BatchCheck, LengthDistortion, SignCheck
 from tamis.evaluate.inputs import SampledCorpus, read_sample
 from tamis.evaluate.numbers import Numbers, changes, check_numbers, measure_distortion
@@ -100,8 +101,10 @@ class DoctorResult:
     warnings: tuple[str, ...]
 
 
-def examine(settings: DoctorSettings, *, progress: Progress | None = None) -> DoctorResult:
-    """Look at everything that ``settings`` name.
+def examine(
+    settings: DoctorSettings, *, progress: Progress | None = None, held: Mapping[str, Rows] | None = None
+) -> DoctorResult:
+    """Look at everything that ``settings`` name; ``held`` has the rows in memory that they name.
 
     Raises:
         InvalidInput: data or model cannot be used at all.
@@ -119,6 +122,7 @@ def examine(settings: DoctorSettings, *, progress: Progress | None = None) -> Do
         on_bad_row=settings.on_bad_row,
         sample=settings.sample,
         progress=progress,
+        held=held,
     )
     pool = read(settings.pool, kind="pool")
     target = read([target_parts(text)[1] for text in settings.target], kind="target") if settings.target else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from tamis.data.examples import Examples, read_examples
 from tamis.data.render import Renderer
+from tamis.data.rows import Rows
 from tamis.errors import BadRow, InvalidInput
 from tamis.model.limits import ModelLimits
 from tamis.protocols import Progress
@@ -106,14 +107,17 @@ def read_sample(
     on_bad_row: Literal["fail", "skip"],
     sample: int,
     progress: Progress,
+    held: Mapping[str, Rows] | None = None,
 ) -> SampledCorpus:
     """Read and check all rows of ``paths``; tokenize ``sample`` of them, evenly spaced (0: all).
+
+    ``held`` has the rows in memory that ``paths`` name.
 
     Raises:
         BadRow: a row cannot be used and ``on_bad_row`` is "fail".
         InvalidInput: a file cannot be used.
     """
-    examples = read_examples(paths, row_format=row_format, on_bad_row=on_bad_row, kind=kind)
+    examples = read_examples(paths, row_format=row_format, on_bad_row=on_bad_row, kind=kind, held=held)
     count = min(sample, len(examples)) if sample else len(examples)
     rows = np.linspace(0, len(examples) - 1, count).round().astype(np.int64)
     tokenized: list[TokenizedExample | None] = []

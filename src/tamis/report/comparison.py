@@ -198,12 +198,12 @@ def _remarks_on_tests(differences: Sequence[Difference]) -> tuple[str, ...]:
 def _foretold_section(result: CompareResult) -> Section:
     return Section(
         key="foretold",
-        title="Do the scores foretell the loss?",
+        title="Do the scores predict the loss?",
         short_title="Foretold",
         paragraphs=(
             f"The same model was trained on {count(result.foretold[0].parts)} random parts of the pool. The linear "
             "datamodelling score is the rank correlation between the sum of a part's scores and how low its held-out "
-            "loss came: 1 foretells the order of all parts, 0 is blind. The interval is over parts.",
+            "loss came: 1 predicts the order of all parts, 0 is chance. The interval is over parts.",
         ),
         tables=(foretold_table(result.foretold),),
     )

@@ -135,7 +135,7 @@ def _held_out(evidence: TrainingEvidence) -> Finding:
         )  # fmt: skip
     if not evidence.held_out or len(evidence.held_out[0].values) < 2:
         return Finding(key="held-out", severity="unmeasured", title=title, sentence="No row was held out.",
-                       advice="Give --eval-target, or --held-out above 0.")  # fmt: skip
+                       advice="Give --eval, or --held-out above 0.")  # fmt: skip
     curve = evidence.held_out[0]
     first, last, best = curve.values[0], curve.values[-1], min(curve.values)
     at = curve.steps[curve.values.index(best)]

@@ -312,7 +312,7 @@ class _Chooser:
             budget=budget or self.budget,
             tokens=pool.lengths,
             aggregate=settings.aggregate,
-            shares=settings.shares or None,
+            shares=settings.share or None,
             first_of=copies[settings.duplicates],
             eligible=eligible,
         )

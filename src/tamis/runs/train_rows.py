@@ -64,9 +64,9 @@ def split_rows(sources: Sources, rendered: Rendered, settings: TrainRunSettings)
         parts.append((np.sort(order[held:]), np.sort(order[:held])))
     target, held_out = (np.concatenate([part[side] for part in parts]) for side in (0, 1))
     # Targets that only measure come after the others; then groups are counted from the first of them.
-    first = count if settings.eval_target else 0
+    first = count if settings.eval else 0
     group_of = np.repeat(np.arange(len(parts)) - first, [len(part[1]) for part in parts])
-    names = sources.target_names[count:] if settings.eval_target else sources.target_names
+    names = sources.target_names[count:] if settings.eval else sources.target_names
     digests = sources.target.digests
     shared = len({digests[row] for row in target} & {digests[row] for row in held_out})
     if shared:
@@ -90,7 +90,7 @@ def _held_out_count(rows: int, name: str, settings: TrainRunSettings) -> int:
     if count >= rows:
         raise InvalidSettings(
             f"target '{name}' has {rows} usable rows, of which {count} would only measure (held_out={share:g}); give "
-            "more rows, name others by --eval-target, or measure nothing by --held-out 0"
+            "more rows, name others by --eval, or measure nothing by --held-out 0"
         )
     return count
 
@@ -124,4 +124,4 @@ def num_updates(settings: TrainRunSettings, *, pool_rows: int, candidates: int, 
 
 def measuring_targets(settings: TrainRunSettings) -> tuple[str, ...]:
     """Rows that only measure, as targets of their own, so that they are read, checked and compared like all others."""
-    return tuple(f"{name}{_MEASURES}={path}" for name, path in map(target_parts, settings.eval_target))
+    return tuple(f"{name}{_MEASURES}={path}" for name, path in map(target_parts, settings.eval))

@@ -32,7 +32,7 @@ class SelectSettings(LoadingSettings):
     out: str = "tamis-out"
     shortlist: str | None = None  # "bm25:5x": that method keeps 5 times the budget, the chosen one scores only those
     aggregate: Literal["round-robin", "mean"] = "round-robin"
-    shares: Mapping[str, float] = field(default_factory=dict)  # target name -> its part of the budget; equal if empty
+    share: Mapping[str, float] = field(default_factory=dict)  # target name -> its part of the budget; equal if empty
     projection: str | None = None  # None: the method's own
     projection_dim: int | None = None
     seed: int = 0
@@ -62,7 +62,7 @@ class SelectSettings(LoadingSettings):
                     f"shortlist={self.shortlist!r} uses the chosen method {self.method!r} itself; drop the shortlist, "
                     "or choose a cheaper method for it, for example bm25:5x"
                 )
-        _check_shares(self.shares, names)
+        _check_shares(self.share, names)
         check_projection(self.projection)
         check_at_least(self, 0, "seed")
         check_at_least(self, 1, "projection_dim", "batch_tokens", "shard_rows")
@@ -76,10 +76,10 @@ def _check_shares(shares: Mapping[str, float], names: list[str]) -> None:
     for name, share in shares.items():
         if name not in names:
             raise InvalidSettings(
-                f"shares: there is no target called {name!r}{nearest(name, names)} (targets: {', '.join(names)})"
+                f"share: there is no target called {name!r}{nearest(name, names)} (targets: {', '.join(names)})"
             )
         if share <= 0:
-            raise InvalidSettings(f"shares: {name}={share}: expected a number above zero; leave the target out instead")
+            raise InvalidSettings(f"share: {name}={share}: expected a number above zero; leave the target out instead")
     missing = [name for name in names if name not in shares]
     if missing:
-        raise InvalidSettings(f"shares: {', '.join(missing)} has no share; give every target one, or none at all")
+        raise InvalidSettings(f"share: {', '.join(missing)} has no share; give every target one, or none at all")

@@ -41,8 +41,8 @@ class TrainRunSettings(LoadingSettings):
     epochs: float | None = None  # passes over the pool's rows as candidates
     out: str = "tamis-train"
     target_rows: int | None = None  # target rows looked at per choice; None: half as many as candidates
-    eval_target: tuple[str, ...] = ()  # rows that only measure; like target
-    held_out: float | None = None  # share of every target's rows that only measure; None: 0.2, or 0 with eval_target
+    eval: tuple[str, ...] = ()  # rows that only measure; like target
+    held_out: float | None = None  # share of every target's rows that only measure; None: 0.2, or 0 with eval
     eval_steps: int | None = None  # updates between measurements; None: only before and after
     patience: int | None = None  # stop after that many measurements without a better one, and keep the best weights
     tune: Literal["lora", "full"] = "lora"
@@ -75,7 +75,7 @@ class TrainRunSettings(LoadingSettings):
         super().__post_init__()
         check_sources("pool", self.pool)
         check_targets(self.target, required=True)
-        check_targets(self.eval_target, required=False)
+        check_targets(self.eval, required=False)
         check_online_method(self.method)
         check_method_settings(self.set)
         for name in ("keep", "oversample"):
@@ -99,7 +99,7 @@ class TrainRunSettings(LoadingSettings):
         """Of every target's rows."""
         if self.held_out is not None:
             return self.held_out
-        return 0.0 if self.eval_target else 0.2
+        return 0.0 if self.eval else 0.2
 
     def _check_candidates(self) -> None:
         if candidates_parts(self.candidates) == ("proxy", ""):
@@ -115,11 +115,11 @@ class TrainRunSettings(LoadingSettings):
     def _check_measuring(self) -> None:
         if self.held_out is not None and not 0 <= self.held_out < 1:
             raise InvalidSettings(f"held_out={self.held_out}: expected a share of the target rows, at least 0, below 1")
-        if self.eval_target and self.held_out:
-            raise InvalidSettings("held_out, eval_target: rows that measure come from one of them; give one")
-        measured = bool(self.eval_target) or self.held_out_share > 0
+        if self.eval and self.held_out:
+            raise InvalidSettings("held_out, eval: rows that measure come from one of them; give one")
+        measured = bool(self.eval) or self.held_out_share > 0
         if self.eval_steps is not None and not measured:
-            raise InvalidSettings("eval_steps: no row measures; pass --eval-target, or --held-out above 0")
+            raise InvalidSettings("eval_steps: no row measures; pass --eval, or --held-out above 0")
         if self.patience is not None and self.eval_steps is None:
             raise InvalidSettings("patience: counts measurements, and none is made on the way; pass --eval-steps")
         if self.patience is not None and self.save_steps not in (None, self.eval_steps):

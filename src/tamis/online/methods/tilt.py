@@ -69,8 +69,8 @@ class Anchored:
 class Tilt:
     """Keep every candidate; weigh it up or down in proportion to its alignment: anchored without interactions.
 
-    ``w_i = max(0, 1 + c_P b_i / λ)``. As good as anchored weights where both were measured; nothing is solved, and no
-    pair of candidates is looked at, only the lengths of their gradients and of the sum of the aligned ones.
+    ``w_i = max(0, 1 + c_P b_i / λ)``. Nothing is solved, and no pair of candidates is looked at, only the lengths of
+    their gradients and of the sum of the aligned ones.
     """
 
     name: ClassVar[str] = "tilt"

@@ -1,0 +1,56 @@
+"""The verbs that look and do not select, as Python calls them: keywords, files or rows in memory, nothing written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tamis
+from tamis.errors import InvalidSettings
+from tiny_run import TinyRun, make_run
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_doctor_counts_rows_in_memory_as_it_counts_their_files(tiny: TinyRun) -> None:
+    chosen: dict[str, Any] = {"model": tiny.model, "numeric": False, "device": "cpu"}
+    read = tamis.doctor(pool=tiny.pool, target={"sums": tiny.target}, **chosen)
+    held = tamis.doctor(pool=rows_of(tiny.pool), target={"sums": rows_of(tiny.target)}, **chosen)
+    assert isinstance(read, tamis.DoctorResult)
+    assert read.target is not None and held.target is not None
+    for one, other in ((read.pool, held.pool), (read.target, held.target)):
+        assert (one.rows, one.tokens, one.exact_copies) == (other.rows, other.tokens, other.exact_copies)
+    assert (read.pool.rows, read.pool.exact_copies, read.target.rows) == (60, 2, 4)  # as make_run plants them
+
+
+def test_plan_costs_rows_in_memory_what_their_files_cost(tiny: TinyRun) -> None:
+    chosen: dict[str, Any] = {"model": tiny.model, "budget": 0.1, "device": "cpu"}
+    read = tamis.plan(pool=[tiny.pool], target=tiny.target, **chosen)
+    held = tamis.plan(pool=rows_of(tiny.pool), target=rows_of(tiny.target), **chosen)
+    assert isinstance(read, tamis.PlanResult)
+    assert read.budget_rows == held.budget_rows == 6
+    assert [each.tflops for each in read.methods] == [each.tflops for each in held.methods]
+    assert max(each.tflops for each in read.methods) > 0
+
+
+@pytest.mark.parametrize("verb", [tamis.doctor, tamis.plan])
+def test_a_verb_that_looks_refuses_a_folder_and_names_the_nearest_setting(
+    verb: Callable[..., object], tiny: TinyRun, tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {"model": tiny.model, "pool": tiny.pool}
+    with pytest.raises(InvalidSettings, match=r"out: tamis.(doctor|plan) writes nothing; leave it out"):
+        verb(**given, out=tmp_path / "found")
+    with pytest.raises(InvalidSettings, match=r"unknown setting 'smaple'.*sample"):
+        verb(**given, smaple=5)
+    assert not (tmp_path / "found").exists()
