@@ -6,21 +6,35 @@ import dataclasses
 import json
 import pickle
 import random
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
+from torch import nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from score_task import TARGET, batch_of, file_bytes, loop_gradients_of, make_task, models_alive, save_tiny, unit
 from tamis.embeddings import HiddenError, save_embeddings
 from tamis.errors import InvalidInput, InvalidSettings, Unsupported
+from tamis.model.load import LoadedModel, ModelSettings, load_model
 from tamis.runs.select import make_method
 from tamis.score import landmark_gradients
 from tamis.score.distillation_settings import PRESETS, landmark_count
-from tamis.score.embedding_candidates import embeddings_within, label_of
+from tamis.score.embedding_candidates import (
+    beyond_the_budget,
+    blocks_beyond_the_model,
+    embeddings_within,
+    label_of,
+)
 from tamis.score.embedding_choice import Choice
 from tamis.score.influence_distillation import InfluenceDistillation
 from tamis.score.tracin import TracIn
@@ -292,6 +306,132 @@ def test_a_resumed_run_says_what_the_first_one_said(
     assert any("was not tried: its head is not known" in note for note in first.notes)
     settings.score(second)
     assert second.notes == first.notes and second.warnings == first.warnings
+
+
+def wrapped_forward(model: nn.Module) -> None:
+    add_hook_to_module(model.model, ModelHook())  # as accelerate does for --device-map
+
+
+def lora_on(block: int) -> Callable[[nn.Module], None]:
+    def change(model: nn.Module) -> None:
+        config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], layers_to_transform=[block])
+        inject_adapter_in_model(config, model)
+        for name, param in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(param, generator=torch.Generator().manual_seed(0))
+
+    return change
+
+
+class OwnKernel(torch.autograd.Function):
+    """Attention of a fused kernel's kind: it can be differentiated once, and not in forward mode."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, mask):
+        ctx.save_for_backward(query, key, value, mask)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, mask = ctx.saved_tensors
+        with torch.enable_grad():
+            parts = [part.detach().requires_grad_() for part in (query, key, value)]
+            out = F.scaled_dot_product_attention(*parts, attn_mask=mask, enable_gqa=True)
+        return (*torch.autograd.grad(out, parts, grad), None)
+
+
+def own_kernel(module, query, key, value, attention_mask, **others):
+    return OwnKernel.apply(query, key, value, attention_mask).transpose(1, 2).contiguous(), None
+
+
+@pytest.mark.parametrize(
+    ("change", "left_out", "reason"),
+    [
+        (wrapped_forward, ("error-outer of no block", "error of 1 block", "jvp of 1 block"), "is wrapped"),
+        (lora_on(1), ("jvp of 1 block", "lens-gradient of 1 block"), r"none of the 4 layers .* in the first 1 blocks"),
+        (lora_on(0), ("tail-gradient",), "none of the 4 layers .* in the last 1 blocks"),
+    ],
+)
+def test_auto_leaves_out_what_the_model_does_not_allow_and_says_why(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, change, left_out: tuple[str, ...], reason: str
+) -> None:
+    def changed(settings: ModelSettings) -> LoadedModel:
+        loaded = load_model(settings)
+        change(loaded.model)
+        return loaded
+
+    monkeypatch.setattr("tamis.collect.load_model", changed)
+    task = make_task(tmp_path, llama, pool=POOL)
+    settings = InfluenceDistillation(
+        warmup="none", landmarks=20, embedding_budget=2.0, depth=1, tail_blocks=1, projection="none"
+    )
+    assert np.isfinite(settings.score(task).values).all()
+    for label in left_out:
+        (note,) = [said for said in task.notes if said.startswith(f"Embedding {label} was not tried")]
+        assert re.search(reason, note), note
+    assert any("by the embedding" in said for said in task.notes)
+    with pytest.raises(Unsupported):  # a named one is what the user wants, so it is no small thing that it is missing
+        named = dataclasses.replace(settings, embedding=left_out[-1].split()[0])
+        named.score(make_task(tmp_path / "named", llama, pool=POOL))
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("no forward mode here")])
+def test_auto_leaves_out_jvp_where_attention_cannot_run_in_forward_mode(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, error: Exception | None
+) -> None:
+    def refusing(module, query, *others, **more):
+        if error is not None and forward_ad.unpack_dual(query).tangent is not None:
+            raise error
+        return own_kernel(module, query, *others, **more)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", refusing)
+    task = make_task(tmp_path, llama, pool=POOL)
+    InfluenceDistillation(**COLD, landmarks=20, embedding_budget=2.0, depth=1).score(task)
+    (note,) = [said for said in task.notes if said.startswith("Embedding jvp of 1 block was not tried")]
+    assert "cannot be run in forward mode" in note and (error is None or str(error) in note)
+
+
+@pytest.mark.parametrize(
+    ("settings", "left_out"),
+    [
+        (
+            {"depth": 12},
+            ["jvp of 12 blocks was not tried: depth=12 costs 1.2 forward passes a row, above embedding_budget=1"],
+        ),
+        (
+            {"depth": 0},
+            [f"{name} was not tried: it runs through at least" for name in ("error", "jvp", "lens-gradient")],
+        ),
+        (
+            {"directions": 20, "combine": "concat"},
+            ["jvp of 1 block was not tried: directions=20 with combine=concat costs 2 "],
+        ),
+        (
+            {"embedding_budget": 1.05},
+            ["tail-gradient was not tried: tail_blocks=2 costs 1.07 forward passes a row, above embedding_budget=1.05"],
+        ),
+        ({"embedding_budget": 0.0}, []),
+        ({"embedding_budget": 2.0, "depth": 12}, []),
+        ({"depth": 12, "embedding": "jvp"}, []),
+    ],
+)
+def test_a_setting_that_prices_an_embedding_out_of_auto_is_named(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, settings: dict, left_out: list[str]
+) -> None:
+    monkeypatch.setattr("tamis.score.embedding_candidates._blocks_of", lambda task: 30)
+    asked = InfluenceDistillation(**settings).embedding_settings()
+    found = beyond_the_budget(asked, make_task(tmp_path, llama))
+    assert len(found) == len(left_out)
+    for sentence, wanted in zip(found, left_out, strict=True):
+        assert sentence.startswith(f"Embedding {wanted}")
+
+
+def test_blocks_beyond_the_model_are_said_to_be_capped_where_auto_uses_them(tmp_path: Path, llama: Path) -> None:
+    task = make_task(tmp_path, llama)
+    for budget, said in ((2.0, True), (1.0, False)):
+        asked = InfluenceDistillation(tail_blocks=5, embedding_budget=budget).embedding_settings()
+        found = blocks_beyond_the_model(asked, task)
+        assert any("tail_blocks=5 was asked for, but the model has 2 blocks" in line for line in found) == said
 
 
 def test_only_the_rows_to_score_become_landmarks(tmp_path: Path, llama: Path) -> None:
