@@ -212,3 +212,17 @@ def test_devices_are_peaks_times_a_stated_part() -> None:
     assert assumed_rate("a100", "float32", utilisation=0.5).gradient == pytest.approx(19.5e12 / 2)
     with pytest.raises(InvalidSettings, match=r"unknown device 'h1000', did you mean 'h100'\?"):
         assumed_rate("h1000", "bfloat16", utilisation=None)
+
+
+@pytest.mark.parametrize(("dtype", "entry_bytes"), [("float16", 2), ("float32", 4)])
+def test_whole_gradients_of_landmarks_are_planned_as_stored(dtype: str, entry_bytes: int) -> None:
+    whole = plan("influence-distillation", landmarks=1000, warmup="none", projection="none", feature_dtype=dtype)
+    by_name = {p.name: p for p in whole.passes}
+    assert by_name["gradients (landmarks)"].disk_bytes == pytest.approx(
+        1000 * entry_bytes * SEVEN_B.gradient_numel, rel=1e-6
+    )
+    assert by_name["gradients (target)"].disk_bytes == pytest.approx(
+        TARGET.rows * entry_bytes * SEVEN_B.gradient_numel, rel=1e-6
+    )
+    passing = {p.name: p for p in plan("tracin", projection="none").passes}  # compared as they pass
+    assert passing["gradients (pool)"].disk_bytes == POOL.rows * (4 * TARGET.rows + 16)

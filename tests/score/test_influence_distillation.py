@@ -19,7 +19,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import nn
 from torch.autograd import forward_ad
-from torch.nn import functional as F
+from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from score_task import TARGET, batch_of, file_bytes, loop_gradients_of, make_task, models_alive, save_tiny, unit
@@ -329,14 +329,14 @@ class OwnKernel(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, mask):
         ctx.save_for_backward(query, key, value, mask)
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
 
     @staticmethod
     def backward(ctx, grad):
         query, key, value, mask = ctx.saved_tensors
         with torch.enable_grad():
             parts = [part.detach().requires_grad_() for part in (query, key, value)]
-            out = F.scaled_dot_product_attention(*parts, attn_mask=mask, enable_gqa=True)
+            out = scaled_dot_product_attention(*parts, attn_mask=mask, enable_gqa=True)
         return (*torch.autograd.grad(out, parts, grad), None)
 
 
@@ -632,6 +632,38 @@ def test_weights_are_asked_of_the_choice(tmp_path: Path, llama: Path) -> None:
 def test_settings_that_cannot_be_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(InvalidSettings, match=message):
         InfluenceDistillation(**settings)
+
+
+def test_whole_gradients_are_stored_in_shards_by_their_size_and_scored_the_same(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = InfluenceDistillation(**COLD, landmarks=20, embedding="tfidf")
+    wanted = settings.score(make_task(tmp_path / "a", llama, pool=POOL)).values
+    task = make_task(tmp_path / "b", llama, pool=POOL)
+    width = sum(layer.numel for layer in task.layers())
+    monkeypatch.setattr(landmark_gradients, "_SHARD_NUMBERS", 2 * width + 1)
+    found = settings.score(task).values
+    shards = list(task.store.glob("gradients-pool-*/shard-*.safetensors"))
+    assert len(shards) == 10
+    assert all(len(load_file(shard)["feature"]) == 2 for shard in shards)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-6)  # other batches round otherwise
+
+
+@pytest.mark.parametrize("warmup", ["none", "full"])
+def test_whole_gradients_too_large_to_compare_are_refused_before_any_is_taken(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, warmup: str
+) -> None:
+    task = make_task(tmp_path, llama, pool=POOL)
+    width = sum(layer.numel for layer in task.layers())
+    settings = InfluenceDistillation(warmup=warmup, landmarks=20, embedding="tfidf", projection="none")
+    said = rf"projection=none would store {width:,} numbers for each of 20 landmarks and 3 target rows, .* GB.*hadamard"
+    monkeypatch.setattr(landmark_gradients, "_MOST_NUMBERS", 23 * width - 1)
+    with pytest.raises(InvalidSettings, match=said):
+        settings.score(task)
+    assert not list(task.store.glob("gradients-*")) and not list(task.store.glob("*warm-up*"))
+    dataclasses.replace(settings, warmup="none", projection="factorized").score(task)
+    monkeypatch.setattr(landmark_gradients, "_MOST_NUMBERS", 23 * width)
+    dataclasses.replace(settings, warmup="none").score(task)
 
 
 def test_one_row_cannot_be_carried_to(tmp_path: Path, llama: Path) -> None:

@@ -27,10 +27,11 @@ from tamis.embeddings import Given
 from tamis.errors import InvalidInput
 from tamis.model.load import ModelSettings
 from tamis.projection import make_projector
+from tamis.score.decisions import gradient_size
 from tamis.score.distillation_settings import check_distillation, landmark_count, preset_values
 from tamis.score.embedding_candidates import EmbeddingSettings
 from tamis.score.embedding_choice import Choice, KernelSettings, choose_embedding
-from tamis.score.landmark_gradients import LandmarkGradients, landmark_gradients
+from tamis.score.landmark_gradients import LandmarkGradients, landmark_gradients, require_storable
 from tamis.score.landmark_notes import is_trusted, notes_of_choice, verdict
 from tamis.score.landmark_rows import landmark_rows
 from tamis.score.landmark_second_order import LandmarkTerm, SecondOrder
@@ -232,6 +233,7 @@ class InfluenceDistillation:
         """
         if len(task.rows) < 2:
             raise InvalidInput(f"influence-distillation needs at least two rows to score, got {len(task.rows)}")
+        self._check_size(task)
         task, moments = self._warmed_up(task)
         embeddings = RowEmbeddings(task, dtype=self.feature_dtype)
         landmarks = landmark_rows(
@@ -294,6 +296,16 @@ class InfluenceDistillation:
             weights="equal" if self.weights == "none" else self.weights,
             curvature=curvature,
         )
+
+    def _check_size(self, task: Task) -> None:
+        """Refuse whole gradients of all weights before the warm-up, which does not change how large they are."""
+        if self.projection == "none" and self.warmup == "full" and self.moments is None:
+            require_storable(
+                gradient_size(dataclasses.replace(task)),  # a model that is loaded for it is gone again
+                landmarks=landmark_count(self.landmarks, len(task.rows)),
+                target_rows=len(task.target_rows),
+                dtype=self.feature_dtype,
+            )
 
     def _second_order(self, task: Task, moments: Path | None) -> SecondOrder | None:
         if self.weights != "second-order" and not self.hessian_ratio:
