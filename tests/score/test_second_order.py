@@ -25,6 +25,7 @@ from tamis.score.row_embeddings import RowEmbeddings
 from tamis.score.tracin import TracIn
 from tamis.selection.choose import choose
 from tamis.selection.second_order import second_order_scores
+from tamis.solve.leave_one_out import spearman
 from tamis.store.reader import StageReader
 from tamis.types import Curvature, LayerSpec, TargetScores
 
@@ -257,6 +258,31 @@ def test_the_term_is_carried_to_other_rows_as_kernel_ridge_has_it(tmp_path: Path
     np.testing.assert_allclose(passing.curvature.coefficients, found, rtol=0, atol=1e-6)
 
 
+def test_what_to_expect_of_the_carried_term_is_found_by_leaving_out_its_landmarks(tmp_path: Path, llama: Path) -> None:
+    settings = InfluenceDistillation(**CARRIED, damping=0.1, centred=False, eta=0.1)
+    task = make_task(tmp_path, llama, pool=POOL_OF_20, aggregate="mean")
+    scores = settings.score(task)
+    assert scores.curvature is not None
+    landmarks = np.flatnonzero((scores.curvature.coefficients == 1).sum(1) == 1)
+    embedded = RowEmbeddings(task, dtype="float32").of(HiddenMean(), task.pool, task.rows)(0, 20).double()
+    distances = torch.cdist(unit(embedded), unit(embedded)).square()[landmarks][:, landmarks]
+    median = np.median(distances.numpy()[np.triu_indices(6, 1)])
+    kernel = torch.exp(-distances / (2 * median)).numpy()
+    _, pool, _ = loop_gradients_of(task, task.loaded.model, task.layers())
+    grads, pulls = unit(pool)[landmarks].numpy(), scores.curvature.products[0].sum(1).astype(np.float64)
+    cosines, rebuilt = [], []
+    for out in range(6):  # a fit without the row, and its answer for it
+        kept = [place for place in range(6) if place != out]
+        c = kernel[out, kept] @ np.linalg.inv(kernel[np.ix_(kept, kept)] + 0.1 * np.eye(5))
+        whole = c @ grads[kept]
+        cosines.append(whole @ grads[out] / np.linalg.norm(whole))
+        rebuilt.append(c @ pulls[kept])
+    (rank,) = spearman(torch.tensor(rebuilt)[:, None], torch.from_numpy(pulls)[:, None])
+    (note,) = [said for said in task.notes if said.startswith("Expected of the second-order term")]
+    assert "among its 6 landmarks" in note and f"a cosine of {np.mean(cosines):.2f}, " in note
+    assert note.endswith(f"rank correlation of {rank:.2f}")
+
+
 def test_the_size_of_the_term_alone_costs_one_product_and_is_the_same(tmp_path: Path, llama: Path) -> None:
     whole = make_task(tmp_path, llama)
     InfluenceDistillation(**COLD, eta=1e-4).score(whole)
@@ -381,6 +407,10 @@ def test_where_every_row_is_a_landmark_they_are_not_all_compared(
     assert asked and set(asked) == {6}
     np.testing.assert_array_equal(scores.values, found.values)
     assert not any(stage.name.startswith("landmark-scores") for stage in task.stages)
+    said = " ".join(task.notes)
+    assert "carried the second-order term, not the scores, from 6 landmarks" in said
+    assert "carried the scores" not in said and "Expected on rows that are no landmarks" not in said
+    assert scores.diagnosis == {"verdict": "all scores are exact up to the projection"}
     assert scores.curvature is not None and (scores.curvature.coefficients != 0).any(1).all()
 
 

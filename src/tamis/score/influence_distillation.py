@@ -32,7 +32,7 @@ from tamis.score.distillation_settings import check_distillation, landmark_count
 from tamis.score.embedding_candidates import EmbeddingSettings
 from tamis.score.embedding_choice import Choice, KernelSettings, choose_embedding
 from tamis.score.landmark_gradients import LandmarkGradients, landmark_gradients, require_storable
-from tamis.score.landmark_notes import is_trusted, notes_of_choice, verdict
+from tamis.score.landmark_notes import diagnosis, is_trusted, notes_of_carried_term, notes_of_choice, verdict
 from tamis.score.landmark_rows import landmark_rows
 from tamis.score.landmark_second_order import LandmarkTerm, SecondOrder
 from tamis.score.landmark_transfer import transferred_scores
@@ -264,7 +264,8 @@ class InfluenceDistillation:
         if chosen is not None:
             exact = chosen.scores
         choice = self._choice(task, embeddings, gradients, columns, group, chosen)
-        if choice is None or _all_are_landmarks(task, gradients):
+        is_exact = _all_are_landmarks(task, gradients)
+        if choice is None or is_exact:
             values = empty_scores(task, len(columns))
         else:
             values = transferred_scores(
@@ -286,7 +287,9 @@ class InfluenceDistillation:
         curvature = None
         if self.weights == "second-order":
             assert chosen is not None
-            curvature = chosen.curvature(task, embeddings, choice, zero, keep_embeddings=self.keep_embeddings)
+            curvature = chosen.curvature(
+                task, embeddings, gradients, choice, zero, keep_embeddings=self.keep_embeddings
+            )
         return TargetScores(
             rows=task.rows,
             values=values,
@@ -295,6 +298,11 @@ class InfluenceDistillation:
             extra={"zero_gradient": is_zero, "is_landmark": is_landmark | is_zero},
             weights="equal" if self.weights == "none" else self.weights,
             curvature=curvature,
+            diagnosis=(
+                {"verdict": "all scores are exact up to the projection"}
+                if choice is None or is_exact
+                else diagnosis(choice, task.target_names, self.embedding_settings())
+            ),
         )
 
     def _check_size(self, task: Task) -> None:
@@ -333,9 +341,9 @@ class InfluenceDistillation:
         if is_exact:
             task.note(
                 "Every row to score is a landmark, so all scores are exact up to the projection, and no embedding was "
-                "needed for them"
+                "needed for the scores"
             )
-            if second is None or not second.is_carried:
+            if second is None or second.products is None or not second.is_carried:
                 return None
             # What carries the term is judged on its own landmarks: these may be all rows of a large pool.
             gradients = gradients.only(np.searchsorted(gradients.rows, second.rows))
@@ -348,16 +356,21 @@ class InfluenceDistillation:
             settings=self.embedding_settings(),
             kernels=self.kernel_settings(),
         )
-        for sentence in notes_of_choice(
-            choice,
-            landmarks=len(gradients.rows),
-            rule=self.landmark_rule,
-            target_names=task.target_names,
-            per_row=task.aggregate == "round-robin",
-        ):
+        if is_exact:
+            said: tuple[str, ...] = notes_of_carried_term(choice, landmarks=len(gradients.rows))
+        else:
+            said = notes_of_choice(
+                choice,
+                landmarks=len(gradients.rows),
+                rule=self.landmark_rule,
+                target_names=task.target_names,
+                per_row=task.aggregate == "round-robin",
+            )
+        for sentence in said:
             task.note(sentence)
         if not is_exact:
-            (task.note if is_trusted(choice) else task.warn)(verdict(choice, task.target_names))
+            judged = verdict(choice, task.target_names, self.embedding_settings())
+            (task.note if is_trusted(choice) else task.warn)(judged)
         return choice
 
     def _warmed_up(self, task: Task) -> tuple[Task, Path | None]:
