@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -189,6 +190,23 @@ def test_without_curvature_weights_are_those_of_the_first_order() -> None:
     # Section 5 of the specification, case 1: the same weights on the pool's scale of 8.
     reference = np.array([3.364157703435, 3.072676065173, 1.563166231393])
     np.testing.assert_allclose(found.example_weights[[0, 6, 7]] * 8 / 3, reference, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("first_of", [None, np.array([0, 1, 2, 3, 4, 4, 6, 3])])
+def test_lambda_is_that_of_equation_7_in_both_orders(first_of: np.ndarray | None) -> None:
+    values = np.cos(np.arange(8.0))
+    values[[5, 7]] = values[[4, 3]]  # so that copies are alike
+    second = bent(np.zeros((8, 8)), values, 1e-9)
+    first = dataclasses.replace(second, weights="first-order", curvature=None)
+    budget, tokens = Budget(kind="rows", value=3), np.ones(8, np.int64)
+    said = []
+    for scores in (second, first):
+        (note,) = choose(scores, budget=budget, tokens=tokens, first_of=first_of).notes
+        said.append(float(re.search(r"lambda ([0-9.e-]+)", note)[1]))
+    n = 8 if first_of is None else 6
+    ranked = np.sort(values if first_of is None else values[[0, 1, 2, 3, 4, 6]])[::-1]
+    wanted = (ranked[:3] - ranked[3]).sum() / n  # L_4 / n of the specification
+    assert said == pytest.approx([wanted, wanted], rel=6e-3)  # notes have three digits
 
 
 def test_copies_share_one_place_in_the_programme() -> None:
