@@ -44,6 +44,7 @@ from tamis.solve.kernels import KernelName
 from tamis.solve.landmarks import LandmarkRule
 from tamis.training.loop import TrainSettings
 from tamis.types import IntArray, TargetScores
+from tamis.values import check_types
 
 __all__ = ["InfluenceDistillation"]
 
@@ -158,6 +159,7 @@ class InfluenceDistillation:
 
     def __post_init__(self) -> None:
         given: frozenset[str] = self.__dict__.pop("_given")
+        check_types(self)
         if self.preset is not None:
             for name, value in preset_values(self.preset).items():
                 if name not in given:
