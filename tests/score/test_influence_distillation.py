@@ -58,6 +58,7 @@ def random_pool(rows: int = 60) -> list[tuple[str, str]]:
 POOL = random_pool()
 COLD = {"warmup": "none", "projection": "none", "feature_dtype": "float32"}
 WARM = {"warmup_rows": 8, "warmup_batch_rows": 4, "warmup_epochs": 2, "lora_rank": 2, "warmup_learning_rate": 5e-3}
+WARM_FULL = {name: value for name, value in WARM.items() if name != "lora_rank"}
 
 
 @pytest.fixture(scope="module")
@@ -274,10 +275,25 @@ def test_embeddings_from_elsewhere_are_used_by_id(tmp_path: Path, llama: Path, e
     chosen = InfluenceDistillation(**settings, kernel="linear").score(task)
     assert any("by the embedding given" in note for note in task.notes)  # they are the gradients: none is better
     np.testing.assert_allclose(chosen.values, exact, rtol=0, atol=0.05)
-    with pytest.raises(InvalidInput, match="has no embedding for"):
-        save_embeddings(tmp_path / "few", ids[:10], np.ones((10, 4)))
-        few = InfluenceDistillation(**{**settings, "given": str(tmp_path / "few")}, embedding="given")
-        few.score(make_task(tmp_path / "b", llama, pool=POOL))
+
+
+@pytest.mark.parametrize("embedding", ["auto", "given"])
+def test_rows_that_given_embeddings_lack_are_named_before_the_warm_up(
+    tmp_path: Path, llama: Path, embedding: str
+) -> None:
+    task = make_task(tmp_path, llama, pool=POOL)
+    pool, target = task.pool.examples.ids, task.target.examples.ids
+    settings = InfluenceDistillation(landmarks=20, embedding=embedding, given=str(tmp_path / "few"), **WARM)
+    for ids, said in (
+        ([*pool[:10], *target], "has no embedding for 50 of 60 pool rows .first: 'pool-10', 'pool-11'"),
+        ([*pool, target[0]], "has no embedding for 2 of 3 target rows .*; --set residual=false scores without those"),
+    ):
+        shutil.rmtree(tmp_path / "few", ignore_errors=True)
+        save_embeddings(tmp_path / "few", ids, np.random.default_rng(0).normal(size=(len(ids), 4)))
+        with pytest.raises(InvalidInput, match=said):
+            settings.score(task)
+        assert not list(task.store.glob("*warm-up*"))
+    dataclasses.replace(settings, residual=False).score(task)
 
 
 @pytest.mark.parametrize("rule", ["k-means++", "leverage"])
@@ -371,7 +387,9 @@ def test_auto_leaves_out_what_the_model_does_not_allow_and_says_why(
         assert re.search(reason, note), note
     assert any("by the embedding" in said for said in task.notes)
     with pytest.raises(Unsupported):  # a named one is what the user wants, so it is no small thing that it is missing
-        named = dataclasses.replace(settings, embedding=left_out[-1].split()[0])
+        name = left_out[-1].split()[0]
+        shape = {"tail_blocks": 1} if name == "tail-gradient" else {"depth": 1}
+        named = InfluenceDistillation(warmup="none", landmarks=20, embedding=name, projection="none", **shape)
         named.score(make_task(tmp_path / "named", llama, pool=POOL))
 
 
@@ -441,9 +459,11 @@ def test_only_the_rows_to_score_become_landmarks(tmp_path: Path, llama: Path) ->
     assert scores.extra["is_landmark"].sum() == 12
 
 
-@pytest.mark.parametrize("warmup", ["lora", "full"])
-def test_the_warmup_changes_scores_and_leaves_the_model_alone(tmp_path: Path, llama: Path, warmup: str) -> None:
-    settings = InfluenceDistillation(landmarks=20, embedding="hidden-mean", warmup=warmup, **WARM)
+@pytest.mark.parametrize(("warmup", "training"), [("lora", WARM), ("full", WARM_FULL)])
+def test_the_warmup_changes_scores_and_leaves_the_model_alone(
+    tmp_path: Path, llama: Path, warmup: str, training: dict
+) -> None:
+    settings = InfluenceDistillation(landmarks=20, embedding="hidden-mean", warmup=warmup, **training)
     task = make_task(tmp_path, llama, pool=POOL)
     before = {name: p.clone() for name, p in task.loaded.model.named_parameters()}
     values = settings.score(task).values
@@ -460,7 +480,7 @@ def test_the_warmup_changes_scores_and_leaves_the_model_alone(tmp_path: Path, ll
 
 
 def test_a_tokenizer_half_written_beside_a_full_warmup_is_written_again(tmp_path: Path, llama: Path) -> None:
-    settings = InfluenceDistillation(landmarks=20, embedding="hidden-mean", warmup="full", **WARM)
+    settings = InfluenceDistillation(landmarks=20, embedding="hidden-mean", warmup="full", **WARM_FULL)
     values = settings.score(make_task(tmp_path, llama, pool=POOL)).values
     for folder in tmp_path.glob("store/influence-distillation-warm-up-*/step-*"):
         (folder / "tokenizer_config.json").unlink()
@@ -544,7 +564,8 @@ def test_a_setting_beside_a_preset_wins_even_where_it_is_the_default(name: str) 
     asked = {"preset": "paper", name: DEFAULTS[name]}
     settings = SelectSettings(model="m", pool=("p",), target=("t",), method="influence-distillation", set=asked)
     assert make_method(settings) == made
-    assert dataclasses.replace(made, lora_rank=3) == InfluenceDistillation(**{**wanted, "lora_rank": 3})
+    again = dataclasses.replace(made, keep_embeddings=False)
+    assert again == InfluenceDistillation(**{**wanted, "keep_embeddings": False})
 
 
 def test_the_paper_s_preset_runs(tmp_path: Path, llama: Path) -> None:
@@ -624,6 +645,25 @@ def test_weights_are_asked_of_the_choice(tmp_path: Path, llama: Path) -> None:
         ({"eta": 0.0}, "eta must be positive"),
         ({"eta": float("inf"), "hessian_ratio": True}, "eta=inf: expected a finite number"),
         ({"eta": 0.1}, "eta is read by the second-order term only"),
+        ({"weights": "second-order", "warmup": "none"}, "with warmup=none, there is none: set eta to the learning"),
+        ({"hessian_ratio": True, "warmup": "none"}, "with warmup=none, there is none: set eta to the learning"),
+        ({"hessian_ratio": True, "form": "adam", "moments": "x"}, "with moments, there is no warm-up: set eta"),
+        ({"momentum": "none"}, "momentum='none' would change nothing: it is read with form=adam and weights=second"),
+        ({"momentum": "none", "weights": "second-order"}, "momentum='none' would change nothing"),
+        ({"hessian_landmarks": 9}, "hessian_landmarks=9 would change nothing: it is read by the second-order term"),
+        ({"memory_gb": 9.0}, "memory_gb=9.0 would change nothing"),
+        ({"directions": 2, "embedding": "rds"}, "directions=2 would change nothing: it is read by embedding jvp only"),
+        ({"positions": "last", "embedding": "tfidf"}, "positions='last' would change nothing"),
+        ({"combine": "concat", "embedding": "error"}, "combine='concat' would change nothing"),
+        ({"depth": 2, "embedding": "gradient"}, "depth=2 would change nothing: it is read by embedding error-outer or"),
+        ({"side": 9, "embedding": "jvp"}, "side=9 would change nothing: it is read by embedding error-outer or"),
+        ({"tail_blocks": 3, "embedding": "jvp"}, "tail_blocks=3 would change nothing"),
+        ({"embedding_budget": 2.0, "embedding": "jvp"}, "embedding_budget=2.0 would change nothing"),
+        ({"scale": 2.0, "kernel": "linear"}, "scale=2.0 would change nothing: it is of no use with kernel=linear"),
+        ({"half_whitening": True, "kernel": "linear"}, "half_whitening=True would change nothing"),
+        ({"lora_rank": 9, "warmup": "full"}, "lora_rank=9 would change nothing: it is of no use with warmup=full"),
+        ({"lora_alpha": 9.0, "warmup": "full"}, "lora_alpha=9.0 would change nothing"),
+        ({"preset": "paper", "embedding": "rds", "directions": 3}, "directions=3 would change nothing"),
         ({"damping": "much"}, "damping='much': expected a number, got str"),
         ({"memory_gb": float("inf")}, "memory_gb=inf: expected a finite number"),
         ({"feature_dtype": "int8"}, "feature_dtype='int8'"),
@@ -667,5 +707,7 @@ def test_whole_gradients_too_large_to_compare_are_refused_before_any_is_taken(
 
 
 def test_one_row_cannot_be_carried_to(tmp_path: Path, llama: Path) -> None:
-    with pytest.raises(InvalidInput, match="at least two rows to score, got 1"):
+    with pytest.raises(
+        InvalidInput, match=r"at least two rows to score, got 1: .* a --shortlist of more rows, or score"
+    ):
         InfluenceDistillation(warmup="none").score(make_task(tmp_path, llama, rows=[2]))

@@ -416,9 +416,12 @@ def test_where_every_row_is_a_landmark_they_are_not_all_compared(
         return real(reader, rows)
 
     monkeypatch.setattr(landmark_gradients, "_gram", counted)
-    plain = InfluenceDistillation(**{**CARRIED, "landmarks": "all", "weights": "none"})
+    plain = InfluenceDistillation(**{**CARRIED, "landmarks": "all", "weights": "none", "hessian_landmarks": 256})
     found = plain.score(make_task(tmp_path, llama, pool=POOL_OF_20))
     assert found.extra["is_landmark"].all() and asked == []
+    sized = InfluenceDistillation(**{**CARRIED, "landmarks": "all", "weights": "none"}, eta=0.1, hessian_ratio=True)
+    sized.score(make_task(tmp_path, llama, pool=POOL_OF_20))
+    assert asked == []  # the term's size alone is carried nowhere
     bent = InfluenceDistillation(**{**CARRIED, "landmarks": "all"}, eta=0.1)
     task = make_task(tmp_path, llama, pool=POOL_OF_20)
     scores = bent.score(task)
@@ -432,10 +435,23 @@ def test_where_every_row_is_a_landmark_they_are_not_all_compared(
     assert scores.curvature is not None and (scores.curvature.coefficients != 0).any(1).all()
 
 
-def test_half_precision_is_refused_before_a_product_is_taken(tmp_path: Path, llama: Path) -> None:
-    task = make_task(tmp_path, llama, dtype="bfloat16")
-    with pytest.raises(InvalidSettings, match="load it with --dtype float32"):
-        InfluenceDistillation(**COLD).score(task)
+@pytest.mark.parametrize(
+    ("model", "error", "said"),
+    [
+        ({"dtype": "bfloat16"}, InvalidSettings, "in bfloat16 would be mostly rounding; load the model with --dtype"),
+        ({"attention": "flex_attention"}, Unsupported, "'flex_attention' does not allow; load the model with --att"),
+    ],
+)
+@pytest.mark.parametrize("wanted", [{"weights": "second-order"}, {"hessian_ratio": True}])
+def test_a_model_that_cannot_be_differentiated_twice_is_refused_before_the_warm_up(
+    tmp_path: Path, llama: Path, model: dict, error: type[Exception], said: str, wanted: dict
+) -> None:
+    task = make_task(tmp_path, llama)
+    before = set(task.store.iterdir())
+    task.model_settings = dataclasses.replace(task.model_settings, **model)
+    with pytest.raises(error, match=said):
+        InfluenceDistillation(**wanted, **WARM).score(task)
+    assert set(task.store.iterdir()) == before
 
 
 def test_the_published_variant_with_true_gradients_scores_every_row_exactly(tmp_path: Path, llama: Path) -> None:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from tamis.collect import Task
+from tamis.corpus import Corpus
 from tamis.embeddings import Given
 from tamis.errors import InvalidInput
 from tamis.model.load import ModelSettings
@@ -95,7 +96,7 @@ class InfluenceDistillation:
         projection_dim: numbers of a feature (8192); per side of a layer for "factorized" (16).
         weights: what selected rows weigh: "none", all 1; "first-order", robust weights from their scores;
             "second-order", which also selects by how the target's loss bends (Hessian products, in float32).
-        eta: learning rate η of the second-order term, for gradients of length 1; None: the warm-up's.
+        eta: learning rate η of the second-order term, for gradients of length 1; None: the warm-up's, if there is one.
         hessian_landmarks: landmarks, drawn at random, between which Hessian products are taken: the rank of the term.
         hessian_ratio: report the size of the second-order term beside the first with the other weights, too: one
             Hessian product per target row, or per target with ``--aggregate mean``.
@@ -229,13 +230,12 @@ class InfluenceDistillation:
         known.
 
         Raises:
-            InvalidInput: no row of a target has a gradient, or fewer than two landmarks have one.
-            InvalidSettings: no embedding is within the budget, or the warm-up does not fit the model.
+            InvalidInput: no row of a target has a gradient, fewer than two landmarks have one, or ``given`` lacks rows.
+            InvalidSettings: no embedding is within the budget, or the warm-up or second order does not fit the model.
             NonFinite: a loss, gradient or embedding is NaN or infinite.
+            Unsupported: the model cannot be embedded in the way that was named, or be differentiated twice.
         """
-        if len(task.rows) < 2:
-            raise InvalidInput(f"influence-distillation needs at least two rows to score, got {len(task.rows)}")
-        self._check_size(task)
+        self._check(task)
         task, moments = self._warmed_up(task)
         embeddings = RowEmbeddings(task, dtype=self.feature_dtype)
         landmarks = landmark_rows(
@@ -307,8 +307,18 @@ class InfluenceDistillation:
             ),
         )
 
-    def _check_size(self, task: Task) -> None:
-        """Refuse whole gradients of all weights before the warm-up, which does not change how large they are."""
+    def _check(self, task: Task) -> None:
+        """Refuse what cannot end well before the warm-up, not after the hours that this and gradients may take."""
+        if len(task.rows) < 2:
+            raise InvalidInput(
+                f"influence-distillation needs at least two rows to score, got {len(task.rows)}: scores are carried "
+                "from some rows to others; give a pool or a --shortlist of more rows, or score with tracin"
+            )
+        if (second := self._second_order(task, None)) is not None:
+            second.check(task)
+        if self.given is not None:
+            self._check_given(task, Given(path=self.given))
+        # The warm-up does not change how large gradients of all weights are.
         if self.projection == "none" and self.warmup == "full" and self.moments is None:
             require_storable(
                 gradient_size(dataclasses.replace(task)),  # a model that is loaded for it is gone again
@@ -316,6 +326,20 @@ class InfluenceDistillation:
                 target_rows=len(task.target_rows),
                 dtype=self.feature_dtype,
             )
+
+    def _check_given(self, task: Task, folder: Given) -> None:
+        wanted: list[tuple[Corpus, IntArray, str]] = [(task.pool, task.rows, "")]
+        if self.residual is not False:
+            without = "; --set residual=false scores without those of the target"
+            wanted.append((task.target, task.target_rows, without))
+        for corpus, rows, otherwise in wanted:
+            missing = folder.missing([corpus.examples.ids[int(row)] for row in rows])
+            if missing:
+                raise InvalidInput(
+                    f"{self.given} has no embedding for {len(missing)} of {len(rows)} {corpus.name} rows (first: "
+                    f"{', '.join(map(repr, missing[:3]))}); compute them, or write the rows' own ids into the folder's "
+                    f"ids.json{otherwise}"
+                )
 
     def _second_order(self, task: Task, moments: Path | None) -> SecondOrder | None:
         if self.weights != "second-order" and not self.hessian_ratio:

@@ -16,7 +16,9 @@ from jaxtyping import Float
 from torch import Tensor, from_numpy
 
 from tamis.collect import Task
+from tamis.errors import InvalidSettings, Unsupported
 from tamis.maths.second_order import WORTH_HAVING, TermRatio
+from tamis.model.load import resolved_dtype
 from tamis.score.embedding_choice import Choice
 from tamis.score.landmark_curvature import LandmarkHessians
 from tamis.score.landmark_gradients import LandmarkGradients
@@ -110,6 +112,25 @@ class SecondOrder:
     moments: Path | None
     momentum: Literal["paper", "whole", "none"]
     memory_bytes: int
+
+    def check(self, task: Task) -> None:
+        """Refuse a model that cannot be differentiated twice, before anything is computed with it.
+
+        Raises:
+            InvalidSettings: its weights have 16 bits.
+            Unsupported: its attention has no second derivative.
+        """
+        settings, dtype = task.model_settings, resolved_dtype(task.model_settings)
+        if dtype not in ("float32", "float64"):
+            raise InvalidSettings(
+                f"the second-order term takes Hessian products, which in {dtype} would be mostly rounding; load the "
+                "model with --dtype float32"
+            )
+        if settings.attention not in ("sdpa", "eager"):
+            raise Unsupported(
+                f"the second-order term differentiates twice, which attention '{settings.attention}' does not allow; "
+                "load the model with --attention sdpa or --attention eager"
+            )
 
     def start(
         self, task: Task, gradients: LandmarkGradients, columns: Sequence[Tensor], exact: Float[Tensor, "n C"]
