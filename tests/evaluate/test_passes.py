@@ -147,7 +147,18 @@ def test_landmarks_cost_gradients_of_a_few_rows_and_an_embedding_of_all() -> Non
     assert model_work == pytest.approx(2 * 0.1 + 2 * 0.004 + 0.1 + 0.004 + 1, rel=0.02)
     jvp = plan("influence-distillation", landmarks=1000, warmup="none", embedding="jvp", depth=4)
     assert jvp.passes[-1].tflops / plan("mid-ppl").tflops == pytest.approx(3 * 4 / 32, rel=0.02)
-    assert len(plan("influence-distillation", landmarks=POOL.rows, warmup="none").passes) == 2
+    every = {"landmarks": POOL.rows, "warmup": "none"}
+    assert len(plan("influence-distillation", **every).passes) == 2
+    # Scores need no embedding then, but the second-order term is carried from its own landmarks.
+    bent = {**every, "embedding": "hidden-error", "weights": "second-order", "eta": 1e-4}
+    sizes = {p.name: p.size.rows for p in plan("influence-distillation", **bent).passes}
+    assert {name: rows for name, rows in sizes.items() if name.startswith("hidden-error")} == {
+        "hidden-error (landmarks)": 256,
+        "hidden-error (target)": TARGET.rows,
+        "hidden-error (pool)": POOL.rows,
+    }
+    whole = plan("influence-distillation", **bent, hessian_landmarks=POOL.rows).passes
+    assert not any(p.name.startswith("hidden-error") for p in whole)
     warmed = plan("influence-distillation", landmarks=1000, embedding="tfidf")
     assert [p.name for p in warmed.passes] == ["warm-up (lora)", "gradients (target)", "gradients (landmarks)"]
     tried = plan("influence-distillation", landmarks=1000, warmup="none", embedding_budget=0.5)

@@ -213,7 +213,9 @@ def _influence_distillation(question: MethodQuestion) -> list[PassPlan]:
     passes.append(question.feature_pass("gradients (landmarks)", few, shape=shape, kept=True, whole=True))
     passes += _hessian_passes(question, method, few, shape)
     if few.rows == question.scored.rows:
-        return passes
+        few = few.times(min(1.0, method.hessian_landmarks / few.rows))
+        if method.weights != "second-order" or few.rows == question.scored.rows:
+            return passes  # every score is exact, and so is the second-order term, if there is one
     tried = [e for e in embeddings_within(method.embedding_settings(), shape.blocks, 0) if not isinstance(e, _FREE)]
     entry = _BYTES[method.feature_dtype]
     passes += [_embedding_pass(f"{e.name} (landmarks)", e, few, shape, entry_bytes=entry) for e in tried]
