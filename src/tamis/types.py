@@ -146,6 +146,7 @@ class TargetScores:
     ``weights`` says what the selected rows are to weigh: all 1, or robust weights from their scores (see ``choose``),
     which with "second-order" also decide which rows are selected; then ``curvature`` has as many columns as ``values``.
     ``extra`` holds further per-row columns (``loss``, ``grad_norm``, ...) of the same length as ``rows``.
+    ``diagnosis`` says in a few words, by subject, how far the scores may be trusted, for a method that can tell.
     """
 
     rows: IntArray  # (n,) ascending pool rows
@@ -156,6 +157,7 @@ class TargetScores:
     notes: tuple[str, ...] = ()  # sentences the report must show, e.g. which form of a method ran
     weights: Literal["equal", "first-order", "second-order"] = "equal"
     curvature: Curvature | None = None
+    diagnosis: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

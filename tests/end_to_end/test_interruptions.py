@@ -20,15 +20,20 @@ SETTINGS = {
     "less": {"method": "less", "set": ["warmup_epochs=2", "warmup_share=0.3"]},
     "influence-distillation": {
         "method": "influence-distillation",
-        "set": ["landmarks=20", "warmup_epochs=1", "warmup_batch_rows=4", "embedding_budget=0.5"],
+        "set": ["landmarks=20", "warmup_epochs=2", "warmup_batch_rows=4", "embedding_budget=0.5"],
     },
 }
 
-# What each of two runs is in the midst of when it is killed: the first file that it writes there.
+# What each of several runs is in the midst of when it is killed: the first file that it writes there.
 KILLED_IN = {
     "tracin": ("gradients-target-*/shard-00000.*", "gradients-pool-*/shard-00003.*"),
     "less": ("less-warm-up-*/step-*", "*adam*-pool-*/shard-00003.*"),
-    "influence-distillation": ("gradients-pool-*/shard-00001.*", "embedding-choice-*/choice.json"),
+    "influence-distillation": (
+        "influence-distillation-warm-up-*/step-*",
+        "gradients-pool-*/shard-00001.*",
+        "embedding-*-pool-*/shard-00012.*",  # of all rows: the landmarks' embeddings, of which one is chosen, are fewer
+        "landmark-scores-pool-*/shard-00000.*",
+    ),
 }
 
 

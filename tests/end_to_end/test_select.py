@@ -14,8 +14,10 @@ import torch
 from datasets import load_dataset
 from safetensors.torch import load_file, save_file
 from torch import nn
+from typer.testing import CliRunner
 
 import tamis
+from tamis.cli.main import app
 from tamis.errors import BadRow, InvalidInput, InvalidSettings, NonFinite, TamisError
 from tamis.score import tracin
 from tamis.types import Batch
@@ -312,6 +314,24 @@ def test_the_summary_says_which_weights_ran_in_which_dtype(run: TinyRun, tmp_pat
     quantised = {**selection.manifest, "models": [{**selection.manifest["models"][0], "kind": "gguf"}]}
     assert "dequantised to float32 on cpu" in replace(selection, manifest=quantised).summary()["model"]
     assert select(run, tmp_path / "length", method="length").summary()["model"] is None
+
+
+def test_the_console_says_what_carried_the_scores_and_how_far_to_trust_them(run: TinyRun, tmp_path: Path) -> None:
+    words = ["select", "--model", str(run.model), "--pool", str(run.pool), "--target", str(run.target)]
+    words += ["--budget", "10", "--method", "influence-distillation", "--out", str(tmp_path / "out")]
+    for pair in ("warmup=none", "landmarks=24", "embedding_budget=0"):
+        words += ["--set", pair]
+    printed = CliRunner().invoke(app, words)
+    assert printed.exit_code == 0, printed.output
+    lines = {line.split("  ")[0]: line for line in printed.output.splitlines()}
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    for name, said in manifest["diagnosis"].items():
+        assert said in lines[name]
+    assert "kernel" in lines["embedding"] and "best of 2 tried" in lines["embedding"]
+    assert "rank correlation of" in lines["expected"]
+    (told,) = [text for text in [*manifest["notes"], *manifest["warnings"]] if "Verdict: " in text]
+    assert told.removeprefix("Verdict: ") in lines["verdict"] or "see the warning" in lines["verdict"]
+    assert "verdict" not in select(run, tmp_path / "bm25", method="bm25").summary()
 
 
 def test_method_objects_and_flags_for_the_same_setting_exclude_each_other(run: TinyRun, tmp_path: Path) -> None:

@@ -99,7 +99,8 @@ def test_the_paper_s_column_is_that_of_its_table_1_whatever_the_rows_lengths(
 def test_second_order_and_influence_functions_are_planned_with_the_passes_they_make() -> None:
     forward = plan("mid-ppl")
     plain = plan("influence-distillation", landmarks=1000, warmup="none", embedding="tfidf")
-    second = plan("influence-distillation", landmarks=1000, warmup="none", embedding="tfidf", weights="second-order")
+    bent = {"weights": "second-order", "eta": 1e-4}
+    second = plan("influence-distillation", landmarks=1000, warmup="none", embedding="tfidf", **bent)
     (extra,) = [p for p in second.passes if p not in plain.passes]
     # 256 products over 40 of 10,000 rows, each of six times a forward pass, and the graph (three times).
     assert extra.tflops / forward.tflops == pytest.approx((256 * 6 + 3) * 0.004, rel=0.02)
@@ -146,7 +147,18 @@ def test_landmarks_cost_gradients_of_a_few_rows_and_an_embedding_of_all() -> Non
     assert model_work == pytest.approx(2 * 0.1 + 2 * 0.004 + 0.1 + 0.004 + 1, rel=0.02)
     jvp = plan("influence-distillation", landmarks=1000, warmup="none", embedding="jvp", depth=4)
     assert jvp.passes[-1].tflops / plan("mid-ppl").tflops == pytest.approx(3 * 4 / 32, rel=0.02)
-    assert len(plan("influence-distillation", landmarks=POOL.rows, warmup="none").passes) == 2
+    every = {"landmarks": POOL.rows, "warmup": "none"}
+    assert len(plan("influence-distillation", **every).passes) == 2
+    # Scores need no embedding then, but the second-order term is carried from its own landmarks.
+    bent = {**every, "embedding": "hidden-error", "weights": "second-order", "eta": 1e-4}
+    sizes = {p.name: p.size.rows for p in plan("influence-distillation", **bent).passes}
+    assert {name: rows for name, rows in sizes.items() if name.startswith("hidden-error")} == {
+        "hidden-error (landmarks)": 256,
+        "hidden-error (target)": TARGET.rows,
+        "hidden-error (pool)": POOL.rows,
+    }
+    whole = plan("influence-distillation", **bent, hessian_landmarks=POOL.rows).passes
+    assert not any(p.name.startswith("hidden-error") for p in whole)
     warmed = plan("influence-distillation", landmarks=1000, embedding="tfidf")
     assert [p.name for p in warmed.passes] == ["warm-up (lora)", "gradients (target)", "gradients (landmarks)"]
     tried = plan("influence-distillation", landmarks=1000, warmup="none", embedding_budget=0.5)
@@ -212,3 +224,17 @@ def test_devices_are_peaks_times_a_stated_part() -> None:
     assert assumed_rate("a100", "float32", utilisation=0.5).gradient == pytest.approx(19.5e12 / 2)
     with pytest.raises(InvalidSettings, match=r"unknown device 'h1000', did you mean 'h100'\?"):
         assumed_rate("h1000", "bfloat16", utilisation=None)
+
+
+@pytest.mark.parametrize(("dtype", "entry_bytes"), [("float16", 2), ("float32", 4)])
+def test_whole_gradients_of_landmarks_are_planned_as_stored(dtype: str, entry_bytes: int) -> None:
+    whole = plan("influence-distillation", landmarks=1000, warmup="none", projection="none", feature_dtype=dtype)
+    by_name = {p.name: p for p in whole.passes}
+    assert by_name["gradients (landmarks)"].disk_bytes == pytest.approx(
+        1000 * entry_bytes * SEVEN_B.gradient_numel, rel=1e-6
+    )
+    assert by_name["gradients (target)"].disk_bytes == pytest.approx(
+        TARGET.rows * entry_bytes * SEVEN_B.gradient_numel, rel=1e-6
+    )
+    passing = {p.name: p for p in plan("tracin", projection="none").passes}  # compared as they pass
+    assert passing["gradients (pool)"].disk_bytes == POOL.rows * (4 * TARGET.rows + 16)

@@ -185,6 +185,17 @@ def test_long_text_is_cut_and_the_rest_is_counted() -> None:
     assert (len(turn.text), turn.characters, turn.left_out) == (3000, 100_000, 97_000)
 
 
+def test_a_long_note_is_broken_into_lines_and_nothing_of_it_is_lost() -> None:
+    by_target = ", ".join(f"target number {i} {i / 1000:.3f}" for i in range(200))
+    long, short = f"Expected of each target ({by_target})", "A short note, as it is; in one line"
+    notes = build_content(replace(plain(), notes=(long, short, "x" * 5000))).notes
+    assert notes[-2] == short and len(notes[-1]) == 600 and notes[-1].endswith("…")  # a word without end is cut
+    lines = notes[:-2]
+    assert len(lines) > 5 and max(map(len, lines)) <= 600
+    assert [line.startswith("… ") for line in lines] == [False, *[True] * (len(lines) - 1)]
+    assert " ".join(line.removeprefix("… ") for line in lines) == long
+
+
 def test_pairs_show_both_texts_and_those_both_selected_first() -> None:
     near = np.full(20, -1)
     near[[9, 3]] = [8, 1]

@@ -82,7 +82,7 @@ def test_settings_out_of_range_are_refused() -> None:
     for settings, message in (
         ({"epochs": 0}, "epochs=0"),
         ({"learning_rate": 0.0}, r"learning_rate=0\.0"),
-        ({"curvature": "kfac"}, "curvature='kfac' is unknown"),
+        ({"curvature": "kfac"}, "curvature='kfac': expected one of exact, ggn, fisher, none"),
         ({"lora_rank": 0}, "lora_rank must be at least 1"),
     ):
         with pytest.raises(InvalidSettings, match=message):

@@ -6,21 +6,35 @@ import dataclasses
 import json
 import pickle
 import random
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
+from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from score_task import TARGET, batch_of, file_bytes, loop_gradients_of, make_task, models_alive, save_tiny, unit
 from tamis.embeddings import HiddenError, save_embeddings
 from tamis.errors import InvalidInput, InvalidSettings, Unsupported
+from tamis.model.load import LoadedModel, ModelSettings, load_model
 from tamis.runs.select import make_method
 from tamis.score import landmark_gradients
 from tamis.score.distillation_settings import PRESETS, landmark_count
-from tamis.score.embedding_candidates import embeddings_within, label_of
+from tamis.score.embedding_candidates import (
+    beyond_the_budget,
+    blocks_beyond_the_model,
+    embeddings_within,
+    label_of,
+)
 from tamis.score.embedding_choice import Choice
 from tamis.score.influence_distillation import InfluenceDistillation
 from tamis.score.tracin import TracIn
@@ -44,6 +58,7 @@ def random_pool(rows: int = 60) -> list[tuple[str, str]]:
 POOL = random_pool()
 COLD = {"warmup": "none", "projection": "none", "feature_dtype": "float32"}
 WARM = {"warmup_rows": 8, "warmup_batch_rows": 4, "warmup_epochs": 2, "lora_rank": 2, "warmup_learning_rate": 5e-3}
+WARM_FULL = {name: value for name, value in WARM.items() if name != "lora_rank"}
 
 
 @pytest.fixture(scope="module")
@@ -260,10 +275,25 @@ def test_embeddings_from_elsewhere_are_used_by_id(tmp_path: Path, llama: Path, e
     chosen = InfluenceDistillation(**settings, kernel="linear").score(task)
     assert any("by the embedding given" in note for note in task.notes)  # they are the gradients: none is better
     np.testing.assert_allclose(chosen.values, exact, rtol=0, atol=0.05)
-    with pytest.raises(InvalidInput, match="has no embedding for"):
-        save_embeddings(tmp_path / "few", ids[:10], np.ones((10, 4)))
-        few = InfluenceDistillation(**{**settings, "given": str(tmp_path / "few")}, embedding="given")
-        few.score(make_task(tmp_path / "b", llama, pool=POOL))
+
+
+@pytest.mark.parametrize("embedding", ["auto", "given"])
+def test_rows_that_given_embeddings_lack_are_named_before_the_warm_up(
+    tmp_path: Path, llama: Path, embedding: str
+) -> None:
+    task = make_task(tmp_path, llama, pool=POOL)
+    pool, target = task.pool.examples.ids, task.target.examples.ids
+    settings = InfluenceDistillation(landmarks=20, embedding=embedding, given=str(tmp_path / "few"), **WARM)
+    for ids, said in (
+        ([*pool[:10], *target], "has no embedding for 50 of 60 pool rows .first: 'pool-10', 'pool-11'"),
+        ([*pool, target[0]], "has no embedding for 2 of 3 target rows .*; --set residual=false scores without those"),
+    ):
+        shutil.rmtree(tmp_path / "few", ignore_errors=True)
+        save_embeddings(tmp_path / "few", ids, np.random.default_rng(0).normal(size=(len(ids), 4)))
+        with pytest.raises(InvalidInput, match=said):
+            settings.score(task)
+        assert not list(task.store.glob("*warm-up*"))
+    dataclasses.replace(settings, residual=False).score(task)
 
 
 @pytest.mark.parametrize("rule", ["k-means++", "leverage"])
@@ -294,6 +324,134 @@ def test_a_resumed_run_says_what_the_first_one_said(
     assert second.notes == first.notes and second.warnings == first.warnings
 
 
+def wrapped_forward(model: nn.Module) -> None:
+    add_hook_to_module(model.model, ModelHook())  # as accelerate does for --device-map
+
+
+def lora_on(block: int) -> Callable[[nn.Module], None]:
+    def change(model: nn.Module) -> None:
+        config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], layers_to_transform=[block])
+        inject_adapter_in_model(config, model)
+        for name, param in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(param, generator=torch.Generator().manual_seed(0))
+
+    return change
+
+
+class OwnKernel(torch.autograd.Function):
+    """Attention of a fused kernel's kind: it can be differentiated once, and not in forward mode."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, mask):
+        ctx.save_for_backward(query, key, value, mask)
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, mask = ctx.saved_tensors
+        with torch.enable_grad():
+            parts = [part.detach().requires_grad_() for part in (query, key, value)]
+            out = scaled_dot_product_attention(*parts, attn_mask=mask, enable_gqa=True)
+        return (*torch.autograd.grad(out, parts, grad), None)
+
+
+def own_kernel(module, query, key, value, attention_mask, **others):
+    return OwnKernel.apply(query, key, value, attention_mask).transpose(1, 2).contiguous(), None
+
+
+@pytest.mark.parametrize(
+    ("change", "left_out", "reason"),
+    [
+        (wrapped_forward, ("error-outer of no block", "error of 1 block", "jvp of 1 block"), "is wrapped"),
+        (lora_on(1), ("jvp of 1 block", "lens-gradient of 1 block"), r"none of the 4 layers .* in the first 1 blocks"),
+        (lora_on(0), ("tail-gradient",), "none of the 4 layers .* in the last 1 blocks"),
+    ],
+)
+def test_auto_leaves_out_what_the_model_does_not_allow_and_says_why(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, change, left_out: tuple[str, ...], reason: str
+) -> None:
+    def changed(settings: ModelSettings) -> LoadedModel:
+        loaded = load_model(settings)
+        change(loaded.model)
+        return loaded
+
+    monkeypatch.setattr("tamis.collect.load_model", changed)
+    task = make_task(tmp_path, llama, pool=POOL)
+    settings = InfluenceDistillation(
+        warmup="none", landmarks=20, embedding_budget=2.0, depth=1, tail_blocks=1, projection="none"
+    )
+    assert np.isfinite(settings.score(task).values).all()
+    for label in left_out:
+        (note,) = [said for said in task.notes if said.startswith(f"Embedding {label} was not tried")]
+        assert re.search(reason, note), note
+    assert any("by the embedding" in said for said in task.notes)
+    with pytest.raises(Unsupported):  # a named one is what the user wants, so it is no small thing that it is missing
+        name = left_out[-1].split()[0]
+        shape = {"tail_blocks": 1} if name == "tail-gradient" else {"depth": 1}
+        named = InfluenceDistillation(warmup="none", landmarks=20, embedding=name, projection="none", **shape)
+        named.score(make_task(tmp_path / "named", llama, pool=POOL))
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("no forward mode here")])
+def test_auto_leaves_out_jvp_where_attention_cannot_run_in_forward_mode(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, error: Exception | None
+) -> None:
+    def refusing(module, query, *others, **more):
+        if error is not None and forward_ad.unpack_dual(query).tangent is not None:
+            raise error
+        return own_kernel(module, query, *others, **more)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", refusing)
+    task = make_task(tmp_path, llama, pool=POOL)
+    InfluenceDistillation(**COLD, landmarks=20, embedding_budget=2.0, depth=1).score(task)
+    (note,) = [said for said in task.notes if said.startswith("Embedding jvp of 1 block was not tried")]
+    assert "cannot be run in forward mode" in note and (error is None or str(error) in note)
+
+
+@pytest.mark.parametrize(
+    ("settings", "left_out"),
+    [
+        (
+            {"depth": 12},
+            ["jvp of 12 blocks was not tried: depth=12 costs 1.2 forward passes a row, above embedding_budget=1"],
+        ),
+        (
+            {"depth": 0},
+            [f"{name} was not tried: it runs through at least" for name in ("error", "jvp", "lens-gradient")],
+        ),
+        (
+            {"directions": 20, "combine": "concat"},
+            ["jvp of 1 block was not tried: directions=20 with combine=concat costs 2 "],
+        ),
+        (
+            {"embedding_budget": 1.05},
+            ["tail-gradient was not tried: tail_blocks=2 costs 1.07 forward passes a row, above embedding_budget=1.05"],
+        ),
+        ({"embedding_budget": 0.0}, []),
+        ({"embedding_budget": 2.0, "depth": 12}, []),
+        ({"depth": 12, "embedding": "jvp"}, []),
+    ],
+)
+def test_a_setting_that_prices_an_embedding_out_of_auto_is_named(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, settings: dict, left_out: list[str]
+) -> None:
+    monkeypatch.setattr("tamis.score.embedding_candidates._blocks_of", lambda task: 30)
+    asked = InfluenceDistillation(**settings).embedding_settings()
+    found = beyond_the_budget(asked, make_task(tmp_path, llama))
+    assert len(found) == len(left_out)
+    for sentence, wanted in zip(found, left_out, strict=True):
+        assert sentence.startswith(f"Embedding {wanted}")
+
+
+def test_blocks_beyond_the_model_are_said_to_be_capped_where_auto_uses_them(tmp_path: Path, llama: Path) -> None:
+    task = make_task(tmp_path, llama)
+    for budget, said in ((2.0, True), (1.0, False)):
+        asked = InfluenceDistillation(tail_blocks=5, embedding_budget=budget).embedding_settings()
+        found = blocks_beyond_the_model(asked, task)
+        assert any("tail_blocks=5 was asked for, but the model has 2 blocks" in line for line in found) == said
+
+
 def test_only_the_rows_to_score_become_landmarks(tmp_path: Path, llama: Path) -> None:
     rows = range(5, 45)
     scores = InfluenceDistillation(warmup="none", landmarks=12).score(make_task(tmp_path, llama, pool=POOL, rows=rows))
@@ -301,9 +459,11 @@ def test_only_the_rows_to_score_become_landmarks(tmp_path: Path, llama: Path) ->
     assert scores.extra["is_landmark"].sum() == 12
 
 
-@pytest.mark.parametrize("warmup", ["lora", "full"])
-def test_the_warmup_changes_scores_and_leaves_the_model_alone(tmp_path: Path, llama: Path, warmup: str) -> None:
-    settings = InfluenceDistillation(landmarks=20, embedding="hidden-mean", warmup=warmup, **WARM)
+@pytest.mark.parametrize(("warmup", "training"), [("lora", WARM), ("full", WARM_FULL)])
+def test_the_warmup_changes_scores_and_leaves_the_model_alone(
+    tmp_path: Path, llama: Path, warmup: str, training: dict
+) -> None:
+    settings = InfluenceDistillation(landmarks=20, embedding="hidden-mean", warmup=warmup, **training)
     task = make_task(tmp_path, llama, pool=POOL)
     before = {name: p.clone() for name, p in task.loaded.model.named_parameters()}
     values = settings.score(task).values
@@ -320,7 +480,7 @@ def test_the_warmup_changes_scores_and_leaves_the_model_alone(tmp_path: Path, ll
 
 
 def test_a_tokenizer_half_written_beside_a_full_warmup_is_written_again(tmp_path: Path, llama: Path) -> None:
-    settings = InfluenceDistillation(landmarks=20, embedding="hidden-mean", warmup="full", **WARM)
+    settings = InfluenceDistillation(landmarks=20, embedding="hidden-mean", warmup="full", **WARM_FULL)
     values = settings.score(make_task(tmp_path, llama, pool=POOL)).values
     for folder in tmp_path.glob("store/influence-distillation-warm-up-*/step-*"):
         (folder / "tokenizer_config.json").unlink()
@@ -404,7 +564,8 @@ def test_a_setting_beside_a_preset_wins_even_where_it_is_the_default(name: str) 
     asked = {"preset": "paper", name: DEFAULTS[name]}
     settings = SelectSettings(model="m", pool=("p",), target=("t",), method="influence-distillation", set=asked)
     assert make_method(settings) == made
-    assert dataclasses.replace(made, lora_rank=3) == InfluenceDistillation(**{**wanted, "lora_rank": 3})
+    again = dataclasses.replace(made, keep_embeddings=False)
+    assert again == InfluenceDistillation(**{**wanted, "keep_embeddings": False})
 
 
 def test_the_paper_s_preset_runs(tmp_path: Path, llama: Path) -> None:
@@ -466,10 +627,10 @@ def test_weights_are_asked_of_the_choice(tmp_path: Path, llama: Path) -> None:
         ({"depth": -1}, "depth must be at least 0"),
         ({"directions": 0}, "directions must be at least 1"),
         ({"positions": "first"}, "positions='first': expected one of mean, last"),
-        ({"kernel": "sinc"}, "kernel='sinc': expected one of auto, rbf"),
+        ({"kernel": "sinc"}, "kernel='sinc': expected rbf or laplace or linear or auto"),
         ({"damping": 0.0}, "damping must be positive"),
         ({"scale": -1.0}, "scale must be positive"),
-        ({"residual": "yes"}, "residual='yes': expected one of auto, True, False"),
+        ({"residual": "yes"}, "residual='yes': expected auto or true or false"),
         ({"form": "sgd"}, "form='sgd': expected one of raw, adam"),
         ({"form": "adam", "warmup": "none"}, "form=adam needs Adam's moments"),
         ({"moments": "run"}, "moments are read for form=adam only"),
@@ -479,13 +640,32 @@ def test_weights_are_asked_of_the_choice(tmp_path: Path, llama: Path) -> None:
         ({"projection": "pca"}, "projection 'pca' is unknown"),
         ({"weights": "third-order"}, "weights='third-order': expected one of none, first-order, second-order"),
         ({"momentum": "half"}, "momentum='half': expected one of paper, whole, none"),
-        ({"landmarks": "some"}, "landmarks='some': expected a number of rows, auto or all"),
+        ({"landmarks": "some"}, "landmarks='some': expected auto or all or a whole number"),
         ({"hessian_landmarks": 1}, "hessian_landmarks must be at least 2"),
         ({"eta": 0.0}, "eta must be positive"),
-        ({"eta": float("inf"), "hessian_ratio": True}, "eta must be positive and finite, got inf"),
+        ({"eta": float("inf"), "hessian_ratio": True}, "eta=inf: expected a finite number"),
         ({"eta": 0.1}, "eta is read by the second-order term only"),
-        ({"damping": "much"}, "damping must be positive and finite, got 'much'"),
-        ({"memory_gb": float("inf")}, "memory_gb must be positive and finite, got inf"),
+        ({"weights": "second-order", "warmup": "none"}, "with warmup=none, there is none: set eta to the learning"),
+        ({"hessian_ratio": True, "warmup": "none"}, "with warmup=none, there is none: set eta to the learning"),
+        ({"hessian_ratio": True, "form": "adam", "moments": "x"}, "with moments, there is no warm-up: set eta"),
+        ({"momentum": "none"}, "momentum='none' would change nothing: it is read with form=adam and weights=second"),
+        ({"momentum": "none", "weights": "second-order"}, "momentum='none' would change nothing"),
+        ({"hessian_landmarks": 9}, "hessian_landmarks=9 would change nothing: it is read by the second-order term"),
+        ({"memory_gb": 9.0}, "memory_gb=9.0 would change nothing"),
+        ({"directions": 2, "embedding": "rds"}, "directions=2 would change nothing: it is read by embedding jvp only"),
+        ({"positions": "last", "embedding": "tfidf"}, "positions='last' would change nothing"),
+        ({"combine": "concat", "embedding": "error"}, "combine='concat' would change nothing"),
+        ({"depth": 2, "embedding": "gradient"}, "depth=2 would change nothing: it is read by embedding error-outer or"),
+        ({"side": 9, "embedding": "jvp"}, "side=9 would change nothing: it is read by embedding error-outer or"),
+        ({"tail_blocks": 3, "embedding": "jvp"}, "tail_blocks=3 would change nothing"),
+        ({"embedding_budget": 2.0, "embedding": "jvp"}, "embedding_budget=2.0 would change nothing"),
+        ({"scale": 2.0, "kernel": "linear"}, "scale=2.0 would change nothing: it is of no use with kernel=linear"),
+        ({"half_whitening": True, "kernel": "linear"}, "half_whitening=True would change nothing"),
+        ({"lora_rank": 9, "warmup": "full"}, "lora_rank=9 would change nothing: it is of no use with warmup=full"),
+        ({"lora_alpha": 9.0, "warmup": "full"}, "lora_alpha=9.0 would change nothing"),
+        ({"preset": "paper", "embedding": "rds", "directions": 3}, "directions=3 would change nothing"),
+        ({"damping": "much"}, "damping='much': expected a number, got str"),
+        ({"memory_gb": float("inf")}, "memory_gb=inf: expected a finite number"),
         ({"feature_dtype": "int8"}, "feature_dtype='int8'"),
     ],
 )
@@ -494,6 +674,40 @@ def test_settings_that_cannot_be_are_refused(settings: dict, message: str) -> No
         InfluenceDistillation(**settings)
 
 
+def test_whole_gradients_are_stored_in_shards_by_their_size_and_scored_the_same(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = InfluenceDistillation(**COLD, landmarks=20, embedding="tfidf")
+    wanted = settings.score(make_task(tmp_path / "a", llama, pool=POOL)).values
+    task = make_task(tmp_path / "b", llama, pool=POOL)
+    width = sum(layer.numel for layer in task.layers())
+    monkeypatch.setattr(landmark_gradients, "_SHARD_NUMBERS", 2 * width + 1)
+    found = settings.score(task).values
+    shards = list(task.store.glob("gradients-pool-*/shard-*.safetensors"))
+    assert len(shards) == 10
+    assert all(len(load_file(shard)["feature"]) == 2 for shard in shards)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-6)  # other batches round otherwise
+
+
+@pytest.mark.parametrize("warmup", ["none", "full"])
+def test_whole_gradients_too_large_to_compare_are_refused_before_any_is_taken(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, warmup: str
+) -> None:
+    task = make_task(tmp_path, llama, pool=POOL)
+    width = sum(layer.numel for layer in task.layers())
+    settings = InfluenceDistillation(warmup=warmup, landmarks=20, embedding="tfidf", projection="none")
+    said = rf"projection=none would store {width:,} numbers for each of 20 landmarks and 3 target rows, .* GB.*hadamard"
+    monkeypatch.setattr(landmark_gradients, "_MOST_NUMBERS", 23 * width - 1)
+    with pytest.raises(InvalidSettings, match=said):
+        settings.score(task)
+    assert not list(task.store.glob("gradients-*")) and not list(task.store.glob("*warm-up*"))
+    dataclasses.replace(settings, warmup="none", projection="factorized").score(task)
+    monkeypatch.setattr(landmark_gradients, "_MOST_NUMBERS", 23 * width)
+    dataclasses.replace(settings, warmup="none").score(task)
+
+
 def test_one_row_cannot_be_carried_to(tmp_path: Path, llama: Path) -> None:
-    with pytest.raises(InvalidInput, match="at least two rows to score, got 1"):
+    with pytest.raises(
+        InvalidInput, match=r"at least two rows to score, got 1: .* a --shortlist of more rows, or score"
+    ):
         InfluenceDistillation(warmup="none").score(make_task(tmp_path, llama, rows=[2]))

@@ -1,8 +1,12 @@
+import dataclasses
+
 import pytest
 
 from tamis.embeddings import Gradient, HiddenError
-from tamis.score.embedding_choice import Choice, Tried
-from tamis.score.landmark_notes import is_trusted, notes_of_choice, verdict
+from tamis.score.embedding_candidates import EmbeddingSettings
+from tamis.score.embedding_choice import COMPARED, Choice, Tried
+from tamis.score.influence_distillation import InfluenceDistillation
+from tamis.score.landmark_notes import diagnosis, is_trusted, notes_of_carried_term, notes_of_choice, verdict
 from tamis.solve.landmarks import LANDMARK_RULES, LandmarkRule
 from tamis.solve.leave_one_out import Candidate
 
@@ -19,11 +23,18 @@ def choice_of(spearman: float, half: float | None, *, sketch: bool = False, spre
     )
 
 
+AUTO = InfluenceDistillation().embedding_settings()
+
+
 @pytest.mark.parametrize(
     ("choice", "trust", "advice"),
     [
-        (choice_of(0.95, 0.94), "may be trusted nearly like exact ones", "spend more per row (embedding_budget)"),
-        (choice_of(0.95, 0.94, sketch=True), "may be trusted", "take a larger sketch (side)"),
+        (
+            choice_of(0.95, 0.94),
+            "may be trusted nearly like exact ones",
+            "spend more per row (embedding_budget above 1)",
+        ),
+        (choice_of(0.95, 0.94, sketch=True), "may be trusted", "(a larger sketch: side above 8)"),
         (
             choice_of(0.61, 0.5),
             "by the worst target, code (0.51), these scores find most of the best rows",
@@ -36,9 +47,57 @@ def choice_of(spearman: float, half: float | None, *, sketch: bool = False, spre
     ],
 )
 def test_verdict_says_how_far_to_trust_and_what_would_help(choice: Choice, trust: str, advice: str) -> None:
-    sentence = verdict(choice, ("maths", "code"))
+    sentence = verdict(choice, ("maths", "code"), AUTO)
     assert sentence.startswith("Verdict: ") and trust in sentence and advice in sentence
     assert is_trusted(choice) == ("do not trust" not in sentence)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sketch", "advice"),
+    [
+        (AUTO, False, "embedding_budget above 1"),
+        (dataclasses.replace(AUTO, budget=0.5), False, "embedding_budget above 0.5"),
+        # All was tried, and a cheaper one was better than the small sketch.
+        (dataclasses.replace(AUTO, budget=2.0), False, "embedding=gradient with a larger sketch"),
+        (dataclasses.replace(AUTO, budget=2.0), True, "a larger sketch: side above 8"),
+        (dataclasses.replace(AUTO, name="hidden-error"), False, "embedding=auto or gradient in place of hidden-error"),
+        (dataclasses.replace(AUTO, name="gradient"), True, "a larger sketch: side above 8"),
+    ],
+)
+def test_the_advice_is_a_setting_that_can_change_something(
+    settings: EmbeddingSettings, sketch: bool, advice: str
+) -> None:
+    said = verdict(choice_of(0.3, 0.3, sketch=sketch), ("maths", "code"), settings)
+    assert f"spend more per row ({advice}" in said
+    assert ("embedding_budget" in said) == ("embedding_budget" in advice)
+    # More landmarks help whatever the settings are.
+    assert "add landmarks" in verdict(choice_of(0.3, 0.1, sketch=sketch), ("maths", "code"), settings)
+
+
+def test_the_console_gets_the_choice_the_expectation_and_the_verdict_once() -> None:
+    good, bad = (diagnosis(choice_of(value, value), ("maths", "code"), AUTO) for value in (0.9, 0.3))
+    assert list(good) == ["embedding", "expected", "verdict"]
+    assert good["embedding"].startswith("hidden-error (1.2 forward passes a row), kernel ")
+    assert good["embedding"].endswith("best of 2 tried")
+    assert "cosine of 0.31" in good["expected"] and "correlation of 0.90 (worst target code: 0.80)" in good["expected"]
+    assert "Verdict: " + good["verdict"] == verdict(choice_of(0.9, 0.9), ("maths", "code"), AUTO)
+    assert "see the warning" in bad["verdict"]  # which has the whole of it
+
+
+def test_notes_say_on_how_many_landmarks_embeddings_and_kernels_were_compared() -> None:
+    one = dataclasses.replace(choice_of(0.6, 0.5), tried=(Tried(label="rds", recovery=0.2, passes=1.0),))
+    for choice, said in ((choice_of(0.6, 0.5), "gradients of 1,024 of the landmarks"), (one, "on 1,024 of the")):
+        for landmarks in (COMPARED, COMPARED + 1):
+            chosen, _ = notes_of_choice(
+                choice, landmarks=landmarks, rule="uniform", target_names=("a", "b"), per_row=True
+            )
+            assert (said in chosen) == (landmarks > COMPARED)
+
+
+def test_where_scores_are_exact_only_the_term_is_said_to_be_carried() -> None:
+    (note,) = notes_of_carried_term(choice_of(0.6, 0.5), landmarks=6)
+    assert "carried the second-order term, not the scores, from 6 landmarks" in note
+    assert "hidden-error (1.2 forward passes a row)" in note and "tfidf 0.200" in note
 
 
 def notes(rule: LandmarkRule = "uniform", *, per_row: bool = True) -> tuple[str, str]:

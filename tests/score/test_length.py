@@ -44,5 +44,5 @@ def test_only_the_rows_of_the_task_are_scored(tmp_path):
 
 
 def test_unknown_order_is_refused():
-    with pytest.raises(InvalidSettings, match="order must be 'longest' or 'shortest', got 'middle'"):
+    with pytest.raises(InvalidSettings, match="order='middle': expected one of longest, shortest"):
         Length(order="middle")

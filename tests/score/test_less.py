@@ -284,13 +284,13 @@ def test_a_row_without_gradient_does_not_inherit_the_momentum_s_direction(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"form": "adamw"}, "form='adamw' is unknown; choose one of adam, less-code, uncorrected"),
+        ({"form": "adamw"}, "form='adamw': expected one of adam, less-code, uncorrected"),
         ({"warmup_share": 0.0}, "warmup_share must be above 0 and at most 1"),
         ({"lora_rank": 0}, "lora_rank must be at least 1"),
         ({"lora_alpha": -1.0}, "lora_alpha must be positive"),
         ({"warmup_epochs": 0}, "epochs must be at least 1"),
         ({"warmup_learning_rate": -1.0}, "learning_rate must be a positive number"),
-        ({"feature_dtype": "int8"}, "feature_dtype must be"),
+        ({"feature_dtype": "int8"}, "feature_dtype='int8': expected one of float16, float32"),
         ({"memory_gb": -1.0}, "memory_gb must be positive"),
     ],
 )

@@ -154,7 +154,7 @@ def test_relative_drop_by_hand():
         ({"warmup_batch_rows": 0}, "warmup_batch_rows must be at least 1, got 0"),
         ({"warmup_learning_rate": -1.0}, "warmup_learning_rate must be a positive number, got -1.0"),
         ({"lora_rank": 0}, "lora_rank must be at least 1, got 0"),
-        ({"length_power": float("nan")}, "length_power must be a finite number, got nan"),
+        ({"length_power": float("nan")}, "length_power=nan: expected a finite number"),
     ],
 )
 def test_impossible_settings_are_refused(settings, problem):

@@ -113,5 +113,5 @@ def test_state_that_is_no_number_is_named(tmp_path):
 
 
 def test_unknown_positions_are_refused():
-    with pytest.raises(InvalidSettings, match="positions must be 'all' or 'supervised', got 'last'"):
+    with pytest.raises(InvalidSettings, match="positions='last': expected one of all, supervised"):
         RdsPlus(positions="last")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from tamis.score.row_embeddings import RowEmbeddings
 from tamis.score.tracin import TracIn
 from tamis.selection.choose import choose
 from tamis.selection.second_order import second_order_scores
+from tamis.solve.leave_one_out import spearman
 from tamis.store.reader import StageReader
 from tamis.types import Curvature, LayerSpec, TargetScores
 
@@ -187,6 +189,23 @@ def test_without_curvature_weights_are_those_of_the_first_order() -> None:
     np.testing.assert_allclose(found.example_weights[[0, 6, 7]] * 8 / 3, reference, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("first_of", [None, np.array([0, 1, 2, 3, 4, 4, 6, 3])])
+def test_lambda_is_that_of_equation_7_in_both_orders(first_of: np.ndarray | None) -> None:
+    values = np.cos(np.arange(8.0))
+    values[[5, 7]] = values[[4, 3]]  # so that copies are alike
+    second = bent(np.zeros((8, 8)), values, 1e-9)
+    first = dataclasses.replace(second, weights="first-order", curvature=None)
+    budget, tokens = Budget(kind="rows", value=3), np.ones(8, np.int64)
+    said = []
+    for scores in (second, first):
+        (note,) = choose(scores, budget=budget, tokens=tokens, first_of=first_of).notes
+        said.append(float(re.search(r"lambda ([0-9.e-]+)", note)[1]))
+    n = 8 if first_of is None else 6
+    ranked = np.sort(values if first_of is None else values[[0, 1, 2, 3, 4, 6]])[::-1]
+    wanted = (ranked[:3] - ranked[3]).sum() / n  # L_4 / n of the specification
+    assert said == pytest.approx([wanted, wanted], rel=6e-3)  # notes have three digits
+
+
 def test_copies_share_one_place_in_the_programme() -> None:
     products, values = np.eye(4), np.array([3.0, 3.0, 2.0, 1.0])
     scores = bent(products, values, 1e-6)
@@ -253,6 +272,31 @@ def test_the_term_is_carried_to_other_rows_as_kernel_ridge_has_it(tmp_path: Path
     passing = dataclasses.replace(settings, keep_embeddings=False).score(make_task(tmp_path, llama, pool=POOL_OF_20))
     assert passing.curvature is not None
     np.testing.assert_allclose(passing.curvature.coefficients, found, rtol=0, atol=1e-6)
+
+
+def test_what_to_expect_of_the_carried_term_is_found_by_leaving_out_its_landmarks(tmp_path: Path, llama: Path) -> None:
+    settings = InfluenceDistillation(**CARRIED, damping=0.1, centred=False, eta=0.1)
+    task = make_task(tmp_path, llama, pool=POOL_OF_20, aggregate="mean")
+    scores = settings.score(task)
+    assert scores.curvature is not None
+    landmarks = np.flatnonzero((scores.curvature.coefficients == 1).sum(1) == 1)
+    embedded = RowEmbeddings(task, dtype="float32").of(HiddenMean(), task.pool, task.rows)(0, 20).double()
+    distances = torch.cdist(unit(embedded), unit(embedded)).square()[landmarks][:, landmarks]
+    median = np.median(distances.numpy()[np.triu_indices(6, 1)])
+    kernel = torch.exp(-distances / (2 * median)).numpy()
+    _, pool, _ = loop_gradients_of(task, task.loaded.model, task.layers())
+    grads, pulls = unit(pool)[landmarks].numpy(), scores.curvature.products[0].sum(1).astype(np.float64)
+    cosines, rebuilt = [], []
+    for out in range(6):  # a fit without the row, and its answer for it
+        kept = [place for place in range(6) if place != out]
+        c = kernel[out, kept] @ np.linalg.inv(kernel[np.ix_(kept, kept)] + 0.1 * np.eye(5))
+        whole = c @ grads[kept]
+        cosines.append(whole @ grads[out] / np.linalg.norm(whole))
+        rebuilt.append(c @ pulls[kept])
+    (rank,) = spearman(torch.tensor(rebuilt)[:, None], torch.from_numpy(pulls)[:, None])
+    (note,) = [said for said in task.notes if said.startswith("Expected of the second-order term")]
+    assert "among its 6 landmarks" in note and f"a cosine of {np.mean(cosines):.2f}, " in note
+    assert note.endswith(f"rank correlation of {rank:.2f}")
 
 
 def test_the_size_of_the_term_alone_costs_one_product_and_is_the_same(tmp_path: Path, llama: Path) -> None:
@@ -370,22 +414,42 @@ def test_where_every_row_is_a_landmark_they_are_not_all_compared(
         return real(reader, rows)
 
     monkeypatch.setattr(landmark_gradients, "_gram", counted)
-    plain = InfluenceDistillation(**{**CARRIED, "landmarks": "all", "weights": "none"})
+    plain = InfluenceDistillation(**{**CARRIED, "landmarks": "all", "weights": "none", "hessian_landmarks": 256})
     found = plain.score(make_task(tmp_path, llama, pool=POOL_OF_20))
     assert found.extra["is_landmark"].all() and asked == []
+    sized = InfluenceDistillation(**{**CARRIED, "landmarks": "all", "weights": "none"}, eta=0.1, hessian_ratio=True)
+    sized.score(make_task(tmp_path, llama, pool=POOL_OF_20))
+    assert asked == []  # the term's size alone is carried nowhere
     bent = InfluenceDistillation(**{**CARRIED, "landmarks": "all"}, eta=0.1)
     task = make_task(tmp_path, llama, pool=POOL_OF_20)
     scores = bent.score(task)
     assert asked and set(asked) == {6}
     np.testing.assert_array_equal(scores.values, found.values)
     assert not any(stage.name.startswith("landmark-scores") for stage in task.stages)
+    said = " ".join(task.notes)
+    assert "carried the second-order term, not the scores, from 6 landmarks" in said
+    assert "carried the scores" not in said and "Expected on rows that are no landmarks" not in said
+    assert scores.diagnosis == {"verdict": "all scores are exact up to the projection"}
     assert scores.curvature is not None and (scores.curvature.coefficients != 0).any(1).all()
 
 
-def test_half_precision_is_refused_before_a_product_is_taken(tmp_path: Path, llama: Path) -> None:
-    task = make_task(tmp_path, llama, dtype="bfloat16")
-    with pytest.raises(InvalidSettings, match="load it with --dtype float32"):
-        InfluenceDistillation(**COLD).score(task)
+@pytest.mark.parametrize(
+    ("model", "error", "said"),
+    [
+        ({"dtype": "bfloat16"}, InvalidSettings, "in bfloat16 would be mostly rounding; load the model with --dtype"),
+        ({"attention": "flex_attention"}, Unsupported, "'flex_attention' does not allow; load the model with --att"),
+    ],
+)
+@pytest.mark.parametrize("wanted", [{"weights": "second-order"}, {"hessian_ratio": True}])
+def test_a_model_that_cannot_be_differentiated_twice_is_refused_before_the_warm_up(
+    tmp_path: Path, llama: Path, model: dict, error: type[Exception], said: str, wanted: dict
+) -> None:
+    task = make_task(tmp_path, llama)
+    before = set(task.store.iterdir())
+    task.model_settings = dataclasses.replace(task.model_settings, **model)
+    with pytest.raises(error, match=said):
+        InfluenceDistillation(**wanted, **WARM).score(task)
+    assert set(task.store.iterdir()) == before
 
 
 def test_the_published_variant_with_true_gradients_scores_every_row_exactly(tmp_path: Path, llama: Path) -> None:

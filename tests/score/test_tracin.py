@@ -318,8 +318,8 @@ def test_a_gradient_that_is_not_finite_names_its_row(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"normalize": "euclid"}, "normalize must be 'cosine' or 'dot', got 'euclid'"),
-        ({"feature_dtype": "int8"}, "feature_dtype must be"),
+        ({"normalize": "euclid"}, "normalize='euclid': expected one of cosine, dot"),
+        ({"feature_dtype": "int8"}, "feature_dtype='int8': expected one of float16, float32"),
         ({"length_power": 0.5}, "length_power goes with normalize='dot' only"),
         ({"checkpoints": ("a", "b"), "learning_rates": (1.0,)}, "1 entries for 2 checkpoints"),
         ({"checkpoints": ("a",), "learning_rates": (0.0,)}, "must be positive"),

@@ -44,15 +44,17 @@ def test_a_last_pick_that_ties_with_the_best_row_left_out_is_the_limit_of_one_th
 
 
 def test_notes_give_lambda_its_interval_and_ties_of_each_target() -> None:
-    # Target maths: row 0 picks 0 and 1 over 2.0 (margins 3 and 1, sum 4, over 2 rows: 2; less the last one's: 1).
+    # Target maths: row 0 picks 0 and 1 over 2.0 (margins 3 and 1, sum 4, over 4 rows: 1; less the last one's: 0.5).
     # Target code: row 1 picks row 2, and row 3 is as good: a tie. Target more picks nothing.
     values = np.array([[5.0, 0.0, 0], [3.0, 1.0, 0], [1.0, 4.0, 0], [2.0, 4.0, 0]], np.float32)
     left_out = np.array([False, False, False, True])
     found = robust_weights(values, np.array([0, 2, 1]), np.array([0, 1, 0]), left_out)
-    assert found.lambdas[0] == pytest.approx(2.0) and found.intervals[0] == pytest.approx([1.0, 2.0])
+    assert found.lambdas[0] == pytest.approx(1.0) and found.intervals[0] == pytest.approx([0.5, 1.0])
     assert found.ties.tolist() == [0, 1]
     maths, code = notes_of_weights(found, np.array([0, 1, 2]), ("maths", "code", "more"))
-    assert maths.startswith("Robust weights for target maths: lambda 2, ") and maths.endswith("begins at 1")
+    assert maths.startswith("Robust weights for target maths: lambda 1 (of equation 7") and maths.endswith(
+        "begins at 0.5"
+    )
     assert "target code" in code and "1 pick ties with the best row left out" in code
     both, *rest = notes_of_weights(found, np.array([0, 0, 0]), ("maths", "code"))
     assert "target maths (by 2 target rows): lambda" in both and not rest
@@ -67,11 +69,14 @@ def test_one_taker_of_the_best_rows_gets_the_solution_of_the_whole_problem(value
     order = np.argsort(-values[:, 0], kind="stable")
     picked, left_out = order[:count], np.ones(len(values), np.bool_)
     left_out[picked] = False
-    weights = robust_weights(values, picked, np.zeros(count, np.int64), left_out, block_values=3).weights
+    found = robust_weights(values, picked, np.zeros(count, np.int64), left_out, block_values=3)
+    weights = found.weights
     assert weights.sum() == pytest.approx(count, rel=1e-4)
     assert (weights >= 0).all()
     if values[order[count], 0] < values[order[count - 1], 0]:  # no tie at the end
-        whole = weights_for_count(values[:, 0], count).value
+        solved = weights_for_count(values[:, 0], count)
+        whole = solved.value
+        assert found.lambdas[0] == pytest.approx(float(solved.stats["lambda"]), rel=1e-4)
         np.testing.assert_allclose(weights, whole[picked] * (count / len(values)), rtol=1e-4, atol=1e-6)
         assert (weights > 0).all()
 
@@ -108,4 +113,4 @@ def test_a_choice_weighs_its_rows_when_the_scores_ask_for_it(aggregate: str) -> 
     np.testing.assert_array_equal(weighted.order, plain.order)
     assert plain.example_weights.tolist() == [1, 1, 0, 0, 0]
     assert weighted.example_weights.tolist() == [1.5, 0.5, 0, 0, 0]
-    assert not plain.notes and "target maths: lambda 2," in weighted.notes[0]
+    assert not plain.notes and "target maths: lambda 1.33 (" in weighted.notes[0]

@@ -66,8 +66,7 @@ class Given:
             InvalidInput: the folder is not as described, or lacks a row.
             NonFinite: a vector has NaN or infinite entries.
         """
-        missing = [id for id in ids if id not in self._places]
-        if missing:
+        if missing := self.missing(ids):
             shown = ", ".join(repr(id) for id in missing[:3])
             raise InvalidInput(
                 f"{self.path} has no embedding for {len(missing)} of {len(ids)} rows (first: {shown}); compute them, "
@@ -80,6 +79,14 @@ class Given:
             bad = int((~good).nonzero()[0])
             raise NonFinite(f"{self._file}: the embedding of row {ids[bad]!r} has NaN or infinite entries")
         return unit_rows(values).float()
+
+    def missing(self, ids: Sequence[str]) -> list[str]:
+        """Those of these rows that the folder has no vector for; no vector is read.
+
+        Raises:
+            InvalidInput: the folder is not as described.
+        """
+        return [id for id in ids if id not in self._places]
 
     @cached_property
     def _file(self) -> Path:

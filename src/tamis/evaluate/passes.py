@@ -91,15 +91,17 @@ class MethodQuestion:
         flops = stage_flops(shape or self.shape, work, size.tokens, size.supervised_tokens, size.squared_tokens)
         return PassPlan(name=name, work=work, size=size, tflops=flops / 1e12, paper_forwards=_PAPER_FORWARDS[work])
 
-    def feature_pass(self, name: str, size: CorpusSize, *, shape: ModelShape | None = None, kept: bool) -> PassPlan:
-        """A gradient pass that keeps one projected gradient a row."""
+    def feature_pass(
+        self, name: str, size: CorpusSize, *, shape: ModelShape | None = None, kept: bool, whole: bool = False
+    ) -> PassPlan:
+        """A gradient pass that keeps one projected gradient a row; unprojected ones only if ``whole`` says so."""
         shape = shape or self.shape
         projection = self.projection or str(self.values["projection"])
         dim = self.projection_dim or self.values["projection_dim"]
         if dim is None:
             dim = FACTORIZED_SIDE if projection == "factorized" else _DEFAULT_TOTAL_DIM
         numbers = feature_dim(shape, projection, int(dim))
-        stored = kept and projection != "none"  # exact gradients are compared as they pass
+        stored = kept and (whole or projection != "none")  # otherwise exact gradients are compared as they pass
         row_bytes = numbers * _BYTES[self.values["feature_dtype"]] if stored else 4 * max(1, self.target.rows)
         return replace(
             self.model_pass(name, "gradient", size, shape=shape),
@@ -207,11 +209,13 @@ def _influence_distillation(question: MethodQuestion) -> list[PassPlan]:
         passes.append(warmup)
     landmarks = landmark_count(method.landmarks, question.scored.rows)
     few = question.scored.times(min(1.0, landmarks / question.scored.rows))
-    passes.append(question.feature_pass("gradients (target)", question.target, shape=shape, kept=True))
-    passes.append(question.feature_pass("gradients (landmarks)", few, shape=shape, kept=True))
+    passes.append(question.feature_pass("gradients (target)", question.target, shape=shape, kept=True, whole=True))
+    passes.append(question.feature_pass("gradients (landmarks)", few, shape=shape, kept=True, whole=True))
     passes += _hessian_passes(question, method, few, shape)
     if few.rows == question.scored.rows:
-        return passes
+        few = few.times(min(1.0, method.hessian_landmarks / few.rows))
+        if method.weights != "second-order" or few.rows == question.scored.rows:
+            return passes  # every score is exact, and so is the second-order term, if there is one
     tried = [e for e in embeddings_within(method.embedding_settings(), shape.blocks, 0) if not isinstance(e, _FREE)]
     entry = _BYTES[method.feature_dtype]
     passes += [_embedding_pass(f"{e.name} (landmarks)", e, few, shape, entry_bytes=entry) for e in tried]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ import pyarrow as pa
 from tamis.report import agreement, examples, measures, warnings
 from tamis.report.columns import Columns, read_columns
 from tamis.report.finding import Finding
-from tamis.report.wording import count, joined, number, one_line, percent, seconds
+from tamis.report.wording import count, joined, number, one_line, percent, seconds, visible
 from tamis.types import Example, FloatArray, IntArray
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
 MAX_TARGETS_DRAWN = 6
 MAX_SKIPPED_SHOWN = 20
 MAX_PROVENANCE_ROWS = 160
+MAX_NOTE_LINE = 600  # characters; a longer note takes several lines
 
 METHOD_WORDS: Mapping[str, str] = {
     "uniform": "a blind random draw (uniform)",
@@ -202,7 +204,7 @@ def build_content(inputs: ReportInputs) -> ReportContent:
     return ReportContent(
         headline=_headline(columns, inputs, settings, method, shortlist, findings, cost),
         findings=findings,
-        notes=tuple(one_line(note, 600) for note in inputs.notes),
+        notes=tuple(line for note in inputs.notes for line in _note_lines(note)),
         scores=scores,
         sources=sources,
         length_edges=edges,
@@ -226,6 +228,17 @@ def build_content(inputs: ReportInputs) -> ReportContent:
         command=one_line(_plain(inputs.manifest.get("command")), 2000),
         provenance=provenance(inputs.manifest),
     )
+
+
+def _note_lines(note: str) -> Iterator[str]:
+    """A note, broken after commas and semicolons if it is long, as with many targets; nothing of it gets lost."""
+    line = ""
+    for part in re.split(r"(?<=[,;]) ", " ".join(visible(note).split())):
+        if line and len(line) + 1 + len(part) > MAX_NOTE_LINE:
+            yield one_line(line, MAX_NOTE_LINE)
+            line = "…"
+        line = f"{line} {part}" if line else part
+    yield one_line(line, MAX_NOTE_LINE)
 
 
 def _scores(columns: Columns) -> tuple[measures.ScoreDistribution, ...]:

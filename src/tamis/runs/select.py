@@ -92,6 +92,7 @@ class Selection:
             "selected_tokens": manifest["selected"]["tokens"],
             "seconds": manifest["cost"]["elapsed_s"],
             "tflops": manifest["cost"]["total_tflops"],
+            **manifest["diagnosis"],
             "warnings": list(self.warnings),
             "selected": str(self.out / "selected.jsonl"),
             **({"selected_messages": str(chats)} if has_chats else {}),
@@ -183,6 +184,7 @@ def select_from_settings(
         "models": task.model_descriptions(),
         "data_files": describe_data(corpora, scored=len(scores.rows)),
         "selected": {"rows": len(choice.order), "tokens": choice.tokens},
+        "diagnosis": dict(scores.diagnosis),
         "notes": [*task.notes, *scores.notes, *choice.notes, *_landmark_share(scores, choice)],
         "cost": costs(task, method.name, scoring_s=scoring_s, elapsed_s=time.perf_counter() - started),
     }

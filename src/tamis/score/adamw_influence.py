@@ -31,6 +31,7 @@ from tamis.trajectory.reference_run import ReferenceSettings, reference_run
 from tamis.trajectory.sweep import SweepSettings, run_sweep
 from tamis.trajectory.token_rows import TokenRow
 from tamis.types import IntArray, TargetScores
+from tamis.values import check_types
 
 __all__ = ["AdamwInfluence"]
 
@@ -70,6 +71,7 @@ class AdamwInfluence:
     curvature: Literal["exact", "ggn", "fisher", "none"] = "exact"
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.update_rows < 1:
             raise InvalidSettings(f"update_rows must be at least 1, got {self.update_rows}")
         if self.lora_rank < 1:

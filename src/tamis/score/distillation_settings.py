@@ -5,12 +5,12 @@ The dataclass itself is ``influence_distillation.InfluenceDistillation``.
 
 from __future__ import annotations
 
-from typing import Any, get_args
+import dataclasses
+from typing import Any
 
 from tamis.errors import InvalidSettings
 from tamis.score.embedding_candidates import EMBEDDING_NAMES
-from tamis.solve.kernels import KernelName
-from tamis.solve.landmarks import LANDMARK_RULES
+from tamis.values import nearest
 
 __all__ = ["PRESETS", "check_distillation", "landmark_count", "preset_values"]
 
@@ -48,6 +48,17 @@ PRESETS: dict[str, dict[str, Any]] = {
     "true-gradients": {**_PAPER, "landmarks": "all"},
 }
 
+# Which embeddings read a setting that shapes them; "auto" reads them all.
+_READ_BY: dict[str, tuple[str, ...]] = {
+    "embedding_budget": (),
+    "depth": ("error-outer", "error", "hidden-error", "hidden-mean", "jvp", "lens-gradient"),
+    "directions": ("jvp",),
+    "positions": ("jvp",),
+    "combine": ("jvp",),
+    "side": ("error-outer", "lens-gradient", "tail-gradient", "gradient"),
+    "tail_blocks": ("tail-gradient",),
+}
+
 
 def preset_values(name: str) -> dict[str, Any]:
     """The settings of a preset.
@@ -77,29 +88,14 @@ def check_distillation(chosen: Any) -> None:
     """Refuse values out of range and values that do not go together.
 
     Args:
-        chosen: an ``InfluenceDistillation``, presets filled in.
+        chosen: an ``InfluenceDistillation``, presets filled in and types checked.
 
     Raises:
         InvalidSettings: naming the setting.
     """
-    for field, choices in (
-        ("landmark_rule", tuple(LANDMARK_RULES)),
-        ("embedding", EMBEDDING_NAMES),
-        ("positions", ("mean", "last")),
-        ("combine", ("mean", "concat")),
-        ("kernel", ("auto", *get_args(KernelName))),
-        ("residual", ("auto", True, False)),
-        ("form", ("raw", "adam")),
-        ("warmup", ("lora", "full", "none")),
-        ("weights", ("none", "first-order", "second-order")),
-        ("momentum", ("paper", "whole", "none")),
-        ("feature_dtype", ("float16", "float32")),
-    ):
-        if getattr(chosen, field) not in choices:
-            listed = ", ".join(str(choice) for choice in choices)
-            raise InvalidSettings(f"{field}={getattr(chosen, field)!r}: expected one of {listed}")
-    if isinstance(chosen.landmarks, str) and chosen.landmarks not in ("auto", "all"):
-        raise InvalidSettings(f"landmarks={chosen.landmarks!r}: expected a number of rows, auto or all")
+    if chosen.embedding not in EMBEDDING_NAMES:
+        near = nearest(chosen.embedding, EMBEDDING_NAMES)
+        raise InvalidSettings(f"embedding={chosen.embedding!r}: expected one of {', '.join(EMBEDDING_NAMES)}{near}")
     numbers = {"landmarks": 2, "hessian_landmarks": 2, "directions": 1, "tail_blocks": 1, "lora_rank": 1}
     for field, least in numbers.items():
         if not isinstance(getattr(chosen, field), str) and getattr(chosen, field) < least:
@@ -110,14 +106,20 @@ def check_distillation(chosen: Any) -> None:
             raise InvalidSettings(f"{field} must be at least {0 if field == 'depth' else 1}, got {value}")
     for field in ("scale", "damping", "lora_alpha", "eta", "memory_gb"):
         value = getattr(chosen, field)
-        if value is not None and not (isinstance(value, (int, float)) and 0 < value < float("inf")):
-            raise InvalidSettings(f"{field} must be positive and finite, got {value!r}")
-    if chosen.eta is not None and chosen.weights != "second-order" and not chosen.hessian_ratio:
+        if value is not None and not value > 0:
+            raise InvalidSettings(f"{field} must be positive, got {value}")
+    if chosen.eta is not None and not _is_second_order(chosen):
         raise InvalidSettings(
             "eta is read by the second-order term only; set weights=second-order or hessian_ratio=true, or drop eta "
             "(the warm-up's learning rate is warmup_learning_rate)"
         )
-    if not 0 <= chosen.embedding_budget < float("inf"):
+    if chosen.eta is None and _is_second_order(chosen) and (chosen.warmup == "none" or chosen.moments is not None):
+        without = "moments, there is no warm-up" if chosen.moments is not None else "warmup=none, there is none"
+        raise InvalidSettings(
+            "eta, the learning rate of the second-order term, is the warm-up's unless it is given, and with "
+            f"{without}: set eta to the learning rate that you will train with"
+        )
+    if chosen.embedding_budget < 0:
         raise InvalidSettings(f"embedding_budget must be at least 0, got {chosen.embedding_budget}")
     if not 0 < chosen.warmup_share <= 1:
         raise InvalidSettings(f"warmup_share must be above 0 and at most 1, got {chosen.warmup_share}")
@@ -137,3 +139,42 @@ def check_distillation(chosen: Any) -> None:
         )
     if chosen.form == "adam" and chosen.warmup == "none" and chosen.moments is None:
         raise InvalidSettings("form=adam needs Adam's moments: warm up, or give a checkpoint folder as moments")
+    _check_read(chosen)
+
+
+def _is_second_order(chosen: Any) -> bool:
+    """Whether Hessian products are taken."""
+    return bool(chosen.weights == "second-order" or chosen.hessian_ratio)
+
+
+def _check_read(chosen: Any) -> None:
+    """Refuse a value that is not its default where nothing reads it: whoever set it expects it to do something.
+
+    A preset's own value may stand beside settings that leave it unread.
+    """
+    second = _is_second_order(chosen)
+    first_only = "read by the second-order term only (weights=second-order or hessian_ratio=true)"
+    no_adapter = "of no use with warmup=full, which trains no adapter"
+    uses = {
+        "scale": (chosen.kernel != "linear", "of no use with kernel=linear, which has none"),
+        "half_whitening": (chosen.kernel != "linear", "of no use with kernel=linear, which is not tried on it"),
+        "lora_rank": (chosen.warmup != "full", no_adapter),
+        "lora_alpha": (chosen.warmup != "full", no_adapter),
+        "hessian_landmarks": (second, first_only),
+        "memory_gb": (second, first_only),
+        "momentum": (
+            chosen.weights == "second-order" and chosen.form == "adam",
+            "read with form=adam and weights=second-order only",
+        ),
+    }
+    for name, readers in _READ_BY.items():
+        uses[name] = (
+            chosen.embedding in ("auto", *readers),
+            f"read by embedding {' or '.join(readers) or 'auto'} only",
+        )
+    preset = {} if chosen.preset is None else preset_values(chosen.preset)
+    for field in dataclasses.fields(chosen):
+        is_read, why = uses.get(field.name, (True, ""))
+        value = getattr(chosen, field.name)
+        if not is_read and value != field.default and value != preset.get(field.name, field.default):
+            raise InvalidSettings(f"{field.name}={value!r} would change nothing: it is {why}; leave it out")

@@ -34,9 +34,9 @@ from tamis.solve.kernels import Kernel, KernelName
 from tamis.solve.leave_one_out import Candidate, CandidateResult, candidate_grid, foretelling, try_candidates
 from tamis.types import IntArray
 
-__all__ = ["Choice", "KernelSettings", "Tried", "choose_embedding"]
+__all__ = ["COMPARED", "Choice", "KernelSettings", "Tried", "choose_embedding"]
 
-_COMPARED = 1024  # landmarks that embeddings and kernels are compared on; the winner's figures are of all
+COMPARED = 1024  # landmarks that embeddings and kernels are compared on; the winner's figures are of all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,8 +185,8 @@ def _tried_out(
         task.note(sentence)
     count = len(gradients.rows)
     compared = torch.arange(count)
-    if count > _COMPARED:
-        compared = torch.from_numpy(random_subset(child_seed(task.seed, "compared landmarks"), count, _COMPARED))
+    if count > COMPARED:
+        compared = torch.from_numpy(random_subset(child_seed(task.seed, "compared landmarks"), count, COMPARED))
     gram = gradients.gram_of(compared.numpy())
     tried: list[Tried] = []
     best: tuple[float, AnyEmbedding, Candidate] | None = None

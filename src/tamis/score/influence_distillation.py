@@ -23,15 +23,17 @@ import torch
 from torch import Tensor
 
 from tamis.collect import Task
+from tamis.corpus import Corpus
 from tamis.embeddings import Given
 from tamis.errors import InvalidInput
 from tamis.model.load import ModelSettings
 from tamis.projection import make_projector
+from tamis.score.decisions import gradient_size
 from tamis.score.distillation_settings import check_distillation, landmark_count, preset_values
 from tamis.score.embedding_candidates import EmbeddingSettings
 from tamis.score.embedding_choice import Choice, KernelSettings, choose_embedding
-from tamis.score.landmark_gradients import LandmarkGradients, landmark_gradients
-from tamis.score.landmark_notes import is_trusted, notes_of_choice, verdict
+from tamis.score.landmark_gradients import LandmarkGradients, landmark_gradients, require_storable
+from tamis.score.landmark_notes import diagnosis, is_trusted, notes_of_carried_term, notes_of_choice, verdict
 from tamis.score.landmark_rows import landmark_rows
 from tamis.score.landmark_second_order import LandmarkTerm, SecondOrder
 from tamis.score.landmark_transfer import transferred_scores
@@ -43,6 +45,7 @@ from tamis.solve.kernels import KernelName
 from tamis.solve.landmarks import LandmarkRule
 from tamis.training.loop import TrainSettings
 from tamis.types import IntArray, TargetScores
+from tamis.values import check_types
 
 __all__ = ["InfluenceDistillation"]
 
@@ -93,7 +96,7 @@ class InfluenceDistillation:
         projection_dim: numbers of a feature (8192); per side of a layer for "factorized" (16).
         weights: what selected rows weigh: "none", all 1; "first-order", robust weights from their scores;
             "second-order", which also selects by how the target's loss bends (Hessian products, in float32).
-        eta: learning rate η of the second-order term, for gradients of length 1; None: the warm-up's.
+        eta: learning rate η of the second-order term, for gradients of length 1; None: the warm-up's, if there is one.
         hessian_landmarks: landmarks, drawn at random, between which Hessian products are taken: the rank of the term.
         hessian_ratio: report the size of the second-order term beside the first with the other weights, too: one
             Hessian product per target row, or per target with ``--aggregate mean``.
@@ -157,6 +160,7 @@ class InfluenceDistillation:
 
     def __post_init__(self) -> None:
         given: frozenset[str] = self.__dict__.pop("_given")
+        check_types(self)
         if self.preset is not None:
             for name, value in preset_values(self.preset).items():
                 if name not in given:
@@ -226,12 +230,12 @@ class InfluenceDistillation:
         known.
 
         Raises:
-            InvalidInput: no row of a target has a gradient, or fewer than two landmarks have one.
-            InvalidSettings: no embedding is within the budget, or the warm-up does not fit the model.
+            InvalidInput: no row of a target has a gradient, fewer than two landmarks have one, or ``given`` lacks rows.
+            InvalidSettings: no embedding is within the budget, or the warm-up or second order does not fit the model.
             NonFinite: a loss, gradient or embedding is NaN or infinite.
+            Unsupported: the model cannot be embedded in the way that was named, or be differentiated twice.
         """
-        if len(task.rows) < 2:
-            raise InvalidInput(f"influence-distillation needs at least two rows to score, got {len(task.rows)}")
+        self._check(task)
         task, moments = self._warmed_up(task)
         embeddings = RowEmbeddings(task, dtype=self.feature_dtype)
         landmarks = landmark_rows(
@@ -262,7 +266,8 @@ class InfluenceDistillation:
         if chosen is not None:
             exact = chosen.scores
         choice = self._choice(task, embeddings, gradients, columns, group, chosen)
-        if choice is None or _all_are_landmarks(task, gradients):
+        is_exact = _all_are_landmarks(task, gradients)
+        if choice is None or is_exact:
             values = empty_scores(task, len(columns))
         else:
             values = transferred_scores(
@@ -284,7 +289,9 @@ class InfluenceDistillation:
         curvature = None
         if self.weights == "second-order":
             assert chosen is not None
-            curvature = chosen.curvature(task, embeddings, choice, zero, keep_embeddings=self.keep_embeddings)
+            curvature = chosen.curvature(
+                task, embeddings, gradients, choice, zero, keep_embeddings=self.keep_embeddings
+            )
         return TargetScores(
             rows=task.rows,
             values=values,
@@ -293,7 +300,46 @@ class InfluenceDistillation:
             extra={"zero_gradient": is_zero, "is_landmark": is_landmark | is_zero},
             weights="equal" if self.weights == "none" else self.weights,
             curvature=curvature,
+            diagnosis=(
+                {"verdict": "all scores are exact up to the projection"}
+                if choice is None or is_exact
+                else diagnosis(choice, task.target_names, self.embedding_settings())
+            ),
         )
+
+    def _check(self, task: Task) -> None:
+        """Refuse what cannot end well before the warm-up, not after the hours that this and gradients may take."""
+        if len(task.rows) < 2:
+            raise InvalidInput(
+                f"influence-distillation needs at least two rows to score, got {len(task.rows)}: scores are carried "
+                "from some rows to others; give a pool or a --shortlist of more rows, or score with tracin"
+            )
+        if (second := self._second_order(task, None)) is not None:
+            second.check(task)
+        if self.given is not None:
+            self._check_given(task, Given(path=self.given))
+        # The warm-up does not change how large gradients of all weights are.
+        if self.projection == "none" and self.warmup == "full" and self.moments is None:
+            require_storable(
+                gradient_size(dataclasses.replace(task)),  # a model that is loaded for it is gone again
+                landmarks=landmark_count(self.landmarks, len(task.rows)),
+                target_rows=len(task.target_rows),
+                dtype=self.feature_dtype,
+            )
+
+    def _check_given(self, task: Task, folder: Given) -> None:
+        wanted: list[tuple[Corpus, IntArray, str]] = [(task.pool, task.rows, "")]
+        if self.residual is not False:
+            without = "; --set residual=false scores without those of the target"
+            wanted.append((task.target, task.target_rows, without))
+        for corpus, rows, otherwise in wanted:
+            missing = folder.missing([corpus.examples.ids[int(row)] for row in rows])
+            if missing:
+                raise InvalidInput(
+                    f"{self.given} has no embedding for {len(missing)} of {len(rows)} {corpus.name} rows (first: "
+                    f"{', '.join(map(repr, missing[:3]))}); compute them, or write the rows' own ids into the folder's "
+                    f"ids.json{otherwise}"
+                )
 
     def _second_order(self, task: Task, moments: Path | None) -> SecondOrder | None:
         if self.weights != "second-order" and not self.hessian_ratio:
@@ -321,9 +367,9 @@ class InfluenceDistillation:
         if is_exact:
             task.note(
                 "Every row to score is a landmark, so all scores are exact up to the projection, and no embedding was "
-                "needed for them"
+                "needed for the scores"
             )
-            if second is None or not second.is_carried:
+            if second is None or second.products is None or not second.is_carried:
                 return None
             # What carries the term is judged on its own landmarks: these may be all rows of a large pool.
             gradients = gradients.only(np.searchsorted(gradients.rows, second.rows))
@@ -336,16 +382,21 @@ class InfluenceDistillation:
             settings=self.embedding_settings(),
             kernels=self.kernel_settings(),
         )
-        for sentence in notes_of_choice(
-            choice,
-            landmarks=len(gradients.rows),
-            rule=self.landmark_rule,
-            target_names=task.target_names,
-            per_row=task.aggregate == "round-robin",
-        ):
+        if is_exact:
+            said: tuple[str, ...] = notes_of_carried_term(choice, landmarks=len(gradients.rows))
+        else:
+            said = notes_of_choice(
+                choice,
+                landmarks=len(gradients.rows),
+                rule=self.landmark_rule,
+                target_names=task.target_names,
+                per_row=task.aggregate == "round-robin",
+            )
+        for sentence in said:
             task.note(sentence)
         if not is_exact:
-            (task.note if is_trusted(choice) else task.warn)(verdict(choice, task.target_names))
+            judged = verdict(choice, task.target_names, self.embedding_settings())
+            (task.note if is_trusted(choice) else task.warn)(judged)
         return choice
 
     def _warmed_up(self, task: Task) -> tuple[Task, Path | None]:

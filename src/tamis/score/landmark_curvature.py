@@ -204,6 +204,7 @@ class LandmarkHessians:
             "columns": [[_digest(loss.rows), _digest(loss.coefficients)] for loss in self.losses],
             "moments": self._form(),
             "model": task.model_identity(),
+            "batch_invariant": task.collecting.batch_invariant,
         }
         # Directions vary slowest, so that a shard needs few of them.
         writer = StageWriter(

@@ -18,21 +18,27 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tamis.collect import Task
-from tamis.errors import InvalidInput
+from tamis.errors import InvalidInput, InvalidSettings
 from tamis.gradients.per_sample import per_sample_features
 from tamis.identity import rows_sha256
 from tamis.maths.second_order import adam_offset, adam_scale
 from tamis.maths.similarity import inner_products, row_norms, unit_rows
-from tamis.projection import AnyProjector, make_projector
+from tamis.projection import AnyProjector, NoProjector, make_projector
+from tamis.score.decisions import kept_once
 from tamis.score.features import FeatureFunction, FeatureSpec, collect_features, read_features, rows_with_gradient
 from tamis.score.less import moment_vectors, moments_digest, transformed_features
 from tamis.store.reader import StageReader
 from tamis.training.checkpoints import read_moments
 from tamis.types import Batch, IntArray
 
-__all__ = ["LandmarkGradients", "adam_vectors", "landmark_gradients"]
+__all__ = ["LandmarkGradients", "adam_vectors", "landmark_gradients", "require_storable"]
 
 _BLOCK_NUMBERS = 1 << 26  # gradient numbers held at once: 256 MB, and as many again of the block beside
+_SHARD_NUMBERS = 1 << 27  # gradient numbers of a shard at most: 256 MB in float16, held twice while it is put in order
+# Unprojected numbers stored at most: 16 GiB in float16. To compare landmarks with each other, blocks are read against
+# each other, so that what is read grows like the square: 2 TB at this bound.
+_MOST_NUMBERS = 1 << 33
+_BYTES = {"float16": 2, "float32": 4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +87,15 @@ def landmark_gradients(
 
     Raises:
         InvalidInput: no row of a target has a gradient, fewer than two landmarks have one, or moments do not fit.
+        InvalidSettings: unprojected gradients are too large to be stored.
         NonFinite: a loss or gradient is NaN or infinite.
     """
     projector = make_projector(projection, dim=projection_dim, seed=task.seed)
+    width = _width(task, projector)
+    if isinstance(projector, NoProjector):
+        require_storable(width, landmarks=len(rows), target_rows=len(task.target_rows), dtype=dtype)
+    shard_rows = min(task.collecting.shard_rows, max(1, _SHARD_NUMBERS // width))
+    task = dataclasses.replace(task, collecting=dataclasses.replace(task.collecting, shard_rows=shard_rows))
     raw = {"algorithm": "gradients-v1", "projection": projector.identity, "include_head": False}
     target = collect_features(
         task,
@@ -116,6 +128,36 @@ def landmark_gradients(
         gram_of=lambda places: _gram(pool, kept[places]),
         identity={"landmarks": pool.fingerprint, "target": target.fingerprint},
     )
+
+
+def require_storable(width: int, *, landmarks: int, target_rows: int, dtype: Literal["float16", "float32"]) -> None:
+    """Refuse unprojected gradients too large to be kept and compared, before any is taken.
+
+    Args:
+        width: numbers of a gradient.
+        landmarks: their number.
+        target_rows: their number.
+        dtype: of the stored features.
+
+    Raises:
+        InvalidSettings: saying how large they would be, and what makes them smaller.
+    """
+    numbers = (landmarks + target_rows) * width
+    if numbers > _MOST_NUMBERS:
+        stored, most = (count * _BYTES[dtype] / 1e9 for count in (numbers, _MOST_NUMBERS))
+        raise InvalidSettings(
+            f"projection=none would store {width:,} numbers for each of {landmarks} landmarks and {target_rows} target "
+            f"rows, {stored:,.3g} GB, above the {most:,.3g} GB that can be compared in reasonable time; project them "
+            "(--projection hadamard), set fewer landmarks, or warm an adapter up (--set warmup=lora)"
+        )
+
+
+def _width(task: Task, projector: AnyProjector) -> int:
+    """Numbers of a feature, without loading the model again for it: work is shared out by it."""
+    spec = {"algorithm": "feature-width-v1", "projection": projector.identity, "include_head": False}
+    path = task.workdir("feature-width", spec, uses_target=False) / "width.json"
+    found: int = kept_once(path, lambda: projector.output_dim(task.layers()))
+    return found
 
 
 def _raw(task: Task, projector: AnyProjector) -> FeatureFunction:

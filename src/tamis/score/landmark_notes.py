@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tamis.score.embedding_choice import Choice, Tried
+from tamis.embeddings import Gradient
+from tamis.score.embedding_candidates import EmbeddingSettings
+from tamis.score.embedding_choice import COMPARED, Choice, Tried
 from tamis.solve.landmarks import LandmarkRule
 
-__all__ = ["is_trusted", "notes_of_choice", "verdict"]
+__all__ = ["diagnosis", "is_trusted", "notes_of_carried_term", "notes_of_choice", "verdict"]
 
 # Rank correlations with exact scores at which the advice changes; round figures, a matter of judgement.
 _TRUST, _USE = 0.8, 0.5
+_ALL_TRIED = 2  # the budget within which auto has tried everything it knows
 _STILL_RISING = 0.03  # what the second half of the landmarks must have added for more of them to be worth while
 
 
@@ -27,14 +30,10 @@ def notes_of_choice(
         per_row: whether the run selects by single target rows, not by the mean of each target.
     """
     form = "with" if choice.residual else "without"
-    used = next(tried for tried in choice.tried if tried.recovery == max(t.recovery for t in choice.tried))
     chosen = (
         f"influence-distillation carried the scores of {landmarks} landmarks to the other rows by the embedding "
-        f"{used.label} ({_cost(used)}), kernel {choice.candidate}, {form} the embedding's own score"
+        f"{_used(choice)}, kernel {choice.candidate}, {form} the embedding's own score{_why(choice, landmarks)}"
     )
-    if len(choice.tried) > 1:
-        others = ", ".join(f"{tried.label} {tried.recovery:.3f}" for tried in choice.tried)
-        chosen += f"; it was chosen because it rebuilds the gradients of left-out landmarks best (cosines: {others})"
     by_target = ""
     if len(target_names) > 1:
         pairs = zip(target_names, choice.spearman, strict=True)
@@ -50,13 +49,50 @@ def notes_of_choice(
     return chosen, expected
 
 
+def notes_of_carried_term(choice: Choice, *, landmarks: int) -> tuple[str]:
+    """The same where every score is exact, and only the second-order term is carried.
+
+    How well it is carried is said with the term, which is carried with first-order scores, too.
+
+    Args:
+        choice: what was chosen, on the landmarks of the term alone.
+        landmarks: their number.
+    """
+    return (
+        f"influence-distillation carried the second-order term, not the scores, from {landmarks} landmarks to the "
+        f"other rows by the embedding {_used(choice)}, kernel {choice.candidate}{_why(choice, landmarks)}",
+    )
+
+
+def diagnosis(choice: Choice, target_names: Sequence[str], settings: EmbeddingSettings) -> dict[str, str]:
+    """The same in a few words, as the console shows it: what carried the scores, what to expect, and the verdict."""
+    worst = ""
+    if len(target_names) > 1:
+        worst = f" (worst target {target_names[choice.worst_target]}: {min(choice.spearman):.2f})"
+    of = f", best of {len(choice.tried)} tried" if len(choice.tried) > 1 else ""
+    said = verdict(choice, target_names, settings).removeprefix("Verdict: ")
+    return {
+        "embedding": f"{_used(choice)}, kernel {choice.candidate}{of}",
+        "expected": f"gradients rebuilt with a cosine of {choice.recovery:.2f}, rows in the order of exact scores with "
+        f"a rank correlation of {choice.mean_spearman:.2f}{worst}",
+        # A verdict that is no good is among the warnings already.
+        "verdict": said if is_trusted(choice) else "do not trust the order of these scores much (see the warning)",
+    }
+
+
 def is_trusted(choice: Choice) -> bool:
     """Whether the scores of every target are good enough to select by; otherwise the verdict is a warning."""
     return min(choice.spearman) >= _USE
 
 
-def verdict(choice: Choice, target_names: Sequence[str]) -> str:
-    """Trust the scores, add landmarks, or spend more per row: by the target that fares worst."""
+def verdict(choice: Choice, target_names: Sequence[str], settings: EmbeddingSettings) -> str:
+    """Trust the scores, add landmarks, or spend more per row: by the target that fares worst.
+
+    Args:
+        choice: what was chosen.
+        target_names: of all targets.
+        settings: from which it was chosen, so that nothing is advised that was done already.
+    """
     value = min(choice.spearman)
     by = ""
     if len(target_names) > 1:
@@ -68,18 +104,42 @@ def verdict(choice: Choice, target_names: Sequence[str]) -> str:
         advice = (
             f"add landmarks: with half of them the mean correlation was {choice.with_half:.2f}, so it is still rising"
         )
-    elif choice.embedding.name == "gradient":  # nothing dearer is left
-        advice = f"take a larger sketch (side): half the landmarks gave {choice.with_half:.2f}"
     else:
         advice = (
-            f"spend more per row (embedding_budget): half the landmarks gave {choice.with_half:.2f}, so more of them "
-            "would change little"
+            f"spend more per row ({_dearer(choice, settings)}): half the landmarks gave {choice.with_half:.2f}, so "
+            "more of them would change little"
         )
     if value >= _TRUST:
         return f"Verdict: {by}these scores may be trusted nearly like exact ones; for still better ones, {advice}"
     if is_trusted(choice):
         return f"Verdict: {by}these scores find most of the best rows, but mix up neighbours; to sharpen them, {advice}"
     return f"Verdict: {by}do not trust the order of these scores much; {advice}, or score with tracin exactly."
+
+
+def _dearer(choice: Choice, settings: EmbeddingSettings) -> str:
+    """The setting by which a row's embedding gets better, if any of those that are left does."""
+    if isinstance(choice.embedding, Gradient):  # nothing dearer is left
+        return f"a larger sketch: side above {choice.embedding.side}"
+    if settings.name != "auto":  # which no budget changes
+        return f"embedding=auto or gradient in place of {settings.name}"
+    if settings.budget < _ALL_TRIED:
+        return f"embedding_budget above {settings.budget:g}"
+    return "embedding=gradient with a larger sketch, side, than the one that auto tried"
+
+
+def _used(choice: Choice) -> str:
+    best = max(tried.recovery for tried in choice.tried)
+    used = next(tried for tried in choice.tried if tried.recovery == best)
+    return f"{used.label} ({_cost(used)})"
+
+
+def _why(choice: Choice, landmarks: int) -> str:
+    on = f" {COMPARED:,} of the" if landmarks > COMPARED else ""
+    if len(choice.tried) > 1:
+        others = ", ".join(f"{tried.label} {tried.recovery:.3f}" for tried in choice.tried)
+        of = f" of{on} landmarks, each left out in turn," if on else " of left-out landmarks"
+        return f"; it was chosen because it rebuilds the gradients{of} best (cosines: {others})"
+    return f"; the kernel was chosen on{on} landmarks" if on else ""
 
 
 def _cost(tried: Tried) -> str:

@@ -35,6 +35,9 @@ def landmark_rows(
         "landmarks": count,
         "rows": rows_sha256(rows),
         "embedding": settings.identity(task.pool),
+        # Draws hang on the last bits of the embeddings, which these two change.
+        "dtype": embeddings.dtype,
+        "batch_invariant": task.collecting.batch_invariant,
         "seed": task.seed,
     }
 

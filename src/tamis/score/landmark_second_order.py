@@ -16,7 +16,9 @@ from jaxtyping import Float
 from torch import Tensor, from_numpy
 
 from tamis.collect import Task
+from tamis.errors import InvalidSettings, Unsupported
 from tamis.maths.second_order import WORTH_HAVING, TermRatio
+from tamis.model.load import resolved_dtype
 from tamis.score.embedding_choice import Choice
 from tamis.score.landmark_curvature import LandmarkHessians
 from tamis.score.landmark_gradients import LandmarkGradients
@@ -24,6 +26,7 @@ from tamis.score.landmark_transfer import transfer_coefficients
 from tamis.score.matrix import empty_scores
 from tamis.score.row_embeddings import RowEmbeddings
 from tamis.seeds import child_seed, random_subset
+from tamis.solve.leave_one_out import try_candidates
 from tamis.types import Curvature, FloatArray, IntArray
 
 __all__ = ["LandmarkTerm", "SecondOrder"]
@@ -45,6 +48,7 @@ class LandmarkTerm:
         self,
         task: Task,
         embeddings: RowEmbeddings,
+        gradients: LandmarkGradients,
         choice: Choice | None,
         without_gradient: IntArray,
         *,
@@ -55,6 +59,7 @@ class LandmarkTerm:
         Args:
             task: its rows.
             embeddings: of its rows.
+            gradients: of all landmarks.
             choice: what carries; None where every row is one of these landmarks.
             without_gradient: places in ``task.rows`` of landmarks without a gradient, which bend nothing.
             keep_embeddings: as for scores.
@@ -66,8 +71,26 @@ class LandmarkTerm:
             coefficients[np.searchsorted(task.rows, self.rows), np.arange(len(self.rows))] = 1
         else:
             coefficients = transfer_coefficients(task, embeddings, choice, self.rows, keep_embeddings=keep_embeddings)
+            task.note(self._foretold(task, embeddings, gradients, choice))
         coefficients[without_gradient] = 0
         return Curvature(coefficients=coefficients, products=self.products, eta=self.eta, ratio=self.ratio)
+
+    def _foretold(self, task: Task, embeddings: RowEmbeddings, gradients: LandmarkGradients, choice: Choice) -> str:
+        """What to expect of the term on other rows, by leaving out each of its own landmarks, which are fewer.
+
+        What is carried is ``Q w``. With equal weights that is known for the landmarks: the sums of their products.
+        """
+        assert self.products is not None
+        rows = embeddings.of(choice.embedding, task.pool, self.rows)(0, len(self.rows))
+        pulls = from_numpy(self.products.sum(2, dtype=np.float64).T.copy())  # (L, C)
+        gram = gradients.gram_of(np.searchsorted(gradients.rows, self.rows))
+        (found,) = try_candidates(rows, gram=gram, scores=pulls, grid=[choice.candidate])
+        assert found.recovery is not None and found.mean_spearman is not None
+        return (
+            f"Expected of the second-order term on rows that are not among its {len(self.rows)} landmarks, found by "
+            f"leaving out each in turn: gradients rebuilt with a cosine of {found.recovery:.2f}, and rows in the order "
+            f"of what equal weights take off them with a mean rank correlation of {found.mean_spearman:.2f}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +112,25 @@ class SecondOrder:
     moments: Path | None
     momentum: Literal["paper", "whole", "none"]
     memory_bytes: int
+
+    def check(self, task: Task) -> None:
+        """Refuse a model that cannot be differentiated twice, before anything is computed with it.
+
+        Raises:
+            InvalidSettings: its weights have 16 bits.
+            Unsupported: its attention has no second derivative.
+        """
+        settings, dtype = task.model_settings, resolved_dtype(task.model_settings)
+        if dtype not in ("float32", "float64"):
+            raise InvalidSettings(
+                f"the second-order term takes Hessian products, which in {dtype} would be mostly rounding; load the "
+                "model with --dtype float32"
+            )
+        if settings.attention not in ("sdpa", "eager"):
+            raise Unsupported(
+                f"the second-order term differentiates twice, which attention '{settings.attention}' does not allow; "
+                "load the model with --attention sdpa or --attention eager"
+            )
 
     def start(
         self, task: Task, gradients: LandmarkGradients, columns: Sequence[Tensor], exact: Float[Tensor, "n C"]

@@ -164,6 +164,7 @@ def _scored_from(
         "tokens": task.pool.identity,
         "rows": rows_sha256(task.rows),
         "model": task.model_identity(),
+        "batch_invariant": task.collecting.batch_invariant,  # which the embeddings that are read were made with
     }
     writer = StageWriter(task.store, f"{name}-{task.pool.name}", full, num_rows=len(task.rows), shard_rows=_SHARD_ROWS)
     task.stages.append(writer.path)

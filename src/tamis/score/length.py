@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from tamis.collect import Task
-from tamis.errors import InvalidSettings
 from tamis.score.matrix import scores_without_target
 from tamis.types import TargetScores
+from tamis.values import check_types
 
 __all__ = ["Length"]
 
@@ -21,8 +21,7 @@ class Length:
     order: Literal["longest", "shortest"] = "longest"  # which rows come first
 
     def __post_init__(self) -> None:
-        if self.order not in ("longest", "shortest"):
-            raise InvalidSettings(f"order must be 'longest' or 'shortest', got {self.order!r}")
+        check_types(self)
 
     def score(self, task: Task) -> TargetScores:
         """The same number of each row for every target."""

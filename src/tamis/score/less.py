@@ -39,6 +39,7 @@ from tamis.score.warmup import random_warmup_rows, warmup_points, warmup_trainin
 from tamis.training.checkpoints import Moments, read_moments
 from tamis.training.loop import TrainSettings
 from tamis.types import Batch, IntArray, LayerSpec, TargetScores
+from tamis.values import check_types
 
 __all__ = ["Less", "moment_vectors", "moments_digest", "transformed_features"]
 
@@ -96,16 +97,13 @@ class Less:
     memory_gb: float = 2.0
 
     def __post_init__(self) -> None:
-        if self.form not in ADAM_FORMS:
-            raise InvalidSettings(f"form={self.form!r} is unknown; choose one of {', '.join(ADAM_FORMS)}")
+        check_types(self)
         if not 0 < self.warmup_share <= 1:
             raise InvalidSettings(f"warmup_share must be above 0 and at most 1, got {self.warmup_share}")
         if self.lora_rank < 1:
             raise InvalidSettings(f"lora_rank must be at least 1, got {self.lora_rank}")
         if self.lora_alpha is not None and not self.lora_alpha > 0:
             raise InvalidSettings(f"lora_alpha must be positive, got {self.lora_alpha}")
-        if self.feature_dtype not in ("float16", "float32"):
-            raise InvalidSettings(f"feature_dtype must be 'float16' or 'float32', got {self.feature_dtype!r}")
         if not self.memory_gb > 0:
             raise InvalidSettings(f"memory_gb must be positive, got {self.memory_gb}")
         self.warmup_settings()  # checks the others

@@ -17,6 +17,7 @@ from tamis.data.words import words
 from tamis.errors import InvalidSettings
 from tamis.score.matrix import empty_scores
 from tamis.types import FloatArray, IntArray, TargetScores
+from tamis.values import check_types
 
 __all__ = ["Bm25", "WordIndex"]
 
@@ -42,7 +43,8 @@ class Bm25:
     b: float = 0.75  # how much long rows are held back: 0 not at all, 1 in full
 
     def __post_init__(self) -> None:
-        if not np.isfinite(self.k1) or self.k1 < 0:
+        check_types(self)
+        if self.k1 < 0:
             raise InvalidSettings(f"k1 must be at least 0, got {self.k1:g}")
         if not 0 <= self.b <= 1:
             raise InvalidSettings(f"b must be between 0 and 1, got {self.b:g}")

@@ -6,7 +6,6 @@ model is trained briefly on the target's rows, and a pool row scores by its rela
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,6 +19,7 @@ from tamis.score.matrix import scores_of_targets
 from tamis.score.warmup import warmup_points, warmup_training
 from tamis.training.loop import TrainSettings
 from tamis.types import FloatArray, IntArray, TargetScores
+from tamis.values import check_types
 
 __all__ = ["LossDrop", "relative_drops"]
 
@@ -56,10 +56,9 @@ class LossDrop:
     length_power: float = 0.0
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.lora_rank < 1:
             raise InvalidSettings(f"lora_rank must be at least 1, got {self.lora_rank}")
-        if not math.isfinite(self.length_power):
-            raise InvalidSettings(f"length_power must be a finite number, got {self.length_power}")
         self.warmup_settings()  # checks the others
 
     def warmup_settings(self) -> TrainSettings:

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from tamis.collect import Task
 from tamis.corpus import Corpus
-from tamis.errors import InvalidSettings
 from tamis.maths.similarity import cosines
 from tamis.model.states import weighted_mean_states
 from tamis.score.matrix import empty_scores
 from tamis.store.reader import StageReader
 from tamis.types import Batch, IntArray, TargetScores
+from tamis.values import check_types
 
 __all__ = ["RdsPlus"]
 
@@ -36,8 +36,7 @@ class RdsPlus:
     positions: Literal["all", "supervised"] = "all"  # tokens that count: every one, or those that carry loss
 
     def __post_init__(self) -> None:
-        if self.positions not in ("all", "supervised"):
-            raise InvalidSettings(f"positions must be 'all' or 'supervised', got {self.positions!r}")
+        check_types(self)
 
     def score(self, task: Task) -> TargetScores:
         """One column per target row."""

@@ -62,6 +62,11 @@ class RowEmbeddings:
         self._task, self._dtype = task, dtype
         self._text: dict[TfIdf, TextEmbedder] = {}
 
+    @property
+    def dtype(self) -> str:
+        """Of stored embeddings of a model."""
+        return self._dtype
+
     def of(self, embedding: AnyEmbedding, corpus: Corpus, rows: IntArray) -> RowBlock:
         """A reader of the rows' embeddings; a model's are computed now, as far as they are not stored.
 

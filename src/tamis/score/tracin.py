@@ -32,6 +32,7 @@ from tamis.score.features import (
 from tamis.score.matrix import with_columns
 from tamis.training.checkpoints import learning_rates_of
 from tamis.types import TargetScores
+from tamis.values import check_types
 
 __all__ = ["TracIn"]
 
@@ -79,10 +80,7 @@ class TracIn:
     memory_gb: float = 2.0
 
     def __post_init__(self) -> None:
-        if self.normalize not in ("cosine", "dot"):
-            raise InvalidSettings(f"normalize must be 'cosine' or 'dot', got {self.normalize!r}")
-        if self.feature_dtype not in ("float16", "float32"):
-            raise InvalidSettings(f"feature_dtype must be 'float16' or 'float32', got {self.feature_dtype!r}")
+        check_types(self)
         if self.learning_rates and len(self.learning_rates) != len(self.checkpoints):
             raise InvalidSettings(
                 f"learning_rates has {len(self.learning_rates)} entries for {len(self.checkpoints)} checkpoints; "

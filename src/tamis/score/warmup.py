@@ -136,7 +136,7 @@ def warmup_points(
         "algorithm": "warm-up-v1",
         "training": asdict(settings),
         "lora_rank": lora_rank,
-        "lora_alpha": lora_alpha,
+        "lora_alpha": None if lora_rank is None else lora_alpha,  # without an adapter nothing is scaled by it
         "rows": rows_sha256(rows),
         "seed": task.seed,
     }

@@ -142,7 +142,10 @@ def choose(
             for row in picks.rows[copies.has_copy[picks.rows]]:
                 left_out[copies.of(int(row))] = False  # not worse than the bound: the same row again
         column = picks.column if per_row else picks.target
-        robust = robust_weights(columns, picks.rows, column, left_out, block_values=block_values)
+        among = available if first_of is None else _one_of_each(first_of[rows], available)
+        robust = robust_weights(
+            columns, picks.rows, column, left_out, num_candidates=int(among.sum()), block_values=block_values
+        )
         example_weights[picks.rows] = robust.weights
         notes = notes_of_weights(robust, of_target, scores.target_names)
     elif scores.weights == "second-order":

@@ -29,7 +29,7 @@ class RobustWeights:
 
     weights: Float[np.ndarray, " k"]
     columns: Int[np.ndarray, " C"]  # those that picked, ascending
-    lambdas: Float[np.ndarray, " C"]  # λ used
+    lambdas: Float[np.ndarray, " C"]  # λ used, of equation 7 with weights that sum to the number of candidates
     intervals: Float[np.ndarray, "C 2"]  # any λ above the first and up to the second keeps exactly these rows
     ties: Int[np.ndarray, " C"]  # picks that are no better than the best row left out
 
@@ -40,6 +40,7 @@ def robust_weights(
     column: Int[np.ndarray, " k"],
     left_out: Bool[np.ndarray, " n"],
     *,
+    num_candidates: int | None = None,
     block_values: int = BLOCK_VALUES,
 ) -> RobustWeights:
     """A weight for each picked row, in the order of ``picked``; those that one column picked sum to their number.
@@ -55,9 +56,12 @@ def robust_weights(
         picked: rows that were selected.
         column: who picked each.
         left_out: rows that could have been selected and were not.
+        num_candidates: n of equation 7, whose weights sum to n over n rows, by which λ goes; copies count once. None:
+            the rows picked and those left out.
         block_values: score values read at a time.
     """
     bounds = best_left_out(values, left_out, block_values=block_values)
+    candidates = len(picked) + int(np.count_nonzero(left_out)) if num_candidates is None else num_candidates
     weights = np.ones(len(picked), np.float32)
     takers = np.unique(column)
     lambdas, intervals, ties = np.empty(len(takers)), np.empty((len(takers), 2)), np.zeros(len(takers), np.int64)
@@ -73,7 +77,7 @@ def robust_weights(
         found = weights_for_count(scores, count, break_ties=True)
         weights[mine] = found.value[:count] * (count / found.value[:count].sum())
         # λ times the number of rows that weights sum to is one and the same for every pool around these picks.
-        scale = len(scores) / count
+        scale = len(scores) / candidates
         lambdas[place] = float(found.stats["lambda"]) * scale
         intervals[place] = float(found.stats["lambda_low"]) * scale, float(found.stats["lambda_high"]) * scale
     return RobustWeights(weights=weights, columns=takers, lambdas=lambdas, intervals=intervals, ties=ties)
@@ -97,8 +101,9 @@ def notes_of_weights(
         low, high = found.intervals[mine].T
         several = f" (by {int(mine.sum())} target rows)" if mine.sum() > 1 else ""
         sentence = (
-            f"Robust weights for target {name}{several}: lambda {_range(found.lambdas[mine])}, the largest that keeps "
-            f"just these rows; its interval begins at {_range(low)}"
+            f"Robust weights for target {name}{several}: lambda {_range(found.lambdas[mine])} (of equation 7, whose "
+            "weights sum to the number of candidates), the largest that keeps just these rows; its interval begins at "
+            f"{_range(low)}"
         )
         if np.isinf(high).any():
             sentence += (
