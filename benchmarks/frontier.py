@@ -35,10 +35,10 @@ from tamis.maths.similarity import unit_rows
 from tamis.model.loss import per_sample_losses
 from tamis.progress import NoProgress
 from tamis.projection import make_projector
-from tamis.score.embedding_candidates import EmbeddingSettings, candidate_embeddings, embeddings_within, label_of
-from tamis.score.embedding_choice import Choice, KernelSettings, choose_embedding
-from tamis.score.landmark_gradients import LandmarkGradients
-from tamis.score.row_embeddings import AnyEmbedding, RowBlock, RowEmbeddings
+from tamis.score.distillation.candidates import EmbeddingSettings, candidate_embeddings, embeddings_within, label_of
+from tamis.score.distillation.choice import Choice, KernelSettings, choose_embedding
+from tamis.score.distillation.landmark_gradients import LandmarkGradients
+from tamis.score.distillation.row_embeddings import AnyEmbedding, RowBlock, RowEmbeddings
 from tamis.seeds import child_seed, random_subset
 from tamis.settings import SelectSettings
 from tamis.solve.kernel_ridge import fit_kernel_ridge

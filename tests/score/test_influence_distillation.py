@@ -27,15 +27,16 @@ from tamis.embeddings import HiddenError, save_embeddings
 from tamis.errors import InvalidInput, InvalidSettings, Unsupported
 from tamis.model.load import LoadedModel, ModelSettings, load_model
 from tamis.runs.select import make_method
-from tamis.score import landmark_gradients
-from tamis.score.distillation_settings import PRESETS, landmark_count
-from tamis.score.embedding_candidates import (
+from tamis.score import features
+from tamis.score.distillation import landmark_gradients
+from tamis.score.distillation.candidates import (
     beyond_the_budget,
     blocks_beyond_the_model,
     embeddings_within,
     label_of,
 )
-from tamis.score.embedding_choice import Choice
+from tamis.score.distillation.choice import Choice
+from tamis.score.distillation.settings import PRESETS, landmark_count
 from tamis.score.influence_distillation import InfluenceDistillation
 from tamis.score.tracin import TracIn
 from tamis.settings import SelectSettings
@@ -317,7 +318,7 @@ def test_a_resumed_run_says_what_the_first_one_said(
     settings = InfluenceDistillation(warmup="none", landmarks=20)
     first, second = make_task(tmp_path, llama, pool=POOL), make_task(tmp_path, llama, pool=POOL)
     with monkeypatch.context() as patched:
-        patched.setattr("tamis.score.embedding_candidates.head_of", refuse)
+        patched.setattr("tamis.score.distillation.candidates.head_of", refuse)
         settings.score(first)
     assert any("was not tried: its head is not known" in note for note in first.notes)
     settings.score(second)
@@ -436,7 +437,7 @@ def test_auto_leaves_out_jvp_where_attention_cannot_run_in_forward_mode(
 def test_a_setting_that_prices_an_embedding_out_of_auto_is_named(
     tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, settings: dict, left_out: list[str]
 ) -> None:
-    monkeypatch.setattr("tamis.score.embedding_candidates._blocks_of", lambda task: 30)
+    monkeypatch.setattr("tamis.score.distillation.candidates._blocks_of", lambda task: 30)
     asked = InfluenceDistillation(**settings).embedding_settings()
     found = beyond_the_budget(asked, make_task(tmp_path, llama))
     assert len(found) == len(left_out)
@@ -588,15 +589,15 @@ def test_an_embedding_of_no_block_is_refused_where_it_needs_one(embedding: str) 
 def test_landmarks_without_gradient_are_left_out_and_marked(
     tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = landmark_gradients.per_sample_features
+    original = features.per_sample_features
 
     def silent(model, batch, layers, projector):
-        losses, features, norms = original(model, batch, layers, projector)
+        losses, found, norms = original(model, batch, layers, projector)
         for row in (3, 7):
-            features[batch.rows == row] = 0
-        return losses, features, norms
+            found[batch.rows == row] = 0
+        return losses, found, norms
 
-    monkeypatch.setattr(landmark_gradients, "per_sample_features", silent)
+    monkeypatch.setattr(features, "per_sample_features", silent)
     target = [*[("one plus five?", "six")] * 3, ("sing", "la la la")]  # row 3 of the target has no gradient either
     task = make_task(tmp_path, llama, pool=POOL[:20], target=target)
     scores = InfluenceDistillation(warmup="none", landmarks=19).score(task)

@@ -23,10 +23,10 @@ from tamis.model.flops import (
     stage_flops,
     weight_gradient_flops,
 )
-from tamis.score.distillation_settings import landmark_count
-from tamis.score.embedding_candidates import embeddings_within, nominal_passes
+from tamis.score.distillation.candidates import embeddings_within, nominal_passes
+from tamis.score.distillation.row_embeddings import work_of
+from tamis.score.distillation.settings import landmark_count
 from tamis.score.influence_distillation import InfluenceDistillation
-from tamis.score.row_embeddings import work_of
 from tamis.score.warmup import warmup_rows
 from tamis.trajectory.adjoint import steps_back
 

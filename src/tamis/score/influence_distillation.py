@@ -29,17 +29,17 @@ from tamis.errors import InvalidInput
 from tamis.model.load import ModelSettings
 from tamis.projection import make_projector
 from tamis.score.decisions import gradient_size
-from tamis.score.distillation_settings import check_distillation, landmark_count, preset_values
-from tamis.score.embedding_candidates import EmbeddingSettings
-from tamis.score.embedding_choice import Choice, KernelSettings, choose_embedding
-from tamis.score.landmark_gradients import LandmarkGradients, landmark_gradients, require_storable
-from tamis.score.landmark_notes import diagnosis, is_trusted, notes_of_carried_term, notes_of_choice, verdict
-from tamis.score.landmark_rows import landmark_rows
-from tamis.score.landmark_second_order import LandmarkTerm, SecondOrder
-from tamis.score.landmark_transfer import transferred_scores
+from tamis.score.distillation.candidates import EmbeddingSettings
+from tamis.score.distillation.choice import Choice, KernelSettings, choose_embedding
+from tamis.score.distillation.landmark_gradients import LandmarkGradients, landmark_gradients, require_storable
+from tamis.score.distillation.landmark_rows import landmark_rows
+from tamis.score.distillation.notes import diagnosis, is_trusted, notes_of_carried_term, notes_of_choice, verdict
+from tamis.score.distillation.row_embeddings import RowEmbeddings
+from tamis.score.distillation.second_order import LandmarkTerm, SecondOrder
+from tamis.score.distillation.settings import check_distillation, landmark_count, preset_values
+from tamis.score.distillation.transfer import transferred_scores
 from tamis.score.less import moments_digest
 from tamis.score.matrix import empty_scores
-from tamis.score.row_embeddings import RowEmbeddings
 from tamis.score.warmup import random_warmup_rows, warmup_points, warmup_training
 from tamis.solve.kernels import KernelName
 from tamis.solve.landmarks import LandmarkRule

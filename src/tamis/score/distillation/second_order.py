@@ -19,12 +19,12 @@ from tamis.collect import Task
 from tamis.errors import InvalidSettings, Unsupported
 from tamis.maths.second_order import WORTH_HAVING, TermRatio
 from tamis.model.load import resolved_dtype
-from tamis.score.embedding_choice import Choice
-from tamis.score.landmark_curvature import LandmarkHessians
-from tamis.score.landmark_gradients import LandmarkGradients
-from tamis.score.landmark_transfer import transfer_coefficients
+from tamis.score.distillation.choice import Choice
+from tamis.score.distillation.curvature import LandmarkHessians
+from tamis.score.distillation.landmark_gradients import LandmarkGradients
+from tamis.score.distillation.row_embeddings import RowEmbeddings
+from tamis.score.distillation.transfer import transfer_coefficients
 from tamis.score.matrix import empty_scores
-from tamis.score.row_embeddings import RowEmbeddings
 from tamis.seeds import child_seed, random_subset
 from tamis.solve.leave_one_out import try_candidates
 from tamis.types import Curvature, FloatArray, IntArray

@@ -11,12 +11,12 @@ import pytest
 from score_task import make_task, save_tiny
 from tamis.collect import Collecting, Task
 from tamis.embeddings import HiddenMean
-from tamis.score.embedding_choice import Choice
+from tamis.score.distillation.choice import Choice
+from tamis.score.distillation.curvature import LandmarkHessians
+from tamis.score.distillation.landmark_rows import landmark_rows
+from tamis.score.distillation.row_embeddings import RowEmbeddings
+from tamis.score.distillation.transfer import transfer_coefficients
 from tamis.score.influence_distillation import InfluenceDistillation
-from tamis.score.landmark_curvature import LandmarkHessians
-from tamis.score.landmark_rows import landmark_rows
-from tamis.score.landmark_transfer import transfer_coefficients
-from tamis.score.row_embeddings import RowEmbeddings
 from tamis.score.warmup import warmup_points, warmup_training
 from tamis.solve.leave_one_out import Candidate
 

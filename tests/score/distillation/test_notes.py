@@ -3,10 +3,10 @@ import dataclasses
 import pytest
 
 from tamis.embeddings import Gradient, HiddenError
-from tamis.score.embedding_candidates import EmbeddingSettings
-from tamis.score.embedding_choice import COMPARED, Choice, Tried
+from tamis.score.distillation.candidates import EmbeddingSettings
+from tamis.score.distillation.choice import COMPARED, Choice, Tried
+from tamis.score.distillation.notes import diagnosis, is_trusted, notes_of_carried_term, notes_of_choice, verdict
 from tamis.score.influence_distillation import InfluenceDistillation
-from tamis.score.landmark_notes import diagnosis, is_trusted, notes_of_carried_term, notes_of_choice, verdict
 from tamis.solve.landmarks import LANDMARK_RULES, LandmarkRule
 from tamis.solve.leave_one_out import Candidate
 

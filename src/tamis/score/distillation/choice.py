@@ -21,14 +21,14 @@ from tamis.embeddings import EMBEDDINGS, Given, TfIdf, forward_passes
 from tamis.errors import InvalidSettings
 from tamis.model.flops import ModelShape
 from tamis.score.decisions import kept_once
-from tamis.score.embedding_candidates import (
+from tamis.score.distillation.candidates import (
     EmbeddingSettings,
     blocks_beyond_the_model,
     candidate_embeddings,
     label_of,
 )
-from tamis.score.landmark_gradients import LandmarkGradients
-from tamis.score.row_embeddings import AnyEmbedding, RowEmbeddings
+from tamis.score.distillation.landmark_gradients import LandmarkGradients
+from tamis.score.distillation.row_embeddings import AnyEmbedding, RowEmbeddings
 from tamis.seeds import child_seed, random_subset
 from tamis.solve.kernels import Kernel, KernelName
 from tamis.solve.leave_one_out import Candidate, CandidateResult, candidate_grid, foretelling, try_candidates

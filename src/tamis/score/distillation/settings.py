@@ -9,7 +9,7 @@ import dataclasses
 from typing import Any
 
 from tamis.errors import InvalidSettings
-from tamis.score.embedding_candidates import EMBEDDING_NAMES
+from tamis.score.distillation.candidates import EMBEDDING_NAMES
 from tamis.values import nearest
 
 __all__ = ["PRESETS", "check_distillation", "landmark_count", "preset_values"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tamis.embeddings import Gradient
-from tamis.score.embedding_candidates import EmbeddingSettings
-from tamis.score.embedding_choice import COMPARED, Choice, Tried
+from tamis.score.distillation.candidates import EmbeddingSettings
+from tamis.score.distillation.choice import COMPARED, Choice, Tried
 from tamis.solve.landmarks import LandmarkRule
 
 __all__ = ["diagnosis", "is_trusted", "notes_of_carried_term", "notes_of_choice", "verdict"]

@@ -17,10 +17,10 @@ from torch import Tensor
 from tamis.collect import Task
 from tamis.embeddings import Given, ModelEmbedding, TfIdf
 from tamis.identity import fingerprint, rows_sha256
-from tamis.score.embedding_choice import Choice
-from tamis.score.landmark_gradients import LandmarkGradients
+from tamis.score.distillation.choice import Choice
+from tamis.score.distillation.landmark_gradients import LandmarkGradients
+from tamis.score.distillation.row_embeddings import RowBlock, RowEmbeddings, work_of
 from tamis.score.matrix import empty_scores, fill_columns
-from tamis.score.row_embeddings import RowBlock, RowEmbeddings, work_of
 from tamis.solve.kernel_ridge import KernelRidge, fit_kernel_ridge
 from tamis.solve.leave_one_out import candidate_basis
 from tamis.stages import finish, own_shards, record_cost

@@ -7,8 +7,8 @@ import numpy as np
 from tamis.collect import Task
 from tamis.identity import rows_sha256
 from tamis.score.decisions import kept_once
-from tamis.score.embedding_candidates import EmbeddingSettings, candidate_embeddings
-from tamis.score.row_embeddings import RowEmbeddings
+from tamis.score.distillation.candidates import EmbeddingSettings, candidate_embeddings
+from tamis.score.distillation.row_embeddings import RowEmbeddings
 from tamis.solve.landmarks import LANDMARK_RULES, LandmarkRule, uniform_landmarks
 from tamis.types import IntArray
 

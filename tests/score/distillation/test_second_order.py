@@ -19,10 +19,10 @@ from tamis.collect import Task
 from tamis.embeddings import HiddenMean
 from tamis.errors import InvalidInput, InvalidSettings, Unsupported
 from tamis.gradients.hessian import hessian_products
-from tamis.score import landmark_curvature, landmark_gradients
+from tamis.score.distillation import curvature, landmark_gradients
+from tamis.score.distillation.landmark_gradients import adam_vectors
+from tamis.score.distillation.row_embeddings import RowEmbeddings
 from tamis.score.influence_distillation import InfluenceDistillation
-from tamis.score.landmark_gradients import adam_vectors
-from tamis.score.row_embeddings import RowEmbeddings
 from tamis.score.tracin import TracIn
 from tamis.selection.choose import choose
 from tamis.selection.second_order import second_order_scores
@@ -321,7 +321,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
     whole = make_task(tmp_path / "whole", llama, pool=POOL_OF_20)
     wanted = settings.score(whole)
     assert wanted.curvature is not None
-    real, calls = landmark_curvature.hessian_products, []
+    real, calls = curvature.hessian_products, []
 
     def dies(*arguments: object) -> object:
         calls.append(1)
@@ -329,10 +329,10 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(landmark_curvature, "hessian_products", dies)
+    monkeypatch.setattr(curvature, "hessian_products", dies)
     with pytest.raises(KeyboardInterrupt):
         settings.score(make_task(tmp_path / "cut", llama, pool=POOL_OF_20))
-    monkeypatch.setattr(landmark_curvature, "hessian_products", real)
+    monkeypatch.setattr(curvature, "hessian_products", real)
     resumed = make_task(tmp_path / "cut", llama, pool=POOL_OF_20)
     found = settings.score(resumed)
     assert found.curvature is not None
@@ -347,7 +347,7 @@ def test_batches_that_do_not_fit_are_cut_in_two_and_stay_so(
     tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = InfluenceDistillation(**CARRIED, eta=0.1)
-    real, tokens = landmark_curvature.hessian_products, []
+    real, tokens = curvature.hessian_products, []
 
     def short_of_memory(model: object, batches: object, *others: object) -> object:
         def seen():
@@ -359,12 +359,12 @@ def test_batches_that_do_not_fit_are_cut_in_two_and_stay_so(
 
         return real(model, seen(), *others)
 
-    monkeypatch.setattr(landmark_curvature, "hessian_products", short_of_memory)
+    monkeypatch.setattr(curvature, "hessian_products", short_of_memory)
     task = make_task(tmp_path / "short", llama, pool=POOL_OF_20, aggregate="mean")
     whole = make_task(tmp_path / "mean", llama, pool=POOL_OF_20, aggregate="mean")
     found = settings.score(task).curvature
     assert max(tokens) > 45 and tokens[-1] <= 45
-    monkeypatch.setattr(landmark_curvature, "hessian_products", real)
+    monkeypatch.setattr(curvature, "hessian_products", real)
     wanted = settings.score(whole).curvature
     assert found is not None and wanted is not None
     scale = float(np.abs(wanted.products).max())
@@ -380,7 +380,7 @@ def test_a_single_row_whose_hessian_does_not_fit_is_an_error_that_says_what_to_l
         next(iter(batches))
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(landmark_curvature, "hessian_products", never_fits)
+    monkeypatch.setattr(curvature, "hessian_products", never_fits)
     with pytest.raises(
         Unsupported,
         match=r"row \d+ \(0-based\): a Hessian product over its \d+ tokens alone .* "

@@ -19,17 +19,23 @@ from torch import Tensor
 
 from tamis.collect import Task
 from tamis.errors import InvalidInput, InvalidSettings
-from tamis.gradients.per_sample import per_sample_features
 from tamis.identity import rows_sha256
 from tamis.maths.second_order import adam_offset, adam_scale
-from tamis.maths.similarity import inner_products, row_norms, unit_rows
+from tamis.maths.similarity import inner_products, unit_rows
 from tamis.projection import AnyProjector, NoProjector, make_projector
 from tamis.score.decisions import kept_once
-from tamis.score.features import FeatureFunction, FeatureSpec, collect_features, read_features, rows_with_gradient
+from tamis.score.features import (
+    FeatureFunction,
+    FeatureSpec,
+    collect_features,
+    gradient_features,
+    read_features,
+    rows_with_gradient,
+)
 from tamis.score.less import moment_vectors, moments_digest, transformed_features
 from tamis.store.reader import StageReader
 from tamis.training.checkpoints import read_moments
-from tamis.types import Batch, IntArray
+from tamis.types import IntArray
 
 __all__ = ["LandmarkGradients", "adam_vectors", "landmark_gradients", "require_storable"]
 
@@ -102,11 +108,11 @@ def landmark_gradients(
         task.target,
         task.target_rows,
         FeatureSpec(name="gradients", identity=raw, dtype=dtype),
-        lambda: _raw(task, projector),
+        lambda: gradient_features(task, projector),
     )
     if form == "raw":
         spec = FeatureSpec(name="gradients", identity=raw, dtype=dtype)
-        pool = collect_features(task, task.pool, rows, spec, lambda: _raw(task, projector))
+        pool = collect_features(task, task.pool, rows, spec, lambda: gradient_features(task, projector))
     else:
         assert moments is not None
         scaled = {**raw, "algorithm": "adam-gradients-v1", "moments": moments_digest(moments)}
@@ -158,16 +164,6 @@ def _width(task: Task, projector: AnyProjector) -> int:
     path = task.workdir("feature-width", spec, uses_target=False) / "width.json"
     found: int = kept_once(path, lambda: projector.output_dim(task.layers()))
     return found
-
-
-def _raw(task: Task, projector: AnyProjector) -> FeatureFunction:
-    model, layers = task.loaded.model, task.layers()
-
-    def features(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        losses, found, norms = per_sample_features(model, batch, layers, projector)
-        return losses, found, row_norms(found) if norms is None else norms
-
-    return features
 
 
 def _scaled(task: Task, projector: AnyProjector, moments: Path) -> FeatureFunction:

@@ -27,8 +27,8 @@ from tamis.gradients.per_sample import Alignments, MaterialisedGradients, Weight
 from tamis.model.flops import ModelShape, hessian_flops, stage_flops
 from tamis.model.memory import TokenLimit, default_batch_tokens
 from tamis.score.decisions import gradient_size, kept_once
+from tamis.score.distillation.landmark_gradients import adam_vectors
 from tamis.score.features import parts_of
-from tamis.score.landmark_gradients import adam_vectors
 from tamis.score.less import moments_digest
 from tamis.stages import finish, own_shards, record_cost
 from tamis.store.reader import StageReader

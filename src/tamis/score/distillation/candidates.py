@@ -17,7 +17,7 @@ from tamis.errors import InvalidSettings, NonFinite, Unsupported, first_line
 from tamis.model.blocks import Decoder
 from tamis.model.head import head_of
 from tamis.model.memory import is_out_of_memory
-from tamis.score.row_embeddings import AnyEmbedding, identity_of, is_model_embedding
+from tamis.score.distillation.row_embeddings import AnyEmbedding, identity_of, is_model_embedding
 from tamis.seeds import child_seed
 from tamis.types import Batch
 
