@@ -8,7 +8,7 @@ from torch.func import functional_call, jvp
 
 from oracles import relative_error
 from tamis.errors import InvalidInput, Unsupported
-from tamis.gradients.jvp import gaussian_direction, hidden_tangents, mean_direction
+from tamis.gradients.jvp import gaussian_direction, hidden_tangents, loss_tangents, mean_direction
 from tamis.model.blocks import causal_model, first_blocks
 from tamis.model.head import head_of, read_out
 from tamis.model.states import last_hidden_states
@@ -192,3 +192,15 @@ def test_operation_without_a_forward_mode_rule_is_named():
     model.base_model.norm = NoRule()
     with pytest.raises(Unsupported, match=r"cannot be run in forward mode \(.*_some_kernel.*'sdpa' or 'eager'"):
         hidden_tangents(model, batch, layers, gaussian_direction(layers, seed=7), positions="mean")
+
+
+def test_attention_that_may_drop_tangents_without_an_error_is_refused():
+    model = shallow_model("llama")
+    batch, layers = random_batch([5]), gradient_layers(model)
+    direction = gaussian_direction(layers, seed=7)
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(Unsupported, match=r"forward mode \(attention 'flash_attention_2'\).*'sdpa' or 'eager'"):
+        hidden_tangents(model, batch, layers, direction, positions="mean")
+    moved = {name: torch.ones_like(param) for name, param in model.named_parameters()}
+    with pytest.raises(Unsupported, match="attention 'flash_attention_2'"):
+        loss_tangents(model, batch, moved)

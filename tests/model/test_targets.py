@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from tamis.errors import InvalidSettings, Unsupported
+from tamis.model.blocks import first_blocks
 from tamis.model.targets import coverage, gradient_layers, is_tied
 from tiny_models import FAMILIES, tiny_model
 
@@ -144,3 +146,11 @@ def test_dora_and_merged_adapters_are_refused() -> None:
     module.use_dora["default"] = True
     with pytest.raises(Unsupported, match="uses DoRA"):
         gradient_layers(dora)
+
+
+def test_a_part_of_a_model_without_the_adapter_s_layers_says_so() -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1], task_type="CAUSAL_LM")
+    adapted = get_peft_model(tiny_model("llama"), config)
+    assert gradient_layers(adapted)
+    with pytest.raises(Unsupported, match=r"no layer of this part of .* carries the adapter"):
+        gradient_layers(first_blocks(adapted, 1))

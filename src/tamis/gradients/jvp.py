@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tamis.errors import Unsupported
+from tamis.errors import Unsupported, first_line
+from tamis.model.blocks import causal_model
 from tamis.model.loss import evaluation_mode, gathered_before_head, supervised_positions
 from tamis.model.lowrank import LowRankLinear, moved_products
 from tamis.model.states import mean_by_row, states_before_head
@@ -27,6 +28,9 @@ from tamis.types import Batch, LayerSpec
 __all__ = ["gaussian_direction", "hidden_tangents", "loss_tangents", "mean_direction"]
 
 _ALGORITHM = "jvp-gaussian-v1"
+# Made of operations with a forward-mode rule, once PyTorch's fused kernels stand aside. A kernel from elsewhere may
+# drop the tangents of its inputs without an error, and the product would be wrong.
+_FORWARD_MODE = ("sdpa", "eager")
 
 
 def gaussian_direction(
@@ -74,6 +78,8 @@ def hidden_tangents(
         InvalidInput: with "mean", a row has no supervised token.
         Unsupported: the model computes something that has no forward-mode rule.
     """
+    otherwise = "choose another embedding than jvp"
+    _require_forward_mode(model, otherwise)
     supervised = supervised_positions(batch) if positions == "mean" else None
 
     def take(hidden: Tensor) -> Tensor:
@@ -93,7 +99,7 @@ def hidden_tangents(
             with moved_products(model, moves):
                 return states_before_head(model, batch, take=take, params=params)
         except NotImplementedError as error:
-            raise _without_rule(model, error, "choose another embedding than jvp") from error
+            raise _without_rule(model, first_line(error), otherwise) from error
 
 
 def loss_tangents(
@@ -113,6 +119,8 @@ def loss_tangents(
         InvalidInput: a row has no supervised token.
         Unsupported: the model computes something that has no forward-mode rule.
     """
+    otherwise = "score candidates otherwise than by candidates='jvp'"
+    _require_forward_mode(model, otherwise)
     positions, values = supervised_positions(batch), dict(model.named_parameters())
     call = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
     with (
@@ -126,7 +134,7 @@ def loss_tangents(
         try:
             logits = functional_call(model, moved, (), call).logits
         except NotImplementedError as error:
-            raise _without_rule(model, error, "score candidates otherwise than by candidates='jvp'") from error
+            raise _without_rule(model, first_line(error), otherwise) from error
         found = forward_ad.unpack_dual(logits)  # type: ignore[no-untyped-call]
         primal = found.primal.flatten(0, 1)  # (n, V)
         tangent = torch.zeros_like(primal) if found.tangent is None else found.tangent.flatten(0, 1)
@@ -176,8 +184,14 @@ def _dual(param: Tensor, tangent: Tensor) -> Tensor:
     return dual
 
 
-def _without_rule(model: nn.Module, error: NotImplementedError, otherwise: str) -> Unsupported:
+def _require_forward_mode(model: nn.Module, otherwise: str) -> None:
+    loaded = str(getattr(causal_model(model).config, "_attn_implementation", "eager"))
+    if loaded not in _FORWARD_MODE:
+        raise _without_rule(model, f"attention '{loaded}'", otherwise)
+
+
+def _without_rule(model: nn.Module, why: str, otherwise: str) -> Unsupported:
     return Unsupported(
-        f"{type(model).__name__} cannot be run in forward mode ({str(error).splitlines()[0]}); load it with attention "
-        f"'sdpa' or 'eager', or {otherwise}"
+        f"{type(model).__name__} cannot be run in forward mode ({why}); load it with attention 'sdpa' or 'eager', or "
+        f"{otherwise}"
     )

@@ -242,6 +242,11 @@ def _active_lora_factors(model: nn.Module) -> set[str] | None:
     """Names of the active adapter's factor modules; None for a model without LoRA."""
     if not has_adapter(model):
         if hasattr(model, "peft_config"):
+            configs = cast(Any, model).peft_config.values()
+            if all(
+                getattr(config.peft_type, "value", config.peft_type) == "LORA" for config in configs
+            ):  # the model is a part of one, and the adapter stands on others
+                raise Unsupported(f"no layer of this part of {type(model).__name__} carries the adapter")
             raise Unsupported(f"adapter of {type(model).__name__} is not LoRA; only LoRA factors are linear layers")
         return None
     names: set[str] = set()
