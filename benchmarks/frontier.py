@@ -36,7 +36,7 @@ from tamis.model.loss import per_sample_losses
 from tamis.progress import NoProgress
 from tamis.projection import make_projector
 from tamis.score.distillation.candidates import EmbeddingSettings, candidate_embeddings, embeddings_within, label_of
-from tamis.score.distillation.choice import Choice, KernelSettings, choose_embedding
+from tamis.score.distillation.choice import COMPARED, Choice, KernelSettings, choose_embedding
 from tamis.score.distillation.landmark_gradients import LandmarkGradients
 from tamis.score.distillation.row_embeddings import AnyEmbedding, RowBlock, RowEmbeddings
 from tamis.seeds import child_seed, random_subset
@@ -333,8 +333,10 @@ def main() -> None:
                     tried = embeddings_within(settings, blocks, seed) if settings.name == "auto" else ()
                     timer = of_paper if tables is with_paper else clock
                     own = timer.per_row(label_of(choice.embedding))
-                    trying = sum(clock.per_row(label_of(e)) for e in tried) if tried else own
-                    cost = count * (of_gradient + trying) + (pool_rows - count) * own
+                    trying = min(count, COMPARED) * sum(clock.per_row(label_of(e)) for e in tried)
+                    if tried and count <= COMPARED:  # the winner's are those of the landmarks
+                        trying -= count * own
+                    cost = count * of_gradient + pool_rows * own + trying
                     writer.writerow(
                         {
                             "embedding": name,

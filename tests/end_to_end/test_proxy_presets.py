@@ -25,7 +25,7 @@ from tiny_run import TinyRun, make_run, save_model
 MEASURING = ["--held-out-rows", "20", "--no-sweep", "--projection-dim", "8", "--device", "cpu", "--no-report"]
 PROBING = ["--probe-rows", "8"]
 TOKENS = ["--probe-tokens", "64"]
-TRAINING = ["--steps", "2", "--measure-steps", "2", "--batch-rows", "2", "--validation-rows", "8"]
+TRAINING = ["--steps", "2", "--measure-steps", "2", "--update-rows", "2", "--validation-rows", "8"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ CASES = {
     "paper": Case((*PROBING, *TOKENS, *TRAINING), 14, 2, "control: outputs alone"),
     "layer-extraction": Case(tuple(PROBING), 0, 1, "Blocks kept: 1 of 2"),
     "sibling": Case((), 0, 2, '"sparsity": null'),
-    "influence-scorer": Case(("--steps", "20", "--batch-rows", "2"), 0, None, "The head was fitted to"),
+    "influence-scorer": Case(("--steps", "20", "--update-rows", "2"), 0, None, "The head was fitted to"),
 }
 
 

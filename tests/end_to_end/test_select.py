@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import tamis
 from tamis.cli.main import app
 from tamis.errors import BadRow, InvalidInput, InvalidSettings, NonFinite, TamisError
-from tamis.score import tracin
+from tamis.score import features
 from tamis.types import Batch
 from tiny_run import TinyRun, chat, make_run, write_rows
 
@@ -255,7 +255,7 @@ def test_memory_that_runs_out_halves_the_batches_and_changes_no_score(
 ) -> None:
     whole = select(run, tmp_path / "whole").table["score"].to_pylist()
     sizes: list[int] = []
-    real = tracin.per_sample_features
+    real = features.per_sample_features
 
     def small_memory(model: nn.Module, batch: Batch, *rest: object) -> object:
         sizes.append(batch.input_ids.numel())
@@ -263,7 +263,7 @@ def test_memory_that_runs_out_halves_the_batches_and_changes_no_score(
             raise torch.OutOfMemoryError("out of memory")
         return real(model, batch, *rest)
 
-    monkeypatch.setattr(tracin, "per_sample_features", small_memory)
+    monkeypatch.setattr(features, "per_sample_features", small_memory)
     halved = select(run, tmp_path / "halved").table["score"].to_pylist()
     assert halved == pytest.approx(whole, abs=2e-4)
     failed = [size for size in sizes if size > 500]

@@ -24,6 +24,7 @@ from tamis.model.flops import (
     weight_gradient_flops,
 )
 from tamis.score.distillation.candidates import embeddings_within, nominal_passes
+from tamis.score.distillation.choice import COMPARED
 from tamis.score.distillation.row_embeddings import work_of
 from tamis.score.distillation.settings import landmark_count
 from tamis.score.influence_distillation import InfluenceDistillation
@@ -216,12 +217,16 @@ def _influence_distillation(question: MethodQuestion) -> list[PassPlan]:
         few = few.times(min(1.0, method.hessian_landmarks / few.rows))
         if method.weights != "second-order" or few.rows == question.scored.rows:
             return passes  # every score is exact, and so is the second-order term, if there is one
-    tried = [e for e in embeddings_within(method.embedding_settings(), shape.blocks, 0) if not isinstance(e, _FREE)]
+    within = embeddings_within(method.embedding_settings(), shape.blocks, 0)
+    tried = [e for e in within if not isinstance(e, _FREE)]
     entry = _BYTES[method.feature_dtype]
-    passes += [_embedding_pass(f"{e.name} (landmarks)", e, few, shape, entry_bytes=entry) for e in tried]
     if tried:
         # Which one leave-one-out will choose is not known: the dearest, which it mostly is.
         dearest = max(tried, key=lambda e: nominal_passes(e, shape.blocks))
+        compared = few.times(min(1.0, COMPARED / few.rows))
+        others = [e for e in tried if e is not dearest or compared.rows < few.rows] if len(within) > 1 else []
+        passes += [_embedding_pass(f"{e.name} (compared)", e, compared, shape, entry_bytes=entry) for e in others]
+        passes.append(_embedding_pass(f"{dearest.name} (landmarks)", dearest, few, shape, entry_bytes=entry))
         if method.residual is not False:  # the embedding's own score needs the target's embeddings
             passes.append(
                 _embedding_pass(f"{dearest.name} (target)", dearest, question.target, shape, entry_bytes=entry)

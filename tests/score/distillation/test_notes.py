@@ -4,7 +4,7 @@ import pytest
 
 from tamis.embeddings import Gradient, HiddenError
 from tamis.score.distillation.candidates import EmbeddingSettings
-from tamis.score.distillation.choice import COMPARED, Choice, Tried
+from tamis.score.distillation.choice import COMPARED, KERNELS_COMPARED, Choice, Tried
 from tamis.score.distillation.notes import diagnosis, is_trusted, notes_of_carried_term, notes_of_choice, verdict
 from tamis.score.influence_distillation import InfluenceDistillation
 from tamis.solve.landmarks import LANDMARK_RULES, LandmarkRule
@@ -86,12 +86,16 @@ def test_the_console_gets_the_choice_the_expectation_and_the_verdict_once() -> N
 
 def test_notes_say_on_how_many_landmarks_embeddings_and_kernels_were_compared() -> None:
     one = dataclasses.replace(choice_of(0.6, 0.5), tried=(Tried(label="rds", recovery=0.2, passes=1.0),))
-    for choice, said in ((choice_of(0.6, 0.5), "gradients of 1,024 of the landmarks"), (one, "on 1,024 of the")):
-        for landmarks in (COMPARED, COMPARED + 1):
+    cases = (
+        (choice_of(0.6, 0.5), COMPARED, "gradients of 256 of the landmarks"),
+        (one, KERNELS_COMPARED, "on 1,024 of the"),
+    )
+    for choice, most, said in cases:
+        for landmarks in (most, most + 1):
             chosen, _ = notes_of_choice(
                 choice, landmarks=landmarks, rule="uniform", target_names=("a", "b"), per_row=True
             )
-            assert (said in chosen) == (landmarks > COMPARED)
+            assert (said in chosen) == (landmarks > most)
 
 
 def test_where_scores_are_exact_only_the_term_is_said_to_be_carried() -> None:

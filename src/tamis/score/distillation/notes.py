@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tamis.embeddings import Gradient
 from tamis.score.distillation.candidates import EmbeddingSettings
-from tamis.score.distillation.choice import COMPARED, Choice, Tried
+from tamis.score.distillation.choice import COMPARED, KERNELS_COMPARED, Choice, Tried
 from tamis.solve.landmarks import LandmarkRule
 
 __all__ = ["diagnosis", "is_trusted", "notes_of_carried_term", "notes_of_choice", "verdict"]
@@ -134,7 +134,8 @@ def _used(choice: Choice) -> str:
 
 
 def _why(choice: Choice, landmarks: int) -> str:
-    on = f" {COMPARED:,} of the" if landmarks > COMPARED else ""
+    most = COMPARED if len(choice.tried) > 1 else KERNELS_COMPARED
+    on = f" {most:,} of the" if landmarks > most else ""
     if len(choice.tried) > 1:
         others = ", ".join(f"{tried.label} {tried.recovery:.3f}" for tried in choice.tried)
         of = f" of{on} landmarks, each left out in turn," if on else " of left-out landmarks"
