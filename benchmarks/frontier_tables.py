@@ -124,10 +124,12 @@ def picture(found: dict[str, list[Point]]) -> str:
         f'<text transform="translate(16 {HEIGHT / 2:.0f}) rotate(-90)" text-anchor="middle">'
         "rank correlation with exact scores</text>"
     )
+    autos = [name for name in found if name.startswith("auto")]
     for index, (name, points) in enumerate(found.items()):
-        colour, is_auto = COLOURS[index % len(COLOURS)], name.startswith("auto")
+        colour, is_auto = COLOURS[index % len(COLOURS)], name in autos
         line = " ".join(f"{x(p.cost):.1f},{y(p.spearman):.1f}" for p in points)
-        dash = ' stroke-dasharray="5 4"' if index >= len(COLOURS) else ""
+        pattern = ("", "8 4", "2 3", "8 3 2 3")[autos.index(name) % 4] if is_auto else ""
+        dash = f' stroke-dasharray="{pattern}"' if pattern else ""
         parts.append(
             f'<polyline points="{line}" fill="none" stroke="{"black" if is_auto else colour}" '
             f'stroke-width="{3 if is_auto else 1.5}"{dash}/>'
