@@ -31,19 +31,19 @@ AUTO = InfluenceDistillation().embedding_settings()
     [
         (
             choice_of(0.95, 0.94),
-            "may be trusted nearly like exact ones",
+            "order most rows as exact ones do",
             "spend more per row (embedding_budget above 1)",
         ),
-        (choice_of(0.95, 0.94, sketch=True), "may be trusted", "(a larger sketch: side above 8)"),
+        (choice_of(0.95, 0.94, sketch=True), "order most rows", "(a larger sketch: side above 8)"),
         (
             choice_of(0.61, 0.5),
-            "by the worst target, code (0.51), these scores find most of the best rows",
+            "by the worst target, code (0.51), these scores are usable, but miss about half of the very best rows",
             "add landmarks: with half of them the mean correlation was 0.50",
         ),
         # 0.9 on one target does not make up for 0.4 on the other.
         (choice_of(0.65, 0.64, spread=0.25), "by the worst target, code (0.40), do not trust the order", "spend more"),
         (choice_of(0.3, 0.29), "do not trust the order", "or score with tracin exactly"),
-        (choice_of(0.61, None), "find most", "too few landmarks to tell"),
+        (choice_of(0.61, None), "are usable", "too few landmarks to tell"),
     ],
 )
 def test_verdict_says_how_far_to_trust_and_what_would_help(choice: Choice, trust: str, advice: str) -> None:
