@@ -29,7 +29,7 @@ from torch import Tensor
 
 from tamis.collect import Collecting, Task
 from tamis.corpora import model_settings, read_corpora, read_sources
-from tamis.embeddings import Given, Jvp, Rds, TfIdf
+from tamis.embeddings import Given, HiddenMean, Jvp, Rds, TfIdf
 from tamis.gradients.per_sample import per_sample_features
 from tamis.maths.similarity import unit_rows
 from tamis.model.loss import per_sample_losses
@@ -300,7 +300,7 @@ def main() -> None:
     vectors: dict[str, tuple[Tensor, Tensor]] = {}
     wanted = [dataclasses.replace(ANY, budget=budget) for budget in sorted(options.budgets, reverse=True)]
     every = {label_of(e): e for settings in wanted for e in candidate_embeddings(settings, task)}
-    named: list[AnyEmbedding] = [*every.values(), Rds()]
+    named: list[AnyEmbedding] = [*every.values(), HiddenMean(), Rds()]
     for embedding in named:
         vectors[label_of(embedding)] = embedded(task, clock, embedding)
         passes = clock.per_row(label_of(embedding)) / clock.per_row("forward")
