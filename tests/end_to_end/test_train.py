@@ -135,7 +135,7 @@ def test_a_run_learns_and_says_what_it_did(run: TinyRun, tmp_path: Path) -> None
     assert summary["candidates"] == len(table) == 14 * 8
     assert summary["distinct_rows"] == len({row["row"] for row in table if row["kept"]})
     assert sum(summary["share_by_source"].values()) == pytest.approx(1)
-    assert summary["predicted_vs_realised_drop"]["pairs"] == 5  # of updates 4 to 12
+    assert summary["predicted_vs_realised_drop"]["pairs"] == 6  # of updates 4 to 14
     assert summary["predicted_vs_realised_drop"]["correlation"] > 0.99  # the rate is small
     assert result.manifest["rows"] == {"pool": 40, "target": 8, "held_out": 2, "leaked": 0}
     assert result.manifest["cost"]["candidate_tokens"] > 0

@@ -126,7 +126,7 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         self._candidates: CandidateLog | None = None
         self._source_of_row: list[str | None] | None = None  # of all rows, once they were asked for
         self._forecasts = Forecaster(every=forecast_every, clip=self.args.max_grad_norm, say_once=self._say_once)
-        self.add_callback(_AtTheEnd(self._flush))
+        self.add_callback(_Hooks(after_update=self._compare_forecast, at_the_end=self._flush))
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Candidates with their places in the data set."""
@@ -179,7 +179,6 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
             self.optimizer.train()
         step = self._online_step()
-        self._compare_forecast()
         self._check_count(len(inputs[ROWS]))
         candidates = self._raw_batches(inputs)
         number = self.state.global_step * self.args.gradient_accumulation_steps + self._micro
@@ -362,12 +361,16 @@ class OnlineTrainer(OnlineMixin, Trainer):  # type: ignore[misc]  # transformers
     """``transformers.Trainer`` that chooses and weights its training data at every step; see ``OnlineMixin``."""
 
 
-class _AtTheEnd(TrainerCallback):  # type: ignore[misc]  # transformers has no types here
-    """Calls ``finish`` when training ends: a hook that all versions of the Trainer have."""
+class _Hooks(TrainerCallback):  # type: ignore[misc]  # transformers has no types here
+    """Calls back where all versions of the Trainer have a hook: after an update, before it is logged and saved."""
 
-    def __init__(self, finish: Callable[[], None]) -> None:
-        self._finish = finish
+    def __init__(self, *, after_update: Callable[[], None], at_the_end: Callable[[], None]) -> None:
+        self._after_update, self._at_the_end = after_update, at_the_end
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The parameters have moved."""
+        self._after_update()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Training has ended."""
-        self._finish()
+        self._at_the_end()
