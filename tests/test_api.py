@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import tamis
-from tamis.errors import InvalidSettings
+from tamis.errors import InvalidInput, InvalidSettings
 from tiny_run import TinyRun, make_run
 
 
@@ -54,3 +54,11 @@ def test_a_verb_that_looks_refuses_a_folder_and_names_the_nearest_setting(
     with pytest.raises(InvalidSettings, match=r"unknown setting 'smaple'.*sample"):
         verb(**given, smaple=5)
     assert not (tmp_path / "found").exists()
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "a=b", "c[d]"])
+def test_a_target_name_that_would_be_taken_for_a_path_is_refused(name: str, tiny: TinyRun) -> None:
+    with pytest.raises(InvalidSettings, match="cannot be a name"):
+        tamis.doctor(model=tiny.model, pool=tiny.pool, target={name: tiny.target})
+    with pytest.raises(InvalidInput, match="the name in NAME=PATH has no slash and no wildcard"):
+        tamis.doctor(model=tiny.model, pool=tiny.pool, target=f"a/b={tiny.target}")

@@ -13,6 +13,7 @@ from tamis.data.rows import Rows, are_rows, checked_rows, held_name
 from tamis.errors import InvalidSettings
 from tamis.evaluate.cost import PlanResult, estimate_plan
 from tamis.evaluate.doctor import DoctorResult, examine
+from tamis.notation import check_target_name
 from tamis.online.methods.by_name import plain_settings as online_settings
 from tamis.online.methods.choice import Method as OnlineMethod
 from tamis.protocols import Method, Progress
@@ -466,6 +467,8 @@ def _targets(
 ) -> list[str]:
     """``NAME=PATH`` or paths; rows go to ``held``."""
     if isinstance(given, Mapping):
+        for key in given:
+            check_target_name(str(key), what)
         return [f"{key}={path}" for key, one in given.items() for path in _paths(one, f"{what} {key}", held)]
     return [f"target={text}" if text in held else text for text in _paths(given, what, held)]
 

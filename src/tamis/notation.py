@@ -18,6 +18,7 @@ __all__ = [
     "check_method",
     "check_online_method",
     "check_projection",
+    "check_target_name",
     "shortlist_parts",
     "target_parts",
 ]
@@ -64,6 +65,7 @@ PROXY_SUMMARIES: dict[str, str] = {
     "sibling": "baseline: a smaller model of the family, unchanged (--sibling)",
     "influence-scorer": "baseline: a head on a smaller model's states, fitted to scores; gives scores, no model",
 }
+_NOT_IN_NAMES = re.compile(r"[/\\*?\[]")  # of targets: with one of these, what stands before ``=`` is of the path
 PROJECTION_NAMES = ("none", "factorized", "rademacher", "hadamard", "mask")
 
 
@@ -113,7 +115,7 @@ def target_parts(text: str) -> tuple[str, str]:
         InvalidSettings: the name or the path is empty.
     """
     before, equals, after = text.partition("=")
-    if equals and not re.search(r"[/\\*?\[]", before):
+    if equals and not _NOT_IN_NAMES.search(before):
         if not before.strip() or not after.strip():
             raise InvalidSettings(f"target={text!r}: expected a path or NAME=PATH")
         return before.strip(), after.strip()
@@ -122,6 +124,16 @@ def target_parts(text: str) -> tuple[str, str]:
     path = PurePosixPath(text.strip().replace("\\", "/").split("@")[0].split(":")[-1])
     stem = re.sub(r"[*?\[\]{}]", "", path.stem).strip(" ._-")
     return stem or path.parent.name or text.strip(), text.strip()
+
+
+def check_target_name(name: str, what: str) -> None:
+    """Refuse a name that ``target_parts`` would take for a part of the path.
+
+    Raises:
+        InvalidSettings: it is empty, or has a slash, a wildcard or an equals sign.
+    """
+    if not name.strip() or "=" in name or _NOT_IN_NAMES.search(name):
+        raise InvalidSettings(f"{what}: {name!r} cannot be a name; it needs one without / \\ * ? [ and =")
 
 
 def check_method(name: str, *, setting: str = "method") -> None:

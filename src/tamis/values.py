@@ -40,7 +40,9 @@ def from_dict(cls: type[T], values: Mapping[str, Any], *, origin: str = "setting
             raise InvalidSettings(f"{origin}: unknown setting {key!r}{hint}")
     for name, entry in known.items():
         if _is_required(entry) and values.get(name) in (None, (), []):
-            raise InvalidSettings(f"{name} is missing: pass --{name}, or set '{name}' in the --config file")
+            raise InvalidSettings(
+                f"{name} is missing or empty: pass --{name} (in Python {name}=), or set '{name}' in the --config file"
+            )
     return cls(**dict(values))
 
 

@@ -211,7 +211,7 @@ def test_an_interrupt_exits_130_and_says_how_to_resume(
         ("select --polo x", "--polo"),
         ("select --seed many", "'--seed'"),
         ("selct", "'selct'"),
-        ("select --pool a --target b", "model is missing: pass --model"),
+        ("select --pool a --target b", "model is missing or empty: pass --model"),
         ("select --model m --pool p --target t --method tracn", "did you mean 'tracin'?"),
         ("select --model m --pool p --target t --set lr", "--set lr: expected NAME=VALUE"),
         ("select --config none.yaml", "none.yaml: No such file"),

@@ -181,8 +181,10 @@ def test_an_unknown_setting_suggests_the_nearest() -> None:
 
 
 def test_a_missing_setting_says_how_to_give_it() -> None:
-    with pytest.raises(InvalidSettings, match="pool is missing: pass --pool, or set 'pool' in the --config file"):
-        from_dict(SelectSettings, {"model": "m"})
+    said = r"pool is missing or empty: pass --pool \(in Python pool=\), or set 'pool' in the --config file"
+    for values in ({"model": "m"}, {"model": "m", "pool": []}):
+        with pytest.raises(InvalidSettings, match=said):
+            from_dict(SelectSettings, values)
 
 
 def test_plan_settings_name_the_method_they_are_for() -> None:

@@ -202,3 +202,7 @@ def test_folders_of_other_kinds_are_told_apart(tmp_path: Path, capsys: pytest.Ca
     assert run(["report", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"report": str(tmp_path / "report.html")}
     assert (tmp_path / "report.html").read_text() == "the page"
+    assert run(["report", str(tmp_path), "--out", str(tmp_path / "other.html"), "--quiet"]) == 0
+    assert (tmp_path / "other.html").read_text() == "the page"
+    with pytest.raises(InvalidInput, match="pass an --out file that can be written"):
+        write_report(tmp_path, out=tmp_path)

@@ -26,7 +26,7 @@ def report(
     run: Annotated[
         str,
         typer.Argument(
-            help="The --out folder of tamis train or tamis select.",
+            help="The --out folder of tamis train, or of another command that writes a page.",
             metavar="RUN",
             rich_help_panel=opt.WHAT,
             show_default=False,
@@ -47,7 +47,8 @@ def report(
     """Write one offline page about a training run: whether choices did what they promised, and what was trained on.
 
     It has forecasts and outcomes of updates, held-out loss, alignment, weights, sources, what happened to candidates,
-    with the text of the best and worst rows, and the cost. A selection already has its page; then its path is printed.
+    with the text of the best and worst rows, and the cost. Other commands write their page
+    themselves: the path of that page is printed, and with --out it is copied.
     """
     with clean_output(quiet=quiet or as_json):
         from tamis.runs.report import write_report  # imports PyTorch; help must not wait for it

@@ -104,8 +104,9 @@ def _matches(text: str, kind: str) -> list[Path | None]:
                 f"{kind} {text} matches no file; check the pattern (quote it, so that the shell leaves it)"
             )
         return found
+    named = "; the name in NAME=PATH has no slash and no wildcard" if kind == "target" and "=" in text else ""
     raise InvalidInput(
-        f"{kind} {text} does not exist; check the path (a hub dataset is written org/name[:config][@split])"
+        f"{kind} {text} does not exist; check the path (a hub dataset is written org/name[:config][@split]){named}"
     )
 
 

@@ -1,4 +1,4 @@
-"""The page of a run, made from its folder: of a training run anew; a selection has written its own."""
+"""The page of a run, made from its folder: of a training run anew; other commands have written their own."""
 
 from __future__ import annotations
 
@@ -27,33 +27,36 @@ def write_report(folder: str | Path, *, out: str | Path | None = None) -> Path:
     """Write the page about the training run in ``folder``, finished or not, and say where it is.
 
     Args:
-        folder: of ``tamis train``, or of ``tamis select``, whose page is there already.
+        folder: of ``tamis train``; or of another command, whose page is there already.
         out: where to write it; None: ``report.html`` in the folder.
 
     Raises:
         InvalidInput: the folder is of no run, has nothing to report yet, or its page cannot be made again.
     """
     folder = Path(folder)
+    there = folder / "report.html"
+    path = there if out is None else Path(out)
     if (folder / "candidates").is_dir() and (folder / "run.yaml").is_file():
-        path = folder / "report.html" if out is None else Path(out)
         page = render_training_page(build_training_content(_inputs(folder)))
-        try:
-            write_text(page, path)
-        except OSError as error:
-            raise InvalidInput(f"{path}: {error.strerror or error}; pass an --out file that can be written") from error
-        return path
-    if (folder / "scores.parquet").is_file():
-        page_there = folder / "report.html"
-        if out is None and page_there.is_file():
-            return page_there
+    elif there.is_file():
+        if path == there:
+            return there
+        page = there.read_text("utf-8")
+    elif (folder / "scores.parquet").is_file():
         raise InvalidInput(
-            f"{folder} is of a selection, whose page needs scores of the baselines that are not kept; "
-            f"`tamis select --config {folder / 'run.yaml'} --report` writes it again from features that are kept"
+            f"{folder} is of a selection without a page, which needs scores of the baselines that are not kept; "
+            f"`tamis select --config {folder / 'run.yaml'} --report` writes it from features that are kept"
         )
-    raise InvalidInput(
-        f"{folder} holds neither a training run with choices (run.yaml, candidates/) nor a selection (scores.parquet); "
-        "give the --out folder of `tamis train` or `tamis select`"
-    )
+    else:
+        raise InvalidInput(
+            f"{folder} holds neither a training run with choices (run.yaml, candidates/) nor a page (report.html); "
+            "give the --out folder of a command that has come to its end, or that of `tamis train`"
+        )
+    try:
+        write_text(page, path)
+    except OSError as error:
+        raise InvalidInput(f"{path}: {error.strerror or error}; pass an --out file that can be written") from error
+    return path
 
 
 def _inputs(folder: Path) -> TrainingInputs:
