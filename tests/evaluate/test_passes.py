@@ -189,6 +189,19 @@ def test_embeddings_take_as_much_of_the_disk_as_they_have_numbers(
     assert disk(keep_embeddings=False) == [*(entry * numbers * count for count in rows[:2]), 0]
 
 
+def test_embeddings_that_are_not_kept_are_computed_again_for_the_second_order_term() -> None:
+    def over_the_pool(**more: Any) -> list[float]:
+        settings = {"embedding": "hidden-error", "landmarks": 1000, "weights": "second-order", **more}
+        passes = plan("influence-distillation", **settings).passes
+        return [p.tflops for p in passes if p.name.endswith("(pool)")]
+
+    (once,) = over_the_pool()
+    assert over_the_pool(keep_embeddings=False) == [once, once]
+    assert over_the_pool(keep_embeddings=False, weights="first-order") == [once]
+    assert over_the_pool(keep_embeddings=False, landmarks="all") == [once]  # for that term alone
+    assert over_the_pool(keep_embeddings=False, landmarks="all", hessian_landmarks=POOL.rows) == []
+
+
 def test_loss_drop_pays_for_every_target() -> None:
     one, four = plan("loss-drop").forward_passes, plan("loss-drop", targets=4).forward_passes
     assert one == pytest.approx(2, rel=0.05)

@@ -213,7 +213,8 @@ def _influence_distillation(question: MethodQuestion) -> list[PassPlan]:
     passes.append(question.feature_pass("gradients (target)", question.target, shape=shape, kept=True, whole=True))
     passes.append(question.feature_pass("gradients (landmarks)", few, shape=shape, kept=True, whole=True))
     passes += _hessian_passes(question, method, few, shape)
-    if few.rows == question.scored.rows:
+    is_exact = few.rows == question.scored.rows
+    if is_exact:
         few = few.times(min(1.0, method.hessian_landmarks / few.rows))
         if method.weights != "second-order" or few.rows == question.scored.rows:
             return passes  # every score is exact, and so is the second-order term, if there is one
@@ -232,7 +233,11 @@ def _influence_distillation(question: MethodQuestion) -> list[PassPlan]:
                 _embedding_pass(f"{dearest.name} (target)", dearest, question.target, shape, entry_bytes=entry)
             )
         kept = entry if method.keep_embeddings else 0
-        passes.append(_embedding_pass(f"{dearest.name} (pool)", dearest, question.scored, shape, entry_bytes=kept))
+        pool = _embedding_pass(f"{dearest.name} (pool)", dearest, question.scored, shape, entry_bytes=kept)
+        passes.append(pool)
+        is_carried = method.weights == "second-order" and method.hessian_landmarks < question.scored.rows
+        if is_carried and not (is_exact or method.keep_embeddings):  # scores and that term each embed the pool
+            passes.append(replace(pool, name=f"{dearest.name}, second order (pool)"))
     return passes
 
 
