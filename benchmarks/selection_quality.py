@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import tamis
+from tamis.cli.config import parse_pairs
 from tamis.comparison.result import CompareResult
 from tamis.data.examples import read_examples
 from tamis.data.render import Renderer
@@ -107,6 +108,7 @@ def main() -> None:
     parser.add_argument("--eval", type=Path, required=True, help="folder of TASK.jsonl")
     parser.add_argument("--tasks", nargs="+", required=True)
     parser.add_argument("--methods", nargs="+", default=["tracin", "bm25:5x+tracin", "online:tilt"])
+    parser.add_argument("--set", nargs="+", default=[], metavar="LABEL.NAME=VALUE", help="settings of methods")
     parser.add_argument("--rows", type=int, default=1000, help="of the pool")
     parser.add_argument("--max-tokens", type=int, default=144, help="of a row of the pool")
     parser.add_argument("--task-tokens", type=int, default=180, help="of a target row or a held-out one")
@@ -150,6 +152,7 @@ def main() -> None:
             target=rows_of("target", arguments.targets / f"{task}.jsonl", arguments.task_tokens, arguments.target_rows),
             eval=rows_of("eval", arguments.eval / f"{task}.jsonl", arguments.task_tokens, arguments.held_out),
             methods=arguments.methods,
+            set=parse_pairs("--set", arguments.set),
             budget=arguments.budget,
             seeds=arguments.seeds,
             out=arguments.out / task,
