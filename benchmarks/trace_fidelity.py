@@ -2,8 +2,8 @@
 
     python benchmarks/trace_fidelity.py --data mnist --models mlp mlp-tanh --seeds 10
     python benchmarks/trace_fidelity.py --data mnist --models cnn --samples 200 --targets 500 --singles 500   # hours
-    python benchmarks/trace_fidelity.py --data wikitext-2 --models gpt2-bytes --rates 3e-3 1e-3 3e-4 --samples 50 \\
-        --targets 256 --singles 4 --seeds 5
+    python benchmarks/trace_fidelity.py --data wikitext-2 --models gpt2-bytes gpt2-bytes-lora --rates 3e-3 1e-3 3e-4 \\
+        --samples 50 --targets 256 --singles 4 --seeds 5
 
 ``--data`` is a folder with ``mnist10.npz`` (trace_mnist.py: 6,000 training images, one epoch, batches of 64) or with
 WikiText-2's ``test.txt.gz`` and ``valid.txt.gz`` (trace_wikitext.py). Random samples are left out of the update that
@@ -47,7 +47,6 @@ from trace_runs import (
     true_effects,
 )
 
-GPT2 = "gpt2-bytes"
 METHODS = ["adamw exact", "sgd exact", "adamw fisher", "adamw none", "tracin"]
 KEYS = ("model", "optimizer", "rate", "steps", "seed", "samples", "targets", "singles")
 SUMMARY = (*KEYS, "method", "spearman", "spearman_mean_loss", "relative_error", "seconds")
@@ -60,7 +59,9 @@ SAMPLES = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--models", nargs="+", default=["mlp"], choices=[*trace_mnist.NETWORKS, GPT2])
+    parser.add_argument(
+        "--models", nargs="+", default=["mlp"], choices=[*trace_mnist.NETWORKS, *trace_wikitext.NETWORKS]
+    )
     parser.add_argument("--optimizers", nargs="+", default=["adamw"], choices=["adamw", "sgd"])
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-2, 1e-3, 1e-4, 1e-5, 1e-6])
     parser.add_argument("--steps", type=int, help="the first updates only; all: 94 of MNIST, 24 of WikiText-2")
@@ -78,7 +79,9 @@ def main() -> None:
         for model in args.models:
             for optimizer in args.optimizers:
                 for rate in args.rates:
-                    steps = args.steps or (trace_wikitext.STEPS if model == GPT2 else trace_mnist.STEPS)
+                    steps = args.steps or (
+                        trace_wikitext.STEPS if model in trace_wikitext.NETWORKS else trace_mnist.STEPS
+                    )
                     values = (model, optimizer, f"{rate:g}", steps, seed, args.samples, args.targets, args.singles)
                     key = dict(zip(KEYS, values, strict=True))
                     if tuple(str(value) for value in values) in done:
@@ -122,8 +125,8 @@ def one_run(args: Any, key: dict[str, Any], rate: float) -> tuple[list[dict[str,
 
 def make_case(args: Any, key: dict[str, Any], rate: float) -> Case:
     options = {name: key[name] for name in ("seed", "steps", "targets")}
-    if key["model"] == GPT2:
-        run, target = trace_wikitext.training_run(args.data, key["optimizer"], rate, **options)
+    if key["model"] in trace_wikitext.NETWORKS:
+        run, target = trace_wikitext.training_run(args.data, key["model"], key["optimizer"], rate, **options)
         together = False
     else:
         own = trace_mnist.NETWORKS[key["model"]]

@@ -3,6 +3,7 @@
 The official training text could not be had. So the model trains on the official ``test`` text and is evaluated on the
 ``valid`` text: it is pretrained on the first half of ``test`` from scratch, and every recorded run goes on with blocks
 of its second half (three epochs, a linear schedule with warm-up). Tokens are bytes, so there is no tokenizer to choose.
+The recorded run trains all weights, or LoRA factors of rank 8 on every linear layer of the blocks.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tamis.trajectory.causal import CausalProblem
@@ -24,6 +26,7 @@ from tamis.trajectory.run import Group, HeldTrajectory, Rule, Step
 from tamis.trajectory.token_rows import TokenMicro
 from tamis.types import Batch
 
+NETWORKS = ("gpt2-bytes", "gpt2-bytes-lora")
 BLOCK, BATCH, ROWS, EPOCHS, WARMUP = 32, 16, 128, 3, 3
 STEPS = ROWS * EPOCHS // BATCH
 PRETRAINING = 300  # updates of 64 blocks at 3e-3
@@ -87,6 +90,17 @@ def pretrained(folder: Path) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
+def trained_model(folder: Path, name: str, *, seed: int) -> nn.Module:
+    """The pretrained model, whose trained parameters are those that require gradients."""
+    model = new_model()
+    model.load_state_dict(pretrained(folder))
+    if name == "gpt2-bytes":
+        return model
+    torch.manual_seed(seed)  # of the factors
+    layers = ["c_attn", "c_proj", "c_fc"]
+    return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=layers, fan_in_fan_out=True))
+
+
 def rates_of(peak: float, steps: int) -> list[float]:
     """Up in ``WARMUP`` updates, then down to zero in a line."""
     return [peak * min((t + 1) / WARMUP, (steps - t) / (steps - WARMUP)) for t in range(steps)]
@@ -94,6 +108,7 @@ def rates_of(peak: float, steps: int) -> list[float]:
 
 def training_run(
     folder: Path,
+    network: str,
     optimizer: str,
     rate: float,
     *,
@@ -103,10 +118,9 @@ def training_run(
     dtype: torch.dtype = torch.float32,
 ) -> tuple[HeldTrajectory, tuple[Blocks, ...]]:
     """The first ``steps`` updates of a run (all of it: ``STEPS``), and ``targets`` blocks of the validation text."""
-    model = new_model()
-    model.load_state_dict(pretrained(folder))
-    model = model.to(dtype)
-    problem = CausalProblem(model, {name: param.shape for name, param in model.named_parameters()})
+    model = trained_model(folder, network, seed=seed).to(dtype)
+    trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    problem = CausalProblem(model, {name: param.shape for name, param in trained.items()})
     text, valid = load_bytes(folder, "test"), load_bytes(folder, "valid")
     second = text[len(text) // 2 :]
     rng = np.random.default_rng(1000 + seed)
@@ -122,5 +136,5 @@ def training_run(
     rule = Rule(kind=optimizer, groups=(kind[optimizer],))  # type: ignore[arg-type]
     chosen = np.random.default_rng(2000 + seed).choice(len(valid) // BLOCK, size=targets, replace=False)
     target = tuple(blocks_of(valid, chosen[i : i + 64].tolist()) for i in range(0, targets, 64))
-    start = problem.layout.flatten(dict(model.named_parameters()))
+    start = problem.layout.flatten(trained)
     return train(problem, rule, start, found, every=1), target
