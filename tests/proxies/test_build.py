@@ -16,7 +16,8 @@ from tamis.progress import NoProgress
 from tamis.proxies.build import build_low_rank
 from tamis.proxies.compressible import find_compressible
 from tamis.proxies.retention import Retention
-from tamis.report.retention_page import retention_page
+from tamis.report.document import render_document
+from tamis.report.retention import retention_document
 from tamis.settings import ProxySettings
 from tiny_models import random_batch
 from tiny_run import byte_tokenizer
@@ -89,9 +90,11 @@ def test_a_report_is_read_back_as_it_was_written(whole_report: Retention) -> Non
 
 def test_the_page_holds_the_numbers_of_the_report(whole_report: Retention) -> None:
     found = whole_report
-    page = retention_page(found, command="tamis proxy --config <x>", warnings=["a <b> warning"])
-    assert f"{found.final.agreement.spearman.value:.2g}".replace("-", "−") in page
+    page = render_document(
+        retention_document(found, {"command": "tamis proxy --config <x>", "warnings": ["a <b> warning"]})
+    )
+    assert f"{found.final.agreement.spearman.value:.2f}".replace("-", "−") in page
     assert "tamis proxy --config &lt;x&gt;" in page and "a &lt;b&gt; warning" in page
     for sentence in found.advice.sentences:
         assert sentence in page
-    assert page.count("<polyline") == 5  # three lines over sparsities, alignment and its control
+    assert page.count("data-figure=") == 2  # over sparsities, and of alignment with its control

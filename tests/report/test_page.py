@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from page_visits import Visit, check_widths, open_page, until
 from planted_reports import ATTACKS, edge, hostile, plain, realistic
 from tamis.report.content import ReportInputs, build_content
-from tamis.report.page import render_page, write_page
+from tamis.report.selection import render_page, write_page
 
 PAGES: dict[str, Callable[[], ReportInputs]] = {"realistic": realistic, "edge": edge, "hostile": hostile}
 
@@ -26,14 +26,6 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / f"{name}.html" for name in PAGES}
 
 
-@dataclass
-class Visit:
-    """An open page and everything it did that a report must not do."""
-
-    page: Any
-    complaints: list[str] = field(default_factory=list)
-
-
 @pytest.fixture(scope="module")
 def visit(browser: Any, pages: dict[str, Path]) -> Iterator[Callable[..., Visit]]:
     """Open a page once for each (name, scheme, width) it is first seen in: Plotly takes a second or two to load."""
@@ -42,7 +34,7 @@ def visit(browser: Any, pages: dict[str, Path]) -> Iterator[Callable[..., Visit]
     def go(name: str, *, scheme: str = "light", width: int = 1400) -> Visit:
         key = (name, scheme, width)
         if key not in opened:
-            opened[key] = _open(browser, pages[name].as_uri(), scheme, width)
+            opened[key] = open_page(browser, pages[name], scheme=scheme, width=width)
         opened[key].page.emulate_media(media="screen", color_scheme=scheme)
         opened[key].page.set_viewport_size({"width": width, "height": 900})
         return opened[key]
@@ -50,40 +42,6 @@ def visit(browser: Any, pages: dict[str, Path]) -> Iterator[Callable[..., Visit]
     yield go
     for seen in opened.values():
         seen.page.close()
-
-
-def _open(browser: Any, own: str, scheme: str, width: int) -> Visit:
-    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    seen = Visit(page)
-
-    def routed(route: Any) -> None:
-        if route.request.url == own:
-            route.continue_()
-        else:
-            seen.complaints.append(f"request: {route.request.url}")
-            route.abort()
-
-    def dialog(shown: Any) -> None:
-        seen.complaints.append(f"dialog: {shown.message}")
-        shown.dismiss()
-
-    page.route("**/*", routed)
-    page.on("dialog", dialog)
-    page.on("console", lambda message: seen.complaints.append(f"console: {message.text}"))
-    page.on("pageerror", lambda error: seen.complaints.append(f"error: {error}"))
-    page.on("requestfailed", lambda request: seen.complaints.append(f"failed: {request.url}"))
-    page.goto(own)
-    page.wait_for_selector("html[data-drawn]", state="attached")
-    return seen
-
-
-def until(page: Any, claim: str) -> None:
-    """Wait until a JavaScript expression holds (Playwright's own wait needs eval, which the page's policy forbids)."""
-    for _ in range(100):
-        if page.evaluate(claim):
-            return
-        page.wait_for_timeout(100)
-    raise AssertionError(f"never became true: {claim}")
 
 
 @pytest.mark.parametrize(
@@ -97,16 +55,7 @@ def test_page_is_complete_and_quiet(visit: Callable[..., Visit], name: str, sche
     assert figures == page.evaluate(
         "Object.keys(JSON.parse(document.getElementById('figure-data').textContent)).length"
     )
-    has_shapes = "box => box.querySelector('svg.main-svg .trace path') !== null"
-    fits = "box => box.scrollWidth <= box.clientWidth + 1"
-    for narrow_or_wide in (width, 360, 1400):
-        page.set_viewport_size({"width": narrow_or_wide, "height": 900})
-        for is_open in ("false", "true"):
-            page.evaluate(f"document.querySelectorAll('details').forEach(part => {{ part.open = {is_open}; }})")
-            assert page.evaluate("document.documentElement.scrollWidth") <= narrow_or_wide
-        until(page, f"[...document.querySelectorAll('.plot')].every({fits})")  # figures follow a resize after a moment
-        assert page.evaluate(f"[...document.querySelectorAll('[data-figure]')].filter({has_shapes}).length") == figures
-    page.evaluate("document.querySelectorAll('details').forEach(part => { part.open = false; })")
+    check_widths(page, (width, 360, 1400))
     assert seen.complaints == []
 
 

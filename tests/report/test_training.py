@@ -12,12 +12,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from page_visits import check_widths, open_page
 from planted_reports import ATTACKS
 from tamis.cli.main import run
 from tamis.errors import InvalidInput
 from tamis.online.fate import _SCHEMA
-from tamis.report.page import render_training_page, write_text
-from tamis.report.training import TrainingContent, TrainingInputs, build_training_content
+from tamis.report.curves import effective_sizes, fates, shares_by_source
+from tamis.report.document import Document, Section, render_document, write_document
+from tamis.report.training import TrainingInputs, training_document
+from tamis.report.training_findings import forecast_pairs, held_out_losses
 from tamis.runs.report import write_report
 from tamis.types import Example
 
@@ -75,121 +78,147 @@ def planted(*, good_forecasts: bool = True, hostile: bool = False) -> TrainingIn
     )  # fmt: skip
 
 
+def bare(**changes: Any) -> TrainingInputs:
+    """One update of a run with all rows, still going on, nothing measured, its pool gone."""
+    given: dict[str, Any] = {
+        "log": [{"step": 1, "loss": 1.0}], "candidates": planted().candidates.slice(0, OFFERED),
+        "manifest": {"settings": {"method": "full"}}, "target_names": ["t"], "read_example": None, "no_texts": "gone",
+        "is_finished": False,
+    }  # fmt: skip
+    return TrainingInputs(**{**given, **changes})
+
+
+def section(document: Document, key: str) -> Section:
+    return next(section for section in document.sections if section.key == key)
+
+
 @pytest.fixture(scope="module")
-def content() -> TrainingContent:
-    return build_training_content(planted())
+def document() -> Document:
+    return training_document(planted())
 
 
-def test_fates_are_those_of_a_plain_count(content: TrainingContent) -> None:
+def test_fates_are_those_of_a_plain_count(document: Document) -> None:
+    fate = fates(planted().candidates)
     rows = planted().candidates.to_pylist()
     chosen = {row: sum(r["kept"] for r in rows if r["row"] == row) for row in range(20)}
     labels = {"never": [0], "once": [1], "twice": [2], "3 to 5 times": [3, 4, 5], "more often": range(6, 99)}
-    for label, found in content.times_chosen:
+    for label, found in fate.times_chosen:
         assert found == sum(times in labels[label] for times in chosen.values())
     total = sum(r["weight"] for r in rows)
-    shares = [source.weight_share for source in content.source_fates]
+    shares = [source.weight_share for source in fate.by_source]
     assert shares == sorted(shares, reverse=True)
-    for source in content.source_fates:
+    for source in fate.by_source:
         own = [r for r in rows if r["source"] == source.name]
         assert (source.offered, source.rows) == (len(own), len({r["row"] for r in own}))
         assert source.chosen == sum(r["kept"] for r in own)
         assert source.never == sum(not chosen[row] for row in {r["row"] for r in own})
         assert source.weight_share == pytest.approx(sum(r["weight"] for r in own) / total)
     weights = {row: sum(r["weight"] for r in rows if r["row"] == row) for row in range(20)}
-    assert weights[content.most_weight[0].row] == max(weights.values())
-    assert all(not chosen[card.row] for card in content.never_chosen)
+    assert weights[fate.most_weight[0]] == max(weights.values())
+    assert all(not chosen[row] for row in fate.never_chosen)
+    # The page shows these and no others.
+    assert section(document, "fate").tables[0].rows == tuple((label, str(n)) for label, n in fate.times_chosen)
+    assert [row[:3] for row in section(document, "sources").tables[0].rows] == [
+        (source.name, str(source.rows), str(source.offered)) for source in fate.by_source
+    ]
+    most, never = section(document, "rows").cards
+    assert [card.row for card in most.rows] == list(fate.most_weight[:5])
+    assert [card.row for card in never.rows] == list(fate.never_chosen[:5])
 
 
-def test_curves_are_those_of_a_plain_loop(content: TrainingContent) -> None:
+def test_curves_are_those_of_a_plain_loop(document: Document) -> None:
     rows = planted().candidates.to_pylist()
-    assert (content.offered, content.effective.steps) == (OFFERED, tuple(range(1, STEPS + 1)))
+    aligned, effective, offered = effective_sizes(planted().candidates)
+    assert (offered, effective.steps) == (OFFERED, tuple(range(1, STEPS + 1)))
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
-    assert content.effective.values == pytest.approx([math.exp(entropy)] * STEPS)
-    for step, share in zip(content.aligned.steps, content.aligned.values, strict=True):
+    assert effective.values == pytest.approx([math.exp(entropy)] * STEPS)
+    for step, share in zip(aligned.steps, aligned.values, strict=True):
         assert share == np.mean([r["alignment"] > 0 for r in rows if r["step"] == step])
-    assert content.aligned.steps == tuple(range(3, STEPS + 1))  # cold choices measure nothing
-    shares = {curve.name: dict(zip(curve.steps, curve.values, strict=True)) for curve in content.sources}
+    assert aligned.steps == tuple(range(3, STEPS + 1))  # cold choices measure nothing
+    sources = shares_by_source(planted().candidates)
+    shares = {curve.name: dict(zip(curve.steps, curve.values, strict=True)) for curve in sources}
     edges = sorted(shares["s0"])
     for first, last in zip([0, *edges], edges, strict=False):
         part = [r for r in rows if first < r["step"] <= last]
         for name, curve in shares.items():
             own = sum(r["weight"] for r in part if r["source"] == name)
             assert curve[last] == pytest.approx(own / sum(r["weight"] for r in part))
-    (held_out,) = content.held_out
+    (held_out,) = held_out_losses(planted().log)
     assert held_out.steps == (0, 10, 20, 30, 40, 40)
     assert held_out.values == (3.0, 2.5, 2.0, 1.5, 1.6, 1.5)
-    assert (content.best_step, content.stopped_early) == (30, True)
-    assert content.target_seen.values[-1] == 24
-    assert [part.share for part in content.parts] == pytest.approx([3 / 4.5, 1 / 4.5, 0.5 / 4.5])
+    # The page draws these and sums them up.
+    figures = {figure.key: figure.spec["data"][0] for part in document.sections for figure in part.figures}
+    for key, curve in (("held-out", held_out), ("aligned", aligned), ("effective", effective), ("sources", sources[0])):
+        assert (tuple(figures[key]["x"]), tuple(figures[key]["y"])) == (curve.steps, curve.values)
+    loss, choices, cost = (section(document, key) for key in ("loss", "choices", "cost"))
+    assert loss.paragraphs == ("The run stopped early after 40 updates, and keeps the weights of update 30.",)
+    assert loss.tables[0].rows == (("all targets", "3", "1.5", "3", "1.5", "6"),)
+    assert choices.tables[0].rows[2] == ("Distinct target rows looked at", "4", "4", "24", "24")
+    assert [row[1:] for row in cost.tables[0].rows] == [("3", "67%"), ("1", "22%"), ("0.5", "11%"), ("4.5", "")]
 
 
-def test_the_verdict_follows_the_forecasts(content: TrainingContent) -> None:
+def test_the_verdict_follows_the_forecasts(document: Document) -> None:
     for inputs, severity, word in (
         (planted(), "passed", "Yes."),
         (planted(good_forecasts=False), "warning", "No."),
     ):
-        found = build_training_content(inputs)
-        (finding,) = [f for f in found.findings if f.key == "forecasts"]
-        correlation = np.corrcoef(found.forecasts.T)[0, 1]
+        found = training_document(inputs)
+        (finding,) = [f for f in found.sections[0].findings if f.key == "forecasts"]
+        pairs = forecast_pairs(inputs.log)
         assert (finding.severity, finding.sentence.split()[0]) == (severity, word)
-        assert f"{correlation:.2f}" in finding.sentence and len(found.forecasts) == 10
-    keys = {finding.key: finding.severity for finding in content.findings}
+        assert f"{np.corrcoef(pairs.T)[0, 1]:.2f}" in finding.sentence and len(pairs) == 10
+        marks = section(found, "forecasts").figures[0].spec["data"][1]
+        assert [marks["x"], marks["y"]] == pairs.T.tolist()
+    keys = {finding.key: finding.severity for finding in document.sections[0].findings}
     assert keys["held-out"] == "passed" and keys["target-rows"] == "passed" and keys["fallbacks"] == "warning"
-    bare = build_training_content(
-        TrainingInputs(
-            log=[{"step": 1, "loss": 1.0}], candidates=planted().candidates, manifest={"settings": {"method": "full"}},
-            target_names=["t"], read_example=None, no_texts="gone", is_finished=False,
-        )
-    )  # fmt: skip
-    words = {finding.key: finding for finding in bare.findings}
+    assert next(iter(keys)) == "fallbacks", "the gravest first"
+
+
+def test_a_run_without_measurements_shows_what_there_is() -> None:
+    found = training_document(bare())
+    words = {finding.key: finding for finding in found.sections[0].findings}
     assert "looks at no target" in words["forecasts"].sentence and words["unfinished"].severity == "note"
-    assert "gone" in render_training_page(bare) and "not finished yet" in render_training_page(bare)
+    assert [part.key for part in found.sections] == ["believe", "choices", "sources", "fate", "rows"]
+    page = render_document(found)
+    assert "Texts are not shown: gone" in page and "not finished yet" in page
+    (single,) = section(found, "choices").figures[0].spec["data"]
+    assert len(single["x"]) == 1 and "markers" in single["mode"], "a line through one point cannot be seen"
+    empty = training_document(bare(log=[], candidates=planted().candidates.slice(0, 0)))
+    assert [part.key for part in empty.sections] == ["believe", "rows"]
+    assert "<script" not in render_document(empty)
 
 
-def test_losses_that_are_not_finite_are_a_warning_and_no_gap(tmp_path: Path) -> None:
+def test_losses_that_are_not_finite_are_a_warning_and_no_gap() -> None:
     """The log holds them as null."""
     for names, first in (({"final_eval_loss"}, STEPS), ({"eval_loss", "final_eval_loss"}, 0)):
         given = planted()
         log = [{key: None if key in names else value for key, value in entry.items()} for entry in given.log]
-        content = build_training_content(dataclasses.replace(given, log=log))
-        (finding,) = [f for f in content.findings if f.key == "held-out"]
+        found = training_document(dataclasses.replace(given, log=log))
+        (finding,) = [f for f in found.sections[0].findings if f.key == "held-out"]
         assert (finding.severity, finding.advice.split(":")[0]) == (
             "warning",
             "Training has diverged, or a row overflows",
         )
         assert f"not finite after update {first}" in finding.sentence
-        page = render_training_page(content)
+        page = render_document(found)
         assert page.count(f"not finite after update {first}") == 2  # among the key numbers, too
         assert "No row was held out" not in page
 
 
 def test_the_page_in_a_browser_is_complete_quiet_and_harmless(browser: Any, tmp_path: Path) -> None:
-    path, complaints = tmp_path / "report.html", list[str]()
-    write_text(render_training_page(build_training_content(planted(hostile=True))), path)
-    page = browser.new_page(viewport={"width": 360, "height": 900}, color_scheme="dark")
-
-    def routed(route: Any) -> None:
-        if route.request.url == path.as_uri():
-            route.continue_()
-        else:
-            complaints.append(f"request: {route.request.url}")
-            route.abort()
-
-    page.route("**/*", routed)
-    page.on("dialog", lambda shown: (complaints.append(f"dialog: {shown.message}"), shown.dismiss()))
-    page.on("console", lambda message: complaints.append(f"console: {message.text}"))
-    page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
-    page.goto(path.as_uri())
-    page.wait_for_selector("html[data-drawn]", state="attached")
-    figures = page.locator("[data-figure]").count()
-    shapes = "box => box.querySelector('svg.main-svg .trace path') !== null"
-    assert figures == 8
-    assert page.evaluate(f"[...document.querySelectorAll('[data-figure]')].filter({shapes}).length") == figures
-    page.evaluate("document.querySelectorAll('details').forEach(part => { part.open = true; })")
-    assert page.evaluate("document.documentElement.scrollWidth") <= 360
-    assert page.locator("#rows details.row .text").first.is_visible()
-    page.close()
-    assert complaints == []
+    write_document(training_document(planted(hostile=True)), tmp_path / "report.html")
+    seen = open_page(browser, tmp_path / "report.html", scheme="dark", width=360)
+    assert seen.page.locator("[data-figure]").count() == 8
+    check_widths(seen.page, (360, 1280))
+    assert seen.page.evaluate("window.owned") is None
+    seen.page.evaluate("document.querySelectorAll('details').forEach(part => { part.open = true; })")
+    assert seen.page.locator("#rows details.row .text").first.is_visible()
+    order = "[...document.querySelectorAll('main section')].map(part => part.id)"
+    assert seen.page.evaluate(order) == [
+        *("believe", "forecasts", "loss", "choices", "sources", "fate", "rows", "cost", "repeat")
+    ]
+    seen.page.close()
+    assert seen.complaints == []
 
 
 def test_folders_of_other_kinds_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from tamis.comparison.result import CompareResult
 from tamis.comparison.verdict import Difference, Standing
 from tamis.report.comparison_figures import cost_figure, curve_figures, gain_figure, run_figure
 from tamis.report.comparison_tables import cost_table, foretold_table, standings_table, task_tables, tests_table
 from tamis.report.conclude import mean_text, p_text
-from tamis.report.content import KeyNumber
-from tamis.report.document import Document, Section, Table
+from tamis.report.document import Document, KeyNumber, Section, Table
 from tamis.report.finding import Finding, Severity
+from tamis.report.provenance import provenance
 from tamis.report.wording import count, counted, number, one_line, percent
 
-__all__ = ["comparison_document", "settings_rows"]
+__all__ = ["comparison_document"]
 
 FOOTER = (
     "Made by tamis from files beside this page: records/ has every run, results.csv one line of each, rows.parquet the "
@@ -29,6 +28,14 @@ def comparison_document(result: CompareResult) -> Document:
     differences = [difference for difference in result.differences if difference.budget == result.budget]
     at_cost = [difference for difference in differences if difference.against == "full at equal cost"]
     sections = [
+        Section(
+            key="believe",
+            title="Should you believe it?",
+            short_title="Believe it?",
+            paragraphs=("Differences of the best method named, the hardest opponent first; then what to mind.",),
+            findings=_findings(result, here, differences),
+            next_steps=tuple(one_line(step, 400) for step in result.conclusion.next_steps),
+        ),
         Section(
             key="standings",
             title="All contenders",
@@ -66,7 +73,7 @@ def comparison_document(result: CompareResult) -> Document:
     if curves:
         others = [budget for budget in dict.fromkeys(s.budget for s in result.standings) if budget != result.budget]
         sections.insert(
-            1,
+            2,
             Section(
                 key="curves",
                 title="What more rows bring",
@@ -97,14 +104,10 @@ def comparison_document(result: CompareResult) -> Document:
         title=result.conclusion.title,
         lede=result.conclusion.sentence,
         numbers=_numbers(result, here, at_cost),
-        findings_title="Should you believe it?",
-        findings_lede="Differences of the best method named, the hardest opponent first; then what to mind.",
-        findings=_findings(result, here, differences),
-        next_steps=tuple(one_line(step, 400) for step in result.conclusion.next_steps),
         sections=tuple(sections),
-        command=one_line(str(result.manifest.get("command", "")), 2000),
         repeat="Runs that are finished are kept: more seeds, methods or budgets behind the command add to them.",
-        provenance=settings_rows(result.manifest),
+        command=one_line(str(result.manifest.get("command", "")), 2000),
+        provenance=provenance(result.manifest, without=("records",)),
         footer=FOOTER,
     )
 
@@ -220,18 +223,12 @@ def _selections_section(result: CompareResult) -> Section:
     return Section(
         key="selections",
         title="Selections",
-        short_title="Selections",
         paragraphs=("Each has a report of its own in its folder; what those of methods named warn of stands beneath.",),
         tables=(
             Table(
                 label="Selections",
-                heads=(
-                    ("method", False),
-                    ("budget", True),
-                    ("rows", True),
-                    ("largest source", False),
-                    ("folder", False),
-                ),
+                heads=("method", "budget", "rows", "largest source", "folder"),
+                words=("largest source", "folder"),
                 rows=tuple(
                     (
                         one_line(f.name, 60),
@@ -262,19 +259,10 @@ def _runs_section(result: CompareResult) -> Section:
         tables=(
             Table(
                 label="Records",
-                heads=(("record", False), ("contender", False), ("budget", True), (result.metric, True)),
+                heads=("record", "contender", "budget", result.metric),
+                words=("contender",),
                 rows=rows,
                 folded=True,
             ),
         ),
     )
-
-
-def settings_rows(manifest: Mapping[str, Any]) -> dict[str, tuple[tuple[str, str], ...]]:
-    """The parts of a manifest that a reader may want on the page, each as rows of name and value."""
-    shown: dict[str, tuple[tuple[str, str], ...]] = {}
-    for group in ("settings", "updates", "versions", "libraries"):
-        values = manifest.get(group)
-        if isinstance(values, Mapping):
-            shown[group] = tuple((one_line(str(key), 100), one_line(str(value), 300)) for key, value in values.items())
-    return shown

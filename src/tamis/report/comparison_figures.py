@@ -8,7 +8,18 @@ import plotly.graph_objects as go
 
 from tamis.comparison.result import CompareResult
 from tamis.comparison.verdict import Difference, Standing
-from tamis.report.drawing import FRAME, PALETTE, ROW_HEIGHT, Figure, bare_figure, bars, categories, listed, plain_spec
+from tamis.report.drawing import (
+    FRAME,
+    PALETTE,
+    ROW_HEIGHT,
+    Figure,
+    bare_figure,
+    bars,
+    categories,
+    line,
+    listed,
+    plain_spec,
+)
 from tamis.report.wording import figure_text, number, one_line
 
 __all__ = ["cost_figure", "curve_figures", "gain_figure", "run_figure"]
@@ -60,7 +71,6 @@ def run_figure(standings: Sequence[Standing], metric: str) -> Figure:
     figure.update_xaxes(title={"text": f"held-out {metric} ({better} is better)"}, nticks=6)
     return Figure(
         key="runs",
-        section="standings",
         title="Where every run ended",
         alt=listed(f"Held-out {metric} of every contender, best first", ((s.name, number(s.mean)) for s in standings)),
         legend=(
@@ -94,15 +104,10 @@ def gain_figure(differences: Sequence[Difference], metric: str) -> Figure:
     categories(figure, labels)
     figure.update_layout(margin={"r": 18})  # no value is written behind a point
     figure.update_xaxes(
-        title={"text": f"gain in {metric}"},
-        rangemode="tozero",
-        zeroline=True,
-        zerolinewidth=2,
-        nticks=6,
+        title={"text": f"gain in {metric}"}, rangemode="tozero", zeroline=True, zerolinewidth=2, nticks=6
     )
     return Figure(
         key="gains",
-        section="verdict",
         title="Does selecting pay at equal cost?",
         alt=listed("Gain over full training at equal cost", ((d.contender, number(d.gain, 3)) for d in differences)),
         legend=(
@@ -128,7 +133,6 @@ def cost_figure(standings: Sequence[Standing]) -> Figure:
     figure.update_xaxes(title={"text": "TFLOPs of one run"}, rangemode="tozero", tickformat="~s", nticks=6)
     return Figure(
         key="cost",
-        section="cost",
         title="What a run costs, selection included",
         alt=listed("TFLOPs of one run, selection included", ((s.name, number(s.tflops, 3)) for s in shown)),
         legend=(("pool", "training"), ("selected", "selecting (in full, though runs may share one selection)")),
@@ -151,29 +155,15 @@ def curve_figures(result: CompareResult) -> tuple[Figure, ...]:
 
 
 def _curve(result: CompareResult, index: int, name: str, budgets: Sequence[str], rows: Sequence[float]) -> Figure:
-    drawn = (
-        ("pool", "uniform"),
-        ("ink", "bm25"),
-        ("target", f"full at {name}'s cost"),
-        ("selected", name),
-    )
+    drawn = (("pool", "uniform"), ("ink", "bm25"), ("target", f"full at {name}'s cost"), ("selected", name))
     traces, legend, said = [], [], []
     for role, other in drawn:
         means = [None if (s := result.standing(other, budget)) is None else s.mean for budget in budgets]
         if all(mean is None for mean in means):
             continue
-        legend.append((role, one_line(other, 46)))
+        legend.append((f"{role} line", one_line(other, 46)))
         said.append(f"{one_line(other, 40)} " + ", ".join(number(mean) for mean in means))
-        traces.append(
-            go.Scatter(
-                x=list(rows),
-                y=means,
-                mode="lines",
-                line={"width": 3 if role == "selected" else 2, "color": PALETTE[role][0]},
-                hovertemplate=f"{figure_text(other, 46).replace('%', '&#37;')}: %{{y:.4g}}<extra></extra>",
-                meta=role,
-            )
-        )
+        traces.append(line(rows, means, role, other))
     figure = bare_figure(traces)
     figure.update_xaxes(
         type="log", tickvals=list(rows), ticktext=list(budgets), title={"text": "budget (rows, log scale)"}
@@ -181,7 +171,6 @@ def _curve(result: CompareResult, index: int, name: str, budgets: Sequence[str],
     figure.update_yaxes(title={"text": result.metric}, nticks=5)
     return Figure(
         key=f"curve-{index}",
-        section="curves",
         title=f"More rows: {one_line(name, 60)}",
         alt=f"Held-out {result.metric} at budgets {', '.join(budgets)}: " + "; ".join(said) + ".",
         legend=tuple(legend),

@@ -22,14 +22,14 @@ def standings_table(standings: Sequence[Standing], result: CompareResult, *, fol
     return Table(
         label=f"Contenders at {budget}",
         heads=(
-            ("contender", False),
-            ("runs", True),
-            (f"{result.metric}, mean ± std", True),
-            *((("loss", True),) if result.metric != "loss" else ()),
-            ("updates", True),
-            ("rows", True),
-            ("tokens", True),
-            ("answer tokens a row", True),
+            "contender",
+            "runs",
+            f"{result.metric}, mean ± std",
+            *(("loss",) if result.metric != "loss" else ()),
+            "updates",
+            "rows",
+            "tokens",
+            "answer tokens a row",
         ),
         rows=tuple(
             (
@@ -55,7 +55,7 @@ def task_tables(standings: Sequence[Standing], result: CompareResult) -> tuple[T
         found.append(
             Table(
                 label="Loss by task",
-                heads=(("contender", False), *((one_line(task, 40), True) for task in result.tasks)),
+                heads=("contender", *(one_line(task, 40) for task in result.tasks)),
                 rows=tuple(
                     (one_line(s.name, 80), *(number(s.by_task[task]) for task in result.tasks)) for s in standings
                 ),
@@ -66,7 +66,7 @@ def task_tables(standings: Sequence[Standing], result: CompareResult) -> tuple[T
         found.append(
             Table(
                 label="Tasks of lm-evaluation-harness, mean ± std over runs",
-                heads=(("contender", False), *((one_line(metric, 60), True) for metric in metrics)),
+                heads=("contender", *(one_line(metric, 60) for metric in metrics)),
                 rows=tuple(
                     (one_line(s.name, 80), *(_mean_and_spread(s.tasks[metric]) for metric in metrics))
                     for s in standings
@@ -92,16 +92,17 @@ def tests_table(differences: Sequence[Difference]) -> Table:
     return Table(
         label="Tests of every difference",
         heads=(
-            ("method", False),
-            ("against", False),
-            ("gain", True),
-            ("in %", True),
-            ("95% interval, seeds", True),
-            ("seeds", True),
-            ("p, seeds", True),
-            ("p, rows", True),
-            ("more than chance", False),
+            "method",
+            "against",
+            "gain",
+            "in %",
+            "95% interval, seeds",
+            "seeds",
+            "p, seeds",
+            "p, rows",
+            "more than chance",
         ),
+        words=("against", "more than chance"),
         rows=tuple(
             (
                 one_line(d.contender, 60),
@@ -123,14 +124,7 @@ def cost_table(standings: Sequence[Standing]) -> Table:
     """What one run of every contender costs."""
     return Table(
         label="Cost of one run",
-        heads=(
-            ("contender", False),
-            ("selecting, TFLOPs", True),
-            ("training, TFLOPs", True),
-            ("all, TFLOPs", True),
-            ("selecting", True),
-            ("training", True),
-        ),
+        heads=("contender", "selecting, TFLOPs", "training, TFLOPs", "all, TFLOPs", "selecting", "training"),
         rows=tuple(
             (
                 one_line(s.name, 80),
@@ -153,7 +147,7 @@ def foretold_table(foretold: Sequence[Foretold]) -> Table:
 
     return Table(
         label="Linear datamodelling score",
-        heads=(("method", False), ("correlation", True), ("95% interval", True), ("parts", True)),
+        heads=("method", "correlation", "95% interval", "parts"),
         rows=tuple(
             (one_line(entry.name, 60), number(entry.correlation, 2), interval(entry), count(entry.parts))
             for entry in foretold

@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
 import pyarrow as pa
 
 from tamis.report import agreement, examples, measures, warnings
 from tamis.report.columns import Columns, read_columns
+from tamis.report.document import KeyNumber
 from tamis.report.finding import Finding
+from tamis.report.provenance import manifest_part, plain, provenance
 from tamis.report.wording import count, joined, number, one_line, percent, seconds, visible
 from tamis.types import Example, FloatArray, IntArray
 
 __all__ = [
     "Cost",
     "Headline",
-    "KeyNumber",
     "ReportContent",
     "ReportInputs",
     "SkippedRow",
     "build_content",
-    "provenance",
 ]
 
 # The page stays readable and small: further targets keep their line in every table.
 MAX_TARGETS_DRAWN = 6
 MAX_SKIPPED_SHOWN = 20
-MAX_PROVENANCE_ROWS = 160
 MAX_NOTE_LINE = 600  # characters; a longer note takes several lines
 
 METHOD_WORDS: Mapping[str, str] = {
@@ -108,15 +105,6 @@ class ReportInputs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeyNumber:
-    """One number of the headline with what it counts."""
-
-    value: str
-    label: str
-    detail: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class Headline:
     """What was selected, by which method, from what, for what."""
 
@@ -171,7 +159,7 @@ def build_content(inputs: ReportInputs) -> ReportContent:
     """
     columns = read_columns(inputs.table, inputs.target_names)
     settings = manifest_part(inputs.manifest, "settings")
-    method, shortlist = _method(settings), _plain(settings.get("shortlist"))
+    method, shortlist = _method(settings), plain(settings.get("shortlist"))
     sources = measures.source_shares(columns)
     edges, lengths = measures.length_groups(columns, inputs.target_group, inputs.target_supervised_tokens)
     agreed = agreement.agreements(columns, inputs.baselines, inputs.baseline_scores)
@@ -225,7 +213,7 @@ def build_content(inputs: ReportInputs) -> ReportContent:
         skipped=tuple(_skipped_line(row) for row in inputs.skipped[:MAX_SKIPPED_SHOWN]),
         num_skipped=len(inputs.skipped),
         cost=cost,
-        command=one_line(_plain(inputs.manifest.get("command")), 2000),
+        command=one_line(plain(inputs.manifest.get("command")), 2000),
         provenance=provenance(inputs.manifest),
     )
 
@@ -271,7 +259,7 @@ def _headline(
     supervised = int(columns.supervised[columns.selected].sum())
     targets = joined([one_line(name, 40) for name in columns.target_names])
     how = METHOD_WORDS.get(method, f"the score of {one_line(method, 60)}" if method else "its score")
-    model = one_line(_plain(settings.get("model")), 80)
+    model = one_line(plain(settings.get("model")), 80)
     sentence = f"Every row was judged by {how}."
     if shortlist:
         sentence = f"A shortlist ({one_line(shortlist, 40)}) came first; each row on it was judged by {how}."
@@ -286,7 +274,7 @@ def _headline(
             value=count(selected),
             label="rows selected",
             detail=f"{percent(selected / max(rows, 1))} of {count(rows)}; budget "
-            f"{one_line(_plain(settings.get('budget')) or 'not recorded', 30)}",
+            f"{one_line(plain(settings.get('budget')) or 'not recorded', 30)}",
         ),
         KeyNumber(
             value=count(tokens),
@@ -328,52 +316,3 @@ def _total_seconds(cost: Mapping[str, Any]) -> float | None:
 def _skipped_line(row: SkippedRow) -> str:
     place = f"{one_line(row.file, 120)}, row {row.row}" + (f", field {one_line(row.field, 40)}" if row.field else "")
     return f"{place}: {one_line(row.problem, 240)}"
-
-
-def provenance(manifest: Mapping[str, Any]) -> tuple[tuple[str, tuple[tuple[str, str], ...]], ...]:
-    """The manifest as (group, rows of key and value); costs and the command have places of their own."""
-    groups: dict[str, list[tuple[str, str]]] = {}
-    for key, value in manifest.items():
-        if key in ("cost", "command"):
-            continue
-        nested = isinstance(value, Mapping | list | tuple)
-        groups.setdefault(key if nested else "run", []).extend(_flat("" if nested else key, value))
-    left, result = MAX_PROVENANCE_ROWS, []
-    for name, rows in groups.items():
-        kept = rows[:left]
-        if len(kept) < len(rows):
-            kept.append(("…", f"{len(rows) - len(kept)} more in manifest.json"))
-        left = max(0, left - len(rows))
-        result.append((one_line(name, 60), tuple(kept)))
-    return tuple(result)
-
-
-def _flat(prefix: str, value: Any) -> list[tuple[str, str]]:
-    if isinstance(value, Mapping) and value:
-        return [row for key, part in value.items() for row in _flat(f"{prefix}.{key}" if prefix else str(key), part)]
-    if isinstance(value, list | tuple) and any(isinstance(part, Mapping) for part in value):
-        return [row for index, part in enumerate(value) for row in _flat(f"{prefix}[{index}]", part)]
-    return [(one_line(prefix, 100), one_line(_plain(value), 300))]
-
-
-def _plain(value: Any) -> str:
-    """A setting as a person would type it; empty for None."""
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list | tuple):
-        return ", ".join(_plain(part) for part in value)
-    if isinstance(value, float | np.floating):
-        return number(float(value), 6)
-    if isinstance(value, Mapping):
-        return json.dumps(value, ensure_ascii=False, default=str)
-    return str(value)
-
-
-def manifest_part(manifest: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """What the manifest holds under ``key``; empty if it has no such part."""
-    value = manifest.get(key)
-    return value if isinstance(value, Mapping) else {}

@@ -13,9 +13,21 @@ import plotly.graph_objects as go
 
 from tamis.report.wording import figure_text, one_line
 
-__all__ = ["FRAME", "PALETTE", "ROW_HEIGHT", "Figure", "bare_figure", "bars", "categories", "listed", "plain_spec"]
+__all__ = [
+    "FRAME",
+    "PALETTE",
+    "ROW_HEIGHT",
+    "Figure",
+    "bare_figure",
+    "bars",
+    "categories",
+    "line",
+    "listed",
+    "plain_spec",
+]
 
 ROW_HEIGHT, FRAME = 30, 64
+_FEW_POINTS = 12
 
 # role: (light, dark). The page's style sheet takes the same values; figures and swatches cannot drift apart.
 PALETTE: Mapping[str, tuple[str, str]] = {
@@ -33,12 +45,12 @@ class Figure:
     """A drawing with the words that must stand around it."""
 
     key: str
-    section: str  # the part of the page it belongs to
     title: str
     alt: str  # what it shows, for readers who cannot see it
     legend: tuple[tuple[str, str], ...]  # (role, label)
     height: int
     spec: dict[str, Any]  # Plotly's data and layout
+    section: str = ""  # the part of a selection's page that it belongs to
 
 
 def bars(labels: Sequence[str], values: Sequence[float], role: str, written: Sequence[str], what: str) -> go.Bar:
@@ -53,6 +65,28 @@ def bars(labels: Sequence[str], values: Sequence[float], role: str, written: Seq
         hovertext=[f"{figure_text(label, 60)}, {what}: {value}" for label, value in zip(labels, written, strict=True)],
         hovertemplate="%{hovertext}<extra></extra>",
         marker={"color": PALETTE[role][0], "line": {"width": 0}},
+        meta=role,
+    )
+
+
+def line(
+    x: Sequence[float],
+    y: Sequence[float | None],
+    role: str,
+    name: str,
+    *,
+    dash: str = "solid",
+    is_measured: bool = True,
+) -> go.Scatter:
+    """A line; few measured points are marked, because a single one would not be seen."""
+    safe = figure_text(name, 46).replace("%", "&#37;")  # in a hover template ``%{`` begins a variable
+    return go.Scatter(
+        x=list(x),
+        y=list(y),
+        mode="lines+markers" if is_measured and len(y) <= _FEW_POINTS else "lines",
+        line={"width": 2, "dash": dash, "color": PALETTE[role][0]},
+        marker={"size": 7, "color": PALETTE[role][0]},
+        hovertemplate=f"{safe}: %{{y:.4g}} at %{{x}}<extra></extra>",
         meta=role,
     )
 

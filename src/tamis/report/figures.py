@@ -159,7 +159,7 @@ def _length_figure(edges: Sequence[float], groups: Sequence[LengthGroup]) -> Fig
     figure.update_yaxes(tickformat=".0%", rangemode="tozero", nticks=5)
     labels = [one_line(group.label, 46) for group in targets]
     dashed = [
-        (f"target {dash}", f"{label} ({_TARGET_DASHES[dash]})" if len(labels) > 1 else label)
+        (f"target line {dash}", f"{label} ({_TARGET_DASHES[dash]})" if len(labels) > 1 else label)
         for label, dash in zip(labels, dashes, strict=False)
     ]
     return Figure(
@@ -232,7 +232,7 @@ def _overlap_figure(agreements: Sequence[Agreement]) -> Figure:
             "Share of the selected rows that each baseline chooses too",
             ((entry.name, percent(entry.overlap)) for entry in agreements),
         ),
-        legend=(("selected", "also chosen by the baseline"), ("target", "expected by chance")),
+        legend=(("selected", "also chosen by the baseline"), ("target line", "expected by chance")),
         height=FRAME + 40 * len(labels),
         spec=plain_spec(figure),
     )

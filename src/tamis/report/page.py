@@ -1,4 +1,4 @@
-"""One self-contained page from the report's content: style, script, figures and Plotly inside, nothing fetched, ever.
+"""From a template to one self-contained page: style, script, figures and Plotly inside, nothing fetched, ever.
 
 Dataset text is hostile. Three fences, each enough alone: the template escapes everything, figure JSON is written with
 ``<``, ``>`` and ``&`` as escapes, and the page's own policy lets no script run but the two whose hashes it states and
@@ -14,21 +14,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from tamis.report import figures, training_figures
-from tamis.report.content import ReportContent
+from tamis.report import wording
 from tamis.report.drawing import PALETTE, Figure
-from tamis.report.environment import TEMPLATES, page_environment, page_style
-from tamis.report.training import TrainingContent
 
-__all__ = ["render_page", "render_template", "render_training_page", "write_page", "write_text"]
+__all__ = ["render_template", "write_text"]
 
-
-def write_page(content: ReportContent, path: str | Path) -> None:
-    """Write a selection's page to ``path``."""
-    write_text(render_page(content), path)
+_TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write_text(page: str, path: str | Path) -> None:
@@ -39,31 +34,52 @@ def write_text(page: str, path: str | Path) -> None:
     unfinished.replace(path)
 
 
-def render_page(content: ReportContent) -> str:
-    """The page of a selection as text."""
-    return render_template("report.html.j2", content, figures.draw(content), title=content.headline.title)
-
-
-def render_training_page(content: TrainingContent) -> str:
-    """The page of a training run as text."""
-    return render_template("training.html.j2", content, training_figures.draw(content), title=content.headline.title)
-
-
 def render_template(template: str, content: Any, drawn: Sequence[Figure], *, title: str) -> str:
-    """A page from one of the templates, with the house's style, scripts and figures."""
-    scripts = (_script(get_plotlyjs()), _script((TEMPLATES / "page.js").read_text(encoding="utf-8")))
-    filled = page_environment().get_template(template)
-    return filled.render(
-        title=title,
-        content=content,
-        figures=drawn,
-        figure_json=_json({figure.key: {**figure.spec, "height": figure.height} for figure in drawn}),
-        palette=PALETTE,
-        style=page_style(),
-        plotly_script=Markup(scripts[0]),
-        page_script=Markup(scripts[1]),
-        script_hashes=Markup(" ".join(f"'sha256-{_hash(script)}'" for script in scripts)),
+    """A page from one of the templates, with the house's style and figures; without figures it holds no script."""
+    scripts = (_script(get_plotlyjs()), _script(_read("page.js"))) if drawn else ()
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            title=title,
+            content=content,
+            figures=drawn,
+            figure_json=_json({figure.key: {**figure.spec, "height": figure.height} for figure in drawn}),
+            palette=PALETTE,
+            style=Markup(_read("page.css")),
+            scripts=[Markup(script) for script in scripts],
+            script_sources=Markup(" ".join(f"'sha256-{_hash(script)}'" for script in scripts) or "'none'"),
+        )
     )
+
+
+def _environment() -> jinja2.Environment:
+    """Templates in which an unknown name is an error, and no value brings mark-up or control characters with it."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        finalize=_visible,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        count=wording.count,
+        percent=wording.percent,
+        number=wording.number,
+        seconds=wording.seconds,
+        short=lambda text: wording.one_line(text, 80),
+    )
+    return environment
+
+
+def _visible(value: Any) -> Any:
+    """Last stop of every value on its way into a page: no control or direction character gets past."""
+    return wording.visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _read(name: str) -> str:
+    return (_TEMPLATES / name).read_text(encoding="utf-8")
 
 
 def _script(source: str) -> str:

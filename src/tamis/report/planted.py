@@ -8,11 +8,10 @@ from typing import Any, Protocol
 import plotly.graph_objects as go
 
 from tamis.comparison.planted import KINDS, Score
-from tamis.report.comparison import settings_rows
-from tamis.report.content import KeyNumber
-from tamis.report.document import Document, Section, Table
+from tamis.report.document import Document, KeyNumber, Section, Table
 from tamis.report.drawing import FRAME, ROW_HEIGHT, Figure, bare_figure, bars, categories, plain_spec
 from tamis.report.finding import Finding
+from tamis.report.provenance import provenance
 from tamis.report.wording import count, number, one_line, percent, seconds
 
 __all__ = ["planted_document"]
@@ -106,13 +105,6 @@ def planted_document(result: Result) -> Document:
             ),
             KeyNumber(value=seconds(best.seconds), label="time to select", detail=one_line(best.name, 40)),
         ),
-        findings_title="What to mind",
-        findings_lede="A planted pool shows whether a method finds a task among other rows, not what training gains.",
-        findings=tuple(
-            Finding(key=f"mind-{i}", severity="note", title="Mind this", sentence=one_line(sentence, 600))
-            for i, sentence in enumerate(result.warnings)
-        ),
-        next_steps=tuple(one_line(step, 400) for step in result.next_steps),
         sections=(
             Section(
                 key="found",
@@ -128,21 +120,35 @@ def planted_document(result: Result) -> Document:
                 ),
             ),
             Section(
+                key="mind",
+                title="What to mind",
+                short_title="Mind",
+                paragraphs=(
+                    "A planted pool shows whether a method finds a task among other rows, not what training gains.",
+                ),
+                findings=tuple(
+                    Finding(key=f"mind-{i}", severity="note", title="Mind this", sentence=one_line(sentence, 600))
+                    for i, sentence in enumerate(result.warnings)
+                ),
+                next_steps=tuple(one_line(step, 400) for step in result.next_steps),
+            ),
+            Section(
                 key="pool",
                 title="What was planted",
                 short_title="Pool",
                 tables=(
                     Table(
                         label="Rows of the pool",
-                        heads=(("kind", False), ("rows", True), ("what it is", False)),
+                        heads=("kind", "rows", "what it is"),
+                        words=("what it is",),
                         rows=tuple((kind, count(result.counts[kind]), said) for kind, said in KINDS.items()),
                     ),
                 ),
             ),
         ),
-        command=one_line(str(result.manifest.get("command", "")), 2000),
         repeat="Selections that are there are kept: more methods behind the command add to them.",
-        provenance=settings_rows(result.manifest),
+        command=one_line(str(result.manifest.get("command", "")), 2000),
+        provenance=provenance(result.manifest),
         footer="Made by tamis from files beside this page: planted/ has the pool, the target and the truth of every "
         "row, selections/ each method's own report, results.csv these counts. This page fetches nothing.",
     )
@@ -165,7 +171,6 @@ def _taken_figure(result: Result) -> Figure:
     figure.update_xaxes(title={"text": "selected rows"}, rangemode="tozero", nticks=6)
     return Figure(
         key="taken",
-        section="found",
         title="Rows that each method took",
         alt="Relevant rows found: "
         + ", ".join(f"{one_line(s.name, 40)} {s.score.found}" for s in result.standings)
@@ -180,15 +185,15 @@ def _found_table(standings: Sequence[Standing]) -> Table:
     return Table(
         label="What was found",
         heads=(
-            ("method", False),
-            ("relevant found", True),
-            ("precision", True),
-            ("recall", True),
-            ("of the task, spoilt or not", True),
-            ("AUC, wrong", True),
-            ("AUC, wrong in your sources", True),
-            ("AUC, relevant", True),
-            ("time", True),
+            "method",
+            "relevant found",
+            "precision",
+            "recall",
+            "of the task, spoilt or not",
+            "AUC, wrong",
+            "AUC, wrong in your sources",
+            "AUC, relevant",
+            "time",
         ),
         rows=tuple(
             (
@@ -210,7 +215,7 @@ def _found_table(standings: Sequence[Standing]) -> Table:
 def _taken_table(standings: Sequence[Standing]) -> Table:
     return Table(
         label="Selected rows by kind",
-        heads=(("method", False), *((kind, True) for kind in KINDS), ("both copies", True)),
+        heads=("method", *KINDS, "both copies"),
         rows=tuple(
             (one_line(s.name, 80), *(count(s.score.taken[kind]) for kind in KINDS), count(s.score.both_copies))
             for s in standings

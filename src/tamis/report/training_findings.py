@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,47 +10,32 @@ import numpy.typing as npt
 
 from tamis.online.account import fallback_share, forecast_correlation
 from tamis.report.curves import Curve, steps_of
-from tamis.report.finding import Finding
+from tamis.report.finding import SEVERITIES, Finding, Severity
 from tamis.report.wording import count, counted, number, one_line, percent
 
-__all__ = ["TrainingEvidence", "find", "forecast_pairs", "held_out_losses", "lost_at"]
+__all__ = ["find", "forecast_pairs", "held_out_losses", "lost_at"]
 
 _HOLDS, _LOOSE = 0.7, 0.3  # correlations from which forecasts are believed, and half believed
 _FEW_PAIRS = 8
 _FEW_TARGET_ROWS = 16  # at which the specification measured choices that fit the target rows alone
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingEvidence:
-    """What the checks look at."""
-
-    forecasts: npt.NDArray[np.float64]
-    held_out: Sequence[Curve]
-    lost_at: int | None  # update at which a held-out loss was first not finite
-    target_seen: float | None
-    effective: Curve
-    offered: int
-    log: Sequence[Mapping[str, Any]]
-    is_finished: bool
-    warnings: Sequence[str]
-    method: str
-
-
-def find(evidence: TrainingEvidence) -> tuple[Finding, ...]:
+def find(
+    log: Sequence[Mapping[str, Any]], *, method: str, is_finished: bool, warnings: Sequence[str]
+) -> tuple[Finding, ...]:
     """One finding for each check that has something to look at; warnings first."""
     found = [
-        *_unfinished(evidence),
-        _forecasts(evidence),
-        _held_out(evidence),
-        *_target_rows(evidence),
-        *_fallbacks(evidence),
+        *_unfinished(is_finished),
+        _forecasts(log, method),
+        _held_out(log),
+        *_target_rows(log),
+        *_fallbacks(log),
         *(
             Finding(key="run", severity="warning", title="Said by the run", sentence=one_line(text, 600))
-            for text in evidence.warnings
+            for text in warnings
         ),
     ]
-    order = ("warning", "note", "unmeasured", "passed")
-    return tuple(sorted(found, key=lambda finding: order.index(finding.severity)))
+    return tuple(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)))
 
 
 def forecast_pairs(log: Sequence[Mapping[str, Any]]) -> npt.NDArray[np.float64]:
@@ -84,8 +68,8 @@ def lost_at(log: Sequence[Mapping[str, Any]]) -> int | None:
     return min(steps, default=None)
 
 
-def _unfinished(evidence: TrainingEvidence) -> list[Finding]:
-    if evidence.is_finished:
+def _unfinished(is_finished: bool) -> list[Finding]:
+    if is_finished:
         return []
     return [
         Finding(
@@ -95,18 +79,19 @@ def _unfinished(evidence: TrainingEvidence) -> list[Finding]:
     ]  # fmt: skip
 
 
-def _forecasts(evidence: TrainingEvidence) -> Finding:
+def _forecasts(log: Sequence[Mapping[str, Any]], method: str) -> Finding:
     title = "Do choices do what they promise?"
-    pairs = len(evidence.forecasts)
-    correlation, _ = forecast_correlation(evidence.log)
+    forecasts = forecast_pairs(log)
+    pairs = len(forecasts)
+    correlation, _ = forecast_correlation(log)
     if correlation is None:
         why = f"There {'is' if pairs == 1 else 'are'} {counted(pairs, 'comparison')} of forecast and outcome."
-        if evidence.method in ("uniform", "full"):
-            why = f"The method {evidence.method} looks at no target and promises nothing."
-        return Finding(key="forecasts", severity="unmeasured", title=title, sentence=why,
-                       advice="Give --forecast-every, and train longer, for a few dozen.")  # fmt: skip
-    predicted, realised = evidence.forecasts.mean(axis=0)
-    same = float((np.sign(evidence.forecasts[:, 0]) == np.sign(evidence.forecasts[:, 1])).mean())
+        advice = "Give --forecast-every, and train longer, for a few dozen."
+        if method in ("uniform", "full"):
+            why, advice = f"The method {method} looks at no target and promises nothing.", ""
+        return Finding(key="forecasts", severity="unmeasured", title=title, sentence=why, advice=advice)
+    predicted, realised = forecasts.mean(axis=0)
+    same = float((np.sign(forecasts[:, 0]) == np.sign(forecasts[:, 1])).mean())
     said = (
         f"Over {counted(pairs, 'comparison')} the predicted and the realised drop of the target loss correlate at "
         f"{correlation:.2f}; they have the same sign in {percent(same)}. The mean forecast is {number(predicted, 2)}, "
@@ -125,18 +110,19 @@ def _forecasts(evidence: TrainingEvidence) -> Finding:
     )  # fmt: skip
 
 
-def _held_out(evidence: TrainingEvidence) -> Finding:
+def _held_out(log: Sequence[Mapping[str, Any]]) -> Finding:
     title = "Did the target loss fall on rows that only measure?"
-    if evidence.lost_at is not None:
+    lost, held_out = lost_at(log), held_out_losses(log)
+    if lost is not None:
         return Finding(
             key="held-out", severity="warning", title=title,
-            sentence=f"No. The loss was not finite after update {count(evidence.lost_at)}, so figures leave it out.",
+            sentence=f"No. The loss was not finite after update {count(lost)}, so figures leave it out.",
             advice="Training has diverged, or a row overflows: lower the rate, or clip with --clip.",
         )  # fmt: skip
-    if not evidence.held_out or len(evidence.held_out[0].values) < 2:
+    if not held_out or len(held_out[0].values) < 2:
         return Finding(key="held-out", severity="unmeasured", title=title, sentence="No row was held out.",
                        advice="Give --eval, or --held-out above 0.")  # fmt: skip
-    curve = evidence.held_out[0]
+    curve = held_out[0]
     first, last, best = curve.values[0], curve.values[-1], min(curve.values)
     at = curve.steps[curve.values.index(best)]
     said = f"From {number(first)} to {number(last)}; the lowest was {number(best)}, after update {count(at)}."
@@ -150,21 +136,23 @@ def _held_out(evidence: TrainingEvidence) -> Finding:
     return Finding(key="held-out", severity="passed", title=title, sentence=sentence)
 
 
-def _target_rows(evidence: TrainingEvidence) -> list[Finding]:
-    if evidence.target_seen is None:
+def _target_rows(log: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    _, seen = steps_of(log, "selection/target_rows_seen")
+    if not seen:
         return []
-    rows = int(evidence.target_seen)
-    severity, advice = "passed", ""
+    rows = int(seen[-1])
+    severity: Severity = "passed"
+    advice = ""
     if rows < _FEW_TARGET_ROWS:
         severity, advice = "warning", "Choices may fit these very rows; give more, or prefer anchored or tilt."
     return [
-        Finding(key="target-rows", severity=severity, title="Distinct target rows", advice=advice,  # type: ignore[arg-type]
+        Finding(key="target-rows", severity=severity, title="Distinct target rows", advice=advice,
                 sentence=f"Choices looked at {counted(rows, 'distinct target row')} in all.")
     ]  # fmt: skip
 
 
-def _fallbacks(evidence: TrainingEvidence) -> list[Finding]:
-    share = fallback_share(evidence.log)
+def _fallbacks(log: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    share = fallback_share(log)
     if share == 0:
         return []
     return [

@@ -47,7 +47,8 @@ from tamis.proxies.bench import Bench
 from tamis.proxies.build import build_low_rank
 from tamis.proxies.retention import Retention
 from tamis.proxies.rows import RowSizes, assign_roles, usable_rows
-from tamis.report.retention_page import retention_page
+from tamis.report.document import write_document
+from tamis.report.retention import retention_document
 from tamis.runs.manifest import identity_settings, repeat_command
 from tamis.runs.outputs import check_claim, claim_folder, free_claim, write_json
 from tamis.settings import ProxySettings
@@ -138,7 +139,6 @@ def proxy_from_settings(
         free_claim(out, identity)
         raise
     check_claim(out, identity)
-    _write_retention(retention, settings, out, command=repeat_command("proxy", out, held), warnings=warnings)
     manifest = {
         **identity,
         "command": repeat_command("proxy", out, held),
@@ -148,6 +148,7 @@ def proxy_from_settings(
         "warnings": warnings,
         "files": {path.name: file_sha256(path) for path in sorted(out.glob("*.safetensors"))},
     }
+    _write_retention(retention, manifest, out, has_page=settings.report)
     write_json(out / "manifest.json", manifest)  # last: its presence says that the proxy is complete
     shutil.rmtree(out / "store", ignore_errors=True)
     return _result(out, was_finished=False)
@@ -166,13 +167,10 @@ def _keep_of(store: Path, identity: Mapping[str, Any]) -> None:
             replace_atomically(mark, (wanted.encode(),))
 
 
-def _write_retention(
-    retention: Retention, settings: ProxySettings, out: Path, *, command: str, warnings: list[str]
-) -> None:
+def _write_retention(retention: Retention, manifest: Mapping[str, Any], out: Path, *, has_page: bool) -> None:
     write_json(out / "retention.json", retention.to_json())
-    if settings.report:
-        page = retention_page(retention, command=command, warnings=warnings)
-        replace_atomically(out / "report.html", (page.encode("utf-8"),))
+    if has_page:
+        write_document(retention_document(retention, manifest), out / "report.html")
 
 
 def _advise_again(settings: ProxySettings, out: Path, held: Mapping[str, Rows]) -> None:
@@ -180,9 +178,9 @@ def _advise_again(settings: ProxySettings, out: Path, held: Mapping[str, Rows]) 
     found = Retention.from_json(json.loads((out / "retention.json").read_text(encoding="utf-8")))
     if found.advice.keep == settings.keep and ((out / "report.html").exists() or not settings.report):
         return
-    warnings = json.loads((out / "manifest.json").read_text(encoding="utf-8"))["warnings"]
-    found = replace(found, advice=found.advised(settings.keep))
-    _write_retention(found, settings, out, command=repeat_command("proxy", out, held), warnings=warnings)
+    manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    manifest |= {"command": repeat_command("proxy", out, held), "settings": to_dict(settings)}
+    _write_retention(replace(found, advice=found.advised(settings.keep)), manifest, out, has_page=settings.report)
 
 
 def read_rows(settings: ProxySettings, held: Mapping[str, Rows] | None = None) -> tuple[Examples, Examples | None]:

@@ -13,8 +13,9 @@ from tamis.errors import InvalidInput, TamisError
 from tamis.notation import target_parts
 from tamis.online.fate import read_candidates
 from tamis.online.resume import read_log
-from tamis.report.page import render_training_page, write_text
-from tamis.report.training import TrainingInputs, build_training_content
+from tamis.report.document import render_document
+from tamis.report.page import write_text
+from tamis.report.training import TrainingInputs, training_document
 from tamis.runs.outputs import IDENTITY
 from tamis.settings import TrainRunSettings
 from tamis.types import Example
@@ -37,7 +38,7 @@ def write_report(folder: str | Path, *, out: str | Path | None = None) -> Path:
     there = folder / "report.html"
     path = there if out is None else Path(out)
     if (folder / "candidates").is_dir() and (folder / "run.yaml").is_file():
-        page = render_training_page(build_training_content(_inputs(folder)))
+        page = render_document(training_document(_inputs(folder)))
     elif there.is_file():
         if path == there:
             return there

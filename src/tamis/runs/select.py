@@ -31,7 +31,7 @@ from tamis.notation import shortlist_parts
 from tamis.progress import NoProgress
 from tamis.protocols import Method, Progress, ReadsFiles
 from tamis.report.content import ReportInputs, build_content
-from tamis.report.page import write_page
+from tamis.report.selection import write_page
 from tamis.runs.manifest import costs, describe_data, identity_settings, repeat_command
 from tamis.runs.outputs import (
     MESSAGES,

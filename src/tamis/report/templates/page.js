@@ -22,6 +22,7 @@
       } else {
         trace.line.color = own;
         trace.fillcolor = own;
+        if (trace.marker) trace.marker.color = own;
       }
     }
     const layout = copy.layout;
