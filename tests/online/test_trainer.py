@@ -169,6 +169,14 @@ def test_logs_say_how_the_choice_is_doing(tmp_path: Path) -> None:
     json.dumps(trainer.state.log_history)
 
 
+def test_what_was_noted_after_the_last_loss_stands_in_the_last_entry(tmp_path: Path) -> None:
+    trainer = run(tmp_path, tiny_model("gpt2", lora=True), TracIn(keep=2, oversample=2), logging_steps=4, max_steps=6)
+    *_, loss, last = trainer.state.log_history
+    assert loss["step"] == 4 and last["step"] == 6 and "train_loss" in last
+    assert np.isfinite(last["selection/target_loss"]) and last["selection/target_rows_seen"] == 7
+    assert sum(value for name, value in last.items() if name.startswith("selection/share/")) == pytest.approx(1)
+
+
 @pytest.mark.parametrize(
     ("clip", "kind"), [(0.0, torch.optim.AdamW), (0.01, torch.optim.AdamW), (0.01, torch.optim.Adam)]
 )
