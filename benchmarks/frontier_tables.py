@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 900, 520, 64, 190, 16, 52
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666", "#8b4513", "#6a3d9a", "#b2182b")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666", "#8b4513", "#6a3d9a", "#b2182b",
+           "#999933", "#117733")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,18 +127,18 @@ def picture(found: dict[str, list[Point]]) -> str:
     )
     autos = [name for name in found if name.startswith("auto")]
     for index, (name, points) in enumerate(found.items()):
-        colour, is_auto = COLOURS[index % len(COLOURS)], name in autos
+        is_auto = name in autos
+        colour = "black" if is_auto else COLOURS[index % len(COLOURS)]
         line = " ".join(f"{x(p.cost):.1f},{y(p.spearman):.1f}" for p in points)
         pattern = ("", "8 4", "2 3", "8 3 2 3")[autos.index(name) % 4] if is_auto else ""
         dash = f' stroke-dasharray="{pattern}"' if pattern else ""
         parts.append(
-            f'<polyline points="{line}" fill="none" stroke="{"black" if is_auto else colour}" '
-            f'stroke-width="{3 if is_auto else 1.5}"{dash}/>'
+            f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="{3 if is_auto else 1.5}"{dash}/>'
         )
         parts += [f'<circle cx="{x(p.cost):.1f}" cy="{y(p.spearman):.1f}" r="2.5" fill="{colour}"/>' for p in points]
         height = TOP + 14 + index * 18
         parts.append(
-            f'<path d="M{WIDTH - RIGHT + 12} {height - 4}h22" stroke="{"black" if is_auto else colour}" '
+            f'<path d="M{WIDTH - RIGHT + 12} {height - 4}h22" stroke="{colour}" '
             f'stroke-width="{3 if is_auto else 1.5}"{dash}/>'
             f'<text x="{WIDTH - RIGHT + 40}" y="{height}">{escape(name)}</text>'
         )

@@ -152,10 +152,17 @@ def render_corpora(
     target_group = sources.target_group[target_rows]
     for index, name in enumerate(sources.target_names):
         if not (target_group == index).any():
-            raise InvalidInput(f"target '{name}' has no row with a supervised token; give it usable rows")
+            cut = int(((sources.target_group == index) & _lost_to_the_limit(target)).sum())
+            why = f" (rows that lost all of them to --max-length: {cut}; raise it)" if cut else ""
+            raise InvalidInput(f"target '{name}' has no row with a supervised token; give it usable rows{why}")
 
     warnings = [*renderer.notes]
     for corpus in (pool, target):
+        if cut := int(_lost_to_the_limit(corpus).sum()):
+            warnings.append(
+                f"{corpus.name}: {cut} of {len(corpus)} rows lost every supervised token to --max-length and cannot be "
+                "used; raise it, or shorten them."
+            )
         rows = np.flatnonzero(corpus.usable).astype(np.int64)
         lengths = corpus.lengths[rows]
         warnings += check_row_limits(
@@ -216,6 +223,12 @@ def leaked_rows(sources: Sources) -> npt.NDArray[np.bool_]:
     leaked[leaks.exact] = True
     leaked[leaks.same_prompt] = True
     return leaked
+
+
+def _lost_to_the_limit(corpus: Corpus) -> npt.NDArray[np.bool_]:
+    """(rows,): nothing is supervised in what the length limit left of them."""
+    lost: npt.NDArray[np.bool_] = ~corpus.usable & (corpus.truncated > 0)
+    return lost
 
 
 def _skipped(corpus: Corpus, on_bad_row: str) -> list[SkippedRow]:

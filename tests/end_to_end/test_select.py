@@ -93,6 +93,7 @@ def test_robust_weights_reach_both_files_and_average_one(run: TinyRun, tmp_path:
     assert any(
         "selected rows" in note and "are landmarks, which have a gradient of their own" in note for note in notes
     )
+    assert sum(selection.table["landmark"].to_pylist()) == asked["landmarks"]
 
 
 def test_selected_rows_are_the_users_rows_plus_a_mark(run: TinyRun, tmp_path: Path) -> None:

@@ -161,10 +161,11 @@ def estimate_plan(
         rate, dtype = assumed, assumed_dtype
 
     num_tokens = int(pool.tokens)
-    budget = times(parse_budget(settings.budget), 1, num_rows=pool.rows, num_tokens=num_tokens)
+    num_rows = len(sampled.examples)  # a share is of all rows that were read, as in a run
+    budget = times(parse_budget(settings.budget), 1, num_rows=num_rows, num_tokens=num_tokens)
     factor = shortlist_parts(settings.shortlist)[1]
-    shortlisted = times(budget, factor, num_rows=pool.rows, num_tokens=num_tokens)
-    share = shortlisted.value / (pool.rows if shortlisted.kind == "rows" else num_tokens)
+    shortlisted = times(budget, factor, num_rows=num_rows, num_tokens=num_tokens)
+    share = min(1.0, shortlisted.value / (pool.rows if shortlisted.kind == "rows" else num_tokens))
     # A shape is needed only if a method trains an adapter, and once per rank.
     with_lora = functools.cache(lambda rank: ModelShape.from_model(skeleton(loading, lora_rank=rank)))
     plan_of = functools.partial(

@@ -338,7 +338,8 @@ def check_rows(evidence: Evidence) -> Iterator[Finding]:
             "Raise --max-length if the ends matter." if truncated.selected else "",
         )
     if evidence.num_skipped:
-        sentence = f"{counted(evidence.num_skipped, 'row')} could not be used; no other count includes them."
+        rows = counted(evidence.num_skipped, "row")
+        sentence = f"{rows} of pool and targets could not be used; skipped.jsonl says which, and why."
         yield Finding("skipped", "note", "Rows were skipped", sentence)
     clean = [entry.label.lower() for entry in (flagged, leaked, truncated) if not entry.pool]
     if clean:

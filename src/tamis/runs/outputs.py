@@ -138,8 +138,12 @@ def score_table(
     *,
     losses: FloatArray | None,
     flagged: np.ndarray[Any, np.dtype[np.bool_]],
+    landmarks: IntArray | None = None,
 ) -> pa.Table:
-    """One row per pool row, in pool order. Rows that were not scored have null scores and ranks."""
+    """One row per pool row, in pool order. Rows that were not scored have null scores and ranks.
+
+    ``landmarks`` are the rows that have a gradient of their own, where others have carried scores.
+    """
     pool, examples = corpora.pool, corpora.pool.examples
     n = len(pool)
     scored = np.zeros(n, dtype=np.bool_)
@@ -184,6 +188,10 @@ def score_table(
         "leaked": pa.array(corpora.leaked),
         "picked_for": pa.array([choice.target_names[i] if i >= 0 else None for i in picked_for], type=pa.string()),
     }
+    if landmarks is not None:
+        is_landmark = np.zeros(n, dtype=np.bool_)
+        is_landmark[landmarks] = True
+        columns["landmark"] = pa.array(is_landmark)
     return pa.table(columns)
 
 

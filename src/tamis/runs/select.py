@@ -174,7 +174,8 @@ def select_from_settings(
     baselines, baseline_scores = _baselines(replace(task, rows=every_row, notes=[], warnings=[]), settings, chooser)
 
     shapes = count_shapes(choice.order.tolist(), corpora.pool.examples.__getitem__)
-    table = score_table(corpora, choice, losses=losses, flagged=flagged)
+    landmarks = scores.rows[scores.extra["is_landmark"]] if "is_landmark" in scores.extra else None
+    table = score_table(corpora, choice, losses=losses, flagged=flagged, landmarks=landmarks)
     manifest: dict[str, Any] = {
         **identity,
         "command": repeat_command("select", out, held),
@@ -236,9 +237,9 @@ def _settings_identity(settings: SelectSettings, method: Method) -> dict[str, An
 
 def _landmark_share(scores: TargetScores, choice: Choice) -> tuple[str, ...]:
     """Transferred scores shrink towards their mean, so landmarks may fill more of a selection than of the pool."""
-    if "is_landmark" not in scores.extra:
+    marks = scores.extra.get("is_landmark")
+    if marks is None or marks.all():
         return ()
-    marks = scores.extra["is_landmark"]
     taken = int(np.isin(choice.order, scores.rows[marks]).sum())
     return (
         f"{taken} of {len(choice.order)} selected rows ({taken / len(choice.order):.0%}) are landmarks, which have a "

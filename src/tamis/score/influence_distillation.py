@@ -61,8 +61,8 @@ class InfluenceDistillation:
         preset: "paper": as published where this library can; "true-gradients": the same with the gradient of every row,
             the paper's yardstick, which corresponds to LESS. Settings given beside a preset count in place of its own.
             ``dataclasses.replace`` gives every setting, so it changes nothing but what it names.
-        landmarks: rows with gradients of their own, at most all rows to score; "auto": a tenth of them, but at least
-            256 and at most 4,096; "all": every one of them.
+        landmarks: rows with gradients of their own, at most all rows to score; "auto": all of up to 768 rows, which
+            costs no more than carrying; of more a tenth, but at least 256 and at most 4,096; "all": every one of them.
         landmark_rule: "uniform"; or "k-means++" or "leverage", which need the named embedding of every row in memory.
         embedding: "auto" tries all within the budget on the landmarks; or "error-outer", "error", "hidden-error",
             "hidden-mean", "rds", "jvp", "lens-gradient", "tail-gradient", "gradient", "tfidf", "given".

@@ -414,10 +414,12 @@ def test_where_every_row_is_a_landmark_they_are_not_all_compared(
         return real(reader, rows)
 
     monkeypatch.setattr(landmark_gradients, "_gram", counted)
-    plain = InfluenceDistillation(**{**CARRIED, "landmarks": "all", "weights": "none", "hessian_landmarks": 256})
+    settings = {name: value for name, value in CARRIED.items() if name not in ("embedding", "kernel", "scale")}
+    settings |= {"landmarks": "all", "weights": "none"}
+    plain = InfluenceDistillation(**{**settings, "hessian_landmarks": 256})
     found = plain.score(make_task(tmp_path, llama, pool=POOL_OF_20))
     assert found.extra["is_landmark"].all() and asked == []
-    sized = InfluenceDistillation(**{**CARRIED, "landmarks": "all", "weights": "none"}, eta=0.1, hessian_ratio=True)
+    sized = InfluenceDistillation(**settings, eta=0.1, hessian_ratio=True)
     sized.score(make_task(tmp_path, llama, pool=POOL_OF_20))
     assert asked == []  # the term's size alone is carried nowhere
     bent = InfluenceDistillation(**{**CARRIED, "landmarks": "all"}, eta=0.1)

@@ -167,7 +167,7 @@ def choose_embedding(
         choice = _tried_out(task, embeddings, gradients, columns, of_target, settings, kernels)
         return {**choice.to_plain(), "notes": [sentence for sentence in task.notes if sentence not in earlier]}
 
-    plain = kept_once(path, decide)
+    plain = kept_once(path, decide, task=task)
     for sentence in plain["notes"]:  # a resumed run says what the first one said
         task.note(sentence)
     return Choice.from_plain(plain, given=settings.given)

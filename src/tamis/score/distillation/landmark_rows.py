@@ -46,5 +46,6 @@ def landmark_rows(
         whole = embeddings.of(embedding, task.pool, rows)(0, len(rows))
         return [int(place) for place in LANDMARK_RULES[rule](whole, count, task.seed)]
 
-    places = kept_once(task.workdir("landmarks", spec, uses_target=False) / "landmarks.json", draw)
+    path = task.workdir("landmarks", spec, uses_target=False) / "landmarks.json"
+    places = kept_once(path, draw, task=task)
     return rows[np.array(places, np.int64)]

@@ -9,11 +9,12 @@ from tamis.score.distillation.candidates import EmbeddingSettings
 from tamis.score.distillation.choice import COMPARED, KERNELS_COMPARED, Choice, Tried
 from tamis.solve.landmarks import LandmarkRule
 
-__all__ = ["diagnosis", "is_trusted", "notes_of_carried_term", "notes_of_choice", "verdict"]
+__all__ = ["USABLE", "diagnosis", "is_trusted", "notes_of_carried_term", "notes_of_choice", "verdict"]
 
 # Rank correlations with exact scores at which the advice changes; round figures, a matter of judgement.
-_TRUST, _USE = 0.8, 0.5
-_ALL_TRIED = 2  # the budget within which auto has tried everything it knows
+_TRUST, USABLE = 0.8, 0.5
+_FULL_PASS = 1  # the budget from which a dearer embedding costs about what gradients of all rows do (docs/results.md)
+_EXACTLY = "score with tracin exactly"
 _STILL_RISING = 0.03  # what the second half of the landmarks must have added for more of them to be worth while
 
 
@@ -82,7 +83,7 @@ def diagnosis(choice: Choice, target_names: Sequence[str], settings: EmbeddingSe
 
 def is_trusted(choice: Choice) -> bool:
     """Whether the scores of every target are good enough to select by; otherwise the verdict is a warning."""
-    return min(choice.spearman) >= _USE
+    return min(choice.spearman) >= USABLE
 
 
 def verdict(choice: Choice, target_names: Sequence[str], settings: EmbeddingSettings) -> str:
@@ -106,8 +107,8 @@ def verdict(choice: Choice, target_names: Sequence[str], settings: EmbeddingSett
         )
     else:
         advice = (
-            f"spend more per row ({_dearer(choice, settings)}): half the landmarks gave {choice.with_half:.2f}, so "
-            "more of them would change little"
+            f"{_dearer(choice, settings)}: half the landmarks gave {choice.with_half:.2f}, so more of them would "
+            "change little"
         )
     if value >= _TRUST:
         return f"Verdict: {by}these scores order most rows as exact ones do; for still better ones, {advice}"
@@ -117,18 +118,17 @@ def verdict(choice: Choice, target_names: Sequence[str], settings: EmbeddingSett
             f"Verdict: {by}these scores are usable, but miss about half of the very best rows and take good ones in "
             f"their place; to sharpen them, {advice}"
         )
-    return f"Verdict: {by}do not trust the order of these scores much; {advice}, or score with tracin exactly."
+    otherwise = "" if _EXACTLY in advice else f", or {_EXACTLY}"
+    return f"Verdict: {by}do not trust the order of these scores much; {advice}{otherwise}."
 
 
 def _dearer(choice: Choice, settings: EmbeddingSettings) -> str:
-    """The setting by which a row's embedding gets better, if any of those that are left does."""
-    if isinstance(choice.embedding, Gradient):  # nothing dearer is left
-        return f"a larger sketch: side above {choice.embedding.side}"
-    if settings.name != "auto":  # which no budget changes
-        return f"embedding=auto or gradient in place of {settings.name}"
-    if settings.budget < _ALL_TRIED:
-        return f"embedding_budget above {settings.budget:g}"
-    return "embedding=gradient with a larger sketch, side, than the one that auto tried"
+    """How to spend more on a row, if that is any cheaper than its gradient."""
+    if settings.name not in ("auto", Gradient.name):  # which no budget changes
+        return f"spend more per row (embedding=auto in place of {settings.name})"
+    if not isinstance(choice.embedding, Gradient) and settings.budget < _FULL_PASS:
+        return f"spend more per row (embedding_budget={_FULL_PASS})"
+    return f"{_EXACTLY}, which costs about as much as a dearer embedding"
 
 
 def _used(choice: Choice) -> str:
@@ -148,4 +148,6 @@ def _why(choice: Choice, landmarks: int) -> str:
 
 
 def _cost(tried: Tried) -> str:
-    return "no pass of the model" if tried.passes is None else f"{tried.passes:.2g} forward passes a row"
+    if tried.passes is None:
+        return "no pass of the model"
+    return f"{tried.passes:.2g} forward pass{'' if f'{tried.passes:.2g}' == '1' else 'es'} a row"

@@ -22,6 +22,7 @@ from tamis.model.load import resolved_dtype
 from tamis.score.distillation.choice import Choice
 from tamis.score.distillation.curvature import LandmarkHessians
 from tamis.score.distillation.landmark_gradients import LandmarkGradients
+from tamis.score.distillation.notes import USABLE
 from tamis.score.distillation.row_embeddings import RowEmbeddings
 from tamis.score.distillation.transfer import transfer_coefficients
 from tamis.score.matrix import empty_scores
@@ -71,11 +72,11 @@ class LandmarkTerm:
             coefficients[np.searchsorted(task.rows, self.rows), np.arange(len(self.rows))] = 1
         else:
             coefficients = transfer_coefficients(task, embeddings, choice, self.rows, keep_embeddings=keep_embeddings)
-            task.note(self._foretold(task, embeddings, gradients, choice))
+            self._foretell(task, embeddings, gradients, choice)
         coefficients[without_gradient] = 0
         return Curvature(coefficients=coefficients, products=self.products, eta=self.eta, ratio=self.ratio)
 
-    def _foretold(self, task: Task, embeddings: RowEmbeddings, gradients: LandmarkGradients, choice: Choice) -> str:
+    def _foretell(self, task: Task, embeddings: RowEmbeddings, gradients: LandmarkGradients, choice: Choice) -> None:
         """What to expect of the term on other rows, by leaving out each of its own landmarks, which are fewer.
 
         What is carried is ``Q w``. With equal weights that is known for the landmarks: the sums of their products.
@@ -86,11 +87,17 @@ class LandmarkTerm:
         gram = gradients.gram_of(np.searchsorted(gradients.rows, self.rows))
         (found,) = try_candidates(rows, gram=gram, scores=pulls, grid=[choice.candidate])
         assert found.recovery is not None and found.mean_spearman is not None
-        return (
+        said = (
             f"Expected of the second-order term on rows that are not among its {len(self.rows)} landmarks, found by "
             f"leaving out each in turn: gradients rebuilt with a cosine of {found.recovery:.2f}, and rows in the order "
             f"of what equal weights take off them with a mean rank correlation of {found.mean_spearman:.2f}"
         )
+        if found.mean_spearman >= USABLE:
+            task.note(said)
+        else:
+            task.warn(
+                f"{said}. That is too little to select by: set weights=first-order or none, or raise hessian_landmarks."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +191,7 @@ class SecondOrder:
         if max(ratios) <= WORTH_HAVING:
             task.note(f"{said}. At 5 % or less the first order may stand alone")
         elif self.whole:
-            task.note(f"{said}. Above 5 % it changes which rows are selected, so it is worth having here")
+            task.note(f"{said}. Above 5 % it changes which rows are selected")
         else:
             task.warn(
                 f"{said}. Above 5 % it changes which rows are selected: set weights=second-order, or lower eta if you "

@@ -48,6 +48,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "true-gradients": {**_PAPER, "landmarks": "all"},
 }
 
+_FEWEST = 256  # landmarks by "auto", where they are not all rows
+
 # Which embeddings read a setting that shapes them; "auto" reads them all.
 _READ_BY: dict[str, tuple[str, ...]] = {
     "embedding_budget": (),
@@ -58,6 +60,13 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "side": ("error-outer", "lens-gradient", "tail-gradient", "gradient"),
     "tail_blocks": ("tail-gradient",),
 }
+
+_OF_WARM_UP = ("warmup_share", "warmup_rows", "warmup_epochs", "warmup_batch_rows", "warmup_learning_rate")
+_OF_ADAPTER = ("lora_rank", "lora_alpha")  # of the warm-up
+_OF_TRANSFER = (
+    *("landmark_rule", "embedding", "given", "keep_embeddings", *_READ_BY),
+    *("kernel", "scale", "damping", "centred", "half_whitening", "residual"),
+)
 
 
 def preset_values(name: str) -> dict[str, Any]:
@@ -75,12 +84,14 @@ def landmark_count(landmarks: int | str, rows: int) -> int:
     """How many of ``rows`` rows are to get gradients of their own; a number is taken as it was given.
 
     "auto" is a tenth, so that landmarks stay a small part of the cost of gradients for all, but at least 256, below
-    which leave-one-out says little of what to expect, and at most the 4,096 of the paper.
+    which leave-one-out says little of what to expect, and at most the 4,096 of the paper. Up to 768 rows it is all of
+    them: 256 gradients, as many rows embedded in every way to be compared, and an embedding of all rows cost about as
+    much as 768 gradients, and these are exact.
     """
-    if landmarks == "all":
+    if landmarks == "all" or (landmarks == "auto" and rows <= 3 * _FEWEST):
         return rows
     if landmarks == "auto":
-        return min(rows, max(256, min(4096, rows // 10)))
+        return max(_FEWEST, min(4096, rows // 10))
     return int(landmarks)
 
 
@@ -153,28 +164,38 @@ def _check_read(chosen: Any) -> None:
     A preset's own value may stand beside settings that leave it unread.
     """
     second = _is_second_order(chosen)
-    first_only = "read by the second-order term only (weights=second-order or hessian_ratio=true)"
-    no_adapter = "of no use with warmup=full, which trains no adapter"
-    uses = {
-        "scale": (chosen.kernel != "linear", "of no use with kernel=linear, which has none"),
-        "half_whitening": (chosen.kernel != "linear", "of no use with kernel=linear, which is not tried on it"),
-        "lora_rank": (chosen.warmup != "full", no_adapter),
-        "lora_alpha": (chosen.warmup != "full", no_adapter),
-        "hessian_landmarks": (second, first_only),
-        "memory_gb": (second, first_only),
-        "momentum": (
+    warms_up = chosen.warmup != "none" and chosen.moments is None
+    no_warm_up = f"of no use with {'moments' if chosen.moments is not None else 'warmup=none'}: there is no warm-up"
+    carries = chosen.landmarks != "all" or chosen.weights == "second-order"
+    rules: list[tuple[tuple[str, ...], bool, str]] = [  # settings, whether anything reads them, and why not
+        (("scale",), chosen.kernel != "linear", "of no use with kernel=linear, which has none"),
+        (("half_whitening",), chosen.kernel != "linear", "of no use with kernel=linear, which is not tried on it"),
+        ((*_OF_WARM_UP, *_OF_ADAPTER), warms_up, no_warm_up),
+        (("warmup",), chosen.moments is None, "of no use with moments, which take its place"),
+        (_OF_ADAPTER, chosen.warmup != "full", "of no use with warmup=full, which trains no adapter"),
+        (("warmup_share",), chosen.warmup_rows is None, "of no use with warmup_rows, which say how many"),
+        (_OF_TRANSFER, carries, "of no use with landmarks=all, which leave no row to be carried to"),
+        (
+            ("hessian_landmarks", "memory_gb"),
+            second,
+            "read by the second-order term only (weights=second-order or hessian_ratio=true)",
+        ),
+        (
+            ("momentum",),
             chosen.weights == "second-order" and chosen.form == "adam",
             "read with form=adam and weights=second-order only",
         ),
-    }
-    for name, readers in _READ_BY.items():
-        uses[name] = (
-            chosen.embedding in ("auto", *readers),
-            f"read by embedding {' or '.join(readers) or 'auto'} only",
-        )
+    ]
+    rules += [
+        ((name,), chosen.embedding in ("auto", *readers), f"read by embedding {' or '.join(readers) or 'auto'} only")
+        for name, readers in _READ_BY.items()
+    ]
+    unread = {name: why for names, is_read, why in reversed(rules) if not is_read for name in names}
     preset = {} if chosen.preset is None else preset_values(chosen.preset)
     for field in dataclasses.fields(chosen):
-        is_read, why = uses.get(field.name, (True, ""))
         value = getattr(chosen, field.name)
-        if not is_read and value != field.default and value != preset.get(field.name, field.default):
-            raise InvalidSettings(f"{field.name}={value!r} would change nothing: it is {why}; leave it out")
+        is_asked_for = value != field.default and value != preset.get(field.name, field.default)
+        if is_asked_for and field.name in unread:
+            raise InvalidSettings(
+                f"{field.name}={value!r} would change nothing: it is {unread[field.name]}; leave it out"
+            )
