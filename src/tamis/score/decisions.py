@@ -37,8 +37,8 @@ def kept_once(path: Path, decide: Callable[[], Any], *, task: Task | None = None
             replace_atomically(path, (json.dumps(decided, indent=1).encode(),))
     barrier()
     if task is not None and stages.exists():
-        used = [task.store / name for name in json.loads(stages.read_text(encoding="utf-8"))]
-        task.stages += [stage for stage in used if stage not in task.stages]
+        found = [task.store / name for name in json.loads(stages.read_text(encoding="utf-8"))]
+        task.stages += [stage for stage in found if stage not in task.stages]
     return json.loads(path.read_text(encoding="utf-8"))
 
 
