@@ -36,6 +36,7 @@ __all__ = [
     "attribute",
     "compare",
     "doctor",
+    "embeddings",
     "methods",
     "online",
     "plan",
@@ -46,7 +47,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from tamis import methods, online
+    from tamis import embeddings, methods, online
     from tamis.api import (
         Attribution,
         CompareResult,
@@ -115,7 +116,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("methods", "online"):
+    if name in ("embeddings", "methods", "online"):
         return importlib.import_module(f"tamis.{name}")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)

@@ -26,7 +26,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
 CODE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PUBLIC = {
-    *("select", "doctor", "plan", "train", "compare", "proxy", "attribute", "verify", "methods"),
+    *("select", "doctor", "plan", "train", "compare", "proxy", "attribute", "verify", "methods", "embeddings"),
     *("OnlineTrainer", "OnlineSFTTrainer", "online"),
     *("CompareSettings", "CompareResult", "PlantedResult", "DoctorResult", "PlanResult"),
     *("SelectSettings", "DoctorSettings", "PlanSettings", "TrainRunSettings", "ProxySettings"),
@@ -225,7 +225,7 @@ def test_every_projection_is_described() -> None:
 def test_public_face_is_exactly_all() -> None:
     assert set(tamis.__all__) == set(dir(tamis)) == PUBLIC
     assert len(tamis.__all__) == len(PUBLIC)
-    assert all(callable(getattr(tamis, name)) for name in PUBLIC - {"__version__", "methods", "online"})
+    assert all(callable(getattr(tamis, name)) for name in PUBLIC - {"__version__", "embeddings", "methods", "online"})
     assert set(tamis.methods.__all__) == {"METHODS", *(method.__name__ for method in tamis.methods.METHODS.values())}
 
 

@@ -53,7 +53,7 @@ def test_notes_give_lambda_its_interval_and_ties_of_each_target() -> None:
     assert found.ties.tolist() == [0, 1]
     maths, code = notes_of_weights(found, np.array([0, 1, 2]), ("maths", "code", "more"))
     assert maths.startswith("Robust weights for target maths: lambda 1 (of equation 7") and maths.endswith(
-        "begins at 0.5"
+        "as any above 0.5 does"
     )
     assert "target code" in code and "1 pick ties with the best row left out" in code
     both, *rest = notes_of_weights(found, np.array([0, 0, 0]), ("maths", "code"))

@@ -102,8 +102,8 @@ def notes_of_weights(
         several = f" (by {int(mine.sum())} target rows)" if mine.sum() > 1 else ""
         sentence = (
             f"Robust weights for target {name}{several}: lambda {_range(found.lambdas[mine])} (of equation 7, whose "
-            "weights sum to the number of candidates), the largest that keeps just these rows; its interval begins at "
-            f"{_range(low)}"
+            "weights sum to the number of candidates), the largest that keeps just these rows, as any above "
+            f"{_range(low)} does"
         )
         if np.isinf(high).any():
             sentence += (
