@@ -209,6 +209,7 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         """The Trainer's entry, with what the choices since the last one were like."""
         if "loss" in logs or "train_loss" in logs:  # the latter: the last entry, after the last loss that was logged
             logs = {**logs, **self._meter.take()}
+        if "loss" in logs:
             self._flush()
         super().log(logs, *args, **kwargs)
 
