@@ -672,6 +672,12 @@ def test_weights_are_asked_of_the_choice(tmp_path: Path, llama: Path) -> None:
         ({"damping": "much"}, "damping='much': expected a number, got str"),
         ({"memory_gb": float("inf")}, "memory_gb=inf: expected a finite number"),
         ({"feature_dtype": "int8"}, "feature_dtype='int8'"),
+        ({"warmup": "none", "warmup_rows": 10}, "warmup_rows=10 would change nothing.*there is no warm-up"),
+        ({"warmup": "none", "lora_rank": 4}, "lora_rank=4 would change nothing.*there is no warm-up"),
+        ({"moments": "m", "form": "adam", "warmup_epochs": 3}, "warmup_epochs=3 would change nothing.*with moments"),
+        ({"moments": "m", "form": "adam", "warmup": "full"}, "warmup='full' would change nothing.*take its place"),
+        ({"warmup_rows": 10, "warmup_share": 0.5}, "warmup_share=0.5 would change nothing.*warmup_rows"),
+        ({"landmarks": "all", "damping": 0.1}, "damping=0.1 would change nothing.*landmarks=all"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings: dict, message: str) -> None:

@@ -62,7 +62,7 @@ class InfluenceDistillation:
             the paper's yardstick, which corresponds to LESS. Settings given beside a preset count in place of its own.
             ``dataclasses.replace`` gives every setting, so it changes nothing but what it names.
         landmarks: rows with gradients of their own, at most all rows to score; "auto": all of up to 768 rows, which
-            costs no more than carrying; of more a tenth, but at least 256 and at most 4,096; "all": every one of them.
+            costs about what carrying does at the default budget; of more a tenth, from 256 to 4,096; "all": all rows.
         landmark_rule: "uniform"; or "k-means++" or "leverage", which need the named embedding of every row in memory.
         embedding: "auto" tries all within the budget on the landmarks; or "error-outer", "error", "hidden-error",
             "hidden-mean", "rds", "jvp", "lens-gradient", "tail-gradient", "gradient", "tfidf", "given".

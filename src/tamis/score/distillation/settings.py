@@ -85,8 +85,8 @@ def landmark_count(landmarks: int | str, rows: int) -> int:
 
     "auto" is a tenth, so that landmarks stay a small part of the cost of gradients for all, but at least 256, below
     which leave-one-out says little of what to expect, and at most the 4,096 of the paper. Up to 768 rows it is all of
-    them: 256 gradients, as many rows embedded in every way to be compared, and an embedding of all rows cost about as
-    much as 768 gradients, and these are exact.
+    them: at the default budget, 256 gradients, as many rows embedded in every way to be compared, and an embedding of
+    all rows cost about as much as 768 gradients, and these are exact.
     """
     if landmarks == "all" or (landmarks == "auto" and rows <= 3 * _FEWEST):
         return rows
