@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+import tamis
 from tamis.cli.main import run as run_command
 from tiny_run import TinyRun, byte_tokenizer, chat, make_run, save_model, write_rows
 
@@ -225,3 +226,17 @@ def test_a_model_without_any_gradient_is_refused_not_scored_nan(
     byte_tokenizer().save_pretrained(tmp_path / "model")
     said = refused(capfd, tiny, tmp_path / "out", model=tmp_path / "model")
     assert "none of the 60 scored pool rows has a gradient" in said and "another model" in said
+
+
+def test_rows_that_the_length_limit_leaves_nothing_of_are_counted(
+    tiny: TinyRun, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pool = pool_with(tmp_path, json.dumps(chat("a question without end " * 40, "yes", id="long")))
+    limit = {"pool": pool, "max_length": 200, "on_bad_row": "skip", "method": "bm25", "budget": 5}
+    found = tamis.select(model=tiny.model, target=tiny.target, out=tmp_path / "out", **limit)
+    (said,) = [warning for warning in found.warnings if "--max-length" in warning]
+    assert "pool: 1 of 20 rows lost every supervised token to --max-length" in said
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps(chat("a question without end " * 40, "yes", id="long")) + "\n", encoding="utf-8")
+    said = refused(capfd, tiny, tmp_path / "none", target=long, max_length=200, on_bad_row="skip")
+    assert "target 'long' has no row with a supervised token" in said and "--max-length: 1; raise it" in said
