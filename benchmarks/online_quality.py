@@ -7,13 +7,14 @@ sees. ``NAME=FILE`` takes both from a file; ``NAME=source:SOURCE`` from the rows
 taken out of it. The data of a seed (candidates, target rows, held-out rows) is the same for all methods.
 
 Two budgets, ``--budgets``: ``steps`` gives every method ``--steps`` updates. ``compute`` gives it as many as cost the
-operations of ``full`` at ``--steps``, by the run's own counter on a tuning seed: ``uniform`` then makes about
+operations of ``full`` at ``--steps``, by the run's own counter over ``--cost-steps``: ``uniform`` then makes about
 ``oversample`` times the steps, a method that scores candidates and looks at target rows somewhat fewer than ``full``,
 and one with cheaper candidates more. The rate is tuned for every method and budget, on seeds of its own and the clean
 pool, and counts for all targets and pools; one at the edge of ``--rates`` is said.
 
-A method is a name of ``tamis.online``, one of ``paper``, ``top-k``, ``filter-only`` and ``ftw-raw``, or either with a
-way to score candidates behind it: ``tracin@reuse:2``, ``top-k@jvp``, ``ftw-raw@proxy:DIR``.
+A method is a name of ``tamis.online`` or one of ``paper``, ``top-k``, ``filter-only`` and ``ftw-raw``; then changes to
+its settings, to those of a step or to the number of target rows, ``paper:filter=top``, ``tilt:target_every=4``,
+``less:target_rows=8``; then a way to score candidates: ``tracin@reuse:2``, ``top-k@jvp``, ``ftw-raw@proxy:DIR``.
 
 ``--pools`` makes the pool worse on purpose: ``noise`` gives half of the rows the answer of another row, ``copies``
 replaces half of the rows by copies of a twentieth, ``irrelevant`` makes nine tenths of it of one source that is no
@@ -43,6 +44,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by PyTorch when it fi
 
 import numpy as np
 import torch
+import yaml
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
@@ -56,9 +58,10 @@ from tamis.data.examples import read_examples
 from tamis.data.render import Renderer
 from tamis.errors import BadRow
 from tamis.model.load import ModelSettings, load_model, load_tokenizer
-from tamis.online import METHODS, FilterThenWeight, StepSettings
+from tamis.online import StepSettings
 from tamis.online.cost import as_plain
-from tamis.online.methods.choice import cold_updates
+from tamis.online.methods.by_name import make_method
+from tamis.online.methods.choice import Method, cold_updates
 from tamis.online.settings import check_combination
 from tamis.types import Example
 
@@ -77,28 +80,43 @@ FIELDS = (
     "steps",
     "rows",
 )
-FIELDS += ("held_out_before", "held_out_after", "held_out_mean")  # the mean is over eight measurements on the way
+FIELDS += ("held_out_before", "held_out_after", "held_out_mean")  # the mean is over --on-the-way measurements
 FIELDS += ("tflops", "tflops_candidates", "tflops_target", "tflops_update", "processor_seconds")
-TUNING_SEEDS, FIRST_SEED = (1000, 1001), 0
+FIRST_TUNING_SEED, FIRST_SEED = 1000, 0
 TARGET_ROWS, HELD_OUT_ROWS = 64, 64
 
 Row = dict[str, list[int]]
 
 
-def make_method(text: str, keep: int, oversample: int) -> tuple[Any, StepSettings]:
-    """By its name, or one of the variants that the tables name; and how its candidates are scored."""
-    name, _, candidates = text.partition("@")
-    sizes = {"keep": keep, "oversample": oversample}
-    variants = {
-        "paper": lambda: FilterThenWeight.paper(**sizes),
-        "top-k": lambda: FilterThenWeight(filter="top", weights="none", **sizes),
-        "filter-only": lambda: FilterThenWeight(weights="none", **sizes),
-        "ftw-raw": lambda: FilterThenWeight(alignment="raw", interactions="raw", **sizes),
-    }
-    settings = StepSettings(candidates=candidates or "exact")
-    method = variants[name]() if name in variants else METHODS[name](**sizes)
-    check_combination(method, settings)
-    return method, settings
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # names of the tables
+    "paper": ("filter-then-weight", {"preset": "paper"}),
+    "top-k": ("filter-then-weight", {"filter": "top", "weights": "none"}),
+    "filter-only": ("filter-then-weight", {"weights": "none"}),
+    "ftw-raw": ("filter-then-weight", {"alignment": "raw", "interactions": "raw"}),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Online:
+    """What a method's text on the command line asks for."""
+
+    selection: Method
+    settings: StepSettings
+    target_rows: int | None
+
+
+def online(text: str, keep: int, oversample: int) -> Online:
+    """``NAME[:KEY=VALUE...][@CANDIDATES]``: a method or a variant, changes to it, how its candidates are scored."""
+    words, _, candidates = text.partition("@")
+    name, *changes = words.split(":")
+    name, values = VARIANTS.get(name, (name, {}))
+    values = values | {key: yaml.safe_load(value) for key, value in (change.split("=", 1) for change in changes)}
+    target_rows = values.pop("target_rows", None)
+    of_step = {key: values.pop(key) for key in ("reduction", "target_every", "target_ema") if key in values}
+    settings = StepSettings(candidates=candidates or "exact", **of_step)
+    selection = make_method(name, values, keep=keep, oversample=oversample)
+    check_combination(selection, settings)
+    return Online(selection=selection, settings=settings, target_rows=target_rows)
 
 
 class Data:
@@ -221,7 +239,7 @@ def train(
     data: Data, method: str, kind: str, target: str, rate: float, seed: int, steps: int, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """One run."""
-    selection, settings = make_method(method, arguments.keep, arguments.oversample)
+    asked = online(method, arguments.keep, arguments.oversample)
     pool, (target_rows, held_out) = data.pool(kind), data.target(target, seed)
     torch.manual_seed(seed)
     model = load_model(arguments.settings).model.requires_grad_(True)
@@ -234,20 +252,26 @@ def train(
             model=model,
             args=TrainingArguments(
                 folder, max_steps=steps, learning_rate=rate, per_device_train_batch_size=16, warmup_steps=steps // 10,
+                bf16=arguments.dtype == "bfloat16",
                 lr_scheduler_type="cosine", seed=seed, save_strategy="no", report_to=[], logging_strategy="no",
                 disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, remove_unused_columns=False,
             ),
             train_dataset=pool,
             target_dataset=target_rows,
             data_collator=collate,
-            selection=selection,
-            step_settings=settings,
+            selection=asked.selection,
+            step_settings=asked.settings,
+            target_rows=asked.target_rows,
             forecast_every=0,
             log_candidates=False,
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         spent = [0.0]
-        trainer.add_callback(_measuring(lambda: held_out_loss(model, held_out), curve, spent, every=max(1, steps // 8)))
+        trainer.add_callback(
+            _measuring(
+                lambda: held_out_loss(model, held_out), curve, spent, every=max(1, steps // arguments.on_the_way)
+            )
+        )
         trainer.train()
         cost = {part: row["tflops"] for part, row in as_plain(trainer.work()).items()}
     return {
@@ -304,11 +328,15 @@ class Runs:
         key = {"model": arguments.model_name, "weights": arguments.weights, "settings": self._settings, "pool": kind}
         key |= {"target": target, "method": method, "budget": budget, "rate": f"{rate:g}", "stage": stage}
         key |= {"seed": str(seed), "steps": str(steps)}
-        for line in self.lines:
-            if all(line[name] == value for name, value in key.items()):
+        same = [li for li in self.lines if all(li[name] == value for name, value in key.items() if name != "budget")]
+        for line in same:
+            if line["budget"] == budget:
                 return line
-        found = train(self._data, method, kind, target, rate, seed, steps, arguments)
-        line = {name: str(value) for name, value in {**key, **found}.items()}
+        if same:  # both budgets pay for as many updates, as they do for ``full``
+            line = {**same[0], "budget": budget}
+        else:
+            found = train(self._data, method, kind, target, rate, seed, steps, arguments)
+            line = {name: str(value) for name, value in {**key, **found}.items()}
         with self._path.open("a", newline="") as file:
             csv.DictWriter(file, FIELDS).writerow(line)
         self.lines.append(line)
@@ -326,35 +354,37 @@ def steps_of(runs: Runs, method: str, budget: str, arguments: argparse.Namespace
     """
     if budget == "steps" or method == "full":
         return int(arguments.steps)
-    target, steps = next(iter(arguments.targets)), int(arguments.steps)
+    selection = online(method, arguments.keep, arguments.oversample).selection
+    cold, steps = cold_updates(selection), int(arguments.steps)
+    measured = min(steps, cold + arguments.cost_steps)
+    if measured <= cold:
+        raise SystemExit(f"{method} starts after {cold} updates, and --steps is {steps}; give more")
 
     def cost(name: str) -> float:
-        line = runs.get(name, "steps", "clean", target, arguments.rates[0], TUNING_SEEDS[0], "tune", steps)
-        return float(line["tflops"])
+        target, rate = next(iter(arguments.targets)), arguments.rates[0]
+        return float(runs.get(name, "steps", "clean", target, rate, FIRST_TUNING_SEED, "cost", measured)["tflops"])
 
-    selection, _ = make_method(method, arguments.keep, arguments.oversample)
-    cold = cold_updates(selection)
-    if cold >= steps:
-        raise SystemExit(f"{method} starts after {cold} updates, and --steps is {steps}; give more")
-    before = cold * cost("full" if selection.keeps_all else "uniform") / steps if cold else 0.0
-    each = (cost(method) - before) / (steps - cold)
-    return max(1, cold + round((cost("full") - before) / each))
+    before = cold * cost("full" if selection.keeps_all else "uniform") / measured if cold else 0.0
+    each = (cost(method) - before) / (measured - cold)
+    return max(1, cold + round((cost("full") / measured * steps - before) / each))
 
 
 def best_rate(runs: Runs, method: str, budget: str, steps: int, arguments: argparse.Namespace) -> float:
     """The rate with the lowest held-out loss, relative to that before, on the tuning seeds of all targets."""
+    if len(arguments.rates) == 1:
+        return float(arguments.rates[0])
 
     def score(rate: float) -> float:
         lines = [
             runs.get(method, budget, "clean", target, rate, seed, "tune", steps)
             for target in arguments.targets
-            for seed in TUNING_SEEDS
+            for seed in range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + arguments.tuning_seeds)
         ]
         found = statistics.fmean(float(line["held_out_after"]) / float(line["held_out_before"]) for line in lines)
         return found if math.isfinite(found) else math.inf
 
     best: float = min(arguments.rates, key=score)
-    if len(arguments.rates) > 1 and best in (min(arguments.rates), max(arguments.rates)):
+    if best in (min(arguments.rates), max(arguments.rates)):
         print(f"{method}, {budget}: the best rate {best:g} is at the edge of --rates; widen them", flush=True)
     return best
 
@@ -452,16 +482,25 @@ def main() -> None:
     parser.add_argument("--window", type=int, nargs=2, metavar=("PROMPT", "ANSWER"), help="keep so many tokens of both")
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--tuning-seeds", type=int, default=2)
+    parser.add_argument(
+        "--cost-steps", type=int, default=64, help="updates after the cold ones that the cost is read of"
+    )
+    parser.add_argument("--on-the-way", type=int, default=8, help="measurements of the held-out loss while training")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="computes; with LoRA")
+    parser.add_argument("--attention", default="sdpa", help="kernel, as in tamis")
     parser.add_argument("--csv", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     arguments.targets = dict(text.split("=", 1) for text in arguments.targets)
     arguments.model_name = Path(arguments.model).name
-    arguments.settings = ModelSettings(name=arguments.model, dtype="float32", device="cpu")
+    arguments.settings = ModelSettings(
+        name=arguments.model, dtype=arguments.dtype, attention=arguments.attention, device="cpu"
+    )
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
     for method in arguments.methods:
-        make_method(method, arguments.keep, arguments.oversample)  # refuses what does not go together
+        online(method, arguments.keep, arguments.oversample)  # refuses what does not go together
     runs = Runs(Data(arguments), arguments)
     finals = []  # not all that the file holds: runs at a rate that lost since are in it, too
     for budget in arguments.budgets:
