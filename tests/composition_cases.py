@@ -17,7 +17,7 @@ from tamis.settings import SelectSettings
 
 MODELS = ("all weights", "LoRA adapter", "proxy", "fewer blocks")
 AGGREGATES = ("round-robin", "mean")
-SELECTORS = (*AGGREGATES, "token budget", "behind a shortlist", "without flagged rows")
+SELECTORS = (*AGGREGATES, "token budget", "behind a shortlist", "by source", "without flagged rows")
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Case:
             own["budget"] = "500-tokens"
         elif self.selector == "behind a shortlist":
             own["shortlist"] = "length:3x" if self.method == "bm25" else "bm25:3x"
+        elif self.selector == "by source":
+            own["shortlist"] = "sources:4"
         else:
             own["drop_flagged"] = True
         return own
@@ -61,13 +63,13 @@ def _cases() -> tuple[Case, ...]:
     found = []
     for number, method in enumerate(METHODS):
         projections = [name for name in PROJECTION_NAMES if combines(method=method, projection=name)]
-        for turn, selector in enumerate(SELECTORS):
+        for turn, selector in enumerate(name for name in SELECTORS if combines(method=method, selector=name)):
             found.append(
                 Case(
                     method=method,
                     model=MODELS[(turn + number) % len(MODELS)],
                     selector=selector,
-                    projection=projections[turn] if projections else None,
+                    projection=projections[turn % len(projections)] if projections else None,
                 )
             )
     met = {(case.projection, case.model) for case in found}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from tamis.errors import InvalidSettings
@@ -14,12 +15,13 @@ __all__ = [
     "ONLINE_SUMMARIES",
     "PROJECTION_NAMES",
     "PROXY_SUMMARIES",
+    "Shortlist",
     "candidates_parts",
     "check_method",
     "check_online_method",
     "check_projection",
     "check_target_name",
-    "shortlist_parts",
+    "parse_shortlist",
     "target_parts",
 ]
 
@@ -89,20 +91,37 @@ def candidates_parts(text: str) -> tuple[str, str]:
     )
 
 
-def shortlist_parts(text: str) -> tuple[str, float]:
-    """Method and multiple of the budget: ``"bm25:5x"`` is ``("bm25", 5.0)``.
+@dataclass(frozen=True, kw_only=True)
+class Shortlist:
+    """Which rows the method scores: those that a cheaper one keeps, or a sample of every source."""
+
+    method: str | None  # the cheap one; None for a sample of sources
+    multiple: float = 1.0  # of the budget: what the cheap one keeps
+    per_source: int = 0  # rows of each source
+
+
+def parse_shortlist(text: str) -> Shortlist:
+    """``"bm25:5x"`` keeps five times the budget by BM25; ``"sources:16"`` scores 16 random rows of every source.
 
     Raises:
-        InvalidSettings: the text is not of that form, the method is unknown, or the multiple is below 1.
+        InvalidSettings: the text is not of that form, the method is unknown, the multiple is below 1, or no row of a
+            source is to be scored.
     """
-    match = re.fullmatch(r"([^:]+):(\d+(?:\.\d+)?)x?", text.strip())
+    match = re.fullmatch(r"([^:]+):(\d+(?:\.\d+)?)(x?)", text.strip())
     if not match:
-        raise InvalidSettings(f"shortlist={text!r}: expected METHOD:MULTIPLE, for example 'bm25:5x'")
-    check_method(match[1], setting="shortlist")
-    multiple = float(match[2])
-    if multiple < 1:
+        raise InvalidSettings(
+            f"shortlist={text!r}: expected METHOD:MULTIPLE, for example 'bm25:5x', or 'sources:16', a number of rows "
+            "of every source"
+        )
+    name, number, times = match.groups()
+    if name == "sources":
+        if times or not number.isdecimal() or int(number) < 1:
+            raise InvalidSettings(f"shortlist={text!r}: expected a whole number of rows, for example 'sources:16'")
+        return Shortlist(method=None, per_source=int(number))
+    check_method(name, setting="shortlist")
+    if float(number) < 1:
         raise InvalidSettings(f"shortlist={text!r}: it must keep at least the budget itself (1x)")
-    return match[1], multiple
+    return Shortlist(method=name, multiple=float(number))
 
 
 def target_parts(text: str) -> tuple[str, str]:

@@ -83,6 +83,7 @@ def test_every_setting_has_a_flag() -> None:
         ("tracin", MethodText(label="tracin", method="tracin")),
         ("rds+", MethodText(label="rds+", method="rds+")),
         ("bm25:5x+rds+", MethodText(label="bm25:5x+rds+", method="rds+", shortlist="bm25:5x")),
+        ("sources:8+tracin", MethodText(label="sources:8+tracin", method="tracin", shortlist="sources:8")),
         ("a=bm25:2x+less", MethodText(label="a", method="less", shortlist="bm25:2x")),
         ("online:tilt", MethodText(label="online:tilt", method="tilt", is_online=True)),
     ],

@@ -8,7 +8,14 @@ from typing import Any, get_type_hints
 import pytest
 
 from tamis.errors import InvalidSettings
-from tamis.notation import GRADIENT_METHODS, METHOD_SUMMARIES, PROJECTION_NAMES, shortlist_parts, target_parts
+from tamis.notation import (
+    GRADIENT_METHODS,
+    METHOD_SUMMARIES,
+    PROJECTION_NAMES,
+    Shortlist,
+    parse_shortlist,
+    target_parts,
+)
 from tamis.projection import PROJECTIONS
 from tamis.score import METHODS
 from tamis.settings import (
@@ -49,6 +56,9 @@ def test_the_listed_methods_and_projections_are_those_that_exist() -> None:
         ("shortlist", "bm25", "shortlist='bm25': expected METHOD:MULTIPLE"),
         ("shortlist", "bm52:5x", "unknown method 'bm52', did you mean 'bm25'?"),
         ("shortlist", "bm25:0.5x", "at least the budget itself"),
+        ("shortlist", "sources:16x", "expected a whole number of rows"),
+        ("shortlist", "sources:0", "expected a whole number of rows"),
+        ("shortlist", "sources", "or 'sources:16'"),
         ("shortlist", "tracin:5x", "uses the chosen method 'tracin' itself"),
         ("aggregate", "max", "aggregate='max': expected one of round-robin, mean"),
         ("share", {"q": 1}, "there is no target called 'q' (targets: t)"),
@@ -156,8 +166,12 @@ def test_a_target_is_named_or_names_itself(text: str, name: str, path: str) -> N
 
 
 def test_a_shortlist_is_a_method_and_a_multiple() -> None:
-    assert shortlist_parts("bm25:5x") == ("bm25", 5.0)
-    assert shortlist_parts("rds+:2.5") == ("rds+", 2.5)
+    assert parse_shortlist("bm25:5x") == Shortlist(method="bm25", multiple=5.0)
+    assert parse_shortlist("rds+:2.5") == Shortlist(method="rds+", multiple=2.5)
+
+
+def test_a_shortlist_may_be_a_sample_of_every_source() -> None:
+    assert parse_shortlist("sources:16") == Shortlist(method=None, per_source=16)
 
 
 @pytest.mark.parametrize("cls", [SelectSettings, DoctorSettings, PlanSettings])

@@ -135,6 +135,27 @@ def test_a_shortlist_scores_only_what_it_keeps(run: TinyRun, tmp_path: Path) -> 
     assert all(scores[row] is not None for row in selection.order)
 
 
+def test_sources_are_chosen_by_a_few_of_their_rows(run: TinyRun, tmp_path: Path) -> None:
+    selection = select(run, tmp_path / "out", budget=6, shortlist="sources:4")
+    table = selection.table
+    scored = {line["name"]: line["rows"] for line in selection.manifest["cost"]["stages"]}["gradients-pool"]
+    assert scored == table["landmark"].to_numpy().sum() == 8, "four of each of two sources"
+    source, score = np.array(table["source"].to_pylist()), table["score"].to_numpy()
+    assert np.isfinite(score).all()
+    of_sums = score[source == "sums"]
+    assert of_sums.std() < 0.01 * abs(score[source == "talk"].mean() - of_sums.mean()), "one score for a source"
+    assert set(source[selection.order]) == {"sums"}
+    assert any("Sources explain" in note for note in selection.manifest["notes"])
+
+
+def test_sources_of_a_pool_that_has_one_are_refused(run: TinyRun, tmp_path: Path) -> None:
+    pool = write_rows(tmp_path / "pool.jsonl", [chat("How are you?", f"Well, {index}.") for index in range(9)])
+    with pytest.raises(InvalidSettings, match=r"one source \('pool'\).*field 'source'"):
+        tamis.select(
+            model=run.model, pool=pool, target=run.target, out=tmp_path / "out", budget=2, shortlist="sources:4"
+        )
+
+
 def test_two_targets_share_the_budget(run: TinyRun, tmp_path: Path) -> None:
     talk = write_rows(
         tmp_path / "talk.jsonl", [chat("Say something about bread.", "river lamp stone cloud") for _ in range(2)]

@@ -44,7 +44,7 @@ def test_no_cascade_is_shown_where_it_would_keep_everything(tiny: TinyRun) -> No
     assert all(m.shortlist is None for m in plan_of(tiny, budget="50%").methods)
 
 
-@pytest.mark.parametrize("shortlist", [None, "bm25:2x"])
+@pytest.mark.parametrize("shortlist", [None, "bm25:2x", "sources:5"])
 @pytest.mark.parametrize(
     ("method", "chosen"),
     [

@@ -60,6 +60,16 @@ def test_answer_length_is_judged_for_each_target_by_the_rows_picked_for_it() -> 
     assert "trivia: 80 supervised tokens a selected row, 10 a target row" in finding.sentence
 
 
+def test_one_source_is_no_warning_where_sources_were_chosen() -> None:
+    source = ["a"] * 10 + ["b"] * 10
+    given = plain(source=source, selected=np.arange(20) < 10, picked_for=[None] * 20)
+    chosen = with_changes(
+        given, manifest={**given.manifest, "settings": {**given.manifest["settings"], "shortlist": "sources:4"}}
+    )
+    assert severity(given, "one-source") == "warning"
+    assert severity(chosen, "one-source") == "note"
+
+
 @pytest.mark.parametrize(("of_one_source", "expected"), [(8, "passed"), (9, "warning")])  # of ten: 80 % is not above
 def test_one_source_warns_above_eighty_per_cent(of_one_source: int, expected: str) -> None:
     source = ["a"] * of_one_source + ["b"] * (20 - of_one_source)

@@ -25,6 +25,8 @@ EPILOG = """
 
 [cyan]METHOD[/cyan]  any of [cyan]tamis select[/cyan]; [cyan]bm25:5x+METHOD[/cyan] with a shortlist before it
 
+[cyan]sources:16+METHOD[/cyan]  random rows of the sources whose 16 scored rows are best
+
 [cyan]online:METHOD[/cyan]  any of [cyan]tamis train[/cyan], choosing at every update
 
 [cyan]LABEL=METHOD[/cyan]  under another name, for [cyan]--set LABEL.NAME=VALUE[/cyan]

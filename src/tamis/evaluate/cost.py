@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from tamis.evaluate.passes import MethodPlan, MethodQuestion, landmark_tflops, m
 from tamis.model.flops import ModelShape, stage_tflops
 from tamis.model.limits import model_limits, skeleton
 from tamis.model.load import load_tokenizer
-from tamis.notation import GRADIENT_METHODS, shortlist_parts, target_parts
+from tamis.notation import GRADIENT_METHODS, parse_shortlist, target_parts
 from tamis.progress import NoProgress
 from tamis.protocols import Progress
 from tamis.score import METHODS
@@ -163,9 +164,13 @@ def estimate_plan(
     num_tokens = int(pool.tokens)
     num_rows = len(sampled.examples)  # a share is of all rows that were read, as in a run
     budget = times(parse_budget(settings.budget), 1, num_rows=num_rows, num_tokens=num_tokens)
-    factor = shortlist_parts(settings.shortlist)[1]
-    shortlisted = times(budget, factor, num_rows=num_rows, num_tokens=num_tokens)
-    share = min(1.0, shortlisted.value / (pool.rows if shortlisted.kind == "rows" else num_tokens))
+    shortlist = parse_shortlist(settings.shortlist)
+    if shortlist.per_source:
+        of_sources = Counter(sampled.examples.source_index.tolist()).values()
+        share = sum(min(shortlist.per_source, count) for count in of_sources) / num_rows
+    else:
+        shortlisted = times(budget, shortlist.multiple, num_rows=num_rows, num_tokens=num_tokens)
+        share = min(1.0, shortlisted.value / (pool.rows if shortlisted.kind == "rows" else num_tokens))
     # A shape is needed only if a method trains an adapter, and once per rank.
     with_lora = functools.cache(lambda rank: ModelShape.from_model(skeleton(loading, lora_rank=rank)))
     plan_of = functools.partial(

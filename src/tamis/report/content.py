@@ -261,7 +261,10 @@ def _headline(
     how = METHOD_WORDS.get(method, f"the score of {one_line(method, 60)}" if method else "its score")
     model = one_line(plain(settings.get("model")), 80)
     sentence = f"Every row was judged by {how}."
-    if shortlist:
+    if shortlist.startswith("sources:"):
+        sampled = one_line(shortlist, 40)
+        sentence = f"Some random rows of every source ({sampled}) were judged by {how}; they speak for all its rows."
+    elif shortlist:
         sentence = f"A shortlist ({one_line(shortlist, 40)}) came first; each row on it was judged by {how}."
     if model and method not in ("uniform", "length", "bm25"):
         sentence += f" The model: {model}."

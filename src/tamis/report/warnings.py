@@ -110,6 +110,15 @@ def check_one_source(evidence: Evidence) -> Iterator[Finding]:
     if top.selected_share > ONE_SOURCE and is_clearly_above(
         top.selected_share, top.pool_share, rows=selected, of=evidence.columns.num_rows
     ):
+        if evidence.shortlist.startswith("sources:"):
+            yield Finding(
+                "one-source",
+                "note",
+                "Almost everything comes from one source",
+                f"{told} Sources were chosen, and their rows at random.",
+                "If that is too narrow, divide the source, or give several targets.",
+            )
+            return
         yield Finding(
             "one-source",
             "warning",

@@ -27,7 +27,7 @@ from tamis.errors import InvalidSettings
 from tamis.identity import file_sha256
 from tamis.model.load import model_fingerprint, resolved_dtype, template_sha256
 from tamis.model.processes import barrier, is_main
-from tamis.notation import shortlist_parts
+from tamis.notation import Shortlist, parse_shortlist
 from tamis.progress import NoProgress
 from tamis.protocols import Method, Progress, ReadsFiles
 from tamis.report.content import ReportInputs, build_content
@@ -49,6 +49,7 @@ from tamis.score.losses import row_losses
 from tamis.seeds import child_seed
 from tamis.selection.choose import Choice, choose
 from tamis.selection.flags import flag_high_losses
+from tamis.selection.sources import carry_to_sources, sample_sources
 from tamis.settings import SelectSettings
 from tamis.types import Budget, FloatArray, IntArray, TargetScores
 from tamis.values import method_from_dict, to_dict
@@ -162,14 +163,17 @@ def select_from_settings(
         stages=[corpora.pool.stage, corpora.target.stage],
     )
     chooser = _Chooser(settings=settings, corpora=corpora, budget=budget)
-    if settings.shortlist:
-        task.rows = _shortlist(task, settings.shortlist, chooser)
+    shortlist = parse_shortlist(settings.shortlist) if settings.shortlist else None
+    if shortlist is not None:
+        task.rows = _shortlist(task, shortlist, chooser)
     scoring_started = time.perf_counter()
     scores = method.score(task)
     scoring_s = time.perf_counter() - scoring_started
     losses, flagged = _losses_and_flags(task, scores, corpora, needed=settings.drop_flagged)
     excluded = scores.rows[scores.extra["zero_gradient"]] if "zero_gradient" in scores.extra else scores.rows[:0]
     chooser = replace(chooser, flagged=flagged if settings.drop_flagged else None, excluded=excluded)
+    if shortlist is not None and shortlist.per_source:
+        scores = _carried(task, scores, every_row, excluded, seed=settings.seed)
     choice = chooser(scores)
     baselines, baseline_scores = _baselines(replace(task, rows=every_row, notes=[], warnings=[]), settings, chooser)
 
@@ -186,7 +190,7 @@ def select_from_settings(
         "data_files": describe_data(corpora, scored=len(scores.rows)),
         "selected": {"rows": len(choice.order), "tokens": choice.tokens},
         "diagnosis": dict(scores.diagnosis),
-        "notes": [*task.notes, *scores.notes, *choice.notes, *_landmark_share(scores, choice)],
+        "notes": [*task.notes, *scores.notes, *choice.notes, *_landmark_share(scores, choice, shortlist)],
         "cost": costs(task, method.name, scoring_s=scoring_s, elapsed_s=time.perf_counter() - started),
     }
     content = build_content(
@@ -235,10 +239,11 @@ def _settings_identity(settings: SelectSettings, method: Method) -> dict[str, An
     return {"settings": plain, "inputs": inputs}
 
 
-def _landmark_share(scores: TargetScores, choice: Choice) -> tuple[str, ...]:
+def _landmark_share(scores: TargetScores, choice: Choice, shortlist: Shortlist | None) -> tuple[str, ...]:
     """Transferred scores shrink towards their mean, so landmarks may fill more of a selection than of the pool."""
     marks = scores.extra.get("is_landmark")
-    if marks is None or marks.all():
+    by_source = shortlist is not None and shortlist.per_source > 0  # all rows of a source have the same score
+    if marks is None or marks.all() or by_source:
         return ()
     taken = int(np.isin(choice.order, scores.rows[marks]).sum())
     return (
@@ -321,17 +326,57 @@ class _Chooser:
         )
 
 
-def _shortlist(task: Task, text: str, chooser: _Chooser) -> IntArray:
-    """The rows that a cheap method keeps for the chosen one: a multiple of the budget."""
-    name, factor = shortlist_parts(text)
-    pool = task.pool
-    budget = times(chooser.budget, factor, num_rows=len(pool), num_tokens=int(pool.lengths.sum()))
-    kept = np.sort(chooser(METHODS[name]().score(task), budget=budget).order)
+def _shortlist(task: Task, asked: Shortlist, chooser: _Chooser) -> IntArray:
+    """The rows that the chosen method scores: what a cheap one keeps, or a sample of every source."""
+    pool, scored_by = task.pool, chooser.settings.method
+    if asked.method is None:
+        leaked = chooser.corpora.leaked if chooser.settings.drop_leaks else np.zeros(len(pool), np.bool_)
+        examples = pool.examples
+        sampled = sample_sources(
+            task.rows[~leaked[task.rows]],
+            examples.source_index,
+            per_source=asked.per_source,
+            seed=task.seed,
+            names=examples.source_names,
+        )
+        task.note(
+            f"{len(sampled)} of {len(task.rows)} rows were scored by {scored_by}, at most {asked.per_source} random "
+            "ones of every source. Every row has the mean score of its source's, so sources were chosen, and their "
+            "rows at random."
+        )
+        return sampled
+    budget = times(chooser.budget, asked.multiple, num_rows=len(pool), num_tokens=int(pool.lengths.sum()))
+    kept = np.sort(chooser(METHODS[asked.method]().score(task), budget=budget).order)
     task.note(
-        f"{name} kept {len(kept)} of {len(task.rows)} rows ({factor:g} times the budget); only those were scored by "
-        f"{chooser.settings.method}, the others have no score."
+        f"{asked.method} kept {len(kept)} of {len(task.rows)} rows ({asked.multiple:g} times the budget); only those "
+        f"were scored by {scored_by}, the others have no score."
     )
     return kept
+
+
+def _carried(task: Task, scores: TargetScores, rows: IntArray, excluded: IntArray, *, seed: int) -> TargetScores:
+    """The scores of a sample of every source, for all rows, with what they say of the sources."""
+    examples = task.pool.examples
+    carried, means = carry_to_sources(scores, rows=rows, source=examples.source_index, seed=seed, without=excluded)
+    best = np.argsort(-means.mean)[:5]
+    named = ", ".join(
+        f"{examples.source_names[means.source[i]]} {means.mean[i]:.3g} ± {means.error[i]:.2g}" for i in best
+    )
+    task.note(
+        f"Sources explain {means.explained:.0%} of the variance of {int(means.rows.sum())} scores. The best, with the "
+        f"standard error of their mean: {named}."
+    )
+    if means.could_be_chance:
+        task.warn(
+            f"the sources' scores do not differ beyond chance (p = {means.p:.2g}), so which sources were taken may be "
+            "chance, too; score more rows of each, or rows themselves (no shortlist, or bm25:5x)"
+        )
+    if len(carried.rows) < len(rows):
+        task.warn(
+            f"{len(rows) - len(carried.rows)} rows are of sources none of whose scored rows has a gradient; they have "
+            "no score and were not selected"
+        )
+    return carried
 
 
 def _losses_and_flags(

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from tamis.budget import describe_budget, parse_budget
 from tamis.errors import InvalidSettings
-from tamis.notation import check_method, check_online_method, shortlist_parts, target_parts
+from tamis.notation import check_method, check_online_method, parse_shortlist, target_parts
 from tamis.settings.checks import check_at_least
 from tamis.settings.select import SelectSettings
 from tamis.settings.shared import LoadingSettings
@@ -62,7 +62,7 @@ def method_parts(text: str) -> MethodText:
         shortlist, name = "", rest
     check_method(name, setting="methods")
     if shortlist:
-        shortlist_parts(shortlist)
+        parse_shortlist(shortlist)
     return MethodText(label=label.strip() or rest, method=name, shortlist=shortlist or None)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tamis.errors import InvalidSettings
-from tamis.notation import check_method, check_projection, shortlist_parts
+from tamis.notation import check_method, check_projection, parse_shortlist
 from tamis.settings.checks import budget_text, check_at_least, check_sources, check_targets
 from tamis.settings.shared import LoadingSettings
 from tamis.values import check_plain
@@ -46,7 +46,7 @@ class PlanSettings(LoadingSettings):
         super().__post_init__()
         check_sources("pool", self.pool)
         check_targets(self.target, required=False)
-        shortlist_parts(self.shortlist)
+        parse_shortlist(self.shortlist)
         check_projection(self.projection)
         for key, value in self.set.items():
             method, dot, name = key.rpartition(".")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tamis.errors import InvalidSettings
-from tamis.notation import check_method, check_projection, shortlist_parts
+from tamis.notation import check_method, check_projection, parse_shortlist
 from tamis.settings.checks import budget_text, check_at_least, check_method_settings, check_sources, check_targets
 from tamis.settings.shared import LoadingSettings
 from tamis.values import nearest
@@ -30,7 +30,9 @@ class SelectSettings(LoadingSettings):
     set: Mapping[str, Any] = field(default_factory=dict)  # settings of the method, by name
     budget: str = "5%"  # "500" rows, "5%" of the rows, "200k-tokens"
     out: str = "tamis-out"
-    shortlist: str | None = None  # "bm25:5x": that method keeps 5 times the budget, the chosen one scores only those
+    # "bm25:5x": that method keeps 5 times the budget, the chosen one scores only those; "sources:16": it scores 16
+    # random rows of every source, whose mean is the score of all its rows
+    shortlist: str | None = None
     aggregate: Literal["round-robin", "mean"] = "round-robin"
     share: Mapping[str, float] = field(default_factory=dict)  # target name -> its part of the budget; equal if empty
     projection: str | None = None  # None: the method's own
@@ -56,11 +58,16 @@ class SelectSettings(LoadingSettings):
         check_method(self.method)
         check_method_settings(self.set)
         if self.shortlist is not None:
-            cheap, _ = shortlist_parts(self.shortlist)
-            if cheap == self.method:
+            asked = parse_shortlist(self.shortlist)
+            if asked.method == self.method:
                 raise InvalidSettings(
                     f"shortlist={self.shortlist!r} uses the chosen method {self.method!r} itself; drop the shortlist, "
                     "or choose a cheaper method for it, for example bm25:5x"
+                )
+            if asked.per_source and self.method == "influence-distillation":
+                raise InvalidSettings(
+                    f"shortlist={self.shortlist!r}: {self.method} carries scores itself, from landmarks; set their "
+                    "number (landmarks), or score the sampled rows with tracin or less"
                 )
         _check_shares(self.share, names)
         check_projection(self.projection)
