@@ -341,7 +341,7 @@ def _shortlist(task: Task, asked: Shortlist, chooser: _Chooser) -> IntArray:
         )
         task.note(
             f"{len(sampled)} of {len(task.rows)} rows were scored by {scored_by}, at most {asked.per_source} random "
-            "ones of every source. Every row has the mean score of its source's, so sources were chosen, and their "
+            "ones of every source. Every row has the mean score of its source, so sources were chosen, and their "
             "rows at random."
         )
         return sampled
