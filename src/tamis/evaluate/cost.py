@@ -143,7 +143,10 @@ def estimate_plan(
         InvalidSettings: an unknown device or method setting.
     """
     progress = progress or NoProgress()
-    values = {name: _values(name, settings) for name in METHODS}
+    values = {
+        name: _values(name, settings.set, projection=settings.projection, projection_dim=settings.projection_dim)
+        for name in METHODS
+    }
     run = _read_manifest(settings.compare) if settings.compare else None
     loading = model_settings(settings)
     assumed_dtype = "bfloat16" if settings.dtype == "auto" else settings.dtype
@@ -219,7 +222,7 @@ def estimate_plan(
     )
     cheap = shortlist_parts(settings.shortlist)[0]
     # The method in front has its own defaults, whatever is chosen for it alone.
-    first = passes_of(cheap, question(scored=pool, values=_values(cheap, None)))
+    first = passes_of(cheap, question(scored=pool, values=_values(cheap, {})))
     behind = _behind_a_shortlist(settings, run, share)
     methods = []
     for name in METHODS:
@@ -257,15 +260,18 @@ def _behind_a_shortlist(settings: PlanSettings, run: Mapping[str, Any] | None, s
     return shown - {shortlist_parts(settings.shortlist)[0]}
 
 
-def _values(method: str, settings: PlanSettings | None) -> dict[str, Any]:
-    """The settings of a method: its defaults, over them what ``settings`` say of it; the method checks them."""
+def _values(
+    method: str, chosen: Mapping[str, Any], *, projection: str | None = None, projection_dim: int | None = None
+) -> dict[str, Any]:
+    """The settings of a method: its defaults, over them those given as ``METHOD.NAME``, over them the projection.
+
+    The method checks them.
+    """
+    own = {key.rpartition(".")[2]: value for key, value in chosen.items() if key.rpartition(".")[0] == method}
     kind: type[Any] = METHODS[method]
-    known, own = [entry.name for entry in fields(kind)], dict[str, Any]()
-    if settings is not None:
-        own = {key.rpartition(".")[2]: value for key, value in settings.set.items() if key.rpartition(".")[0] == method}
-        for name in ("projection", "projection_dim"):
-            if name in known and (value := getattr(settings, name)) is not None:
-                own[name] = value
+    known = [entry.name for entry in fields(kind)]
+    given = {"projection": projection, "projection_dim": projection_dim}
+    own |= {name: value for name, value in given.items() if name in known and value is not None}  # others project none
     made = method_from_dict(kind, own, origin=f"settings of method {method!r}")
     return {name: getattr(made, name) for name in known}
 
