@@ -126,6 +126,7 @@ class FakeTask:
         start: Callable[[], Callable[[Batch], Mapping[str, Tensor]]],
         work: str = "gradient",
         uses_model: bool = True,
+        operations: Callable[[float, float, float, float], float] | None = None,
     ) -> FakeReader:
         """Rows in batches of ``batch_rows``, longest rows first, then back into the order of ``rows``."""
         key = repr((corpus.name, rows.tolist(), name, sorted(spec.items()), uses_model))

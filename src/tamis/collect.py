@@ -22,6 +22,8 @@ from tamis.data.batches import collate, plan_batches
 from tamis.disk import replace_atomically
 from tamis.errors import InvalidSettings, NonFinite, Unsupported
 from tamis.identity import fingerprint, rows_sha256
+from tamis.model.flops import ModelShape, stage_flops
+from tamis.model.limits import skeleton
 from tamis.model.load import LoadedModel, ModelSettings, load_model, model_fingerprint, resolved_dtype
 from tamis.model.memory import TokenLimit, default_batch_tokens
 from tamis.model.processes import is_main
@@ -84,6 +86,7 @@ class Task:
     models: list[Path] = field(default_factory=list)  # where the models this run used are described
     _loaded: LoadedModel | None = None
     _fingerprint: str | None = None
+    _shape: ModelShape | None = None
 
     @property
     def loaded(self) -> LoadedModel:
@@ -104,7 +107,7 @@ class Task:
 
     def at_model(self, settings: ModelSettings) -> Task:
         """The same question to another model (a checkpoint, say); notes, warnings and costs are shared."""
-        other = replace(self, model_settings=settings, _loaded=None, _fingerprint=None)
+        other = replace(self, model_settings=settings, _loaded=None, _fingerprint=None, _shape=None)
         self.models.append(other._description_file())
         return other
 
@@ -166,6 +169,7 @@ class Task:
         start: Callable[[], BatchFunction],
         work: Work = "gradient",
         operations: Callable[[float, float, float, float], float] | None = None,
+        before: tuple[Corpus, IntArray] | None = None,
     ) -> StageReader:
         """Compute something for every row, once, and return it readable in the order of ``rows``.
 
@@ -182,6 +186,8 @@ class Task:
             work: what a batch costs, for the cost table.
             operations: a closer count, of (rows, tokens, supervised tokens, squared tokens), where the work is not a
                 whole pass; called after ``start``.
+            before: rows that ``start`` itself passes through the model, each as often as it does; they count with the
+                first shard that a process computes.
 
         Raises:
             StoreMismatch: the folder holds a stage made from something else.
@@ -215,24 +221,37 @@ class Task:
                 if whole is not None:
                     first, stop = writer.shard_range(shard)
                     writer.write_shard(shard, whole.columns(rows[first:stop]))
-                    record_cost(writer.path, shard, work=work, **whole.cost(rows[first:stop]))
+                    taken = whole.cost(rows[first:stop])
+                    if operations is None:
+                        taken["operations"] = self._operations(work, taken)
+                    record_cost(writer.path, shard, work=work, **taken)
                     advance(stop - first)
                     continue
-                if compute is None:
-                    compute = start()
-                    limit.tokens = limit.tokens or default_batch_tokens(self.loaded.device)
-                started = time.perf_counter()
                 first, stop = writer.shard_range(shard)
                 part = rows[first:stop]
+                counts: dict[str, float] = dict(corpus.sizes(part))
+                if compute is None:
+                    device = self.loaded.device  # loading weights is not part of what the rows cost
+                    limit.tokens = limit.tokens or default_batch_tokens(device)
+                    started = time.perf_counter()
+                    compute = start()
+                    if before is not None:
+                        counts = {name: counts[name] + more for name, more in before[0].sizes(before[1]).items()}
+                else:
+                    started = time.perf_counter()
                 columns = self._run(corpus, part, compute, limit, shard, advance)
                 writer.write_shard(shard, columns)
-                counts: dict[str, float] = dict(_sizes(corpus, part))
                 elapsed_s = time.perf_counter() - started
-                if operations is not None:
-                    counts["operations"] = operations(*counts.values())
+                counts["operations"] = operations(*counts.values()) if operations else self._operations(work, counts)
                 record_cost(writer.path, shard, elapsed_s, work=work, **counts)
         finish(writer)
         return StageReader(writer.path)
+
+    def _operations(self, work: Work, counts: Mapping[str, Any]) -> float:
+        """Of a whole pass: here and not when the run is done, since a later part of it may have another model."""
+        if self._shape is None:
+            self._shape = ModelShape.from_model(skeleton(self.model_settings))
+        return stage_flops(self._shape, work, counts["tokens"], counts["supervised_tokens"], counts["squared_tokens"])
 
     def _same_of_all_rows(self, corpus: Corpus, spec: Mapping[str, Any], name: str) -> _Whole | None:
         """The finished stage that differs from ``spec`` in its rows only, and has all usable ones; None: not there."""
@@ -289,8 +308,12 @@ class Task:
         return {key: torch.cat([result[key] for _, result in done])[torch.from_numpy(order)] for key in names}
 
     def costs(self) -> list[StageCost]:
-        """What every stage of this task spent, in the order in which they were first used."""
-        return [cost for path in dict.fromkeys(self.stages) if (cost := read_cost(path)) is not None]
+        """What every stage of this task spent, in the order in which they were first used.
+
+        Rows that a stage took from another one of this task were passed through the model once, and count once.
+        """
+        own = frozenset(path.name for path in self.stages)
+        return [c for path in dict.fromkeys(self.stages) if (c := read_cost(path, paid_by=own)) is not None]
 
 
 class _Whole:
@@ -310,22 +333,13 @@ class _Whole:
 
     def cost(self, part: IntArray) -> dict[str, Any]:
         """Of ``part``: its own counts, and of seconds and operations its share by tokens."""
-        own: dict[str, Any] = dict(_sizes(self._corpus, part))
+        own: dict[str, Any] = {**self._corpus.sizes(part), "taken_from": self._reader.path.name}
         spent = read_cost(self._reader.path)
         share = own["tokens"] / spent.tokens if spent is not None and spent.tokens else 0.0
         own["elapsed_s"] = share * spent.elapsed_s if spent is not None else 0.0
         if spent is not None and spent.operations is not None:
             own["operations"] = share * spent.operations
         return own
-
-
-def _sizes(corpus: Corpus, rows: IntArray) -> dict[str, int]:
-    return {
-        "rows": len(rows),
-        "tokens": int(corpus.lengths[rows].sum()),
-        "supervised_tokens": int(corpus.supervised[rows].sum()),
-        "squared_tokens": int((corpus.lengths[rows] ** 2).sum()),
-    }
 
 
 def _with_places(error: NonFinite, corpus: Corpus) -> NonFinite:

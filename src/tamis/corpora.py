@@ -13,8 +13,9 @@ import numpy.typing as npt
 
 from tamis.corpus import Corpus, tokenize
 from tamis.data.duplicates import exact_duplicates, find_leaks, near_duplicates
-from tamis.data.examples import Examples, read_examples, warn_of
+from tamis.data.examples import Examples, read_examples
 from tamis.data.render import Renderer
+from tamis.data.row_warnings import bad_row_warnings, row_warnings
 from tamis.data.rows import Rows
 from tamis.errors import BadRow, InvalidInput
 from tamis.model.limits import model_limits
@@ -121,8 +122,6 @@ def read_sources(settings: SelectSettings | TrainRunSettings, held: Mapping[str,
     how: dict[str, Any] = {"row_format": settings.row_format, "on_bad_row": settings.on_bad_row, "held": held}
     pool = read_examples(settings.pool, kind="pool", **how)
     target = read_examples([path for _, path in targets], kind="target", **how)
-    warn_of(pool, "pool")
-    warn_of(target, "target")
     group = np.array(target.named_by, dtype=np.int64)[target.file_index]
     return Sources(pool=pool, target=target, target_names=tuple(name for name, _ in targets), target_group=group)
 
@@ -158,7 +157,10 @@ def render_corpora(
 
     warnings = [*renderer.notes]
     for corpus in (pool, target):
-        if cut := int(_lost_to_the_limit(corpus).sum()):
+        lost = _lost_to_the_limit(corpus)
+        warnings += bad_row_warnings(_problems(corpus, skipped, told=lost), corpus.name)
+        warnings += row_warnings(corpus.examples, renderer, corpus.name)
+        if cut := int(lost.sum()):
             warnings.append(
                 f"{corpus.name}: {cut} of {len(corpus)} rows lost every supervised token to --max-length and cannot be "
                 "used; raise it, or shorten them."
@@ -229,6 +231,17 @@ def _lost_to_the_limit(corpus: Corpus) -> npt.NDArray[np.bool_]:
     """(rows,): nothing is supervised in what the length limit left of them."""
     lost: npt.NDArray[np.bool_] = ~corpus.usable & (corpus.truncated > 0)
     return lost
+
+
+def _problems(corpus: Corpus, skipped: Sequence[SkippedRow], *, told: npt.NDArray[np.bool_]) -> list[str]:
+    """One line for each skipped row of ``corpus``, but for those that a sentence of their own tells of."""
+    examples = corpus.examples
+    known = {(examples.files[examples.file_index[row]], int(examples.row[row])) for row in np.flatnonzero(told)}
+    return [
+        f"{row.file}, row {row.row} (0-based): {row.problem}"
+        for row in skipped
+        if row.corpus == corpus.name and (row.file, row.row) not in known
+    ]
 
 
 def _skipped(corpus: Corpus, on_bad_row: str) -> list[SkippedRow]:

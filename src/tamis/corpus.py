@@ -69,6 +69,16 @@ class Corpus(Sequence[TokenizedExample]):
             for i, m, r in zip(ids, masks, rows, strict=True)
         ]
 
+    def sizes(self, rows: IntArray) -> dict[str, int]:
+        """How many ``rows`` are, their tokens and supervised tokens, and the sum of their squared lengths."""
+        lengths = self.lengths[rows]
+        return {
+            "rows": len(rows),
+            "tokens": int(lengths.sum()),
+            "supervised_tokens": int(self.supervised[rows].sum()),
+            "squared_tokens": int((lengths**2).sum()),
+        }
+
     def problems(self) -> dict[int, tuple[str | None, str]]:
         """Rows that could not be rendered, each with its field and the reason (only with ``on_bad_row="skip"``)."""
         found = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,8 +30,11 @@ class StageCost:
     operations: float | None = None  # counted where the work is not a whole forward or gradient pass
 
 
-def read_cost(stage: Path) -> StageCost | None:
-    """Sum of the cost records of a stage, None if it wrote none."""
+def read_cost(stage: Path, *, paid_by: Collection[str] = ()) -> StageCost | None:
+    """Sum of the cost records of a stage, None if it wrote none.
+
+    Shards taken from a stage whose folder is named in ``paid_by`` are left out: their cost is that stage's.
+    """
     shards: dict[int, dict[str, Any]] = {}
     for file in sorted(stage.glob("cost-*.jsonl")):
         for line in file.read_text().splitlines():
@@ -40,6 +43,7 @@ def read_cost(stage: Path) -> StageCost | None:
             except json.JSONDecodeError:
                 continue  # the last line of a killed run; its shard is computed again
             shards[record["shard"]] = record
+    shards = {shard: record for shard, record in shards.items() if record.get("taken_from") not in paid_by}
     if not shards:
         return None
     records = list(shards.values())

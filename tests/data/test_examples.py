@@ -1,14 +1,13 @@
 from __future__ import annotations
 
 import json
-import logging
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tamis.data.examples import BadRowRecord, read_examples, warn_of
+from tamis.data.examples import BadRowRecord, read_examples
 from tamis.errors import BadRow, InvalidInput
 
 
@@ -102,15 +101,22 @@ def test_files_keep_their_order_and_their_namesakes_apart(tmp_path):
     assert examples.file_index.dtype == np.int32 and examples.row.dtype == np.int64
 
 
-def test_duplicate_ids_are_reported_and_rows_stay_apart(tmp_path, caplog):
+def test_duplicate_ids_are_known_and_rows_stay_apart(tmp_path):
     rows = [chat("a", "b", id="x"), chat("c", "d", id="y"), chat("a", "b", id="x")]
-    with caplog.at_level(logging.WARNING):
-        examples = read_examples([lines(tmp_path / "rows.jsonl", rows)])
-        assert not caplog.text  # whoever reports them in its own words would say it twice
-        warn_of(examples, "pool")
+    examples = read_examples([lines(tmp_path / "rows.jsonl", rows)])
     assert len(examples) == 3
     assert examples.duplicate_ids == {"x": [0, 2]}
-    assert "1 ids occur more than once; rows stay apart" in caplog.text
+
+
+def test_rows_with_tools_are_known_by_their_places(tmp_path):
+    tool = {"name": "add"}
+    rows = [
+        chat("a", "b"),
+        chat("a", "b", tools=[tool]),
+        chat("a", "b", tools=[]),
+        chat("a", "b", tools=json.dumps([tool])),
+    ]
+    assert read_examples([lines(tmp_path / "rows.jsonl", rows)]).with_tools.tolist() == [1, 3]
 
 
 def identity_of(tmp_path, *rows) -> dict[str, str]:

@@ -182,12 +182,12 @@ def test_tools_and_template_variables_of_a_row_reach_the_template():
     assert renderer.preview(chat(*turns))[0][0].startswith("-calm<|im_start|>")
 
 
-def test_tools_that_the_template_does_not_write_are_said_once(caplog):
-    renderer = Renderer(tiny_tokenizer(), max_length=LONG)
-    row = chat(("user", "q"), ("assistant", "a"), tools=[{"name": "add"}])
-    for _ in range(2):
-        renderer.render(row)
-    assert caplog.text.count("rows.jsonl, row 3: has tools, but the chat template writes none") == 1
+def test_a_renderer_knows_whether_its_template_writes_tools():
+    assert not Renderer(tiny_tokenizer(), max_length=LONG).writes_tools
+    assert Renderer(tiny_tokenizer("{{ tools }}" + TEMPLATES["chatml"]), max_length=LONG).writes_tools
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"default": TEMPLATES["chatml"], "tool_use": "{{ tools }}" + TEMPLATES["chatml"]}
+    assert Renderer(tokenizer, max_length=LONG).writes_tools
 
 
 def test_a_tokenizer_with_a_template_for_tools_uses_it_for_rows_with_tools():

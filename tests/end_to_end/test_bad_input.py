@@ -83,6 +83,32 @@ def test_a_bad_row_can_be_skipped_and_is_listed(name: str, tiny: TinyRun, tmp_pa
     assert code == 0
     skipped = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
     assert [(s["corpus"], s["row"]) for s in skipped] == [("pool", 3)]
+    warnings = json.loads((tmp_path / "out" / "manifest.json").read_text())["warnings"]
+    (said,) = [warning for warning in warnings if "left out" in warning]
+    assert said.startswith(f"About the run. pool: 1 rows cannot be used and were left out; the first: {pool}, row 3")
+
+
+def test_what_is_odd_about_rows_is_on_the_page_and_in_the_manifest(
+    capfd: pytest.CaptureFixture[str], tiny: TinyRun, tmp_path: Path
+) -> None:
+    rows = [chat(f"q{i}", f"a {i}", id="same", tools=[{"name": "add"}]) for i in range(10)]
+    pool = write_rows(tmp_path / "pool.jsonl", rows)
+    words = ["--model", str(tiny.model), "--pool", str(pool), "--target", str(tiny.target), "--budget", "4"]
+    sentences = (
+        "pool: 10 of 10 rows have tools, but the chat template writes none",
+        "pool: 1 ids occur more than once; rows stay apart.",
+    )
+    for _ in range(2):  # the second run reads its tokens from the store
+        capfd.readouterr()
+        assert run_command(["select", "--quiet", *words, "--out", str(tmp_path / "out"), "--method", "bm25"]) == 0
+        printed = capfd.readouterr().err
+        warnings = json.loads((tmp_path / "out" / "manifest.json").read_text())["warnings"]
+        page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+        for sentence in sentences:
+            assert len([warning for warning in warnings if sentence in warning]) == 1
+            assert printed.count(sentence) == 1 and sentence in page
+    assert run_command(["plan", "--quiet", *words]) == 0
+    assert all(capfd.readouterr().err.count(sentence) == 1 for sentence in sentences[:1])
 
 
 def missing_file(tmp: Path) -> dict[str, object]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
@@ -34,17 +34,26 @@ TARGET = CorpusSize(rows=40, tokens=4e3, supervised_tokens=1e3, squared_tokens=5
 RATE = Rate(device="x", forward=1e13, gradient=5e12, origin="by hand")
 
 
-def plan(method: str, *, scored: CorpusSize = POOL, targets: int = 1, **settings: Any) -> MethodPlan:
+def plan(
+    method: str,
+    *,
+    scored: CorpusSize = POOL,
+    targets: int = 1,
+    aggregate: Literal["round-robin", "mean"] = "round-robin",
+    drop_flagged: bool = False,
+    **settings: Any,
+) -> MethodPlan:
     kind: Any = METHODS[method]
     values = {f.name: getattr(kind(**settings), f.name) for f in dataclasses.fields(kind)}
     question = MethodQuestion(
         shape=SEVEN_B,
         scored=scored,
         pool=POOL,
-        target=TARGET,
-        targets=targets,
+        targets=(TARGET.times(1 / targets),) * targets,
         values=values,
         with_lora=lambda rank: SEVEN_B,
+        aggregate=aggregate,
+        drop_flagged=drop_flagged,
     )
     return method_plan(method, question, RATE, bytes_per_param=2, batch_tokens=4096)
 
@@ -56,8 +65,7 @@ def test_the_papers_own_figures_come_out_with_one_token_a_row() -> None:
         shape=SEVEN_B,
         scored=ONE_TOKEN_EACH,
         pool=ONE_TOKEN_EACH,
-        target=TARGET,
-        targets=1,
+        targets=(TARGET,),
         values={},
         with_lora=lambda rank: SEVEN_B,
     )
@@ -83,8 +91,7 @@ def test_the_paper_s_column_is_that_of_its_table_1_whatever_the_rows_lengths(
             shape=shape,
             scored=long,
             pool=long,
-            target=TARGET,
-            targets=1,
+            targets=(TARGET,),
             values={f.name: getattr(kind(**settings), f.name) for f in dataclasses.fields(kind)},
             with_lora=lambda rank, shape=shape: shape,
         )
@@ -101,16 +108,36 @@ def test_second_order_and_influence_functions_are_planned_with_the_passes_they_m
     plain = plan("influence-distillation", landmarks=1000, warmup="none", embedding="tfidf")
     bent = {"weights": "second-order", "eta": 1e-4}
     second = plan("influence-distillation", landmarks=1000, warmup="none", embedding="tfidf", **bent)
-    (extra,) = [p for p in second.passes if p not in plain.passes]
-    # 256 products over 40 of 10,000 rows, each of six times a forward pass, and the graph (three times).
-    assert extra.tflops / forward.tflops == pytest.approx((256 * 6 + 3) * 0.004, rel=0.02)
+    extra = {p.name: p for p in second.passes if p not in plain.passes}
+    assert {name: p.size.rows for name, p in extra.items() if name != "Hessian products"} == {
+        "lengths of gradients (target)": 40,
+        "lengths of landmarks' gradients": 256,
+    }
+    # In 2 GiB fit no six of 7e9 numbers: a shard is one product of one landmark with one target row's loss, compared
+    # with all landmarks. Of each a product of six times a forward pass, and the graph (three times).
+    shards = 256 * 40
+    made = extra["Hessian products"]
+    assert made.size.rows == shards * (256 + 1 + 1)
+    over_a_row, over_landmarks = 9 / POOL.rows, 2 * 257 / POOL.rows
+    assert made.tflops / forward.tflops == pytest.approx(shards * (over_a_row + over_landmarks), rel=0.02)
+    # With room for 64 products, a shard shares the graphs and the comparison.
+    roomy = plan("influence-distillation", landmarks=1000, warmup="none", embedding="tfidf", memory_gb=1e5, **bent)
+    made = {p.name: p for p in roomy.passes}["Hessian products"]
+    assert made.size.rows == 160 * 256 + sum(
+        len({flat // 40 for flat in range(first, first + 64)}) + len({flat % 40 for flat in range(first, first + 64)})
+        for first in range(0, shards, 64)
+    )
     kfac, ekfac = (plan("influence-function", strategy=s, factor_rows=1000, memory_gb=1e4) for s in ("kfac", "ekfac"))
-    assert [p.name for p in kfac.passes] == ["covariances (pool)", "gradients (target)", "influence (pool)"]
-    assert sum(p.tflops for p in kfac.passes) / forward.tflops == pytest.approx(2 * (1 + 0.1 + 0.004), rel=0.02)
+    assert [p.name for p in kfac.passes] == [
+        *("covariances (pool)", "gradient norms (target)", "directions (target)", "influence (pool)"),
+    ]
+    assert sum(p.tflops for p in kfac.passes) / forward.tflops == pytest.approx(2 * (1 + 0.1 + 2 * 0.004), rel=0.02)
     assert [p.name for p in ekfac.passes][1] == "eigenvalues (pool)" and ekfac.tflops > kfac.tflops
-    # 40 target gradients of 7e9 numbers in 100 GiB: 11 lots.
+    # 3 target gradients of 7e9 numbers of 4 bytes fit in 100 GiB: 40 take 14 lots, two mean targets one.
     lots = plan("influence-function", factor_rows=1000, memory_gb=100.0).passes
-    assert sum(p.name == "influence (pool)" for p in lots) == 11
+    assert sum(p.name == "influence (pool)" for p in lots) == 14
+    lots = plan("influence-function", factor_rows=1000, memory_gb=100.0, targets=2, aggregate="mean").passes
+    assert sum(p.name == "influence (pool)" for p in lots) == 1
 
 
 def test_scores_without_a_model_cost_no_operation() -> None:
@@ -249,5 +276,5 @@ def test_whole_gradients_of_landmarks_are_planned_as_stored(dtype: str, entry_by
     assert by_name["gradients (target)"].disk_bytes == pytest.approx(
         TARGET.rows * entry_bytes * SEVEN_B.gradient_numel, rel=1e-6
     )
-    passing = {p.name: p for p in plan("tracin", projection="none").passes}  # compared as they pass
-    assert passing["gradients (pool)"].disk_bytes == POOL.rows * (4 * TARGET.rows + 16)
+    passing = {p.name: p for p in plan("tracin", projection="none", memory_gb=1e4).passes}
+    assert passing["alignments (pool)"].disk_bytes == POOL.rows * (4 * TARGET.rows + 16)

@@ -20,6 +20,7 @@ __all__ = [
     "SCORE",
     "WHAT",
     "Attention",
+    "BatchInvariant",
     "BatchTokens",
     "ChatTemplate",
     "Config",
@@ -51,6 +52,7 @@ __all__ = [
     "aggregate",
     "budget",
     "clip",
+    "drop_flagged",
     "drop_leaks",
     "duplicates",
     "learning_rate",
@@ -184,6 +186,14 @@ BatchTokens = Annotated[
         help="Tokens per forward pass, padding included; chosen for the device when left out.", rich_help_panel=RUN
     ),
 ]
+BatchInvariant = Annotated[
+    bool,
+    typer.Option(
+        "--batch-invariant/--no-batch-invariant",
+        help="One row per forward pass: slower, but scores do not depend on the batch, to the last bit.",
+        rich_help_panel=RUN,
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of all random choices.", rich_help_panel=RUN)]
 Config = Annotated[
     str | None,
@@ -299,6 +309,15 @@ def drop_leaks(panel: str) -> Any:
     """What becomes of target rows in the pool."""
     return typer.Option(
         "--drop-leaks/--keep-leaks", help="Leave out pool rows that are target rows.", rich_help_panel=panel
+    )
+
+
+def drop_flagged(panel: str) -> Any:
+    """What becomes of rows with a high loss."""
+    return typer.Option(
+        "--drop-flagged/--keep-flagged",
+        help="Leave out rows whose own loss is unusually high; some of them have wrong answers.",
+        rich_help_panel=panel,
     )
 
 

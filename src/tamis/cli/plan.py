@@ -83,6 +83,8 @@ def plan(
         ),
     ] = None,
     projection_dim: Annotated[int | None, opt.projection_dim(ASSUME)] = None,
+    aggregate: Annotated[str, opt.aggregate(ASSUME)] = PlanSettings.aggregate,
+    drop_flagged: Annotated[bool, opt.drop_flagged(ASSUME)] = PlanSettings.drop_flagged,
     sample: Annotated[
         int,
         typer.Option(help="Rows to tokenize for the counts, evenly spaced (0: all).", rich_help_panel=ASSUME),
@@ -100,6 +102,7 @@ def plan(
     row_format: opt.RowFormat = None,
     on_bad_row: opt.OnBadRow = PlanSettings.on_bad_row,
     batch_tokens: opt.BatchTokens = None,
+    batch_invariant: opt.BatchInvariant = PlanSettings.batch_invariant,
     config: opt.Config = None,
     quiet: opt.Quiet = False,
     as_json: opt.JsonOutput = False,
@@ -125,7 +128,7 @@ def print_plan(console: Console, result: PlanResult) -> None:
         f"{visible(result.model)}: {result.params:,} parameters",
         f"pool: {pool.rows:,} rows, {pool.tokens:,.0f} tokens, {pool.supervised_tokens:,.0f} carry loss{sampled}",
         f"target: {target.rows:,} rows in {result.targets} targets; budget: {result.budget_rows:,} rows",
-        f"device: {result.rate.device}, {result.rate.origin}",
+        *_device_lines(result),
         f"reading and tokenizing on one core, before any of these: {time_text(result.tokenize_seconds)}",
     ]
     for line in lines:
@@ -146,11 +149,24 @@ def print_plan(console: Console, result: PlanResult) -> None:
         console.print(_comparison(result))
 
 
+def _device_lines(result: PlanResult) -> list[str]:
+    """For which device the times are, and whether it is the one that a run here would use."""
+    rate = result.rate
+    lines = [f"device: {rate.device}, {rate.origin}"]
+    if rate.is_assumed and result.device.startswith("cpu"):
+        lines.append(
+            f"times are those of that {rate.device}, not of this machine, where a run would be on the CPU and take far "
+            "longer: --measure times it"
+        )
+    return lines
+
+
 def _table(result: PlanResult) -> Table:
     # Eight columns in 80 characters: two lines of heads, and a cascade without its method's name, which is above it.
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
     table.add_column("method", no_wrap=True)
-    for name in ("rows\nscored", "\nTFLOP", "paper's\nTFLOP", "\npasses", "\ntime", "\nmemory", "\ndisk"):
+    time = "assumed\ntime" if result.rate.is_assumed else "\ntime"
+    for name in ("rows\nscored", "\nTFLOP", "paper's\nTFLOP", "\npasses", time, "\nmemory", "\ndisk"):
         table.add_column(name, justify="right", no_wrap=True)
     for method in result.methods:
         name = f"  after {method.shortlist}" if method.shortlist else method.method
@@ -175,7 +191,8 @@ def _comparison(result: PlanResult) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for row in result.comparisons:
         ratio = "–" if row.ratio is None else f"{row.ratio:.2f}"
-        table.add_row(row.quantity, _number(row.planned), _number(row.measured), ratio)
+        planned = "–" if row.planned is None else _number(row.planned)
+        table.add_row(row.quantity, planned, _number(row.measured), ratio)
     return table
 
 

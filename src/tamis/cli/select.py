@@ -79,14 +79,7 @@ def select(
         float, typer.Option(help="Similarity from which two rows are near-duplicates.", rich_help_panel=KEEP)
     ] = SelectSettings.near_threshold,
     drop_leaks: Annotated[bool, opt.drop_leaks(KEEP)] = SelectSettings.drop_leaks,
-    drop_flagged: Annotated[
-        bool,
-        typer.Option(
-            "--drop-flagged/--keep-flagged",
-            help="Leave out rows whose own loss is unusually high; some of them have wrong answers.",
-            rich_help_panel=KEEP,
-        ),
-    ] = SelectSettings.drop_flagged,
+    drop_flagged: Annotated[bool, opt.drop_flagged(KEEP)] = SelectSettings.drop_flagged,
     out: opt.Out = SelectSettings.out,
     store: opt.Store = None,
     report: opt.Report = SelectSettings.report,
@@ -111,14 +104,7 @@ def select(
     row_format: opt.RowFormat = None,
     on_bad_row: opt.OnBadRow = SelectSettings.on_bad_row,
     batch_tokens: opt.BatchTokens = None,
-    batch_invariant: Annotated[
-        bool,
-        typer.Option(
-            "--batch-invariant/--no-batch-invariant",
-            help="One row per forward pass: slower, but scores do not depend on the batch, to the last bit.",
-            rich_help_panel=opt.RUN,
-        ),
-    ] = SelectSettings.batch_invariant,
+    batch_invariant: opt.BatchInvariant = SelectSettings.batch_invariant,
     shard_rows: Annotated[
         int,
         typer.Option(help="Rows between two writes to disk: the most that a kill can lose.", rich_help_panel=opt.RUN),

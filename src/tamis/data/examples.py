@@ -7,7 +7,6 @@ asked for. Rows are never merged or dropped here, except bad ones on request.
 from __future__ import annotations
 
 import hashlib
-import logging
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,9 +25,7 @@ from tamis.errors import BadRow, InvalidInput
 from tamis.identity import fingerprint
 from tamis.types import Example, IntArray, RowFormat
 
-__all__ = ["BadRowRecord", "Examples", "read_examples", "warn_of"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["BadRowRecord", "Examples", "read_examples"]
 
 _FORMATS: tuple[RowFormat, ...] = ("messages", "prompt-completion", "instruction", "text")
 
@@ -53,6 +50,7 @@ class Examples(Sequence[Example]):
     * ``source_index`` (int32) into ``source_names``
     * ``digests``: SHA-256 (hex) of what is trained on
     * ``prompt_hashes`` (uint64): hash of the normalised prompt, 0 for a row without one
+    * ``with_tools`` (int64): the rows that have tools, ascending
 
     ``duplicate_ids`` maps each id that occurs more than once to its rows. ``named_by[f]`` is the index of the path, as
     given to ``read_examples``, that named file ``f``.
@@ -73,6 +71,7 @@ class Examples(Sequence[Example]):
         self.source_names: list[str] = list(scan.sources)
         self.source_index: npt.NDArray[np.int32] = np.array(scan.source_index, dtype=np.int32)
         self.prompt_hashes: npt.NDArray[np.uint64] = np.array(scan.prompt_hash, dtype=np.uint64)
+        self.with_tools: IntArray = np.array(scan.with_tools, dtype=np.int64)
         self.skipped: list[BadRowRecord] = scan.skipped
         self._start: IntArray = np.array(scan.start, dtype=np.int64)
         self._length: IntArray = np.array(scan.length, dtype=np.int64)
@@ -171,6 +170,7 @@ class _Scan:
         self.file_index, self.source_index, self.format = array("i"), array("i"), array("b")
         self.row, self.start, self.length = array("q"), array("q"), array("q")
         self.prompt_hash, self.text_hash = array("Q"), array("Q")
+        self.with_tools = array("q")
         self.hashes = {name: hashlib.sha256() for name in ("content", "files", "ids", "source", "text")}
         self.skipped: list[BadRowRecord] = []
 
@@ -178,6 +178,8 @@ class _Scan:
         self, scanned: ScannedRow, *, file: RowFile, file_index: int, id: str, source: str, content: Content
     ) -> None:
         trained = digest(content)  # first: it may refuse the row
+        if content.tools:
+            self.with_tools.append(len(self.ids))
         self.digests.append(trained)
         self.ids.append(id)
         self.file_index.append(file_index)
@@ -239,14 +241,6 @@ def read_examples(
         if len(scan.ids) == before:
             raise InvalidInput(_nothing_in(file.name, scan.skipped[bad_before:]))
     return Examples(files, named_by, scan)
-
-
-def warn_of(examples: Examples, kind: str) -> None:
-    """Log what a user should know of rows that were read, where nothing else reports it."""
-    if examples.skipped:
-        logger.warning("%s: %d bad rows left out", kind, len(examples.skipped))
-    if examples.duplicate_ids:
-        logger.warning("%s: %d ids occur more than once; rows stay apart", kind, len(examples.duplicate_ids))
 
 
 def _take(

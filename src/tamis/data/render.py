@@ -9,7 +9,6 @@ message (``turns.py``), never from looking for the content in the text.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -26,8 +25,6 @@ from tamis.identity import text_sha256
 from tamis.types import Example, TokenizedExample
 
 __all__ = ["ALGORITHM", "Renderer"]
-
-logger = logging.getLogger(__name__)
 
 ALGORITHM = "render-v2"
 
@@ -81,7 +78,6 @@ class Renderer:
             )
         self.max_length = max_length
         self._tokenizer = tokenizer
-        self._told_of_tools = False
         self._finders: dict[str, TurnFinder] = {}
         self._default: str | None = None
         notes = []
@@ -93,6 +89,11 @@ class Renderer:
                 f"break, content, {end}. Pass chat_template to use another."
             )
         self.notes: tuple[str, ...] = (*notes, *_notes(self._finder(None)))
+
+    @property
+    def writes_tools(self) -> bool:
+        """Whether the chat template for rows with tools looks at them."""
+        return "tools" in self._finder([{}]).template.names
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -194,9 +195,6 @@ class Renderer:
 
     def _encode_messages(self, example: Example) -> _Encoded:
         finder = self._finder(example.tools)
-        if example.tools and "tools" not in finder.template.names and not self._told_of_tools:
-            logger.warning("%s, row %d: has tools, but the chat template writes none", example.file, example.row)
-            self._told_of_tools = True  # said once: it holds for every such row
         messages = [_prepared(message, finder.takes_parts) for message in example.messages]
         variables = {"tools": list(example.tools) if example.tools else None, **example.template_kwargs}
         text = finder.apply(messages, **variables)

@@ -36,7 +36,13 @@ class Calibration:
 
 
 def measured_rate(
-    settings: ModelSettings, shape: ModelShape, pool: SampledCorpus, *, batch_tokens: int | None, progress: Progress
+    settings: ModelSettings,
+    shape: ModelShape,
+    pool: SampledCorpus,
+    *,
+    batch_tokens: int | None,
+    batch_invariant: bool = False,
+    progress: Progress,
 ) -> Calibration:
     """Load the model and time up to eight batches of sampled pool rows, after one that warms up.
 
@@ -54,7 +60,7 @@ def measured_rate(
     layers = gradient_layers(model)
     projector = make_projector("factorized", dim=FACTORIZED_SIDE, seed=0)
     tokens = batch_tokens or default_batch_tokens(device)
-    batches = _batches(pool, tokens)
+    batches = _batches(pool, tokens, max_rows=1 if batch_invariant else None)
 
     def forward(batch: Batch) -> None:
         with torch.no_grad():
@@ -69,12 +75,13 @@ def measured_rate(
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {_threads(device)}"
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     dtype = str(loaded.description["dtype"])
+    of_rows = "one row" if batch_invariant else f"at most {tokens:,} tokens"
     return Calibration(
         rate=Rate(
             device=name,
             forward=forward_rate,
             gradient=gradient_rate,
-            origin=f"measured on {len(batches)} batches of at most {tokens:,} tokens in {dtype}",
+            origin=f"measured on {len(batches)} batches of {of_rows} in {dtype}",
             memory_bytes=memory,
             is_cpu=device.type == "cpu",
         ),
@@ -82,11 +89,11 @@ def measured_rate(
     )
 
 
-def _batches(pool: SampledCorpus, batch_tokens: int) -> list[Batch]:
+def _batches(pool: SampledCorpus, batch_tokens: int, *, max_rows: int | None) -> list[Batch]:
     """Up to eight batches, of short, middling and long rows alike."""
     rows = [(i, t) for i, t in enumerate(pool.tokenized) if t is not None and t.num_supervised > 0]
     lengths = torch.tensor([len(t.input_ids) for _, t in rows]).numpy()
-    groups = plan_batches(lengths, batch_tokens=batch_tokens, max_rows=None)
+    groups = plan_batches(lengths, batch_tokens=batch_tokens, max_rows=max_rows)
     step = max(1, -(-len(groups) // _MOST_BATCHES))
     return [collate(pool.rows[[rows[i][0] for i in g]], [rows[i][1] for i in g], 0) for g in groups[::step]]
 

@@ -14,19 +14,22 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tamis.budget import parse_budget, times
 from tamis.corpora import model_settings
-from tamis.data.examples import warn_of
 from tamis.data.render import Renderer
+from tamis.data.row_warnings import bad_row_warnings, row_warnings
 from tamis.data.rows import Rows
 from tamis.errors import InvalidInput
 from tamis.evaluate.calibrate import measured_rate
 from tamis.evaluate.devices import Rate, assumed_rate
 from tamis.evaluate.inputs import CorpusSize, read_sample
-from tamis.evaluate.passes import MethodPlan, MethodQuestion, landmark_tflops, method_plan
+from tamis.evaluate.passes import MethodPlan, landmark_tflops, method_plan, passes_of
+from tamis.evaluate.question import MethodQuestion, total_size
 from tamis.model.flops import ModelShape, stage_tflops
 from tamis.model.limits import model_limits, skeleton
-from tamis.model.load import load_tokenizer
+from tamis.model.load import load_tokenizer, resolved_device
 from tamis.notation import GRADIENT_METHODS, parse_shortlist, target_parts
 from tamis.progress import NoProgress
 from tamis.protocols import Progress
@@ -45,13 +48,13 @@ class Comparison:
     """A planned quantity beside what a finished run reports."""
 
     quantity: str
-    planned: float
+    planned: float | None  # None: the plan has no such number for the device of the run
     measured: float
 
     @property
     def ratio(self) -> float | None:
-        """Planned over measured; None if nothing was measured."""
-        return self.planned / self.measured if self.measured else None
+        """Planned over measured; None if nothing was planned or measured."""
+        return self.planned / self.measured if self.measured and self.planned is not None else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,7 @@ class PlanResult:
     targets: int
     sampled_rows: int
     budget_rows: int
+    device: str  # on which this machine would run the model: not that of ``rate``, if it is assumed
     rate: Rate
     tokenize_seconds: float  # on one core, before any method starts
     methods: tuple[MethodPlan, ...]
@@ -110,8 +114,22 @@ def compare_with_run(plan: PlanResult, manifest: Mapping[str, Any]) -> tuple[Com
             spent = float(sum(stage.get(key, 0) for stage in stages))
             comparisons.append(Comparison(quantity=f"{work} {quantity}", planned=float(value), measured=spent))
     seconds = float(sum(s.get("seconds", 0) for s in cost["stages"] if s.get("work") in ("forward", "gradient")))
-    comparisons.append(Comparison(quantity="seconds of model work", planned=planned.seconds, measured=seconds))
-    return tuple(comparisons)
+    return (*comparisons, _compared_seconds(plan.rate, planned, manifest, seconds))
+
+
+def _compared_seconds(rate: Rate, planned: MethodPlan, manifest: Mapping[str, Any], seconds: float) -> Comparison:
+    """Seconds of an assumed accelerator are named as such, and are not put beside those of a run on a CPU."""
+    quantity, value = "seconds of model work", None
+    if not rate.is_assumed or not planned.passes:
+        value = planned.seconds
+    elif not _device_of(manifest).startswith("cpu"):
+        quantity, value = f"{quantity} (planned for an assumed {rate.device})", planned.seconds
+    return Comparison(quantity=quantity, planned=value, measured=seconds)
+
+
+def _device_of(manifest: Mapping[str, Any]) -> str:
+    models = manifest.get("models") or [{}]
+    return str(models[0].get("device", "unknown"))
 
 
 def estimate_plan(
@@ -126,7 +144,10 @@ def estimate_plan(
         InvalidSettings: an unknown device or method setting.
     """
     progress = progress or NoProgress()
-    values = {name: _values(name, settings.set) for name in METHODS}
+    values = {
+        name: _values(name, settings.set, projection=settings.projection, projection_dim=settings.projection_dim)
+        for name in METHODS
+    }
     run = _read_manifest(settings.compare) if settings.compare else None
     loading = model_settings(settings)
     assumed_dtype = "bfloat16" if settings.dtype == "auto" else settings.dtype
@@ -145,21 +166,36 @@ def estimate_plan(
     )
     sampled = read(settings.pool, kind="pool")
     pool = sampled.size()
-    notes = [*renderer.notes, *sampled.check_usable_rows(limits, tokenizer)]
-    warn_of(sampled.examples, "pool")
+    notes = [*renderer.notes]
     if settings.target:
         asked = read([target_parts(text)[1] for text in settings.target], kind="target")
-        notes += asked.check_usable_rows(limits, tokenizer)
-        warn_of(asked.examples, "target")
-        target = asked.size()
+        group = np.array(asked.examples.named_by, dtype=np.int64)[asked.examples.file_index]
+        targets = asked.sizes(group, len(settings.target))
     else:
-        target = pool.times(min(1.0, _ASSUMED_TARGET_ROWS / pool.rows))
-        notes.append(f"No --target given: {target.rows} target rows like the pool's are assumed.")
+        targets = (pool.times(min(1.0, _ASSUMED_TARGET_ROWS / pool.rows)),)
+        asked = None
+        notes.append(f"No --target given: {targets[0].rows} target rows like the pool's are assumed.")
+    for corpus in filter(None, (sampled, asked)):
+        notes += bad_row_warnings(corpus.problems, corpus.kind)
+        notes += row_warnings(corpus.examples, renderer, corpus.kind)
+        notes += corpus.check_usable_rows(limits, tokenizer)
     if settings.measure:
-        measured = measured_rate(loading, shape, sampled, batch_tokens=settings.batch_tokens, progress=progress)
+        measured = measured_rate(
+            loading,
+            shape,
+            sampled,
+            batch_tokens=settings.batch_tokens,
+            batch_invariant=settings.batch_invariant,
+            progress=progress,
+        )
         rate, dtype = measured.rate, measured.dtype
     else:
         rate, dtype = assumed, assumed_dtype
+        if settings.batch_invariant:
+            notes.append(
+                f"--batch-invariant passes one row at a time, which reaches less of {rate.device} than is assumed: "
+                "--measure times it on this machine, --utilisation says another share."
+            )
 
     num_tokens = int(pool.tokens)
     num_rows = len(sampled.examples)  # a share is of all rows that were read, as in a run
@@ -171,39 +207,44 @@ def estimate_plan(
     else:
         shortlisted = times(budget, shortlist.multiple, num_rows=num_rows, num_tokens=num_tokens)
         share = min(1.0, shortlisted.value / (pool.rows if shortlisted.kind == "rows" else num_tokens))
-    # A shape is needed only if a method trains an adapter, and once per rank.
-    with_lora = functools.cache(lambda rank: ModelShape.from_model(skeleton(loading, lora_rank=rank)))
+    batch_tokens = settings.batch_tokens or (2048 if rate.is_cpu else 16384)
+
+    question = functools.partial(
+        MethodQuestion,
+        shape=shape,
+        pool=pool,
+        targets=targets,
+        # A shape is needed only if a method trains an adapter, and once per rank.
+        with_lora=functools.cache(lambda rank: ModelShape.from_model(skeleton(loading, lora_rank=rank))),
+        aggregate=settings.aggregate,
+        drop_flagged=settings.drop_flagged,
+    )
     plan_of = functools.partial(
         method_plan,
         rate=rate,
         bytes_per_param=_BYTES[dtype],
-        batch_tokens=settings.batch_tokens or (2048 if rate.is_cpu else 16384),
+        batch_tokens=sampled.longest if settings.batch_invariant else batch_tokens,
     )
+    # The method in front has its own defaults, whatever is chosen for it alone; a sample of sources has none.
+    cheap = shortlist.method
+    first = passes_of(cheap, question(scored=pool, values=_values(cheap, {}))) if cheap is not None else ()
+    behind = _behind_a_shortlist(settings, run, share)
     methods = []
     for name in METHODS:
-        question = MethodQuestion(
-            shape=shape,
-            scored=pool,
-            pool=pool,
-            target=target,
-            targets=max(1, len(settings.target)),
-            values=values[name],
-            with_lora=with_lora,
-            projection=settings.projection,
-            projection_dim=settings.projection_dim,
-        )
-        methods.append(plan_of(name, question))
-        if name in GRADIENT_METHODS and share < 1:
-            methods.append(plan_of(name, replace(question, scored=pool.times(share)), shortlist=settings.shortlist))
+        methods.append(plan_of(name, question(scored=pool, values=values[name])))
+        if name in behind:
+            few = question(scored=pool.times(share), values=values[name])
+            methods.append(plan_of(name, few, shortlist=settings.shortlist, before=first))
     result = PlanResult(
         model=settings.model,
         params=shape.params,
         dtype=dtype,
         pool=pool,
-        target=target,
-        targets=max(1, len(settings.target)),
+        target=total_size(targets),
+        targets=len(targets),
         sampled_rows=len(sampled.rows),
         budget_rows=round(budget.value if budget.kind == "rows" else budget.value / num_tokens * pool.rows),
+        device=resolved_device(loading) if settings.device == "auto" else settings.device,
         rate=rate,
         tokenize_seconds=sampled.seconds_per_row * pool.rows,
         methods=tuple(methods),
@@ -212,26 +253,63 @@ def estimate_plan(
     )
     if run is None:
         return result
-    return replace(result, comparisons=compare_with_run(result, run), notes=(*notes, *_unlike(settings, run)))
+    comparisons = compare_with_run(result, run)
+    return replace(result, comparisons=comparisons, notes=(*notes, *_unlike(settings, values, rate, run)))
 
 
-def _values(method: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a method: its defaults, over them those given as ``METHOD.NAME``; the method checks them."""
+def _behind_a_shortlist(settings: PlanSettings, run: Mapping[str, Any] | None, share: float) -> set[str]:
+    """Methods that are shown with the shortlist in front: the dear ones, where it saves, and that of a run with it."""
+    shown = set(GRADIENT_METHODS) if share < 1 else set()
+    if run is not None and isinstance(done := run.get("settings"), Mapping) and done.get("shortlist"):
+        shown.add(str(done.get("method")))
+    return shown - {parse_shortlist(settings.shortlist).method}
+
+
+def _values(
+    method: str, chosen: Mapping[str, Any], *, projection: str | None = None, projection_dim: int | None = None
+) -> dict[str, Any]:
+    """The settings of a method: its defaults, over them those given as ``METHOD.NAME``, over them the projection.
+
+    The method checks them.
+    """
     own = {key.rpartition(".")[2]: value for key, value in chosen.items() if key.rpartition(".")[0] == method}
     kind: type[Any] = METHODS[method]
+    known = [entry.name for entry in fields(kind)]
+    given = {"projection": projection, "projection_dim": projection_dim}
+    own |= {name: value for name, value in given.items() if name in known and value is not None}  # others project none
     made = method_from_dict(kind, own, origin=f"settings of method {method!r}")
-    return {entry.name: getattr(made, entry.name) for entry in fields(made)}
+    return {name: getattr(made, name) for name in known}
 
 
-def _unlike(settings: PlanSettings, manifest: Mapping[str, Any]) -> list[str]:
-    """What the run read that the plan does not: its ratios then compare two different jobs."""
+def _unlike(
+    settings: PlanSettings, values: Mapping[str, Mapping[str, Any]], rate: Rate, manifest: Mapping[str, Any]
+) -> list[str]:
+    """Where the run and the plan are not of the same job: what was read, how it was scored, on which device."""
     planned, spent = to_dict(settings), manifest["settings"]
-    names = [name for name in ("model", "pool", "target", "max_length") if spent.get(name) != planned[name]]
-    return [
-        f"compare: the run had {name} {spent.get(name)!r}, this plan has {planned[name]!r}; the ratios compare "
-        "different jobs unless both are the same under two names"
-        for name in names
+    names = ["model", "pool", "target", "max_length", "aggregate", "drop_flagged", "batch_invariant"]
+    if spent.get("shortlist"):
+        names.append("budget")  # which decides how long it is
+    pairs = [(name, spent.get(name), planned[name]) for name in names]
+    method = str(spent.get("method"))
+    used = manifest.get("method")
+    if isinstance(used, Mapping):
+        own = json.loads(json.dumps(values[method]))  # lists for tuples, as the manifest has them
+        pairs += [(f"{method}.{name}", used[name], own[name]) for name in sorted(own) if name in used]
+    found = [
+        f"compare: the run had {name} {was!r}, this plan has {is_!r}; the ratios compare different jobs unless both "
+        "are the same under two names"
+        for name, was, is_ in pairs
+        if was != is_
     ]
+    device = _device_of(manifest)
+    if rate.is_assumed and device.startswith("cpu"):
+        found.append(
+            f"compare: the run was on a CPU, and without --measure the plan's seconds are those of an assumed "
+            f"{rate.device}; none stand beside the run's. --measure times this machine"
+        )
+    elif not rate.is_assumed and rate.is_cpu != device.startswith("cpu"):
+        found.append(f"compare: the run was on {device}, the plan was measured on {rate.device}")
+    return found
 
 
 def _read_manifest(path: str) -> Mapping[str, Any]:

@@ -53,6 +53,7 @@ class Rate:
     origin: str  # a sentence: assumed from what, or measured how
     memory_bytes: int | None = None
     is_cpu: bool = False
+    is_assumed: bool = False  # of a device of the table, not measured where the plan is made
 
 
 def assumed_rate(name: str, dtype: str, *, utilisation: float | None) -> Rate:
@@ -76,4 +77,5 @@ def assumed_rate(name: str, dtype: str, *, utilisation: float | None) -> Rate:
         gradient=rate,
         origin=f"assumed: {part:.0%} of a peak of {peak:g} TFLOP/s in {dtype}",
         memory_bytes=int(device.memory_gb * 1e9),
+        is_assumed=True,
     )

@@ -15,6 +15,7 @@ import numpy as np
 from tamis.corpora import dropped_sentence, model_settings
 from tamis.data.duplicates import exact_duplicates, find_leaks
 from tamis.data.render import Renderer
+from tamis.data.row_warnings import tool_warnings
 from tamis.data.rows import Rows
 from tamis.evaluate.checks import BatchCheck, LengthDistortion, SignCheck
 from tamis.evaluate.inputs import SampledCorpus, read_sample
@@ -128,9 +129,10 @@ def examine(
     target = read([target_parts(text)[1] for text in settings.target], kind="target") if settings.target else None
     leaks = _leaks(pool, target) if target is not None else None
     limits = model_limits(loading)
-    misfits = [
-        s for corpus in (pool, target) if corpus is not None for s in corpus.check_usable_rows(limits, tokenizer)
-    ]
+    misfits = list[str]()
+    for corpus in filter(None, (pool, target)):
+        misfits += tool_warnings(corpus.examples, renderer, corpus.kind)
+        misfits += corpus.check_usable_rows(limits, tokenizer)
 
     loaded = None
     numbers = Numbers()

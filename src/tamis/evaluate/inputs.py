@@ -79,18 +79,44 @@ class SampledCorpus:
         Raises:
             InvalidInput: no sampled row is usable.
         """
-        lengths = np.array([len(self._at(i).input_ids) for i in self.usable], dtype=np.float64)
-        supervised = sum(self._at(i).num_supervised for i in self.usable)
+        return self._scaled(self.usable, len(self.examples) / len(self.rows))
+
+    def sizes(self, group: IntArray, count: int) -> tuple[CorpusSize, ...]:
+        """The same of each of ``count`` parts of the rows; a part without a usable row in the sample is like the whole.
+
+        Args:
+            group: of every row of ``examples``, the part that it belongs to.
+            count: of parts.
+
+        Raises:
+            InvalidInput: no sampled row is usable.
+        """
+        found = []
+        for number in range(count):
+            rows, sampled = int((group == number).sum()), int((group[self.rows] == number).sum())
+            usable = [i for i in self.usable if group[self.rows[i]] == number]
+            found.append(
+                self._scaled(usable, rows / sampled) if usable else self.size().times(rows / len(self.examples))
+            )
+        return tuple(found)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest usable row of the sample."""
+        return max(len(self._at(i).input_ids) for i in self.usable)
+
+    def _scaled(self, usable: Sequence[int], factor: float) -> CorpusSize:
+        lengths = np.array([len(self._at(i).input_ids) for i in usable], dtype=np.float64)
         if not len(lengths):
             first = f"; the first problem: {self.problems[0]}" if self.problems else ""
             raise InvalidInput(f"no row of the {self.kind} carries a supervised token{first}")
         sampled = CorpusSize(
             rows=len(lengths),
             tokens=float(lengths.sum()),
-            supervised_tokens=float(supervised),
+            supervised_tokens=float(sum(self._at(i).num_supervised for i in usable)),
             squared_tokens=float((lengths**2).sum()),
         )
-        return sampled.times(len(self.examples) / len(self.rows))
+        return sampled.times(factor)
 
     def _at(self, position: int) -> TokenizedExample:
         found = self.tokenized[position]

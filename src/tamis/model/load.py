@@ -38,6 +38,7 @@ __all__ = [
     "model_fingerprint",
     "no_progress_bars",
     "pad_token_id",
+    "resolved_device",
     "resolved_dtype",
     "template_sha256",
     "template_text",
@@ -184,6 +185,15 @@ def template_sha256(given: str | None) -> str | None:
 def model_fingerprint(settings: ModelSettings) -> str:
     """What :func:`load_model` would give as fingerprint, without loading the weights to memory."""
     return fingerprint_of(resolve_source(settings.name, settings.revision))
+
+
+def resolved_device(settings: ModelSettings) -> str:
+    """The device that ``auto`` means on this machine, or the one given.
+
+    Raises:
+        InvalidSettings: it is not available.
+    """
+    return str(_device(settings))
 
 
 def resolved_dtype(settings: ModelSettings) -> str:

@@ -176,7 +176,6 @@ def build_content(inputs: ReportInputs) -> ReportContent:
             agreements=agreed,
             tokens=tokens,
             counts=counts,
-            num_skipped=len(inputs.skipped),
             target_group=inputs.target_group,
             target_supervised_tokens=inputs.target_supervised_tokens,
             run_warnings=inputs.warnings,

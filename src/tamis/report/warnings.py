@@ -48,7 +48,6 @@ class Evidence:
     agreements: Sequence[Agreement]
     tokens: Sequence[TokenUse]
     counts: Sequence[RowCount]
-    num_skipped: int
     target_group: IntArray
     target_supervised_tokens: IntArray
     run_warnings: Sequence[tuple[str, str]] = ()  # (title, sentence): what the run itself has to say
@@ -315,7 +314,7 @@ def check_scores(evidence: Evidence) -> Iterator[Finding]:
 
 
 def check_rows(evidence: Evidence) -> Iterator[Finding]:
-    """Suspicious answers, leaks, truncated rows, skipped rows."""
+    """Suspicious answers, leaks, truncated rows."""
     selected = int(evidence.columns.selected.sum())
     flagged, leaked, truncated = (evidence.counted(key) for key in ("flagged", "leaked", "truncated"))
     if flagged.selected:
@@ -346,10 +345,6 @@ def check_rows(evidence: Evidence) -> Iterator[Finding]:
             "What was cut off was not scored and would not be learnt.",
             "Raise --max-length if the ends matter." if truncated.selected else "",
         )
-    if evidence.num_skipped:
-        rows = counted(evidence.num_skipped, "row")
-        sentence = f"{rows} of pool and targets could not be used; skipped.jsonl says which, and why."
-        yield Finding("skipped", "note", "Rows were skipped", sentence)
     clean = [entry.label.lower() for entry in (flagged, leaked, truncated) if not entry.pool]
     if clean:
         sentence = f"Looked for and not found in the pool: {joined(clean)}."

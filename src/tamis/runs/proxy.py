@@ -19,8 +19,9 @@ from peft import PeftModel
 from torch import nn
 
 from tamis.config import write_config
-from tamis.data.examples import Examples, read_examples, warn_of
+from tamis.data.examples import Examples, read_examples
 from tamis.data.render import Renderer
+from tamis.data.row_warnings import bad_row_warnings, row_warnings
 from tamis.data.rows import Rows
 from tamis.disk import check_writable, make_folder, replace_atomically
 from tamis.errors import InvalidSettings, TamisError
@@ -192,12 +193,9 @@ def read_rows(settings: ProxySettings, held: Mapping[str, Rows] | None = None) -
     """
     how: dict[str, Any] = {"row_format": settings.row_format, "on_bad_row": settings.on_bad_row, "held": held}
     pool = read_examples(settings.pool, kind="pool", **how)
-    warn_of(pool, "pool")
     if not settings.target:
         return pool, None
-    target = read_examples([target_parts(text)[1] for text in settings.target], kind="target", **how)
-    warn_of(target, "target")
-    return pool, target
+    return pool, read_examples([target_parts(text)[1] for text in settings.target], kind="target", **how)
 
 
 def prepare(settings: ProxySettings, pool: Examples, target: Examples | None) -> tuple[LoadedModel, Bench, list[str]]:
@@ -214,7 +212,12 @@ def prepare(settings: ProxySettings, pool: Examples, target: Examples | None) ->
     roles = assign_roles(
         pool, groups, renderer, sizes=_sizes(settings), seed=settings.seed, on_bad_row=settings.on_bad_row
     )
-    warnings = [*renderer.notes, *roles.check_drawn_rows(model_limits(loading), load_tokenizer(loading))]
+    warnings = [*renderer.notes]
+    for kind, examples in (("pool", pool), ("target", target)):
+        if examples is not None:
+            bad = [f"{row.file}, row {row.row} (0-based): {row.problem}" for row in examples.skipped]
+            warnings += [*bad_row_warnings(bad, kind), *row_warnings(examples, renderer, kind)]
+    warnings += roles.check_drawn_rows(model_limits(loading), load_tokenizer(loading))
     loaded = _load(loading)
     bench = Bench(
         roles=roles,

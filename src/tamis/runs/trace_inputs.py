@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 from tamis.corpus import tokenize
 from tamis.data.examples import Examples, read_examples
 from tamis.data.render import Renderer
+from tamis.data.row_warnings import tool_warnings
 from tamis.data.rows import Rows
 from tamis.disk import make_folder
 from tamis.errors import InvalidInput
@@ -42,6 +44,8 @@ __all__ = [
     "run_identity",
     "write_examples",
 ]
+
+logger = logging.getLogger(__name__)
 
 EXAMPLES = "examples.parquet"  # in a record: the user's rows by position in the training data
 
@@ -103,6 +107,8 @@ def read_target(
         )
         renderer = Renderer(load_tokenizer(_model_settings(settings)), max_length=settings.max_length)
         corpus = tokenize("target", examples, renderer, root=store, on_bad_row=settings.on_bad_row, progress=progress)
+        for sentence in tool_warnings(examples, renderer, "target"):
+            logger.warning("%s", sentence)
         usable = np.flatnonzero(corpus.usable).astype(np.int64)
         rows = [TokenRow(ids=t.input_ids, supervised=t.supervised).trimmed() for t in corpus.take(usable)]
         ids = [examples.ids[int(row)] for row in usable]

@@ -140,17 +140,16 @@ class AdamwInfluence:
         copies = np.bincount(np.array(numbers), minlength=len(run.rows))
         values = torch.from_numpy((by_number / np.maximum(copies, 1)[:, None])[np.array(numbers)])
         replace_atomically(folder / _DONE, (save({"scores": values.contiguous()}),))
-        times = self.epochs * (2 + steps_back(self.curvature))  # the run, its replay, and the way back
-        lengths, supervised = task.pool.lengths[task.rows], task.pool.supervised[task.rows]
-        counts = {
-            "tokens": round(int(lengths.sum()) * times),
-            "supervised_tokens": round(int(supervised.sum()) * times),
-            "squared_tokens": round(int((lengths**2).sum()) * times),
-        }
+        targets = len(task.target_names)
+        # The run, its replay, and the way back, which starts at the gradients of the target: all rows for each target.
+        times = self.epochs * (2 + steps_back(self.curvature, values=targets))
+        ours, theirs = task.pool.sizes(task.rows), task.target.sizes(task.target_rows)
+        counts = {name: round(ours[name] * times) + theirs[name] * targets for name in ours}
+        passed = counts.pop("rows")
         task.record_cost(
             folder, 0, time.perf_counter() - started,
             work="gradient",
-            rows=round(len(rows) * times),
+            rows=passed,
             operations=stage_flops(ModelShape.from_model(model), "gradient", *counts.values()),
             **counts,
         )  # fmt: skip

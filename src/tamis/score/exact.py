@@ -18,12 +18,12 @@ from tamis.collect import Task
 from tamis.data.batches import collate, plan_batches
 from tamis.gradients.per_sample import Alignments, MaterialisedGradients, mean_gradient, run_batch
 from tamis.score.decisions import gradient_size
-from tamis.score.features import RowScores
+from tamis.score.features import RowScores, vectors_at_once
 from tamis.score.matrix import empty_scores, fill_columns
 from tamis.store.reader import StageReader
 from tamis.types import Batch, FloatArray, IntArray, LayerSpec
 
-__all__ = ["Precondition", "exact_scores"]
+__all__ = ["Precondition", "direction_passes", "exact_scores"]
 
 _TARGET_BATCH_TOKENS = 2048
 
@@ -70,7 +70,7 @@ def exact_scores(
         groups = [task.target_rows[j : j + 1] for j in range(len(task.target_rows))]
     per_pass = len(groups)
     if len(groups) > 1:
-        per_pass = max(1, memory_bytes // (4 * gradient_size(task, include_head=include_head)))
+        per_pass = vectors_at_once(gradient_size(task, include_head=include_head), memory_bytes)
     values = empty_scores(task, len(groups))
     norm = loss = np.zeros(0, dtype=np.float32)
     for first in range(0, len(groups), per_pass):
@@ -79,6 +79,15 @@ def exact_scores(
         fill_columns(values[:, first : first + len(part)], reader, "score")
         norm, loss = reader.read("grad_norm"), reader.read("loss")
     return RowScores(values=values, loss=loss, grad_norm=norm, is_zero=norm == 0, is_zero_target=target_norm == 0)
+
+
+def direction_passes(rows: int, *, unit: bool, preconditioned: bool) -> int:
+    """How often each of a group's target rows is passed through the model for their direction.
+
+    The length of a row's gradient is known only when it is whole, so a mean of unit gradients takes two passes, except
+    where each row's gradient is formed alone.
+    """
+    return 2 if unit and rows > 1 and not preconditioned else 1
 
 
 def _target_norms(task: Task, *, include_head: bool) -> FloatArray:
@@ -125,7 +134,10 @@ def _alignments(
         "target_rows": digest,
         **({} if precondition is None else {"precondition": precondition.identity}),
     }
-    return task.map_rows(task.pool, task.rows, name="exact-alignments", spec=spec, start=start)
+    often = [direction_passes(len(rows), unit=cosine, preconditioned=precondition is not None) for rows in groups]
+    passed = np.concatenate([np.repeat(rows, times) for rows, times in zip(groups, often, strict=True)])
+    before = (task.target, passed)
+    return task.map_rows(task.pool, task.rows, name="exact-alignments", spec=spec, start=start, before=before)
 
 
 def _directions(

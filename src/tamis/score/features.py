@@ -37,6 +37,7 @@ __all__ = [
     "read_features",
     "rows_with_gradient",
     "scores_of_features",
+    "vectors_at_once",
 ]
 
 FeatureFunction = Callable[[Batch], tuple[Tensor, Tensor, Tensor]]
@@ -120,7 +121,7 @@ def scores_of_features(
     """
     target_reader = collect_features(task, task.target, task.target_rows, *target)
     width = target_reader.row_shape("feature")[0]
-    columns = max(1, memory_bytes // (4 * width))
+    columns = vectors_at_once(width, memory_bytes)
     values = empty_scores(task, len(task.target_rows))
     loss = grad_norm = largest = np.zeros(0, dtype=np.float32)
     for start in range(0, len(task.target_rows), columns):
@@ -141,6 +142,11 @@ def scores_of_features(
         is_zero=largest == 0,
         is_zero_target=target_reader.read("scale") == 0,
     )
+
+
+def vectors_at_once(numbers: int, memory_bytes: int) -> int:
+    """How many float32 vectors are held at once: the pool is passed through the model again for as many more."""
+    return max(1, memory_bytes // (4 * numbers))
 
 
 def rows_with_gradient(task: Task, is_zero: npt.NDArray[np.bool_], is_zero_target: npt.NDArray[np.bool_]) -> IntArray:

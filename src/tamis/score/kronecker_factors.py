@@ -197,10 +197,7 @@ class KroneckerCurvature:
             number,
             time.perf_counter() - started,
             work="gradient",
-            rows=len(rows),
-            tokens=int(task.pool.lengths[rows].sum()),
-            supervised_tokens=int(task.pool.supervised[rows].sum()),
-            squared_tokens=int((task.pool.lengths[rows] ** 2).sum()),
+            **task.pool.sizes(rows),
         )
 
 

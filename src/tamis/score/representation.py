@@ -12,6 +12,7 @@ from torch import Tensor
 from tamis.collect import Task
 from tamis.corpus import Corpus
 from tamis.maths.similarity import cosines
+from tamis.model.flops import ModelShape, forward_flops
 from tamis.model.states import weighted_mean_states
 from tamis.score.matrix import empty_scores
 from tamis.store.reader import StageReader
@@ -52,4 +53,11 @@ class RdsPlus:
             return lambda batch: {"embedding": weighted_mean_states(task.loaded.model, batch, self.positions)}
 
         spec = {"algorithm": "hidden-states-v1", "embedding": "rds+", "positions": self.positions}
-        return task.map_rows(corpus, rows, name="hidden-states", spec=spec, start=start, work="forward")
+
+        def operations(rows: float, tokens: float, supervised_tokens: float, squared_tokens: float) -> float:
+            # The head is fed one state a batch, not the supervised ones: a row's at most.
+            return forward_flops(ModelShape.from_model(task.loaded.model), tokens, rows, squared_tokens)
+
+        return task.map_rows(
+            corpus, rows, name="hidden-states", spec=spec, start=start, work="forward", operations=operations
+        )

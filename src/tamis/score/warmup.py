@@ -16,6 +16,8 @@ from tamis.corpus import Corpus
 from tamis.disk import disk_errors
 from tamis.errors import InvalidInput, InvalidSettings
 from tamis.identity import rows_sha256
+from tamis.model.flops import ModelShape, stage_flops, weight_gradient_flops
+from tamis.model.limits import skeleton
 from tamis.model.load import ModelSettings, load_tokenizer
 from tamis.model.processes import barrier, is_main
 from tamis.model.source import resolve_source
@@ -26,7 +28,7 @@ from tamis.training.lora import add_lora, train_adapter
 from tamis.training.warmup import warmup
 from tamis.types import IntArray
 
-__all__ = ["WarmupPoint", "random_warmup_rows", "warmup_points", "warmup_rows", "warmup_training"]
+__all__ = ["WarmupPoint", "random_warmup_rows", "warmup_flops", "warmup_points", "warmup_rows", "warmup_training"]
 
 _FEWEST_BATCHES = 4  # updates that the smallest warm-up makes in an epoch, if the pool has the rows
 
@@ -47,6 +49,17 @@ def warmup_rows(share: float, batch_rows: int, usable: int) -> int:
     (500, 128, 100)
     """
     return min(max(math.ceil(share * usable), _FEWEST_BATCHES * batch_rows), usable)
+
+
+def warmup_flops(
+    shape: ModelShape, tokens: float, supervised_tokens: float, squared_tokens: float, *, full: bool
+) -> float:
+    """Operations of training on so many tokens: with ``full`` also the gradient of every weight.
+
+    The gradients of LoRA's own factors are small and left out.
+    """
+    operations = stage_flops(shape, "gradient", tokens, supervised_tokens, squared_tokens)
+    return operations + (weight_gradient_flops(shape, tokens) if full else 0.0)
 
 
 def random_warmup_rows(task: Task, method: str, *, share: float, batch_rows: int, rows: int | None = None) -> IntArray:
@@ -146,7 +159,11 @@ def warmup_points(
 
     def record(spent: Spent) -> None:
         counts = {k: v for k, v in asdict(spent).items() if k not in ("checkpoint", "elapsed_s")}
-        task.record_cost(folder, spent.checkpoint, spent.elapsed_s, work="gradient", **counts)
+        shape = ModelShape.from_model(skeleton(base, lora_rank=lora_rank))
+        operations = warmup_flops(
+            shape, spent.tokens, spent.supervised_tokens, spent.squared_tokens, full=lora_rank is None
+        )
+        task.record_cost(folder, spent.checkpoint, spent.elapsed_s, work="gradient", operations=operations, **counts)
 
     title = f"{method} warm-up" if target_name is None else f"{method} warm-up ({target_name})"
     with task.progress.stage(title, num_steps(settings, len(rows)), "updates") as advance:

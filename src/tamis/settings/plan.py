@@ -31,6 +31,9 @@ class PlanSettings(LoadingSettings):
     set: Mapping[str, Any] = field(default_factory=dict)  # method settings as "less.warmup_epochs"
     projection: str | None = None  # None: each method's own
     projection_dim: int | None = None
+    aggregate: Literal["round-robin", "mean"] = "round-robin"  # some methods then pass the pool once per target
+    drop_flagged: bool = False
+    batch_invariant: bool = False
     assume_device: str = "h100"  # name of the device table
     utilisation: float | None = None  # part of the device's peak that is reached; None: the table's assumption
     measure: bool = False  # calibrate on a few batches on this machine instead of assuming a device

@@ -34,7 +34,16 @@ from tamis.training.checkpoints import (
 )
 from tamis.types import IntArray, TokenizedExample
 
-__all__ = ["Spent", "TrainSettings", "fine_tune", "learning_rate_at", "num_steps", "rows_of_step", "run_identity"]
+__all__ = [
+    "Spent",
+    "TrainSettings",
+    "fine_tune",
+    "learning_rate_at",
+    "num_steps",
+    "rows_of_step",
+    "rows_of_steps",
+    "run_identity",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +109,16 @@ def rows_of_step(settings: TrainSettings, step: int, rows: IntArray, *, seed: in
     epoch, place = divmod(step, per_epoch)
     order = random_permutation(child_seed(seed, "row order", epoch), len(rows))
     return rows[order[place * settings.batch_rows : (place + 1) * settings.batch_rows]]
+
+
+def rows_of_steps(steps: int, batch_rows: int, num_rows: int) -> int:
+    """How many rows the first ``steps`` updates take, a row counted as often as it is taken.
+
+    >>> rows_of_steps(8, 8, 64), rows_of_steps(8, 8, 4), rows_of_steps(3, 8, 20)
+    (64, 32, 20)
+    """
+    epochs, rest = divmod(steps, -(-num_rows // batch_rows))
+    return epochs * num_rows + min(rest * batch_rows, num_rows)
 
 
 def fine_tune(

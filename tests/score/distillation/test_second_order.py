@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from pathlib import Path
 
@@ -297,6 +298,45 @@ def test_what_to_expect_of_the_carried_term_is_found_by_leaving_out_its_landmark
     (note,) = [said for said in task.notes if said.startswith("Expected of the second-order term")]
     assert "among its 6 landmarks" in note and f"a cosine of {np.mean(cosines):.2f}, " in note
     assert note.endswith(f"rank correlation of {rank:.2f}")
+
+
+def test_a_term_that_cannot_be_foretold_is_a_warning_and_one_that_can_is_a_note(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = InfluenceDistillation(**CARRIED, damping=0.1, centred=False, eta=0.1)
+    first = make_task(tmp_path, llama, pool=POOL_OF_20, aggregate="mean")
+    scores = settings.score(first)
+    assert scores.curvature is not None
+    landmarks = np.flatnonzero((scores.curvature.coefficients == 1).sum(1) == 1)
+    embedded = RowEmbeddings(first, dtype="float32").of(HiddenMean(), first.pool, first.rows)(0, 20).double()
+    distances = torch.cdist(unit(embedded), unit(embedded)).square()[landmarks][:, landmarks]
+    kernel = torch.exp(-distances / (2 * np.median(distances.numpy()[np.triu_indices(6, 1)]))).numpy()
+
+    without = np.zeros((6, 6))  # row by row, a fit that leaves the row out
+    for out in range(6):
+        kept = [place for place in range(6) if place != out]
+        without[out, kept] = kernel[out, kept] @ np.linalg.inv(kernel[np.ix_(kept, kept)] + 0.1 * np.eye(5))
+
+    def correlation(pulls: np.ndarray) -> float:
+        return float(spearman(torch.from_numpy(without @ pulls)[:, None], torch.from_numpy(pulls)[:, None])[0])
+
+    orders = [np.array(order, np.float64) for order in itertools.permutations(range(6))]
+    tried = {correlation(pulls): pulls for pulls in orders}
+    for wanted in (max(c for c in tried if c < 0.49), min(c for c in tried if c > 0.51)):  # nearest to .5
+        products = np.diag(tried[wanted]).astype(np.float32)[None]  # whose sums are the pulls
+        monkeypatch.setattr(curvature.LandmarkHessians, "products", lambda self, rows, products=products: products)
+        task = make_task(tmp_path / f"{wanted:.6f}", llama, pool=POOL_OF_20, aggregate="mean")
+        settings.score(task)
+        told, warned = (
+            [said for said in sentences if said.startswith("Expected of the second-order term")]
+            for sentences in (task.notes, task.warnings)
+        )
+        assert (len(told), len(warned)) == ((1, 0) if wanted >= 0.5 else (0, 1))
+        assert f"a mean rank correlation of {wanted:.2f}" in (*told, *warned)[0]
+        if warned:
+            assert warned[0].endswith(
+                "That is too little to select by: set weights=first-order or none, or raise hessian_landmarks."
+            )
 
 
 def test_the_size_of_the_term_alone_costs_one_product_and_is_the_same(tmp_path: Path, llama: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ from tamis.store.reader import StageReader
 from tamis.store.writer import StageWriter
 from tamis.types import Batch, FloatArray, IntArray
 
-__all__ = ["LandmarkHessians", "TargetLoss"]
+__all__ = ["LandmarkHessians", "ProductShard", "TargetLoss", "product_shards"]
 
 _MAX_ENTRIES = 1 << 26  # gradient numbers formed at once beside those that are kept
 _SHARD_PRODUCTS = 64  # products of a shard at most, which is what a kill can lose
@@ -50,6 +51,39 @@ class TargetLoss:
 
     rows: IntArray
     coefficients: FloatArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProductShard:
+    """Hessian products made together: of some directions with some columns' losses."""
+
+    directions: IntArray  # distinct ones
+    columns: IntArray  # distinct ones; each column's rows pass through the model once
+    products: IntArray  # of each of these columns
+
+
+def product_shards(directions: int, columns: int, *, numel: int, memory_bytes: int) -> Iterator[ProductShard]:
+    """What each shard makes of the products of all directions and columns, in order.
+
+    Args:
+        directions: their number.
+        columns: their number.
+        numel: numbers of a gradient.
+        memory_bytes: bound on vectors of that size held at once.
+    """
+    total, step = directions * columns, _shard_products(numel, memory_bytes)
+    for first in range(0, total, step):
+        yield _shard_of(np.arange(first, min(first + step, total)), columns)
+
+
+def _shard_products(numel: int, memory_bytes: int) -> int:
+    return max(1, min(_SHARD_PRODUCTS, memory_bytes // (4 * _COPIES * numel)))
+
+
+def _shard_of(flat: IntArray, columns: int) -> ProductShard:
+    """Of some products, numbered with the directions varying slowest."""
+    used, products = np.unique(flat % columns, return_counts=True)
+    return ProductShard(directions=np.unique(flat // columns), columns=used, products=products)
 
 
 class LandmarkHessians:
@@ -84,7 +118,15 @@ class LandmarkHessians:
         def directions(chosen: IntArray) -> Tensor:
             return self._unit_gradients(rows[chosen], lengths[chosen])
 
-        found = self._aligned("hessian-products", rows, lengths, len(rows), directions, {"directions": "landmarks"})
+        found = self._aligned(
+            "hessian-products",
+            rows,
+            lengths,
+            len(rows),
+            directions,
+            {"directions": "landmarks"},
+            lambda which: rows[which],
+        )
         symmetric: FloatArray = (found + found.transpose(0, 2, 1)) / 2
         return symmetric
 
@@ -95,7 +137,7 @@ class LandmarkHessians:
         def directions(chosen: IntArray) -> Tensor:
             return self._sum_of_unit_gradients(rows, lengths)[None]
 
-        found = self._aligned("hessian-sums", rows, lengths, 1, directions, {"directions": "sum"})
+        found = self._aligned("hessian-sums", rows, lengths, 1, directions, {"directions": "sum"}, lambda which: rows)
         total: FloatArray = found[:, 0].sum(1, dtype=np.float64).astype(np.float32)
         return total
 
@@ -112,7 +154,9 @@ class LandmarkHessians:
         def directions(chosen: IntArray) -> Tensor:
             return (self._vectors()[1] / unit)[None]
 
-        found = self._aligned("hessian-offsets", rows, lengths, 1, directions, {"directions": "offset"})
+        found = self._aligned(
+            "hessian-offsets", rows, lengths, 1, directions, {"directions": "offset"}, lambda which: rows[:0]
+        )
         return np.ascontiguousarray(found[:, 0].T)
 
     def _vectors(self) -> tuple[Tensor, Tensor]:
@@ -191,8 +235,12 @@ class LandmarkHessians:
         count: int,
         directions: Callable[[IntArray], Tensor],
         spec: Mapping[str, Any],
+        behind: Callable[[IntArray], IntArray],
     ) -> FloatArray:
-        """``<g_i, H_c d_j>`` for ``rows`` i, columns c and ``count`` directions j, ``(C, count, n)``."""
+        """``<g_i, H_c d_j>`` for ``rows`` i, columns c and ``count`` directions j, ``(C, count, n)``.
+
+        ``behind`` has the pool rows whose gradients make some directions.
+        """
         task, columns = self._task, len(self.losses)
         full = {
             "algorithm": "hessian-products-v1",
@@ -212,7 +260,7 @@ class LandmarkHessians:
             f"{name}-{task.pool.name}",
             full,
             num_rows=count * columns,
-            shard_rows=max(1, min(_SHARD_PRODUCTS, self._memory // (4 * _COPIES * gradient_size(task)))),
+            shard_rows=_shard_products(gradient_size(task), self._memory),
             fixed={"batch_tokens": task.collecting.batch_tokens},
         )
         task.stages.append(writer.path)
@@ -231,7 +279,9 @@ class LandmarkHessians:
                 found = limit.within_memory(shard, compute, latest=self._size, refuse=self._too_large)
                 writer.write_shard(shard, {"product": found})
                 spent = time.perf_counter() - started
-                record_cost(writer.path, shard, spent, work="gradient", **self._counts(flat % columns, rows))
+                record_cost(
+                    writer.path, shard, spent, work="gradient", **self._counts(_shard_of(flat, columns), rows, behind)
+                )
                 advance(stop - first)
         finish(writer)
         task.note(attention_note(task, writer))
@@ -295,29 +345,25 @@ class LandmarkHessians:
             f"--set memory_gb={self._memory / 2**30:g} or --max-length, or train an adapter (--set warmup=lora)"
         )
 
-    def _counts(self, column: IntArray, rows: IntArray) -> dict[str, float]:
-        """What a shard went through: target rows once per column, and every pool row."""
+    def _counts(self, shard: ProductShard, rows: IntArray, behind: Callable[[IntArray], IntArray]) -> dict[str, float]:
+        """What a shard went through: rows behind its directions, target rows once per column, and every pool row."""
         shape = ModelShape.from_model(self._task.loaded.model)
         pool, target = self._task.pool, self._task.target
-        operations = stage_flops(shape, "gradient", *_sizes(pool, rows)[1:])
-        total = np.array(_sizes(pool, rows))
-        for c, products in zip(*np.unique(column, return_counts=True), strict=True):
-            sizes = _sizes(target, self.losses[c].rows)
-            operations += hessian_flops(shape, float(products), *sizes[1:])
-            total += np.array(sizes)
-        names = ("rows", "tokens", "supervised_tokens", "squared_tokens")
-        return {**dict(zip(names, total.tolist(), strict=True)), "operations": operations}
+        total: Counter[str] = Counter(pool.sizes(np.concatenate([rows, behind(shard.directions)])))
+        _, *tokens = total.values()
+        operations = stage_flops(shape, "gradient", *tokens)
+        for c, products in zip(shard.columns, shard.products, strict=True):
+            sizes = target.sizes(self.losses[c].rows)
+            _, *tokens = sizes.values()
+            operations += hessian_flops(shape, float(products), *tokens)
+            total.update(sizes)
+        return {**total, "operations": operations}
 
 
 def attention_note(task: Task, writer: StageWriter) -> str:
     """Which attention the products ran with; a resumed run says what the first one said."""
     said: str = kept_once(writer.path / "attention.json", lambda: attention_for_hessians(task.loaded.model))
     return said
-
-
-def _sizes(corpus: Corpus, rows: IntArray) -> tuple[int, int, int, int]:
-    lengths = corpus.lengths[rows]
-    return len(rows), int(lengths.sum()), int(corpus.supervised[rows].sum()), int((lengths**2).sum())
 
 
 def _column(numbers: FloatArray, like: Tensor) -> Tensor:
