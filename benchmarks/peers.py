@@ -87,7 +87,7 @@ class Tool:
     versions: dict[str, str] = field(default_factory=dict)
     error: str = ""
 
-    def ask(self, request: Mapping[str, int] | None) -> dict[str, Any]:
+    def ask(self, request: Mapping[str, Any] | None) -> dict[str, Any]:
         """Send a request (None: only wait for what it says after loading) and return the answer."""
         assert self.process.stdin
         if request is not None:

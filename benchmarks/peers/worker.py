@@ -82,7 +82,7 @@ def serve(start: Callable[[], Run], given: dict[str, Any], packages: tuple[str, 
     try:
         run = start()
     except Exception as error:
-        answer({"error": _described(error)})
+        answer({"error": described(error)})
         return
     answer({"versions": {name: metadata.version(name) for name in packages}})
     pool, target = (Rows(**given[side]) for side in ("pool", "target"))
@@ -93,9 +93,9 @@ def serve(start: Callable[[], Run], given: dict[str, Any], packages: tuple[str, 
             with tempfile.TemporaryDirectory() as folder:
                 scores = run(pool.first(request["pool"]), target.first(request["target"]), Path(folder), clock)
         except Exception as error:
-            answer({"error": _described(error)})
+            answer({"error": described(error)})
             return
-        answer({"scores": scores, "peak_mb": _peak_mb(), **clock.seconds})
+        answer({"scores": scores, "peak_mb": peak_mb(), **clock.seconds})
 
 
 def by_length(rows: Rows) -> list[int]:
@@ -135,14 +135,14 @@ def summed_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return (tokens.sum(1) / (labels != IGNORED).sum(1)).sum()
 
 
-def _described(error: Exception) -> str:
+def described(error: Exception) -> str:
     traceback.print_exc()
     last = traceback.extract_tb(error.__traceback__)[-1]
     text = " ".join(str(error).split())[:500]
     return f"{type(error).__name__}: {text} ({Path(last.filename).name}, line {last.lineno})"
 
 
-def _peak_mb() -> float:
+def peak_mb() -> float:
     status = Path("/proc/self/status")
     if status.exists():  # ru_maxrss would include what the benchmark held when it started this process
         return int(status.read_text(encoding="ascii").split("VmHWM:")[1].split()[0]) / 2**10
