@@ -111,6 +111,7 @@ def test_methods_are_taken_apart(text: str, parts: MethodText) -> None:
         (["--subset-share", "1"], "above 0 and below 1"),
         (["--relevant", "r.jsonl"], "belong to --planted"),
         (["--planted", "--methods", "online:tilt"], "nothing is trained"),
+        (["--planted", "--methods", "sources:8+tracin"], "planted rows are a source of their own"),
         (["--tune", "full", "--lora-rank", "4"], "trains no adapter"),
         (["--learning-rate", "0"], "expected a number above zero"),
     ],

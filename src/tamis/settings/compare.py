@@ -217,6 +217,14 @@ class CompareSettings(LoadingSettings):
                 raise InvalidSettings(
                     "planted: nothing is trained, so online methods cannot be checked; leave them out"
                 )
+            by_source = [
+                text.label for text in self.contenders if text.shortlist and parse_shortlist(text.shortlist).per_source
+            ]
+            if by_source:
+                raise InvalidSettings(
+                    f"planted: {by_source[0]!r} chooses sources, and planted rows are a source of their own, so it "
+                    "would find them however it scores; leave it out, and name the method alone"
+                )
             return
         if self.relevant or self.relevant_sources:
             raise InvalidSettings("relevant, relevant_sources: they belong to --planted; add it, or leave them out")
