@@ -101,7 +101,7 @@ class Shortlist:
 
 
 def parse_shortlist(text: str) -> Shortlist:
-    """``"bm25:5x"`` keeps five times the budget by BM25; ``"sources:16"`` scores 16 random rows of every source.
+    """``"bm25:5x"`` keeps five times the budget by BM25; ``"sources:8"`` scores 8 random rows of every source.
 
     Raises:
         InvalidSettings: the text is not of that form, the method is unknown, the multiple is below 1, or no row of a
@@ -110,13 +110,15 @@ def parse_shortlist(text: str) -> Shortlist:
     match = re.fullmatch(r"([^:]+):(\d+(?:\.\d+)?)(x?)", text.strip())
     if not match:
         raise InvalidSettings(
-            f"shortlist={text!r}: expected METHOD:MULTIPLE, for example 'bm25:5x', or 'sources:16', a number of rows "
+            f"shortlist={text!r}: expected METHOD:MULTIPLE, for example 'bm25:5x', or 'sources:8', a number of rows "
             "of every source"
         )
     name, number, times = match.groups()
     if name == "sources":
-        if times or not number.isdecimal() or int(number) < 1:
-            raise InvalidSettings(f"shortlist={text!r}: expected a whole number of rows, for example 'sources:16'")
+        if times or not number.isdecimal() or int(number) < 2:
+            raise InvalidSettings(
+                f"shortlist={text!r}: expected a whole number of rows, at least 2, for example 'sources:8'"
+            )
         return Shortlist(method=None, per_source=int(number))
     check_method(name, setting="shortlist")
     if float(number) < 1:

@@ -57,8 +57,8 @@ def test_the_listed_methods_and_projections_are_those_that_exist() -> None:
         ("shortlist", "bm52:5x", "unknown method 'bm52', did you mean 'bm25'?"),
         ("shortlist", "bm25:0.5x", "at least the budget itself"),
         ("shortlist", "sources:16x", "expected a whole number of rows"),
-        ("shortlist", "sources:0", "expected a whole number of rows"),
-        ("shortlist", "sources", "or 'sources:16'"),
+        ("shortlist", "sources:1", "expected a whole number of rows"),
+        ("shortlist", "sources", "or 'sources:8'"),
         ("shortlist", "tracin:5x", "uses the chosen method 'tracin' itself"),
         ("aggregate", "max", "aggregate='max': expected one of round-robin, mean"),
         ("share", {"q": 1}, "there is no target called 'q' (targets: t)"),
@@ -259,3 +259,8 @@ def test_settings_of_every_verb_survive_a_round_trip(cls: type[Any], given: dict
     assert from_dict(cls, plain) == settings
     assert set(plain) == set(cls.__dataclass_fields__)
     assert list(plain)[-len(SharedSettings.__dataclass_fields__) :] == list(SharedSettings.__dataclass_fields__)
+
+
+def test_flagged_rows_cannot_be_left_out_of_sources() -> None:
+    with pytest.raises(InvalidSettings, match="flagged rows cannot be left out"):
+        SelectSettings(**REQUIRED, shortlist="sources:8", drop_flagged=True)

@@ -25,7 +25,7 @@ EPILOG = """
 
 [cyan]METHOD[/cyan]  any of [cyan]tamis select[/cyan]; [cyan]bm25:5x+METHOD[/cyan] with a shortlist before it
 
-[cyan]sources:16+METHOD[/cyan]  random rows of the sources whose 16 scored rows are best
+[cyan]sources:8+METHOD[/cyan]  random rows of the sources whose 8 scored rows are best
 
 [cyan]online:METHOD[/cyan]  any of [cyan]tamis train[/cyan], choosing at every update
 

@@ -49,8 +49,8 @@ def select(
         str | None,
         typer.Option(
             help="A cheap method first, as METHOD:MULTIPLE: [cyan]bm25:5x[/cyan] keeps five times the budget by BM25 "
-            "and scores only those: a quarter of the pool at 5 %, a tenth at 2 %. Or [cyan]sources:16[/cyan]: "
-            "scores 16 random rows of every source, and takes random rows of the best sources.",
+            "and scores only those: a quarter of the pool at 5 %, a tenth at 2 %. Or [cyan]sources:8[/cyan]: "
+            "scores 8 random rows of every source, and takes random rows of the best sources.",
             rich_help_panel=opt.SCORE,
         ),
     ] = None,

@@ -9,6 +9,7 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ from tamis.score.losses import row_losses
 from tamis.seeds import child_seed
 from tamis.selection.choose import Choice, choose
 from tamis.selection.flags import flag_high_losses
-from tamis.selection.sources import carry_to_sources, sample_sources
+from tamis.selection.sources import carry_to_sources, choose_at_random_among_equals, sample_sources
 from tamis.settings import SelectSettings
 from tamis.types import Budget, FloatArray, IntArray, TargetScores
 from tamis.values import method_from_dict, to_dict
@@ -168,13 +169,17 @@ def select_from_settings(
         task.rows = _shortlist(task, shortlist, chooser)
     scoring_started = time.perf_counter()
     scores = method.score(task)
-    scoring_s = time.perf_counter() - scoring_started
+    scoring_s, scored = time.perf_counter() - scoring_started, len(scores.rows)
     losses, flagged = _losses_and_flags(task, scores, corpora, needed=settings.drop_flagged)
+    if shortlist is not None and shortlist.per_source:
+        flagged[:] = False  # a few rows of a source say too little of which of them are unusual
     excluded = scores.rows[scores.extra["zero_gradient"]] if "zero_gradient" in scores.extra else scores.rows[:0]
     chooser = replace(chooser, flagged=flagged if settings.drop_flagged else None, excluded=excluded)
     if shortlist is not None and shortlist.per_source:
-        scores = _carried(task, scores, every_row, excluded, seed=settings.seed)
+        scores = _carried(task, scores, chooser.unleaked(every_row), excluded)
+        chooser = replace(chooser, tie_seed=settings.seed)
     choice = chooser(scores)
+    chooser = replace(chooser, tie_seed=None)
     baselines, baseline_scores = _baselines(replace(task, rows=every_row, notes=[], warnings=[]), settings, chooser)
 
     shapes = count_shapes(choice.order.tolist(), corpora.pool.examples.__getitem__)
@@ -187,7 +192,7 @@ def select_from_settings(
         "method": {"name": method.name, **dataclasses.asdict(method)},  # type: ignore[call-overload]  # a dataclass
         "settings": to_dict(settings),
         "models": task.model_descriptions(),
-        "data_files": describe_data(corpora, scored=len(scores.rows)),
+        "data_files": describe_data(corpora, scored=scored),
         "selected": {"rows": len(choice.order), "tokens": choice.tokens},
         "diagnosis": dict(scores.diagnosis),
         "notes": [*task.notes, *scores.notes, *choice.notes, *_landmark_share(scores, choice, shortlist)],
@@ -304,6 +309,11 @@ class _Chooser:
     budget: Budget
     flagged: BoolArray | None = None  # rows to leave out for their loss
     excluded: IntArray | None = None  # rows that a method can say nothing of
+    tie_seed: int | None = None  # of the order of equal scores; None: that of the pool
+
+    def unleaked(self, rows: IntArray) -> IntArray:
+        """``rows`` without those that leaks rule out."""
+        return rows[~self.corpora.leaked[rows]] if self.settings.drop_leaks else rows
 
     def __call__(self, scores: TargetScores, *, budget: Budget | None = None) -> Choice:
         pool, settings = self.corpora.pool, self.settings
@@ -315,7 +325,8 @@ class _Chooser:
         if self.excluded is not None:
             eligible[self.excluded] = False
         copies = {"keep": None, "one": self.corpora.first_copy, "near": self.corpora.first_near_copy}
-        return choose(
+        made = choose if self.tie_seed is None else partial(choose_at_random_among_equals, seed=self.tie_seed)
+        return made(
             scores,
             budget=budget or self.budget,
             tokens=pool.lengths,
@@ -330,10 +341,9 @@ def _shortlist(task: Task, asked: Shortlist, chooser: _Chooser) -> IntArray:
     """The rows that the chosen method scores: what a cheap one keeps, or a sample of every source."""
     pool, scored_by = task.pool, chooser.settings.method
     if asked.method is None:
-        leaked = chooser.corpora.leaked if chooser.settings.drop_leaks else np.zeros(len(pool), np.bool_)
         examples = pool.examples
         sampled = sample_sources(
-            task.rows[~leaked[task.rows]],
+            chooser.unleaked(task.rows),
             examples.source_index,
             per_source=asked.per_source,
             seed=task.seed,
@@ -354,23 +364,26 @@ def _shortlist(task: Task, asked: Shortlist, chooser: _Chooser) -> IntArray:
     return kept
 
 
-def _carried(task: Task, scores: TargetScores, rows: IntArray, excluded: IntArray, *, seed: int) -> TargetScores:
+def _carried(task: Task, scores: TargetScores, rows: IntArray, excluded: IntArray) -> TargetScores:
     """The scores of a sample of every source, for all rows, with what they say of the sources."""
     examples = task.pool.examples
-    carried, means = carry_to_sources(scores, rows=rows, source=examples.source_index, seed=seed, without=excluded)
-    best = np.argsort(-means.mean)[:5]
-    named = ", ".join(
-        f"{examples.source_names[means.source[i]]} {means.mean[i]:.3g} ± {means.error[i]:.2g}" for i in best
-    )
-    task.note(
-        f"Sources explain {means.explained:.0%} of the variance of {int(means.rows.sum())} scores. The best, with the "
-        f"standard error of their mean: {named}."
-    )
-    if means.could_be_chance:
-        task.warn(
-            f"the sources' scores do not differ beyond chance (p = {means.p:.2g}), so which sources were taken may be "
-            "chance, too; score more rows of each, or rows themselves (no shortlist, or bm25:5x)"
+    carried, targets = carry_to_sources(scores, rows=rows, source=examples.source_index, without=excluded)
+    for means in targets:
+        best = ", ".join(
+            f"{examples.source_names[means.source[i]]} {means.mean[i]:.3g}"
+            + (f" ± {means.error[i]:.2g}" if np.isfinite(means.error[i]) else " (one row)")
+            for i in np.argsort(-means.mean)[:5]
         )
+        task.note(
+            f"{means.target}: sources explain {means.explained:.0%} of the variance of {len(scores.rows)} scores. The "
+            f"best, with the standard error of their mean: {best}."
+        )
+        if means.could_be_chance:
+            task.warn(
+                f"{means.target}: the sources' scores do not differ beyond chance (p = {means.p:.2g}), so which "
+                "sources were taken may be chance, too; score more rows of each, or rows themselves (no shortlist, or "
+                "bm25:5x)"
+            )
     if len(carried.rows) < len(rows):
         task.warn(
             f"{len(rows) - len(carried.rows)} rows are of sources none of whose scored rows has a gradient; they have "

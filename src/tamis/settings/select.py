@@ -30,7 +30,7 @@ class SelectSettings(LoadingSettings):
     set: Mapping[str, Any] = field(default_factory=dict)  # settings of the method, by name
     budget: str = "5%"  # "500" rows, "5%" of the rows, "200k-tokens"
     out: str = "tamis-out"
-    # "bm25:5x": that method keeps 5 times the budget, the chosen one scores only those; "sources:16": it scores 16
+    # "bm25:5x": that method keeps 5 times the budget, the chosen one scores only those; "sources:8": it scores 8
     # random rows of every source, whose mean is the score of all its rows
     shortlist: str | None = None
     aggregate: Literal["round-robin", "mean"] = "round-robin"
@@ -63,6 +63,11 @@ class SelectSettings(LoadingSettings):
                 raise InvalidSettings(
                     f"shortlist={self.shortlist!r} uses the chosen method {self.method!r} itself; drop the shortlist, "
                     "or choose a cheaper method for it, for example bm25:5x"
+                )
+            if asked.per_source and self.drop_flagged:
+                raise InvalidSettings(
+                    f"shortlist={self.shortlist!r}: only some rows of every source are looked at, so flagged rows "
+                    "cannot be left out; drop the flag, or the shortlist"
                 )
             if asked.per_source and self.method == "influence-distillation":
                 raise InvalidSettings(
