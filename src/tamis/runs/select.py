@@ -9,7 +9,6 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from tamis.budget import parse_budget, rows_for, times, tokens_for
+from tamis.budget import parse_budget, rows_for, tokens_for
 from tamis.collect import Collecting, Task
 from tamis.config import write_config
 from tamis.corpora import Corpora, model_settings, read_corpora, read_sources, write_skipped
@@ -45,12 +44,12 @@ from tamis.runs.outputs import (
     write_selected,
 )
 from tamis.runs.row_shapes import count_shapes, training_warnings
+from tamis.runs.select_rows import Chooser, carried_scores, shortlisted_rows
 from tamis.score import METHODS
 from tamis.score.losses import row_losses
 from tamis.seeds import child_seed
-from tamis.selection.choose import Choice, choose
+from tamis.selection.choose import Choice
 from tamis.selection.flags import flag_high_losses
-from tamis.selection.sources import carry_to_sources, choose_at_random_among_equals, sample_sources
 from tamis.settings import SelectSettings
 from tamis.types import Budget, FloatArray, IntArray, TargetScores
 from tamis.values import method_from_dict, to_dict
@@ -163,10 +162,10 @@ def select_from_settings(
         warnings=list(corpora.warnings),
         stages=[corpora.pool.stage, corpora.target.stage],
     )
-    chooser = _Chooser(settings=settings, corpora=corpora, budget=budget)
+    chooser = Chooser(settings=settings, corpora=corpora, budget=budget)
     shortlist = parse_shortlist(settings.shortlist) if settings.shortlist else None
     if shortlist is not None:
-        task.rows = _shortlist(task, shortlist, chooser)
+        task.rows = shortlisted_rows(task, shortlist, chooser)
     scoring_started = time.perf_counter()
     scores = method.score(task)
     scoring_s, scored = time.perf_counter() - scoring_started, len(scores.rows)
@@ -176,7 +175,7 @@ def select_from_settings(
     excluded = scores.rows[scores.extra["zero_gradient"]] if "zero_gradient" in scores.extra else scores.rows[:0]
     chooser = replace(chooser, flagged=flagged if settings.drop_flagged else None, excluded=excluded)
     if shortlist is not None and shortlist.per_source:
-        scores = _carried(task, scores, chooser.unleaked(every_row), excluded)
+        scores = carried_scores(task, scores, chooser.unleaked(every_row), excluded)
         chooser = replace(chooser, tie_seed=settings.seed)
     choice = chooser(scores)
     chooser = replace(chooser, tie_seed=None)
@@ -300,98 +299,6 @@ def _check_choice(budget: Budget, corpora: Corpora, settings: SelectSettings) ->
         rows_for(budget, len(corpora.pool))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Chooser:
-    """The same choice for the method and for every baseline, so that only the scores differ."""
-
-    settings: SelectSettings
-    corpora: Corpora
-    budget: Budget
-    flagged: BoolArray | None = None  # rows to leave out for their loss
-    excluded: IntArray | None = None  # rows that a method can say nothing of
-    tie_seed: int | None = None  # of the order of equal scores; None: that of the pool
-
-    def unleaked(self, rows: IntArray) -> IntArray:
-        """``rows`` without those that leaks rule out."""
-        return rows[~self.corpora.leaked[rows]] if self.settings.drop_leaks else rows
-
-    def __call__(self, scores: TargetScores, *, budget: Budget | None = None) -> Choice:
-        pool, settings = self.corpora.pool, self.settings
-        eligible = pool.usable.copy()
-        if settings.drop_leaks:
-            eligible &= ~self.corpora.leaked
-        if self.flagged is not None:
-            eligible &= ~self.flagged
-        if self.excluded is not None:
-            eligible[self.excluded] = False
-        copies = {"keep": None, "one": self.corpora.first_copy, "near": self.corpora.first_near_copy}
-        made = choose if self.tie_seed is None else partial(choose_at_random_among_equals, seed=self.tie_seed)
-        return made(
-            scores,
-            budget=budget or self.budget,
-            tokens=pool.lengths,
-            aggregate=settings.aggregate,
-            shares=settings.share or None,
-            first_of=copies[settings.duplicates],
-            eligible=eligible,
-        )
-
-
-def _shortlist(task: Task, asked: Shortlist, chooser: _Chooser) -> IntArray:
-    """The rows that the chosen method scores: what a cheap one keeps, or a sample of every source."""
-    pool, scored_by = task.pool, chooser.settings.method
-    if asked.method is None:
-        examples = pool.examples
-        sampled = sample_sources(
-            chooser.unleaked(task.rows),
-            examples.source_index,
-            per_source=asked.per_source,
-            seed=task.seed,
-            names=examples.source_names,
-        )
-        task.note(
-            f"{len(sampled)} of {len(task.rows)} rows were scored by {scored_by}, at most {asked.per_source} random "
-            "ones of every source. Every row has the mean score of its source, so sources were chosen, and their "
-            "rows at random."
-        )
-        return sampled
-    budget = times(chooser.budget, asked.multiple, num_rows=len(pool), num_tokens=int(pool.lengths.sum()))
-    kept = np.sort(chooser(METHODS[asked.method]().score(task), budget=budget).order)
-    task.note(
-        f"{asked.method} kept {len(kept)} of {len(task.rows)} rows ({asked.multiple:g} times the budget); only those "
-        f"were scored by {scored_by}, the others have no score."
-    )
-    return kept
-
-
-def _carried(task: Task, scores: TargetScores, rows: IntArray, excluded: IntArray) -> TargetScores:
-    """The scores of a sample of every source, for all rows, with what they say of the sources."""
-    examples = task.pool.examples
-    carried, targets = carry_to_sources(scores, rows=rows, source=examples.source_index, without=excluded)
-    for means in targets:
-        best = ", ".join(
-            f"{examples.source_names[means.source[i]]} {means.mean[i]:.3g}"
-            + (f" ± {means.error[i]:.2g}" if np.isfinite(means.error[i]) else " (one row)")
-            for i in np.argsort(-means.mean)[:5]
-        )
-        task.note(
-            f"{means.target}: sources explain {means.explained:.0%} of the variance of {len(scores.rows)} scores. The "
-            f"best, with the standard error of their mean: {best}."
-        )
-        if means.could_be_chance:
-            task.warn(
-                f"{means.target}: the sources' scores do not differ beyond chance (p = {means.p:.2g}), so which "
-                "sources were taken may be chance, too; score more rows of each, or rows themselves (no shortlist, or "
-                "bm25:5x)"
-            )
-    if len(carried.rows) < len(rows):
-        task.warn(
-            f"{len(rows) - len(carried.rows)} rows are of sources none of whose scored rows has a gradient; they have "
-            "no score and were not selected"
-        )
-    return carried
-
-
 def _losses_and_flags(
     task: Task, scores: TargetScores, corpora: Corpora, *, needed: bool
 ) -> tuple[FloatArray | None, BoolArray]:
@@ -413,7 +320,7 @@ def _losses_and_flags(
 
 
 def _baselines(
-    task: Task, settings: SelectSettings, chooser: _Chooser
+    task: Task, settings: SelectSettings, chooser: Chooser
 ) -> tuple[dict[str, IntArray], dict[str, FloatArray]]:
     """What the cheap methods would have taken at the same budget, and their scores of every row."""
     chosen: dict[str, IntArray] = {}
