@@ -7,7 +7,8 @@ sees. ``NAME=FILE`` takes both from a file; ``NAME=source:SOURCE`` from the rows
 taken out of it. The data of a seed (candidates, target rows, held-out rows) is the same for all methods.
 
 Two budgets, ``--budgets``: ``steps`` gives every method ``--steps`` updates. ``compute`` gives it as many as cost the
-operations of ``full`` at ``--steps``, by the run's own counter over ``--cost-steps``: ``uniform`` then makes about
+operations of ``full`` at ``--steps`` on the same pool and target, by the run's own counter over ``--cost-steps``:
+``uniform`` then makes about
 ``oversample`` times the steps, a method that scores candidates and looks at target rows somewhat fewer than ``full``,
 and one with cheaper candidates more. The rate is tuned for every method and budget, on seeds of its own and the clean
 pool, and counts for all targets and pools; one at the edge of ``--rates`` is said.
@@ -36,7 +37,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by PyTorch when it fi
 import numpy as np
 import torch
 import yaml
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
@@ -85,7 +87,7 @@ FIELDS += ("tflops", "tflops_candidates", "tflops_target", "tflops_update", "pro
 FIRST_TUNING_SEED, FIRST_SEED = 1000, 0
 TARGET_ROWS, HELD_OUT_ROWS = 64, 64
 
-Row = dict[str, list[int]]
+Row = dict[str, Any]
 
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # names of the tables
@@ -112,7 +114,8 @@ def online(text: str, keep: int, oversample: int) -> Online:
     name, values = VARIANTS.get(name, (name, {}))
     values = values | {key: yaml.safe_load(value) for key, value in (change.split("=", 1) for change in changes)}
     target_rows = values.pop("target_rows", None)
-    of_step = {key: values.pop(key) for key in ("reduction", "target_every", "target_ema") if key in values}
+    keep, oversample = values.pop("keep", keep), values.pop("oversample", oversample)
+    of_step = {field.name: values.pop(field.name) for field in fields(StepSettings) if field.name in values}
     settings = StepSettings(candidates=candidates or "exact", **of_step)
     selection = make_method(name, values, keep=keep, oversample=oversample)
     check_combination(selection, settings)
@@ -207,7 +210,7 @@ def _tokens(renderer: Renderer, example: Example, window: Sequence[int] | None) 
         answer = int(row.supervised.argmax())
         part = slice(max(0, answer - window[0]), answer + window[1])
         ids, labels = ids[part], labels[part]
-    return {"input_ids": ids.tolist(), "labels": labels.tolist()}
+    return {"input_ids": ids.tolist(), "labels": labels.tolist(), "source": str(example.source)}
 
 
 def collate(rows: Sequence[Row]) -> dict[str, Tensor]:
@@ -256,7 +259,7 @@ def train(
                 lr_scheduler_type="cosine", seed=seed, save_strategy="no", report_to=[], logging_strategy="no",
                 disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, remove_unused_columns=False,
             ),
-            train_dataset=pool,
+            train_dataset=Dataset.from_list(pool),
             target_dataset=target_rows,
             data_collator=collate,
             selection=asked.selection,
@@ -337,6 +340,7 @@ class Runs:
         else:
             found = train(self._data, method, kind, target, rate, seed, steps, arguments)
             line = {name: str(value) for name, value in {**key, **found}.items()}
+            self._check_held_out(line)
         with self._path.open("a", newline="") as file:
             csv.DictWriter(file, FIELDS).writerow(line)
         self.lines.append(line)
@@ -346,9 +350,20 @@ class Runs:
         )
         return line
 
+    def _check_held_out(self, line: dict[str, str]) -> None:
+        """Runs of a target and seed are measured on the same rows, so the model starts from the same loss."""
+        same = ("model", "settings", "target", "seed")
+        for other in self.lines:
+            before = [float(each["held_out_before"]) for each in (line, other)]
+            if all(other[name] == line[name] for name in same) and abs(before[0] - before[1]) > 1e-3:
+                raise SystemExit(
+                    f"{self._path}: target {line['target']} was measured on other rows before ({before[1]} and now "
+                    f"{before[0]} before training); give the file of then, or another --csv"
+                )
 
-def steps_of(runs: Runs, method: str, budget: str, arguments: argparse.Namespace) -> int:
-    """Updates that the budget pays for, from what the first tuning run of the method cost beside that of ``full``.
+
+def steps_of(runs: Runs, method: str, budget: str, kind: str, target: str, arguments: argparse.Namespace) -> int:
+    """Updates that the budget pays for on this pool and target, from what short runs of the method and ``full`` cost.
 
     The updates before a method starts cost what ``uniform`` or ``full`` costs, so the later ones are counted apart.
     """
@@ -361,25 +376,28 @@ def steps_of(runs: Runs, method: str, budget: str, arguments: argparse.Namespace
         raise SystemExit(f"{method} starts after {cold} updates, and --steps is {steps}; give more")
 
     def cost(name: str) -> float:
-        target, rate = next(iter(arguments.targets)), arguments.rates[0]
-        return float(runs.get(name, "steps", "clean", target, rate, FIRST_TUNING_SEED, "cost", measured)["tflops"])
+        rate = arguments.rates[0]
+        return float(runs.get(name, "steps", kind, target, rate, FIRST_TUNING_SEED, "cost", measured)["tflops"])
 
     before = cold * cost("full" if selection.keeps_all else "uniform") / measured if cold else 0.0
     each = (cost(method) - before) / (measured - cold)
     return max(1, cold + round((cost("full") / measured * steps - before) / each))
 
 
-def best_rate(runs: Runs, method: str, budget: str, steps: int, arguments: argparse.Namespace) -> float:
+def best_rate(runs: Runs, method: str, budget: str, arguments: argparse.Namespace) -> float:
     """The rate with the lowest held-out loss, relative to that before, on the tuning seeds of all targets."""
     if len(arguments.rates) == 1:
         return float(arguments.rates[0])
 
     def score(rate: float) -> float:
         lines = [
-            runs.get(method, budget, "clean", target, rate, seed, "tune", steps)
+            runs.get(
+                method, budget, "clean", target, rate, seed, "tune",
+                steps_of(runs, method, budget, "clean", target, arguments),
+            )
             for target in arguments.targets
             for seed in range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + arguments.tuning_seeds)
-        ]
+        ]  # fmt: skip
         found = statistics.fmean(float(line["held_out_after"]) / float(line["held_out_before"]) for line in lines)
         return found if math.isfinite(found) else math.inf
 
@@ -482,6 +500,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, nargs=2, metavar=("PROMPT", "ANSWER"), help="keep so many tokens of both")
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=FIRST_SEED)
     parser.add_argument("--tuning-seeds", type=int, default=2)
     parser.add_argument(
         "--cost-steps", type=int, default=64, help="updates after the cold ones that the cost is read of"
@@ -505,13 +524,13 @@ def main() -> None:
     finals = []  # not all that the file holds: runs at a rate that lost since are in it, too
     for budget in arguments.budgets:
         for method in arguments.methods:
-            steps = steps_of(runs, method, budget, arguments)
-            rate = best_rate(runs, method, budget, steps, arguments)
+            rate = best_rate(runs, method, budget, arguments)
             for kind in arguments.pools:
                 for target in arguments.targets:
+                    steps = steps_of(runs, method, budget, kind, target, arguments)
                     finals += [
                         runs.get(method, budget, kind, target, rate, seed, "final", steps)
-                        for seed in range(FIRST_SEED, FIRST_SEED + arguments.seeds)
+                        for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds)
                     ]
     for table in summary(finals, arguments):
         Console(width=150).print(table)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from online_runs import arguments, collate, rows_of
-from tamis.online import FilterThenWeight, Full, StepSettings, Tilt
+from tamis.online import FilterThenWeight, Full, StepSettings, Tilt, TracIn
 from tamis.online.trainer import OnlineTrainer
 from tiny_models import tiny_model
 
@@ -18,7 +18,9 @@ METHODS = {
     "sketched": Tilt(keep=4, oversample=2, cold_start=1),
     "reused": FilterThenWeight(keep=2, oversample=4, cold_start=1),
     "forward-only": FilterThenWeight(keep=4, oversample=2, cold_start=1, filter="top", weights="none"),
+    "by-source": TracIn(keep=2, oversample=4),
 }
+CANDIDATES = {"reused": "reuse:2", "forward-only": "jvp", "by-source": "sources:2"}
 
 
 def main(folder: Path, name: str, micro: int) -> None:
@@ -28,12 +30,13 @@ def main(folder: Path, name: str, micro: int) -> None:
         reduction="tokens",
         interactions="sketch" if name == "sketched" else "exact",
         sketch_dim=8,
-        candidates={"reused": "reuse:2", "forward-only": "jvp"}.get(name, "exact"),
+        candidates=CANDIDATES.get(name, "exact"),
+        source_rows=1,  # of two sources: both may be of one process's candidates
     )
     trainer = OnlineTrainer(
         model=model,
         args=arguments(folder, max_steps=3, per_device_train_batch_size=micro, gradient_accumulation_steps=2),
-        train_dataset=rows_of(48, seed=1),
+        train_dataset=rows_of(48, seed=1, sources=True),
         target_dataset=rows_of(7, seed=2),
         data_collator=collate,
         selection=METHODS[name],

@@ -74,20 +74,22 @@ PROJECTION_NAMES = ("none", "factorized", "rademacher", "hadamard", "mask")
 def candidates_parts(text: str) -> tuple[str, str]:
     """How online candidates are scored: ``"reuse:4"`` is ``("reuse", "4")``, ``"exact"`` and ``"jvp"`` have no value.
 
-    ``"proxy:PATH"`` names a model; ``"proxy"`` alone stands for one that is given as an object.
+    ``"sources:8"`` has one like ``reuse``. ``"proxy:PATH"`` names a model; ``"proxy"`` alone stands for one that is
+    given as an object.
 
     Raises:
-        InvalidSettings: the text is not of that form, or scores are to be used for fewer than two choices.
+        InvalidSettings: the text is not of that form, or scores are to be re-used for fewer than two choices.
     """
     kind, colon, value = text.strip().partition(":")
     plain = kind in ("exact", "jvp") and not colon
     named = kind == "proxy" and bool(value.strip()) == bool(colon)
     if plain or named:
         return kind, value.strip()
-    if kind == "reuse" and value.isdecimal() and int(value) >= 2:
+    least = {"reuse": 2, "sources": 1}.get(kind, 0)
+    if least and value.isdecimal() and int(value) >= least:
         return kind, value
     raise InvalidSettings(
-        f"candidates={text!r}: expected 'exact', 'reuse:K' with K of 2 or more, 'jvp', or 'proxy:MODEL'"
+        f"candidates={text!r}: expected 'exact', 'reuse:K' with K of 2 or more, 'sources:K', 'jvp', or 'proxy:MODEL'"
     )
 
 

@@ -86,6 +86,10 @@ def test_every_setting_has_a_flag() -> None:
         ("sources:8+tracin", MethodText(label="sources:8+tracin", method="tracin", shortlist="sources:8")),
         ("a=bm25:2x+less", MethodText(label="a", method="less", shortlist="bm25:2x")),
         ("online:tilt", MethodText(label="online:tilt", method="tilt", is_online=True)),
+        (
+            "online:less@sources:8",
+            MethodText(label="online:less@sources:8", method="less", is_online=True, candidates="sources:8"),
+        ),
     ],
 )
 def test_methods_are_taken_apart(text: str, parts: MethodText) -> None:
@@ -97,6 +101,7 @@ def test_methods_are_taken_apart(text: str, parts: MethodText) -> None:
     [
         (["--methods", "tracn"], "did you mean 'tracin'"),
         (["--methods", "online:tracn"], "did you mean 'tracin'"),
+        (["--methods", "online:less@source:8"], "expected 'exact', 'reuse:K'"),
         (["--methods", "tracin", "tracin"], "two are called 'tracin'"),
         (["--methods", "uniform=tracin"], "is a baseline's name"),
         (["--set", "normalize=dot"], "write LABEL.NAME=VALUE"),

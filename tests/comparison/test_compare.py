@@ -294,6 +294,22 @@ def test_more_seeds_and_methods_add_runs_and_repeat_none(
     assert any(d.opponent == "full at online:tilt's cost" for d in result.differences)
 
 
+def test_an_online_method_scores_its_candidates_as_told_and_may_look_at_more_of_them(
+    run: TinyRun, whole: tamis.CompareResult
+) -> None:
+    label = "online:tracin@sources:2"
+    chosen = {f"{label}.oversample": 5, f"{label}.source_rows": 1, f"{label}.target_rows": 2}
+    result = compare(run, whole.out, methods=[label], set=chosen, seeds=1)
+    online = result.standing(label)
+    assert online is not None and online.select_tflops > 0
+    record = Records(whole.out / "records").read(online.keys[0])
+    assert record.spec["online"]["candidates"] == "sources:2"
+    manifest = json.loads((whole.out / "online" / online.keys[0] / "manifest.json").read_text())
+    assert manifest["training"]["candidates"] == 4 * 5 * online.steps
+    with pytest.raises(InvalidSettings, match="'greats' compares candidates with each other"):
+        compare(run, whole.out, methods=["online:greats@sources:2"])
+
+
 def test_a_folder_of_other_rows_is_refused(run: TinyRun, whole: tamis.CompareResult, tmp_path: Path) -> None:
     other = write_rows(tmp_path / "pool.jsonl", [chat("Hello?", "No.")] * 9)
     with pytest.raises(InvalidSettings, match="holds another run"):

@@ -396,6 +396,25 @@ def test_windows_fill_the_epochs_of_a_run(run: TinyRun, tmp_path: Path) -> None:
     assert result.manifest["rows"]["pool"] == 40
 
 
+def test_sources_speak_for_their_rows(run: TinyRun, tmp_path: Path) -> None:
+    by_source = {"candidates": "sources:3", "source_rows": 1, "method": "less"}
+    result = train(run, tmp_path / "out", **by_source)
+    log = read_candidates(result.out / "candidates").to_pandas()
+    assert set(log["source"]) == {"sums", "talk"}
+    assert (log.groupby(["step", "source"])["alignment"].nunique() == 1).all()
+    ages = entries(result.out, "selection/score_age")
+    assert ages == [0.0, 1.0, 2.0] * 2
+    assert 0 < result.manifest["cost"]["tflops"]["candidates"] < result.manifest["cost"]["tflops"]["update"]
+    page = write_report(result.out).read_text()
+    assert "Candidates were drawn by their sources" in page and "the mean alignment of its source" in page
+    rows = [json.loads(line) for line in run.pool.read_text().splitlines()]
+    one = write_rows(tmp_path / "one.jsonl", [row | {"source": "all"} for row in rows])
+    with pytest.raises(InvalidInput, match=r"all 40 rows of the pool are of one source \('all'\).*a file of its own"):
+        train(run, tmp_path / "refused", pool=one, **by_source)
+    with pytest.raises(InvalidSettings, match=r"source_rows: candidates='exact' are not scored by source"):
+        train(run, tmp_path / "refused", source_rows=3)
+
+
 def test_the_report_of_a_run_shows_its_rows_as_long_as_they_are_the_same(run: TinyRun, tmp_path: Path) -> None:
     pool = tmp_path / "pool.jsonl"
     shutil.copy(run.pool, pool)

@@ -27,7 +27,8 @@ EPILOG = """
 
 [cyan]sources:8+METHOD[/cyan]  random rows of the sources whose 8 scored rows are best
 
-[cyan]online:METHOD[/cyan]  any of [cyan]tamis train[/cyan], choosing at every update
+[cyan]online:METHOD[/cyan]  any of [cyan]tamis train[/cyan], choosing at every update; \
+[cyan]online:less@sources:8[/cyan] with its --candidates
 
 [cyan]LABEL=METHOD[/cyan]  under another name, for [cyan]--set LABEL.NAME=VALUE[/cyan]
 

@@ -92,11 +92,29 @@ def train(
         str,
         typer.Option(
             help="How candidates are scored. exact: by gradients, at each choice; reuse:K: by gradients, once for K "
-            "choices; jvp: by a forward pass alone; proxy:MODEL: by a smaller model. docs/online.md has the costs.",
-            metavar="exact|reuse:K|jvp|proxy:MODEL",
+            "choices; sources:K: a few of each source at one choice in K, for all of the source; jvp: by a forward "
+            "pass alone; proxy:MODEL: by a smaller model. docs/online.md has the costs.",
+            metavar="exact|reuse:K|sources:K|jvp|proxy:MODEL",
             rich_help_panel=HOW,
         ),
     ] = TrainRunSettings.candidates,
+    source_rows: Annotated[
+        int, typer.Option(help="Candidates of each source to score, with sources:K.", rich_help_panel=HOW)
+    ] = TrainRunSettings.source_rows,
+    source_temperature: Annotated[
+        float,
+        typer.Option(
+            help="How strictly sources:K takes the best sources: 0 takes no other; large values draw evenly.",
+            rich_help_panel=HOW,
+        ),
+    ] = TrainRunSettings.source_temperature,
+    source_memory: Annotated[
+        float,
+        typer.Option(
+            help="Weight of a score in its source's mean, relative to one of the next scoring (1: all alike).",
+            rich_help_panel=HOW,
+        ),
+    ] = TrainRunSettings.source_memory,
     target_every: Annotated[
         int, typer.Option(help="Number of choices that use the same target gradient.", rich_help_panel=HOW)
     ] = TrainRunSettings.target_every,

@@ -119,6 +119,10 @@ class Examples(Sequence[Example]):
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
 
+    def sources_of(self, rows: IntArray) -> list[str]:
+        """The source of each of ``rows``."""
+        return [self.source_names[index] for index in self.source_index[rows]]
+
     def raw_json(self, index: int) -> str:
         """The row as one line of JSON; of a JSON Lines file, the user's own line.
 

@@ -61,15 +61,19 @@ class RowGradients:
                 for layer in matrix.layers:
                     grad = one_pass[layer.name].weighted(part)
                     total = grad if total is None else total.add_(grad.to(total.device))
-            assert total is not None
+            if total is None:  # of several processes, one may have no row
+                total = matrix.params[0][1].new_zeros(matrix.shape)
             found.update(matrix.split(total))
         return found
 
     def rows_of(self, matrix: ParamMatrix, first: int, stop: int) -> Float[Tensor, "n R I"]:
         """Rows ``first`` to ``stop`` of the matrix's gradient, of every sample."""
-        return torch.cat(
-            [_summed([one_pass[layer.name].rows(first, stop) for layer in matrix.layers]) for one_pass in self._passes]
-        )
+        parts = [
+            _summed([one_pass[layer.name].rows(first, stop) for layer in matrix.layers]) for one_pass in self._passes
+        ]
+        if not parts:  # of several processes, one may have no row
+            return matrix.params[0][1].new_zeros(0, stop - first, matrix.shape[1])
+        return torch.cat(parts)
 
     def sketches(self, matrix: ParamMatrix, left: Tensor | None, right: Tensor | None) -> Float[Tensor, "n K"]:
         """The matrix's gradient projected from both sides, of every sample."""
@@ -87,12 +91,10 @@ class RowGradients:
         return [held for held in found if isinstance(held, Factored)]
 
     def _joined(self, matrix: ParamMatrix, ask: Callable[[Held], Tensor]) -> Tensor:
-        return torch.cat(
-            [
-                _summed([ask(one_pass[layer.name]).double().cpu() for layer in matrix.layers])
-                for one_pass in self._passes
-            ]
-        )
+        parts = [
+            _summed([ask(one_pass[layer.name]).double().cpu() for layer in matrix.layers]) for one_pass in self._passes
+        ]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
 
 def hold_gradients(

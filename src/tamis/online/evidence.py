@@ -26,7 +26,7 @@ from tamis.online.token_level import position_alignments, position_interactions
 from tamis.projection.factorized import FactorizedProjector
 from tamis.types import IntArray
 
-__all__ = ["Measured", "Measurer", "row_sizes"]
+__all__ = ["Measured", "Measurer", "Moments", "row_sizes"]
 
 logger = logging.getLogger(__name__)
 

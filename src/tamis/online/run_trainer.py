@@ -108,6 +108,9 @@ class RunTrainer(OnlineTrainer):
     def _in_the_log(self, places: IntArray) -> tuple[IntArray, list[str | None]]:
         return self._pool_rows.rows[places], [self._sources[int(place)] for place in places]
 
+    def _sources_of_rows(self) -> Sequence[str | None]:
+        return self._sources
+
     def _refuse_earlier_candidates(self) -> None:
         """The folder is the run's own: one killed before its first checkpoint writes its candidates anew."""
 

@@ -26,6 +26,10 @@ class StepSettings:
     * ``"reuse:K"``: the same, once for K choices. A window of ``keep * oversample`` candidates is scored at the first
       of them; each of the K choices is what the method makes of the kept ``b`` and ``G`` of those rows of the window
       that no earlier one took. Rows taken later run forward and backward then, and no others.
+    * ``"sources:K"``: at one choice in K, ``source_rows`` candidates of every source run both ways; every candidate has
+      the mean ``b`` of its source, over all scorings so far, the last counting most (``source_memory``). Only the
+      chosen run otherwise, so candidates cost next to nothing and may be many. Of one source they stand in the order of
+      the data loader, which is random.
     * ``"jvp"``: a forward pass that carries the derivative of every candidate's loss along ``D * grad t`` (or
       ``grad t``), which is ``b`` exactly. No backward pass and nothing kept for one; the chosen run both after that.
     * ``"proxy:MODEL"``: gradients of another, smaller model with the same vocabulary, at its own fixed weights, of
@@ -39,7 +43,10 @@ class StepSettings:
     interactions: Literal["auto", "exact", "sketch"] = "auto"  # auto: exact up to 8 million trainable numbers
     sketch_dim: int = 64  # numbers per side of a layer's sketch
     seed: int = 0  # of sketches
-    candidates: str = "exact"  # "exact", "reuse:K", "jvp", "proxy:MODEL"; "proxy": a model given to the trainer
+    candidates: str = "exact"  # or "reuse:K", "sources:K", "jvp", "proxy:MODEL", "proxy": a model given to the trainer
+    source_rows: int = 2  # of each source, scored at one choice in K of "sources:K"
+    source_temperature: float = 0.5  # 0: the best sources; the larger, the more evenly candidates are drawn
+    source_memory: float = 0.5  # weight of a score in its source's mean, relative to one of the next scoring
     target_every: int = 1  # choices that a target gradient is used for
     target_ema: float = 0.0  # share of the earlier target gradients in their running mean
 
@@ -54,10 +61,16 @@ class StepSettings:
             raise InvalidSettings(f"target_every must be at least 1, got {self.target_every}")
         if not 0 <= self.target_ema < 1:
             raise InvalidSettings(f"target_ema must be at least 0 and below 1, got {self.target_ema}")
-        if self.candidates_kind in ("reuse", "proxy") and self.target_every > 1:
+        if self.source_rows < 1:
+            raise InvalidSettings(f"source_rows must be at least 1, got {self.source_rows}")
+        if not self.source_temperature >= 0:
+            raise InvalidSettings(f"source_temperature must be at least 0, got {self.source_temperature}")
+        if not 0 <= self.source_memory <= 1:
+            raise InvalidSettings(f"source_memory must be at least 0 and at most 1, got {self.source_memory}")
+        if self.candidates_kind in ("reuse", "sources", "proxy") and self.target_every > 1:
             raise InvalidSettings(
-                f"target_every={self.target_every} with candidates={self.candidates!r}: a re-used window looks at the "
-                "target once anyway, and a proxy's own look is cheap; leave target_every at 1"
+                f"target_every={self.target_every} with candidates={self.candidates!r}: scores that are re-used look "
+                "at the target once anyway, and a proxy's own look is cheap; leave target_every at 1"
             )
 
         if self.candidates_kind == "proxy" and self.target_ema > 0:
@@ -68,8 +81,14 @@ class StepSettings:
 
     @property
     def candidates_kind(self) -> str:
-        """``exact``, ``reuse``, ``jvp`` or ``proxy``."""
+        """``exact``, ``reuse``, ``sources``, ``jvp`` or ``proxy``."""
         return candidates_parts(self.candidates)[0]
+
+    @property
+    def scored_every(self) -> int:
+        """Choices from one scoring of candidates to the next."""
+        kind, value = candidates_parts(self.candidates)
+        return int(value) if kind in ("reuse", "sources") else 1
 
     @property
     def reuse(self) -> int:
@@ -99,7 +118,7 @@ def check_combination(method: Method, settings: StepSettings) -> None:
         why = "is a published form that is measured on the trained model, at every choice"
     elif kind == "reuse" and settings.reuse > method.oversample:
         why = f"keeps {method.keep} of {method.keep * method.oversample} candidates, too few for that many choices"
-    elif kind == "jvp" and (needs.interactions or needs.lengths) is not None:
+    elif kind in ("jvp", "sources") and (needs.interactions or needs.lengths) is not None:
         why = "compares candidates with each other, for which their gradients are needed"
     elif kind == "jvp" and needs.alignment not in ("adam", "raw"):
         why = f"asks for alignment={needs.alignment!r}, which is no derivative along one direction"
@@ -114,6 +133,7 @@ def check_combination(method: Method, settings: StepSettings) -> None:
         asked = f"target_every={settings.target_every}, target_ema={settings.target_ema:g}"
     fits = {
         "reuse": "it goes with methods that keep some of the candidates: filter-then-weight, tracin, less, greats",
+        "sources": "it goes with tracin, less and filter-then-weight (filter='top', weights='none')",
         "jvp": "it goes with tracin and filter-then-weight (filter='top', weights='none')",
         "proxy": "it goes with tracin, greats, grad-match and filter-then-weight (alignment='raw', interactions='raw')",
         "exact": "leave both at their defaults",

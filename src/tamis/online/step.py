@@ -31,6 +31,7 @@ from tamis.online.proposal import Proposal
 from tamis.online.proxy import Proxy
 from tamis.online.settings import StepSettings, check_combination
 from tamis.online.shadow import ShadowMoments
+from tamis.online.source_means import SourceScores
 from tamis.online.target import Look, TargetMemory
 from tamis.online.together import as_first, gather_rows, offset_of
 from tamis.online.window import Window
@@ -50,6 +51,7 @@ class OnlineStep:
         method: what chooses.
         settings: how to measure.
         proxy: the model that scores candidates, for ``candidates="proxy"`` alone.
+        sources: (N,) index of the source of every row of the data, for ``candidates="sources:K"`` alone.
 
     Raises:
         InvalidInput: the proxy has another vocabulary.
@@ -59,7 +61,13 @@ class OnlineStep:
     """
 
     def __init__(
-        self, model: nn.Module, method: Method, settings: StepSettings | None = None, *, proxy: nn.Module | None = None
+        self,
+        model: nn.Module,
+        method: Method,
+        settings: StepSettings | None = None,
+        *,
+        proxy: nn.Module | None = None,
+        sources: IntArray | None = None,
     ) -> None:
         self.model, self.method = model, method
         self.settings = StepSettings() if settings is None else settings
@@ -72,6 +80,10 @@ class OnlineStep:
         self._measurer = Measurer(self.matrices, method.needs, self.settings)
         self._target = TargetMemory(every=self.settings.target_every, ema=self.settings.target_ema)
         self._window = Window(self.settings.reuse) if self.settings.reuse > 1 else None
+        assert (sources is not None) == (self.settings.candidates_kind == "sources")
+        self._sources: SourceScores | None = None
+        if sources is not None:
+            self._sources = SourceScores(sources, self.settings, passes=self._passes, measurer=self._measurer)
         assert (proxy is not None) == (self.settings.candidates_kind == "proxy")
         self._proxy = None if proxy is None else Proxy(proxy, model, method.needs, self.settings)
 
@@ -92,6 +104,8 @@ class OnlineStep:
             return True
         if needs.alignment is None or cold or self._from_window(candidates):
             return False
+        if self._sources is not None:
+            return self._sources_are_due(self._sources, candidates)
         return self._proxy is not None or self._target.is_due
 
     def propose(
@@ -111,7 +125,7 @@ class OnlineStep:
             target: this process's target rows, likewise; not looked at when nothing is aligned with them.
             optimizer: the live optimizer, before its step.
             cold: choose uniformly, as long as the optimizer's moments mean little.
-            seed: of a uniform choice; the same in every process.
+            seed: of what is drawn; the same in every process.
             fresh_target: look at ``target``; False to choose with the target gradient kept from an earlier choice.
 
         Raises:
@@ -136,10 +150,12 @@ class OnlineStep:
             measured, left = self._window.next()
             found = self._chosen(measured, candidates, optimizer, tokens, counts, left=left)
             return replace(found, score_age=self._window.age, target_age=self._window.age)
+        if self._sources is not None and not self._sources_are_due(self._sources, candidates):
+            return self._by_source(self._sources, candidates, optimizer, tokens, counts, seed=seed)
         if self._proxy is not None:
             measured = self._proxy.measure(candidates, target, counts=counts, tokens=tokens)
             return self._chosen(measured, candidates, optimizer, tokens, counts)
-        return self._measured(candidates, target, optimizer, tokens, counts, fresh=fresh_target)
+        return self._measured(candidates, target, optimizer, tokens, counts, fresh=fresh_target, seed=seed)
 
     def propose_scored(self, candidates: Sequence[Batch], scores: Tensor) -> Proposal:
         """The gradient that the method makes of ``scores`` found elsewhere; only what is chosen is run.
@@ -234,6 +250,7 @@ class OnlineStep:
         counts: list[int],
         *,
         fresh: bool,
+        seed: int,
     ) -> Proposal:
         """Score the candidates by the trained model itself."""
         needs = self.method.needs
@@ -254,6 +271,12 @@ class OnlineStep:
             losses, b = self._passes.slopes(candidates, direction)
             b = as_first(b) * torch.from_numpy(row_sizes(tokens, self.settings.reduction))
             measured = Measured(losses=losses, alignments=b, good=torch.isfinite(losses) & torch.isfinite(b))
+        elif self._sources is not None:
+            assert look is not None, "sources are scored with fresh target rows"
+            places = self._places(candidates)
+            self._sources.score(candidates, goal, moments, places=places, counts=counts, tokens=tokens)
+            found = self._by_source(self._sources, candidates, optimizer, tokens, counts, seed=seed)
+            return replace(found, target_loss=look.loss, target_gradient=look.mean)
         else:
             rows, losses = self._passes.hold(candidates)
             self._passes.counter.add("candidates", "gradient", candidates)
@@ -270,6 +293,24 @@ class OnlineStep:
             target_gradient=None if look is None else look.mean,
             target_age=self._target.age,
         )
+
+    def _by_source(
+        self,
+        scores: SourceScores,
+        candidates: Sequence[Batch],
+        optimizer: torch.optim.Optimizer,
+        tokens: IntArray,
+        counts: list[int],
+        *,
+        seed: int,
+    ) -> Proposal:
+        """Choose by what is known of the candidates' sources."""
+        means, drawn, known = scores.next(self._places(candidates), seed=seed)
+        found = self._chosen(drawn, candidates, optimizer, tokens, counts, left=known)
+        return replace(found, alignments=means, score_age=scores.age, target_age=scores.age)
+
+    def _sources_are_due(self, scores: SourceScores, candidates: Sequence[Batch]) -> bool:
+        return scores.is_due(self._places(candidates), keep=self.method.keep)
 
     def _chosen(
         self,
@@ -354,7 +395,8 @@ class OnlineStep:
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint must keep of the selection. Every process must call it."""
         window = {} if self._window is None else self._window.state_dict()
-        return {**self._measurer.state_dict(), **self._target.state_dict(), **window, _WORK: self.work()}
+        sources = {} if self._sources is None else self._sources.means.state_dict()
+        return {**self._measurer.state_dict(), **self._target.state_dict(), **window, **sources, _WORK: self.work()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """The inverse of ``state_dict``; an empty one changes nothing."""
@@ -363,5 +405,7 @@ class OnlineStep:
         self._target.load_state_dict(state, device=next(iter(self._params.values())).device)
         if self._window is not None:
             self._window.load_state_dict(state)
+        if self._sources is not None:
+            self._sources.means.load_state_dict(state)
         if self.remembers and "step" in state:  # of a run of another method otherwise, which is told when it matters
             self.shadow.load_state_dict(state)

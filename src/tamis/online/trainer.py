@@ -7,7 +7,7 @@ callbacks are the Trainer's own, because a step leaves its gradient where a back
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ from tamis.online.proxy import check_proxy, load_proxy
 from tamis.online.recording import tell_recorders
 from tamis.online.saved import load_selection, save_selection
 from tamis.online.settings import StepSettings, check_combination
+from tamis.online.source_means import source_numbers
 from tamis.online.step import OnlineStep
 from tamis.online.together import add_up, gather_rows
 from tamis.seeds import child_seed
@@ -67,15 +68,15 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         step_settings: how to measure and how to score candidates; whether every row or every token counts alike.
         proxy_model: a smaller model with the same vocabulary that scores candidates, for
             ``StepSettings(candidates="proxy")``; its trainable parameters are those whose gradients count.
-        target_rows: target rows looked at per choice, fresh ones every time; None: half as many as candidates, at most
-            all there are.
+        target_rows: target rows looked at per choice, fresh ones every time; None: half as many as candidates are
+            scored, at most all there are.
         forecast_every: updates between comparisons of predicted and realised drop of the target loss, each of which
             costs a forward pass over the target rows; 0 for never.
         log_candidates: write the fate of every candidate to ``candidates/`` in the output folder. A new run refuses to
             start where an earlier one has left its own.
 
     Raises:
-        InvalidInput: no target rows.
+        InvalidInput: no target rows, or one source only where sources are chosen.
         InvalidSettings: sizes that do not fit.
         Unsupported: a setting of the Trainer under which rows cannot be told apart or the gradient would be another.
     """
@@ -113,7 +114,13 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         # Not _train_batch_size, which is the Trainer's own and which some versions set anew when training starts.
         self._share = candidates // world_size()  # of every process, in one choice
         self._rows_of_an_epoch = 0
-        self._target_count = target_rows or max(1, min(len(self.target_dataset), candidates // 2))
+        self._source_of_row: list[str | None] | None = None  # of all rows, once they were asked for
+        by_source = self._step_settings.candidates_kind == "sources"
+        self._source_numbers = source_numbers(self._sources_of_rows()) if by_source else None
+        scored = candidates
+        if self._source_numbers is not None:
+            scored = min(candidates, int(self._source_numbers.max() + 1) * self._step_settings.source_rows)
+        self._target_count = target_rows or max(1, min(len(self.target_dataset), scored // 2))
         if isinstance(selection, TargetOnly):
             logger.warning("target-only trains on the target rows themselves, which memorises small targets")
         self._step: OnlineStep | None = None
@@ -124,7 +131,6 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         self._meter = Meter()
         self._said: set[str] = set()  # what is logged once
         self._candidates: CandidateLog | None = None
-        self._source_of_row: list[str | None] | None = None  # of all rows, once they were asked for
         self._forecasts = Forecaster(every=forecast_every, clip=self.args.max_grad_norm, say_once=self._say_once)
         self.add_callback(_Hooks(after_update=self._compare_forecast, at_the_end=self._flush))
 
@@ -289,12 +295,17 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
 
     def _in_the_log(self, places: IntArray) -> tuple[IntArray, list[str | None]]:
         """Under which numbers rows of the training data are logged, and where they come from, as far as it says so."""
+        sources = self._sources_of_rows()
+        return places, [sources[int(place)] for place in places]
+
+    def _sources_of_rows(self) -> Sequence[str | None]:
+        """Of all rows of the training data."""
         if self._source_of_row is None:
             rows = self.train_dataset
             has_them = isinstance(rows, datasets.Dataset) and "source" in rows.column_names
             found = rows["source"] if has_them else [None] * len(rows)
             self._source_of_row = [None if source is None else str(source) for source in found]
-        return places, [self._source_of_row[int(place)] for place in places]
+        return self._source_of_row
 
     def _candidates_folder(self) -> Path:
         return Path(self.args.output_dir, _CANDIDATES)
@@ -304,7 +315,7 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
 
     def _target_places(self, number: int) -> IntArray:
         """All target rows of a choice; choices that share a look share its rows, so that all have their turn."""
-        look = number // max(self._step_settings.target_every, self._step_settings.reuse)
+        look = number // max(self._step_settings.target_every, self._step_settings.scored_every)
         return target_positions(look, count=self._target_count, total=len(self.target_dataset), seed=self.args.seed)
 
     def _target_batches(self, number: int) -> list[Batch]:
@@ -322,7 +333,9 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
             if self._proxy is None and self._proxy_name is not None:
                 self._proxy = load_proxy(self._proxy_name, self.args.device)
             proxy = None if self._proxy is None else self._proxy.to(self.args.device)
-            self._step = OnlineStep(model, self.selection, self._step_settings, proxy=proxy)
+            self._step = OnlineStep(
+                model, self.selection, self._step_settings, proxy=proxy, sources=self._source_numbers
+            )
             self._step.load_state_dict(self._saved_state)
             dropout = dropout_of(model)
             if dropout is not None:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from tamis.notation import candidates_parts
 from tamis.report.curves import Curve, Fate, effective_sizes, fates, shares_by_source, steps_of, thinned
 from tamis.report.document import Cards, Document, KeyNumber, Section, Table
 from tamis.report.examples import ExampleCard, card
@@ -37,8 +38,8 @@ _SUMMARY = ("first", "lowest", "highest", "last")
 class TrainingInputs:
     """Everything the page of a training run is computed from.
 
-    Of ``manifest`` are read: ``settings`` (``method``, ``model``), ``method``, ``command``, ``warnings``, and once the
-    run is finished ``training`` and ``cost``. All else in it is listed as it is.
+    Of ``manifest`` are read: ``settings`` (``method``, ``model``, ``candidates``), ``method``, ``command``, ``warnings``,
+    and once the run is finished ``training`` and ``cost``. All else in it is listed as it is.
     """
 
     log: Sequence[Mapping[str, Any]]
@@ -54,6 +55,13 @@ class TrainingInputs:
         """As the user named it."""
         method = self.manifest.get("method") or manifest_part(self.manifest, "settings").get("method", "")
         return one_line(str(method.get("name", "") if isinstance(method, Mapping) else method), 40)
+
+    @property
+    def scores_sources(self) -> bool:
+        """Whether all candidates of a source had the same alignment."""
+        return (
+            candidates_parts(str(manifest_part(self.manifest, "settings").get("candidates", "exact")))[0] == "sources"
+        )
 
     @property
     def updates(self) -> int:
@@ -89,7 +97,7 @@ def training_document(inputs: TrainingInputs) -> Document:
         eyebrow="tamis: what was trained on, and whether choosing worked",
         title=f"{'Trained' if inputs.is_finished else 'Training'} for {targets} in "
         f"{counted(inputs.updates, 'update')}, data chosen by {inputs.method}",
-        lede=f"The model: {model}. {_lede(inputs.method)}",
+        lede=f"The model: {model}. {_lede(inputs)}",
         numbers=_numbers(inputs, fate, held_out, cost),
         sections=tuple(sections),
         repeat="Another --out keeps this result.",
@@ -100,9 +108,14 @@ def training_document(inputs: TrainingInputs) -> Document:
     )
 
 
-def _lede(method: str) -> str:
-    if method in ("uniform", "full"):
+def _lede(inputs: TrainingInputs) -> str:
+    if inputs.method in ("uniform", "full"):
         return "Its candidates were not weighed: a run with another method shows what choosing adds."
+    if inputs.scores_sources:
+        return (
+            "Candidates were drawn by their sources: a source's alignment is the mean of a few scored rows, and above "
+            "zero its rows lower the target loss on average. Its rows were not told apart."
+        )
     return (
         "Candidates of every update were weighed by what they do to the target: an alignment above zero says that a "
         "candidate's part of the update lowers the target loss."
@@ -264,7 +277,8 @@ def _times(fate: Fate) -> Section:
 
 
 def _rows(inputs: TrainingInputs, fate: Fate) -> Section:
-    said = "No number replaces reading. Open a row to see its text; on its right stands its mean alignment."
+    whose = "the mean alignment of its source" if inputs.scores_sources else "its mean alignment"
+    said = f"No number replaces reading. Open a row to see its text; on its right stands {whose}."
     if inputs.no_texts:
         said = f"Texts are not shown: {one_line(inputs.no_texts, 600)}"
     return Section(

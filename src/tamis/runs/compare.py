@@ -43,7 +43,7 @@ from tamis.runs.compare_selections import Chosen, PoolTable, select_rows
 from tamis.runs.compare_training import TrainingBench
 from tamis.runs.outputs import check_claim, claim_folder, write_json
 from tamis.runs.planted import PlantedResult, planted_from_settings
-from tamis.runs.train_setup import check_device, check_tuning
+from tamis.runs.train_setup import asked_of, check_device, check_tuning
 from tamis.settings import SelectSettings
 from tamis.settings.compare import CompareSettings, method_parts
 from tamis.values import to_dict
@@ -69,8 +69,10 @@ def compare_from_settings(
         check_writable(out)
     run = settings.train_settings(out=settings.out, steps=1, seed=settings.seed)
     resolved_dtype(model_settings(run))  # refuses a device that is not there
-    if any(text.is_online for text in settings.contenders):  # only these train with the Trainer
-        check_device(run)
+    for text in settings.contenders:
+        if text.is_online:  # only these train with the Trainer
+            check_device(run)
+            asked_of(settings.train_settings(out=settings.out, steps=1, seed=settings.seed, online=text))
     check_tuning(run)
     benchmarks = open_benchmarks(
         settings.tasks, folder=settings.task_folder, limit=settings.task_limit, shots=settings.task_shots

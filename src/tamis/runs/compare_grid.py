@@ -113,7 +113,9 @@ class Grid:
 
     def _online(self, contender: Contender) -> dict[str, Any]:
         assert contender.text is not None
+        scored = contender.text.candidates
         return {
+            **({} if scored == "exact" else {"candidates": scored}),
             "method": contender.text.method,
             "set": self.settings.own_settings(contender.name),
             "oversample": self.settings.oversample,

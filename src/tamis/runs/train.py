@@ -29,12 +29,12 @@ from tamis.model.memory import is_out_of_memory
 from tamis.model.processes import barrier, is_main, world_size
 from tamis.model.proxy_folder import layout_of, write_layout
 from tamis.notation import candidates_parts
-from tamis.online.methods.by_name import make_method
 from tamis.online.methods.choice import Method, cold_updates
 from tamis.online.resume import WholeCheckpoint, append_log, cut_log, read_log, remove_after, whole_checkpoints
 from tamis.online.rows import PaddingCollator, TokenRows
 from tamis.online.run_trainer import HeldOut, RunCallback, RunTrainer, is_stopped
-from tamis.online.settings import StepSettings, check_combination
+from tamis.online.settings import StepSettings
+from tamis.online.source_means import source_numbers
 from tamis.progress import NoProgress
 from tamis.protocols import Progress
 from tamis.runs.manifest import identity_settings, repeat_command
@@ -43,6 +43,7 @@ from tamis.runs.train_account import describe_cost, describe_training
 from tamis.runs.train_record import finish_record, recorder_of, require_record
 from tamis.runs.train_rows import RunRows, check_candidates, measuring_targets, num_updates, split_rows
 from tamis.runs.train_setup import (
+    asked_of,
     check_device,
     check_proxy_vocabulary,
     check_reports,
@@ -110,14 +111,7 @@ def train_from_settings(
     ``method`` stands in for the one they name, and ``held`` has the rows in memory that they name.
     """
     held, progress = held or {}, progress or NoProgress()
-    method = method or make_method(settings.method, settings.set, keep=settings.keep, oversample=settings.oversample)
-    step_settings = StepSettings(
-        reduction=settings.reduction,
-        candidates=settings.candidates,
-        target_every=settings.target_every,
-        target_ema=settings.target_ema,
-    )
-    check_combination(method, step_settings)
+    method, step_settings = asked_of(settings, method)
     out = Path(settings.out)
     check_reports(settings)
     if is_main():  # what takes no time is tried before files are read and weights are hashed
@@ -150,6 +144,8 @@ def train_from_settings(
     rendered = render_corpora(sources, settings, store=out / "store", progress=progress)
     rows = split_rows(sources, rendered, settings)
     check_candidates(rows.pool, method)
+    if step_settings.candidates_kind == "sources":  # refuses a single one before weights are loaded
+        source_numbers(rendered.pool.examples.sources_of(rows.pool))
     total = num_updates(
         settings, pool_rows=len(rows.pool), candidates=method.keep * method.oversample, choices=step_settings.reuse
     )
@@ -271,8 +267,6 @@ class _Run:
 
     def _trainer(self, model: Any, pad_id: int, callback: RunCallback) -> RunTrainer:
         settings, rows, rendered = self.settings, self.rows, self.rendered
-        examples = rendered.pool.examples
-        index = examples.source_index[rows.pool]
         held_out = None
         if len(rows.held_out):
             held_out = HeldOut(
@@ -289,7 +283,7 @@ class _Run:
             target_rows=settings.target_rows,
             forecast_every=settings.forecast_every,
             candidates_folder=self.out / "candidates",
-            sources=[examples.source_names[i] for i in index],
+            sources=rendered.pool.examples.sources_of(rows.pool),
             held_out=held_out,
             callbacks=[
                 *filter(None, [recorder_of(settings, owner=self.digest)]),

@@ -39,7 +39,7 @@ def finish_record(folder: Path, rendered: Rendered, rows: IntArray) -> None:
         rows: of the pool, what was trained on, by position in the training data.
     """
     examples = rendered.pool.examples
-    write_examples(folder, examples, rows, [examples.source_names[i] for i in examples.source_index[rows]])
+    write_examples(folder, examples, rows, examples.sources_of(rows))
     if LogReader(folder).end is not None:
         return
     taken = rendered.pool.take(rows)

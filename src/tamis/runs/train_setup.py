@@ -19,11 +19,15 @@ from tamis.model.load import LoadedModel, ModelSettings, load_model, load_tokeni
 from tamis.model.processes import world_size
 from tamis.model.source import resolve_source
 from tamis.notation import candidates_parts
+from tamis.online.methods.by_name import make_method
+from tamis.online.methods.choice import Method
+from tamis.online.settings import StepSettings, check_combination
 from tamis.settings import TrainRunSettings
 from tamis.training.lora import add_lora, train_adapter
 
 __all__ = [
     "LEARNING_RATES",
+    "asked_of",
     "check_device",
     "check_proxy_vocabulary",
     "check_reports",
@@ -59,6 +63,26 @@ def check_device(settings: TrainRunSettings) -> None:
             f"one process sees {count} GPUs; start one for each: accelerate launch --num_processes {count} -m tamis "
             "..., or use one of them: CUDA_VISIBLE_DEVICES=0"
         )
+
+
+def asked_of(settings: TrainRunSettings, method: Method | None = None) -> tuple[Method, StepSettings]:
+    """The method, or the one given in its stead, and how its steps measure.
+
+    Raises:
+        InvalidSettings: a setting of the method is refused, or the two do not go together.
+    """
+    method = method or make_method(settings.method, settings.set, keep=settings.keep, oversample=settings.oversample)
+    step_settings = StepSettings(
+        reduction=settings.reduction,
+        candidates=settings.candidates,
+        source_rows=settings.source_rows,
+        source_temperature=settings.source_temperature,
+        source_memory=settings.source_memory,
+        target_every=settings.target_every,
+        target_ema=settings.target_ema,
+    )
+    check_combination(method, step_settings)
+    return method, step_settings
 
 
 def check_proxy_vocabulary(settings: TrainRunSettings) -> None:

@@ -26,24 +26,30 @@ ONLINE = "online:"
 BASELINES = ("uniform", "bm25", "length", "full")  # always compared with, whatever is named
 # Settings of a selection, not of a method, that --set may change for one method.
 _OF_THE_SELECTION = ("aggregate", "drop_flagged")
+# Settings of an online method's step, likewise.
+_OF_A_STEP = (
+    *("oversample", "source_memory", "source_rows", "source_temperature"),
+    *("target_ema", "target_every", "target_rows"),
+)
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodText:
-    """One of ``--methods``, taken apart: ``[LABEL=][SHORTLIST+]METHOD`` or ``[LABEL=]online:METHOD``."""
+    """One of ``--methods``, taken apart: ``[LABEL=][SHORTLIST+]METHOD`` or ``[LABEL=]online:METHOD[@CANDIDATES]``."""
 
     label: str
     method: str
     shortlist: str | None = None
     is_online: bool = False
+    candidates: str = "exact"  # of an online method: how they are scored
 
 
 def method_parts(text: str) -> MethodText:
     """The parts of ``text``.
 
     >>> method_parts("quick=bm25:5x+tracin")
-    MethodText(label='quick', method='tracin', shortlist='bm25:5x', is_online=False)
+    MethodText(label='quick', method='tracin', shortlist='bm25:5x', is_online=False, candidates='exact')
 
     Raises:
         InvalidSettings: it is not of that form, or names a method that there is not.
@@ -54,9 +60,11 @@ def method_parts(text: str) -> MethodText:
             f"methods: {text!r}: expected LABEL=METHOD with a label of letters, digits, '.', '_', '+' and '-'"
         )
     if rest.startswith(ONLINE):
-        name = rest.removeprefix(ONLINE)
+        name, at, candidates = rest.removeprefix(ONLINE).partition("@")
         check_online_method(name)
-        return MethodText(label=label.strip() or rest, method=name, is_online=True)
+        return MethodText(
+            label=label.strip() or rest, method=name, is_online=True, candidates=candidates if at else "exact"
+        )
     shortlist, plus, name = rest.partition("+")
     if not plus or rest == "rds+":
         shortlist, name = "", rest
@@ -168,13 +176,15 @@ class CompareSettings(LoadingSettings):
 
     def train_settings(self, *, out: str, steps: int, seed: int, online: MethodText | None = None) -> TrainRunSettings:
         """Of a training run: an online method's, or one on given rows, which takes only its model from here."""
+        own = self.own_settings(online.label) if online else {}
+        of_step = {name: own.pop(name) for name in _OF_A_STEP if name in own}
         return TrainRunSettings(
             model=self.model, pool=self.pool, target=self.target, method=online.method if online else "full",
-            set=self.own_settings(online.label) if online else {}, keep=self.update_rows, oversample=self.oversample,
+            candidates=online.candidates if online else "exact", set=own, keep=self.update_rows,
             steps=steps, out=out, held_out=0.0, tune=self.tune, lora_rank=self.lora_rank, lora_alpha=self.lora_alpha,
             lora_targets=self.lora_targets, learning_rate=self.learning_rate, warmup_share=self.warmup_share,
             weight_decay=self.weight_decay, clip=self.clip, drop_leaks=self.drop_leaks, save_steps=self.save_steps,
-            forecast_every=0, seed=seed, **self._shared,
+            forecast_every=0, seed=seed, **{"oversample": self.oversample, **of_step, **self._shared},
         )  # fmt: skip
 
     @property

@@ -59,7 +59,10 @@ class TrainRunSettings(LoadingSettings):
     batch_rows: int = 8  # rows of one forward pass
     accumulation: int = 1  # choices per update
     reduction: Literal["rows", "tokens"] = "rows"  # what counts alike in an update
-    candidates: str = "exact"  # how they are scored: "exact", "reuse:K", "jvp", "proxy:MODEL"
+    candidates: str = "exact"  # how they are scored: "exact", "reuse:K", "sources:K", "jvp", "proxy:MODEL"
+    source_rows: int = 2  # of each source, scored at one choice in K of candidates="sources:K"
+    source_temperature: float = 0.5  # 0: the best sources; the larger, the more evenly candidates are drawn
+    source_memory: float = 0.5  # weight of a score in its source's mean, relative to one of the next scoring
     target_every: int = 1  # choices that a target gradient is used for
     target_ema: float = 0.0  # share of the earlier target gradients in their running mean
     drop_leaks: bool = False
@@ -105,6 +108,11 @@ class TrainRunSettings(LoadingSettings):
         if candidates_parts(self.candidates) == ("proxy", ""):
             raise InvalidSettings("candidates='proxy': name the model, as in proxy:HuggingFaceTB/SmolLM2-135M-Instruct")
         check_below_one(self, "target_ema")
+        for name in ("source_rows", "source_temperature", "source_memory"):
+            if candidates_parts(self.candidates)[0] != "sources" and getattr(self, name) != getattr(type(self), name):
+                raise InvalidSettings(
+                    f"{name}: candidates={self.candidates!r} are not scored by source; pass --candidates sources:K too"
+                )
 
     def _check_length(self) -> None:
         if (self.steps is None) == (self.epochs is None):
