@@ -7,10 +7,10 @@ sees. ``NAME=FILE`` takes both from a file; ``NAME=source:SOURCE`` from the rows
 taken out of it. The data of a seed (candidates, target rows, held-out rows) is the same for all methods.
 
 Two budgets, ``--budgets``: ``steps`` gives every method ``--steps`` updates. ``compute`` gives it as many as cost the
-operations of ``full`` at ``--steps`` on the same pool and target, by the run's own counter over ``--cost-steps``:
-``uniform`` then makes about
-``oversample`` times the steps, a method that scores candidates and looks at target rows somewhat fewer than ``full``,
-and one with cheaper candidates more. The rate is tuned for every method and budget, on seeds of its own and the clean
+operations of ``full`` at ``--steps`` on the same pool and target, by the run's own counter over ``--cost-steps``, and
+corrected once by that of a run as long as was found: ``uniform`` then makes about ``oversample`` times the steps, a
+method that scores candidates and looks at target rows somewhat fewer than ``full``, and one with cheaper candidates
+more. The rate is tuned for every method and budget, on seeds of its own and the clean
 pool, and counts for all targets and pools; one at the edge of ``--rates`` is said.
 
 A method is a name of ``tamis.online`` or one of ``paper``, ``top-k``, ``filter-only`` and ``ftw-raw``; then changes to
@@ -375,13 +375,18 @@ def steps_of(runs: Runs, method: str, budget: str, kind: str, target: str, argum
     if measured <= cold:
         raise SystemExit(f"{method} starts after {cold} updates, and --steps is {steps}; give more")
 
-    def cost(name: str) -> float:
+    def cost(name: str, updates: int) -> float:
         rate = arguments.rates[0]
-        return float(runs.get(name, "steps", kind, target, rate, FIRST_TUNING_SEED, "cost", measured)["tflops"])
+        return float(runs.get(name, "steps", kind, target, rate, FIRST_TUNING_SEED, "cost", updates)["tflops"])
 
-    before = cold * cost("full" if selection.keeps_all else "uniform") / measured if cold else 0.0
-    each = (cost(method) - before) / (measured - cold)
-    return max(1, cold + round((cost("full") / measured * steps - before) / each))
+    before = cold * cost("full" if selection.keeps_all else "uniform", measured) / measured if cold else 0.0
+    left = cost("full", measured) / measured * steps - before
+    found = max(1, round(left / (cost(method, measured) - before) * (measured - cold)))
+    # What a method takes may change on the way, and with it what an update costs.
+    spent = cost(method, cold + found) - before
+    if abs(spent / left - 1) > 0.02:
+        found = max(1, round(found * left / spent))
+    return cold + found
 
 
 def best_rate(runs: Runs, method: str, budget: str, arguments: argparse.Namespace) -> float:

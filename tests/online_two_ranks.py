@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from online_runs import arguments, collate, rows_of
-from tamis.online import FilterThenWeight, Full, StepSettings, Tilt, TracIn
+from tamis.online import FilterThenWeight, Full, Less, StepSettings, Tilt, TracIn
 from tamis.online.trainer import OnlineTrainer
 from tiny_models import tiny_model
 
@@ -19,8 +19,9 @@ METHODS = {
     "reused": FilterThenWeight(keep=2, oversample=4, cold_start=1),
     "forward-only": FilterThenWeight(keep=4, oversample=2, cold_start=1, filter="top", weights="none"),
     "by-source": TracIn(keep=2, oversample=4),
+    "by-source-cosine": Less(keep=2, oversample=4),
 }
-CANDIDATES = {"reused": "reuse:2", "forward-only": "jvp", "by-source": "sources:2"}
+CANDIDATES = {"reused": "reuse:2", "forward-only": "jvp", "by-source": "sources:2", "by-source-cosine": "sources:2"}
 
 
 def main(folder: Path, name: str, micro: int) -> None:

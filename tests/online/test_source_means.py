@@ -13,13 +13,19 @@ from torch import Tensor, nn
 from online_runs import arguments, collate, rows_of
 from online_steps import CANDIDATES, TARGET, autograd_rows, calls_of, optimizer_of, split
 from tamis.errors import InvalidInput, InvalidSettings
+from tamis.gradients.parameters import param_matrices
+from tamis.gradients.rows import RowGradients
+from tamis.model.trainable import trainable_layers
 from tamis.online import FilterThenWeight, Greats, Less, StepSettings, Tilt, TracIn
-from tamis.online.adam_state import read_adam
+from tamis.online.adam_state import AdamMoments, read_adam
 from tamis.online.evidence import Measured
 from tamis.online.fate import read_candidates
+from tamis.online.measure import measure_alignments
 from tamis.online.source_means import SourceMeans, drawn_by, source_numbers
 from tamis.online.step import OnlineStep
 from tamis.online.trainer import OnlineTrainer
+from tamis.seeds import child_seed
+from tamis.types import IntArray
 from tiny_models import random_batch, tiny_model
 
 TOP = FilterThenWeight(keep=2, oversample=3, filter="top", weights="none")
@@ -30,6 +36,12 @@ def found_in(rows: list[int], alignments: list[float], good: list[bool] | None =
     values = torch.tensor(alignments, dtype=torch.float64)
     known = torch.ones(len(rows), dtype=torch.bool) if good is None else torch.tensor(good)
     return torch.tensor(rows), Measured(losses=values, alignments=values, good=known)
+
+
+def sample_of(*, rows: int) -> IntArray:
+    """Which of the candidates a step with seed 0 scores."""
+    means = SourceMeans(SOURCES, every=2, rows=rows, memory=0.5)
+    return means.sample(torch.arange(6), seed=child_seed(0, "sample of sources"))
 
 
 def alignments_of(model: nn.Module, optimizer: torch.optim.Optimizer, rows: list[int], *, adam: bool) -> Tensor:
@@ -46,12 +58,13 @@ def alignments_of(model: nn.Module, optimizer: torch.optim.Optimizer, rows: list
 @pytest.mark.parametrize("method", [TOP, TracIn(keep=2, oversample=3)], ids=["adam", "raw"])
 @pytest.mark.parametrize(("family", "lora"), [("gpt2", True), ("gpt2", False), ("llama", True)])
 def test_every_candidate_has_the_mean_of_the_scored_rows_of_its_source(method: Any, family: str, lora: bool) -> None:
-    """Two rows of each source are scored: 0 and 2 of the first, 1 and 4 of the second, 3 of the third."""
+    """Two rows of each source are scored: of the first, which has three, two at random."""
     model = tiny_model(family, lora=lora)
     optimizer = optimizer_of(model)
-    scored = [0, 1, 2, 3, 4]
-    b = alignments_of(model, optimizer, scored, adam=method is TOP)
-    mean = torch.stack([b[[0, 2]].mean(), b[[1, 4]].mean(), b[3]]).numpy()
+    scored = sample_of(rows=2)
+    assert len(scored) == 5
+    b = alignments_of(model, optimizer, scored.tolist(), adam=method is TOP).numpy()
+    mean = np.array([b[SOURCES[scored] == source].mean() for source in range(3)])
     step = OnlineStep(
         model, method, StepSettings(candidates="sources:2", source_rows=2, source_temperature=0), sources=SOURCES
     )
@@ -83,9 +96,10 @@ def test_scores_in_tokens_are_of_the_tokens_that_an_update_counts() -> None:
     model = tiny_model("gpt2", lora=True)
     optimizer = optimizer_of(model)
     tokens = CANDIDATES.supervised[:, 1:].sum(dim=1).double()
-    b = alignments_of(model, optimizer, list(range(6)), adam=False) * tokens / tokens.mean()
-    mean = np.array([b[source == SOURCES].mean() for source in range(3)])
-    settings = StepSettings(candidates="sources:1", source_rows=9, reduction="tokens")
+    scored = sample_of(rows=1)
+    b = (alignments_of(model, optimizer, scored.tolist(), adam=False) * (tokens / tokens.mean())[scored]).numpy()
+    mean = np.array([b[SOURCES[scored] == source].mean() for source in range(3)])
+    settings = StepSettings(candidates="sources:1", source_rows=1, reduction="tokens")
     found = OnlineStep(model, TracIn(keep=2, oversample=3), settings, sources=SOURCES).propose(
         [CANDIDATES], [TARGET], optimizer
     )
@@ -115,39 +129,49 @@ def test_later_scores_count_more_and_sources_out_of_sight_keep_theirs() -> None:
     means = SourceMeans(source, every=4, rows=2, memory=0.5)
     means.take(*found_in([0, 1, 3], [1.0, 3.0, 5.0]))
     means.take(*found_in([2, 5], [8.0, 4.0]))
-    found, known = means.next(torch.arange(6))
+    found, good = means.next(torch.arange(6))
     expected = [(0.5 * (1 + 3) + 8) / (0.5 * 2 + 1), 5.0, 4.0]
-    np.testing.assert_allclose(found.alignments, np.array(expected)[source])
-    assert known.all()
+    np.testing.assert_allclose(found, np.array(expected)[source])
+    assert good.all()
 
 
 def test_rows_that_are_not_finite_enter_no_mean_and_are_not_chosen_now() -> None:
     means = SourceMeans(np.array([0, 0, 1, 2]), every=2, rows=2, memory=0.5)
     means.take(*found_in([0, 1, 2], [1.0, np.nan, 5.0], [True, False, True]))
-    found, known = means.next(torch.arange(4))
-    np.testing.assert_allclose(found.alignments[:3], [1.0, 1.0, 5.0])
-    assert found.good.tolist() == [True, False, True, True]
-    assert known.tolist() == [True, True, True, False]  # nothing was seen of the last source
+    found, good = means.next(torch.arange(4))
+    np.testing.assert_allclose(found, [1.0, 1.0, 5.0, np.nan])  # nothing was seen of the last source
+    assert good.tolist() == [True, False, True, True]
 
 
-def test_scores_are_due_every_so_often_and_where_too_few_candidates_have_a_known_source() -> None:
-    means = SourceMeans(np.array([0, 0, 1, 2, 2]), every=3, rows=1, memory=0.5)
-    assert means.is_due(torch.arange(5), keep=2)
-    means.take(*found_in([0, 2], [1.0, 2.0]))
-    means.next(torch.arange(3))
-    assert not means.is_due(torch.tensor([0, 1, 3]), keep=2)
-    assert means.is_due(torch.tensor([0, 3, 4]), keep=2)
-    assert not means.is_due(torch.tensor([0]), keep=2)  # all there is, at the end of an epoch
-    means.next(torch.arange(3))
-    assert not means.is_due(torch.arange(3), keep=2)
-    means.next(torch.arange(3))
-    assert means.is_due(torch.arange(3), keep=2)
+def test_scores_are_due_at_one_choice_in_so_many() -> None:
+    means = SourceMeans(np.array([0, 0, 1]), every=3, rows=1, memory=0.5)
+    due = []
+    for _ in range(7):
+        due.append(means.is_due)
+        if means.is_due:
+            means.take(*found_in([0, 2], [1.0, 2.0]))
+        means.next(torch.arange(3))
+    assert due == [True, False, False, True, False, False, True]
+    assert means.scorings == 3
 
 
-def test_the_sample_takes_as_many_of_each_source_as_there_are_in_the_order_of_the_candidates() -> None:
-    means = SourceMeans(np.array([2, 0, 1, 0, 0, 2]), every=2, rows=2, memory=0.5)
+def test_the_sample_is_of_every_source_as_many_as_there_are_and_at_random() -> None:
+    source = np.array([2, 0, 1, 0, 0, 2])
+    means = SourceMeans(source, every=2, rows=2, memory=0.5)
     places = torch.tensor([5, 4, 3, 2, 1, 0])  # sources 2, 0, 0, 1, 0, 2
-    assert means.sample(places).tolist() == [0, 1, 2, 3, 5]
+    drawn = [means.sample(places, seed=seed) for seed in range(600)]
+    for rows in drawn:
+        assert (np.diff(rows) > 0).all()
+        assert np.bincount(source[places.numpy()][rows]).tolist() == [2, 1, 2]
+    times = np.bincount(np.concatenate(drawn), minlength=6)[[1, 2, 4]]  # of the three of source 0, two at a time
+    np.testing.assert_allclose(times / 600, 2 / 3, atol=0.08)
+
+
+def test_a_checkpoint_of_other_sources_is_refused() -> None:
+    state = SourceMeans(np.array([0, 1, 1]), every=2, rows=1, memory=0.5).state_dict()
+    for other in ([0, 0, 1], [0, 1, 2]):
+        with pytest.raises(InvalidInput, match=r"of a pool with 2 sources.*resume with the same train_dataset"):
+            SourceMeans(np.array(other), every=2, rows=1, memory=0.5).load_state_dict(state)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
@@ -155,19 +179,18 @@ def test_draws_are_in_proportion_to_exponentials_of_the_standardised_means(tempe
     """The probability of the first place, and of a pair of first places by drawing twice without replacement."""
     values = torch.tensor([3.0, 1.0, 2.0, 2.0, np.nan], dtype=torch.float64)
     z = (values[:4] - 2.0) / np.sqrt(0.5)
-    p = torch.softmax(z / temperature, dim=0).numpy()
+    p = torch.softmax(torch.cat([z, torch.zeros(1)]) / temperature, dim=0).numpy()  # the last has no mean: average
     count = 20_000
     drawn = np.array(
         [
-            drawn_by(values, temperature=temperature, seed=seed)[:4].argsort(descending=True)[:2].tolist()
+            drawn_by(values, temperature=temperature, seed=seed).argsort(descending=True)[:2].tolist()
             for seed in range(count)
         ]
     )
-    first = np.bincount(drawn[:, 0], minlength=4) / count
+    first = np.bincount(drawn[:, 0], minlength=5) / count
     np.testing.assert_allclose(first, p, atol=4 * np.sqrt(0.25 / count))
     pair = ((drawn[:, 0] == 0) & (drawn[:, 1] == 2)).mean()
     assert pair == pytest.approx(p[0] * p[2] / (1 - p[0]), abs=4 * np.sqrt(0.25 / count))
-    assert torch.isnan(drawn_by(values, temperature=temperature, seed=0)[4])
 
 
 def test_equal_means_are_drawn_evenly_and_temperature_zero_keeps_the_order() -> None:
@@ -178,8 +201,28 @@ def test_equal_means_are_drawn_evenly_and_temperature_zero_keeps_the_order() -> 
     assert drawn_by(torch.tensor([1.0, 3.0]), temperature=0.0, seed=5).tolist() == [-1.0, 1.0]
 
 
+@pytest.mark.parametrize("form", ["raw", "adam", "secant", "jacobian"])
+def test_a_process_without_a_scored_row_takes_part_in_all_forms(form: Any) -> None:
+    """Its sums are zeros in the type that others send, float32 at least."""
+    model = tiny_model("gpt2", dtype=torch.bfloat16)
+    matrices = param_matrices(model, trainable_layers(model))
+    params = {name: param for matrix in matrices for name, param in matrix.params}
+    rows, goal = RowGradients(matrices), {name: torch.ones_like(param).float() for name, param in params.items()}
+    moments = {
+        name: AdamMoments(
+            exp_avg=torch.zeros_like(param).float(), exp_avg_sq=torch.ones_like(param).float(), step=1, beta1=0.9,
+            beta2=0.99, eps=1e-8, rate=1.0, largest_exp_avg_sq=None,
+        )
+        for name, param in params.items()
+    }  # fmt: skip
+    total = rows.weighted(torch.zeros(0, dtype=torch.float64))
+    assert {name: grad.shape for name, grad in total.items()} == {name: p.shape for name, p in params.items()}
+    assert all(grad.dtype == torch.float32 and not grad.any() for grad in total.values())
+    assert measure_alignments(form, rows, goal, moments, mean=total).shape == (0,)
+
+
 def test_names_become_numbers_and_a_single_source_is_refused() -> None:
-    assert source_numbers(["b", None, "a", "b"]).tolist() == [2, 0, 1, 2]
+    assert source_numbers(["b", None, "a", "b"]).tolist() == [0, 1, 2, 0]
     for names, said in ((["a", "a"], r"all 2 rows of the pool are of one source \('a'\)"), ([None], "one source, so")):
         with pytest.raises(InvalidInput, match=said):
             source_numbers(names)
@@ -203,7 +246,9 @@ def test_settings_without_meaning_are_refused() -> None:
     for text in ("sources", "sources:0", "sources:x"):
         with pytest.raises(InvalidSettings, match="'sources:K'"):
             _ = StepSettings(candidates=text).candidates_kind
-    for values in ({"source_rows": 0}, {"source_memory": -0.1}, {"source_memory": 1.5}, {"source_temperature": -1}):
+    wrong: list[dict[str, Any]] = [{"source_rows": 0}, {"source_rows": 1.5}, {"source_memory": -0.1}]
+    wrong += [{"source_memory": 1.5}, {"source_temperature": -1}, {"source_temperature": np.inf}]
+    for values in wrong:
         with pytest.raises(InvalidSettings, match=next(iter(values))):
             StepSettings(**values)
     with pytest.raises(InvalidSettings, match="target_every=2 with candidates='sources:4'"):
@@ -241,6 +286,21 @@ def test_a_run_scores_one_choice_in_three_and_resumes_bit_for_bit(tmp_path: Path
         assert torch.equal(a, b), name
     assert torch.equal(second.work(), trainer.work())
     assert read_candidates(tmp_path / "b" / "candidates").to_pandas().equals(seen)
+
+
+def test_many_sources_are_warned_of_and_target_rows_are_half_of_those_scored(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = rows_of(40, seed=1).add_column("source", [f"s{i % 5}" for i in range(40)])
+    trainer = OnlineTrainer(
+        model=tiny_model("gpt2", lora=True), args=arguments(tmp_path, max_steps=3, logging_steps=3), train_dataset=rows,
+        target_dataset=rows_of(7, seed=2), data_collator=collate, selection=Less(keep=2, oversample=4),
+        step_settings=StepSettings(candidates="sources:2", source_rows=1), forecast_every=0,
+    )  # fmt: skip
+    assert "5 sources and 8 candidates to a choice: most sources are seldom scored" in caplog.text
+    trainer.train()
+    seen = [e["selection/target_rows_seen"] for e in trainer.state.log_history if "selection/target_rows_seen" in e]
+    assert seen == [4.0]  # two looks at two rows each, of five rows scored
 
 
 def test_a_pool_of_one_source_is_refused_before_training(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def train(
     target_rows: Annotated[
         int | None,
         typer.Option(
-            help="Target rows per choice, new ones each time; when left out, half as many as candidates.",
+            help="Target rows per look, new ones each time; when left out, half as many as candidates are scored.",
             rich_help_panel=HOW,
         ),
     ] = None,

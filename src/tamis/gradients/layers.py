@@ -76,9 +76,10 @@ def inner_products(x: Float[Tensor, "B N"], directions: Float[Tensor, "J N"]) ->
 
     Also faster than one matmul of long rows.
     """
-    whole = x.shape[1] // _BLOCK * _BLOCK
-    left = x[:, :whole].view(x.shape[0], -1, _BLOCK).transpose(0, 1)  # (blocks, B, n)
-    right = directions[:, :whole].view(directions.shape[0], -1, _BLOCK).permute(1, 2, 0)  # (blocks, n, J)
+    blocks = x.shape[1] // _BLOCK
+    whole = blocks * _BLOCK
+    left = x[:, :whole].view(x.shape[0], blocks, _BLOCK).transpose(0, 1)  # (blocks, B, n)
+    right = directions[:, :whole].view(directions.shape[0], blocks, _BLOCK).permute(1, 2, 0)  # (blocks, n, J)
     return torch.bmm(left, right).sum(dim=0) + x[:, whole:] @ directions[:, whole:].T
 
 

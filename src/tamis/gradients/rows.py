@@ -14,7 +14,7 @@ from tamis.gradients.parameters import ParamMatrix
 from tamis.gradients.per_sample import run_batch
 from tamis.types import Batch, LayerSpec
 
-__all__ = ["RowGradients", "hold_gradients", "summed_gradient"]
+__all__ = ["RowGradients", "hold_gradients", "summed_gradient", "zero_gradient"]
 
 
 class RowGradients:
@@ -53,6 +53,8 @@ class RowGradients:
 
     def weighted(self, coefficients: Float[Tensor, " n"]) -> dict[str, Tensor]:
         """``sum_i c_i grad l_i`` by parameter name, each in its parameter's shape."""
+        if not self._passes:  # of several processes, one may have no row
+            return zero_gradient(self.matrices)
         parts = torch.split(coefficients, self._counts)
         found: dict[str, Tensor] = {}
         for matrix in self.matrices:
@@ -61,8 +63,7 @@ class RowGradients:
                 for layer in matrix.layers:
                     grad = one_pass[layer.name].weighted(part)
                     total = grad if total is None else total.add_(grad.to(total.device))
-            if total is None:  # of several processes, one may have no row
-                total = matrix.params[0][1].new_zeros(matrix.shape)
+            assert total is not None
             found.update(matrix.split(total))
         return found
 
@@ -72,7 +73,8 @@ class RowGradients:
             _summed([one_pass[layer.name].rows(first, stop) for layer in matrix.layers]) for one_pass in self._passes
         ]
         if not parts:  # of several processes, one may have no row
-            return matrix.params[0][1].new_zeros(0, stop - first, matrix.shape[1])
+            param = matrix.params[0][1]
+            return param.new_zeros((0, stop - first, matrix.shape[1]), dtype=assembly_dtype(param.dtype))
         return torch.cat(parts)
 
     def sketches(self, matrix: ParamMatrix, left: Tensor | None, right: Tensor | None) -> Float[Tensor, "n K"]:
@@ -95,6 +97,15 @@ class RowGradients:
             _summed([ask(one_pass[layer.name]).double().cpu() for layer in matrix.layers]) for one_pass in self._passes
         ]
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+
+
+def zero_gradient(matrices: Sequence[ParamMatrix]) -> dict[str, Tensor]:
+    """What ``summed_gradient`` would return of no row, in its types: another process may have some."""
+    return {
+        name: torch.zeros_like(param, dtype=assembly_dtype(param.dtype))
+        for matrix in matrices
+        for name, param in matrix.params
+    }
 
 
 def hold_gradients(

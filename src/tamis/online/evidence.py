@@ -79,7 +79,7 @@ class Measurer:
     """
 
     def __init__(self, matrices: Sequence[ParamMatrix], needs: Needs, settings: StepSettings) -> None:
-        self._matrices, self._needs, self._reduction = matrices, needs, settings.reduction
+        self._matrices, self._needs = matrices, needs
         self._projector = FactorizedProjector(dim=needs.sketch_dim or settings.sketch_dim, seed=settings.seed)
         self._exact = self._is_exact(settings)
         self._shadow: ShadowMoments | None = None
@@ -92,7 +92,7 @@ class Measurer:
         moments: Moments | None,
         *,
         counts: list[int],
-        tokens: IntArray,
+        sizes: Vector,
         target_rows: RowGradients | None = None,
     ) -> Measured:
         """Of ``rows`` of this process, and of all others'.
@@ -103,12 +103,12 @@ class Measurer:
             goal: the mean target gradient.
             moments: Adam's, where the method needs them.
             counts: candidates of every process.
-            tokens: supervised tokens of all candidates.
+            sizes: of all candidates, what weight 1 adds in units of the row's mean loss; see ``row_sizes``.
             target_rows: of the target, row by row, for token-level scores.
         """
         needs, start = self._needs, offset_of(counts)
         b = as_first(gather_rows(self._alignments(rows, goal, moments, losses, start, target_rows)))
-        size = torch.from_numpy(row_sizes(tokens, self._reduction))
+        size = torch.from_numpy(sizes)
         b = b if needs.alignment == "cosine" else b * size
         good = torch.isfinite(losses) & torch.isfinite(b)
         gram, lengths = None, None

@@ -39,7 +39,8 @@ class Meter:
             sums["score_age"].append(float(proposal.score_age))
             sums["target_age"].append(float(proposal.target_age))
             known = proposal.alignments[np.isfinite(proposal.alignments)]
-            sums["aligned_share"].append(float((known > 0).mean()))
+            if len(known):  # no source has a mean while all scored rows were not finite
+                sums["aligned_share"].append(float((known > 0).mean()))
             sums["weight_sum"].append(choice.weight_sum)
             sums["held_gb"].append(proposal.held_bytes / 1e9)
             if choice.scale is not None:

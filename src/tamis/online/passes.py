@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tamis.errors import InvalidInput
 from tamis.gradients.jvp import loss_tangents
 from tamis.gradients.parameters import ParamMatrix
-from tamis.gradients.rows import RowGradients, hold_gradients, summed_gradient
+from tamis.gradients.rows import RowGradients, hold_gradients, summed_gradient, zero_gradient
 from tamis.model.processes import counts_of_all, rank
 from tamis.online.batches import regrouped
 from tamis.online.cost import Counter
@@ -52,7 +52,7 @@ class Passes:
         if ones:
             sums, losses = summed_gradient(self._model, self._matrices, ones)
         else:
-            sums, losses = self._zeros(), torch.zeros(0)
+            sums, losses = zero_gradient(self._matrices), torch.zeros(0)
         if count_cost:
             self.counter.add("target", "gradient", target)
         mean = {name: add_up(grad) / count for name, grad in sums.items()}
@@ -95,12 +95,9 @@ class Passes:
             gradient, seen = summed_gradient(self._model, self._matrices, pairs)
             losses[np.concatenate([at for _, _, at in parts])] = seen.numpy()
         else:
-            gradient = self._zeros()
+            gradient = zero_gradient(self._matrices)
         self.counter.add("update", "gradient", [batch for batch, _, _ in parts])
         return gradient, gather_rows(torch.from_numpy(losses)).numpy()
-
-    def _zeros(self) -> dict[str, Tensor]:
-        return {name: torch.zeros_like(param) for matrix in self._matrices for name, param in matrix.params}
 
 
 def _no_target() -> InvalidInput:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tamis.errors import InvalidInput, InvalidSettings
 from tamis.gradients.parameters import param_matrices
-from tamis.gradients.rows import RowGradients, hold_gradients, summed_gradient
+from tamis.gradients.rows import RowGradients, hold_gradients, summed_gradient, zero_gradient
 from tamis.model.load import ModelSettings, load_model
 from tamis.model.lowrank import set_space
 from tamis.model.processes import counts_of_all
@@ -22,10 +22,10 @@ from tamis.model.trainable import trainable_layers
 from tamis.notation import candidates_parts
 from tamis.online.cost import Counter
 from tamis.online.evidence import Measured, Measurer
-from tamis.online.methods.choice import Needs
+from tamis.online.methods.choice import Needs, Vector
 from tamis.online.settings import StepSettings
 from tamis.online.together import add_up, gather_rows
-from tamis.types import Batch, IntArray
+from tamis.types import Batch
 
 __all__ = ["Proxy", "check_proxy", "load_proxy"]
 
@@ -97,7 +97,7 @@ class Proxy:
         self.counter = Counter(model, self._matrices)
 
     def measure(
-        self, candidates: Sequence[Batch], target: Sequence[Batch], *, counts: list[int], tokens: IntArray
+        self, candidates: Sequence[Batch], target: Sequence[Batch], *, counts: list[int], sizes: Vector
     ) -> Measured:
         """What the method needs, of the candidates of all processes; losses are the proxy's.
 
@@ -117,11 +117,11 @@ class Proxy:
         if ones:
             sums, _ = summed_gradient(self._model, self._matrices, ones)
         else:
-            sums = {name: torch.zeros_like(param) for matrix in self._matrices for name, param in matrix.params}
+            sums = zero_gradient(self._matrices)
         goal = {name: add_up(grad) / count for name, grad in sums.items()}
         self.counter.add("target", "gradient", target)
         rows = RowGradients(self._matrices)
         mine: list[Tensor] = [hold_gradients(self._model, batch, rows).double().cpu() for batch in candidates]
         self.counter.add("candidates", "gradient", candidates)
         losses = gather_rows(torch.cat(mine))
-        return self._measurer.measure(rows, losses, goal, None, counts=counts, tokens=tokens)
+        return self._measurer.measure(rows, losses, goal, None, counts=counts, sizes=sizes)

@@ -26,10 +26,10 @@ class StepSettings:
     * ``"reuse:K"``: the same, once for K choices. A window of ``keep * oversample`` candidates is scored at the first
       of them; each of the K choices is what the method makes of the kept ``b`` and ``G`` of those rows of the window
       that no earlier one took. Rows taken later run forward and backward then, and no others.
-    * ``"sources:K"``: at one choice in K, ``source_rows`` candidates of every source run both ways; every candidate has
-      the mean ``b`` of its source, over all scorings so far, the last counting most (``source_memory``). Only the
-      chosen run otherwise, so candidates cost next to nothing and may be many. Of one source they stand in the order of
-      the data loader, which is random.
+    * ``"sources:K"``: at one choice in K, ``source_rows`` candidates of every source run both ways. Every candidate has
+      the mean ``b`` of its source, over all scorings so far, the last counting most (``source_memory``), and is drawn
+      with a probability that grows with it (``source_temperature``; the method only says what ``b`` is). Only the
+      drawn run otherwise, so candidates cost next to nothing and may be many.
     * ``"jvp"``: a forward pass that carries the derivative of every candidate's loss along ``D * grad t`` (or
       ``grad t``), which is ``b`` exactly. No backward pass and nothing kept for one; the chosen run both after that.
     * ``"proxy:MODEL"``: gradients of another, smaller model with the same vocabulary, at its own fixed weights, of
@@ -61,9 +61,9 @@ class StepSettings:
             raise InvalidSettings(f"target_every must be at least 1, got {self.target_every}")
         if not 0 <= self.target_ema < 1:
             raise InvalidSettings(f"target_ema must be at least 0 and below 1, got {self.target_ema}")
-        if self.source_rows < 1:
-            raise InvalidSettings(f"source_rows must be at least 1, got {self.source_rows}")
-        if not self.source_temperature >= 0:
+        if self.source_rows < 1 or self.source_rows != int(self.source_rows):
+            raise InvalidSettings(f"source_rows must be at least 1, a whole number, got {self.source_rows}")
+        if not 0 <= self.source_temperature < float("inf"):
             raise InvalidSettings(f"source_temperature must be at least 0, got {self.source_temperature}")
         if not 0 <= self.source_memory <= 1:
             raise InvalidSettings(f"source_memory must be at least 0 and at most 1, got {self.source_memory}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from tamis.online.methods.choice import Vector
 from tamis.online.passes import Passes
 from tamis.online.settings import StepSettings
 from tamis.online.together import offset_of
+from tamis.seeds import child_seed, random_permutation
 from tamis.types import Batch, IntArray
 
 __all__ = ["SourceMeans", "SourceScores", "drawn_by", "source_numbers"]
@@ -41,15 +41,6 @@ class SourceScores:
         )
         self._temperature = settings.source_temperature
 
-    @property
-    def age(self) -> int:
-        """Choices made since the last scoring."""
-        return self.means.age
-
-    def is_due(self, places: Tensor, *, keep: int) -> bool:
-        """Whether a choice of ``keep`` of the candidates at ``places`` has to score first."""
-        return self.means.is_due(places, keep=keep)
-
     def score(
         self,
         candidates: Sequence[Batch],
@@ -58,8 +49,9 @@ class SourceScores:
         *,
         places: Tensor,
         counts: list[int],
-        tokens: IntArray,
-    ) -> None:
+        sizes: Vector,
+        seed: int,
+    ) -> int:
         """Run a few candidates of every source; nothing of them is kept but their part in the means.
 
         Args:
@@ -68,9 +60,13 @@ class SourceScores:
             moments: Adam's, where the method needs them.
             places: (n,) of all processes' candidates in the data.
             counts: candidates of every process.
-            tokens: (n,) supervised tokens of all processes' candidates.
+            sizes: (n,) ``row_sizes`` of all processes' candidates.
+            seed: of the sample; the same in every process.
+
+        Returns:
+            Bytes of this process's gradients while they were compared, at most.
         """
-        sampled = self.means.sample(places)
+        sampled = self.means.sample(places, seed=child_seed(seed, "sample of sources"))
         asked = np.zeros(len(places))
         asked[sampled] = 1.0
         start = offset_of(counts)
@@ -78,34 +74,34 @@ class SourceScores:
         rows, losses = self._passes.hold(mine)
         self._passes.counter.add("candidates", "gradient", mine)
         of_each = counts_of_all(len(rows))
-        scored = self._measurer.measure(rows, losses, goal, moments, counts=of_each, tokens=tokens[sampled])
+        scored = self._measurer.measure(rows, losses, goal, moments, counts=of_each, sizes=sizes[sampled])
         self.means.take(places[sampled], scored)
+        return rows.nbytes
 
-    def next(self, places: Tensor, *, seed: int) -> tuple[Vector, Measured, Tensor]:
-        """Of one more choice: every candidate's mean (NaN where there is none), what the method sees in its stead, and
-        which candidates may be chosen.
-        """
-        means, known = self.means.next(places)
-        shown = drawn_by(means.alignments, temperature=self._temperature, seed=seed)
-        seen: Vector = torch.where(means.good & known, means.alignments, torch.nan).numpy()
-        return seen, replace(means, alignments=shown), known
+    def next(self, places: Tensor, *, seed: int) -> tuple[Measured, Vector]:
+        """For one more choice: what the method is shown of the candidates, and their sources' means (NaN: none yet)."""
+        means, good = self.means.next(places)
+        shown = drawn_by(means, temperature=self._temperature, seed=child_seed(seed, "draw by source"))
+        measured = Measured(losses=torch.full_like(means, torch.nan), alignments=shown, good=good)
+        known: Vector = torch.where(good, means, torch.nan).numpy()
+        return measured, known
 
 
 def drawn_by(means: Tensor, *, temperature: float, seed: int) -> Tensor:
     """``z_i + τ g_i``, with ``z`` the means in standard deviations of the candidates' and ``g`` of Gumbel's law.
 
     The largest ``k`` of them are ``k`` draws without replacement, with probabilities in proportion to ``exp(z_i / τ)``;
-    with ``τ = 0``, the best sources' first candidates. Candidates without a mean stay NaN.
+    with ``τ = 0``, the best sources' first candidates. A candidate without a mean counts as an average one, ``z = 0``.
     """
     known = torch.isfinite(means)
-    if not bool(known.any()):
-        return means
-    z, spread = means - means[known].mean(), means[known].std(correction=0)
-    # Equal means differ from their own mean by rounding.
-    z = z / spread if spread > 1e-12 * means[known].abs().max() else torch.where(known, 0.0, torch.nan)
+    z = torch.zeros_like(means)
+    if bool(known.any()):
+        own, spread = means[known] - means[known].mean(), means[known].std(correction=0)
+        if spread > 1e-12 * means[known].abs().max():  # equal means differ from their own mean by rounding
+            z[known] = own / spread
     if temperature == 0:
         return z
-    uniform = torch.from_numpy(np.random.default_rng(seed).random(len(means)))
+    uniform = torch.from_numpy(np.random.default_rng(seed).random(len(means))).clamp_min(1e-300)
     return z - temperature * (-uniform.log()).log()
 
 
@@ -115,15 +111,17 @@ def source_numbers(names: Sequence[str | None]) -> IntArray:
     Raises:
         InvalidInput: there is nothing to choose between.
     """
-    found, numbers = np.unique(["" if name is None else name for name in names], return_inverse=True)
-    if len(found) < 2:
-        which = f" ({str(found[0])!r})" if len(found) and found[0] else ""
+    seen: dict[str | None, int] = {}
+    numbers = np.fromiter((seen.setdefault(name, len(seen)) for name in names), np.int64, count=len(names))
+    if len(seen) < 2:
+        name = next(iter(seen), None)
+        which = "" if name is None else f" ({name!r})"
         raise InvalidInput(
             f"candidates='sources:K': all {len(names)} rows of the pool are of one source{which}, so there is nothing "
             "to choose between; give rows a field 'source', or every source a file of its own (in Python: give "
             "train_dataset a column 'source')"
         )
-    return numbers.astype(np.int64)
+    return numbers
 
 
 class SourceMeans:
@@ -141,31 +139,31 @@ class SourceMeans:
 
     def __init__(self, source: IntArray, *, every: int, rows: int, memory: float) -> None:
         self._source, self._every, self._rows, self._memory = source, every, rows, memory
-        count = int(source.max()) + 1
-        self._sums = torch.zeros(count, dtype=torch.float64)
-        self._counts = torch.zeros(count, dtype=torch.float64)
+        self._sizes = torch.from_numpy(np.bincount(source))
+        self._sums = torch.zeros(len(self._sizes), dtype=torch.float64)
+        self._counts = torch.zeros(len(self._sizes), dtype=torch.float64)
         self._broken = torch.zeros(0, dtype=torch.int64)  # rows of the last scoring without a finite score
+        self.scorings = 0
         self.age = every  # choices made since the last scoring
 
-    def is_due(self, places: Tensor, *, keep: int) -> bool:
-        """Whether a choice of ``keep`` of the candidates at ``places`` has to score first.
+    @property
+    def is_due(self) -> bool:
+        """Whether the next choice has to score first."""
+        return self.age + 1 >= self._every
 
-        Also if too few of them are of a source with a mean.
-        """
-        known = self._counts[torch.from_numpy(self._source[places.numpy()])] > 0
-        return self.age + 1 >= self._every or int(known.sum()) < min(keep, len(places))
-
-    def sample(self, places: Tensor) -> IntArray:
-        """Which candidates to score, ascending: the first few of every source, in an order that is random already.
+    def sample(self, places: Tensor, *, seed: int) -> IntArray:
+        """Which candidates to score, ascending: random ones of every source among them, as many as there are.
 
         Args:
             places: (n,) of the candidates in the data.
+            seed: of the draw.
         """
-        own = self._source[places.numpy()]
-        order = np.argsort(own, kind="stable")
-        _, first, size = np.unique(own[order], return_index=True, return_counts=True)
-        rank = np.arange(len(own)) - np.repeat(first, size)
-        return np.sort(order[rank < self._rows])
+        order = random_permutation(seed, len(places))
+        own = self._source[places.numpy()][order]
+        by_source = np.argsort(own, kind="stable")
+        _, first, size = np.unique(own[by_source], return_index=True, return_counts=True)
+        place = np.arange(len(own)) - np.repeat(first, size)
+        return np.sort(order[by_source[place < self._rows]])
 
     def take(self, places: Tensor, scored: Measured) -> None:
         """Take in the scores of the candidates at ``places``; those that are not finite enter no mean."""
@@ -177,25 +175,34 @@ class SourceMeans:
         self._sums.index_add_(0, own, values)
         self._counts.index_add_(0, own, torch.ones_like(values))
         self._broken = places[~scored.good]
-        self.age = -1
+        self.scorings, self.age = self.scorings + 1, -1
 
-    def next(self, places: Tensor) -> tuple[Measured, Tensor]:
-        """Every candidate with its source's mean, and which of their sources have one: the others cannot be chosen."""
+    def next(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """For one more choice: the mean of every candidate's source, NaN where there is none, and which candidates are
+        not known to have no finite score.
+        """
         self.age += 1
         own = torch.from_numpy(self._source[places.numpy()])
-        known = self._counts[own] > 0
-        means = torch.where(known, self._sums[own] / self._counts[own], torch.nan)
-        losses, good = torch.full_like(means, torch.nan), ~torch.isin(places, self._broken)
-        return Measured(losses=losses, alignments=means, good=good), known
+        return self._sums[own] / self._counts[own], ~torch.isin(places, self._broken)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint must keep."""
-        state = {"sums": self._sums, "counts": self._counts, "broken": self._broken, "age": torch.tensor(self.age)}
-        return {f"{_PREFIX}{name}": value for name, value in state.items()}
+        counted = torch.tensor([self.scorings, self.age])
+        state = {"sums": self._sums, "counts": self._counts, "broken": self._broken, "counted": counted}
+        return {f"{_PREFIX}{name}": value for name, value in {**state, "sizes": self._sizes}.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of ``state_dict``; other entries are not looked at."""
+        """The inverse of ``state_dict``; other entries are not looked at.
+
+        Raises:
+            InvalidInput: the sources are others than they were.
+        """
         own = {name.removeprefix(_PREFIX): value for name, value in state.items() if name.startswith(_PREFIX)}
         if own:
+            if not torch.equal(own["sizes"], self._sizes):
+                raise InvalidInput(
+                    f"the checkpoint is of a pool with {len(own['sizes'])} sources, and this one's {len(self._sizes)} "
+                    "differ from them in number or size; resume with the same train_dataset"
+                )
             self._sums, self._counts, self._broken = own["sums"], own["counts"], own["broken"]
-            self.age = int(own["age"])
+            self.scorings, self.age = (int(number) for number in own["counted"])

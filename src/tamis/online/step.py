@@ -97,6 +97,11 @@ class OnlineStep:
         """Whether choices depend on the target at all."""
         return self.method.needs.target_only or self.method.needs.alignment is not None
 
+    @property
+    def scorings(self) -> int | None:
+        """How often sources were scored; None if they are not what is scored."""
+        return None if self._sources is None else self._sources.means.scorings
+
     def looks(self, candidates: Sequence[Batch], *, cold: bool) -> bool:
         """Whether the next choice will look at target rows. Every process must ask."""
         needs = self.method.needs
@@ -105,7 +110,7 @@ class OnlineStep:
         if needs.alignment is None or cold or self._from_window(candidates):
             return False
         if self._sources is not None:
-            return self._sources_are_due(self._sources, candidates)
+            return self._sources.means.is_due
         return self._proxy is not None or self._target.is_due
 
     def propose(
@@ -130,7 +135,8 @@ class OnlineStep:
 
         Raises:
             InvalidInput: there are no candidates, or no target rows where they are needed.
-            NonFinite: a target row, or a candidate of an unmeasured choice, has a loss that is not finite.
+            NonFinite: a target row has a loss that is not finite, or a candidate that is run for the update alone: of
+                an unmeasured choice, of a window scored before, of a source.
             Unsupported: the optimizer's state cannot be read.
         """
         counts = counts_of_all(sum(len(batch.rows) for batch in candidates))
@@ -150,10 +156,11 @@ class OnlineStep:
             measured, left = self._window.next()
             found = self._chosen(measured, candidates, optimizer, tokens, counts, left=left)
             return replace(found, score_age=self._window.age, target_age=self._window.age)
-        if self._sources is not None and not self._sources_are_due(self._sources, candidates):
+        if self._sources is not None and not self._sources.means.is_due:
             return self._by_source(self._sources, candidates, optimizer, tokens, counts, seed=seed)
         if self._proxy is not None:
-            measured = self._proxy.measure(candidates, target, counts=counts, tokens=tokens)
+            sizes = row_sizes(tokens, self.settings.reduction)
+            measured = self._proxy.measure(candidates, target, counts=counts, sizes=sizes)
             return self._chosen(measured, candidates, optimizer, tokens, counts)
         return self._measured(candidates, target, optimizer, tokens, counts, fresh=fresh_target, seed=seed)
 
@@ -253,7 +260,7 @@ class OnlineStep:
         seed: int,
     ) -> Proposal:
         """Score the candidates by the trained model itself."""
-        needs = self.method.needs
+        needs, sizes = self.method.needs, row_sizes(tokens, self.settings.reduction)
         moments = read_adam(optimizer, self._params) if needs.reads_adam else None
         look, target_rows = None, None
         if needs.token_level:
@@ -269,19 +276,19 @@ class OnlineStep:
                 assert moments is not None
                 direction = {name: moments[name].diagonal() * grad for name, grad in goal.items()}
             losses, b = self._passes.slopes(candidates, direction)
-            b = as_first(b) * torch.from_numpy(row_sizes(tokens, self.settings.reduction))
+            b = as_first(b) * torch.from_numpy(sizes)
             measured = Measured(losses=losses, alignments=b, good=torch.isfinite(losses) & torch.isfinite(b))
         elif self._sources is not None:
             assert look is not None, "sources are scored with fresh target rows"
             places = self._places(candidates)
-            self._sources.score(candidates, goal, moments, places=places, counts=counts, tokens=tokens)
+            held = self._sources.score(candidates, goal, moments, places=places, counts=counts, sizes=sizes, seed=seed)
             found = self._by_source(self._sources, candidates, optimizer, tokens, counts, seed=seed)
-            return replace(found, target_loss=look.loss, target_gradient=look.mean)
+            return replace(found, target_loss=look.loss, target_gradient=look.mean, held_bytes=held)
         else:
             rows, losses = self._passes.hold(candidates)
             self._passes.counter.add("candidates", "gradient", candidates)
             measured = self._measurer.measure(
-                rows, losses, goal, moments, counts=counts, tokens=tokens, target_rows=target_rows
+                rows, losses, goal, moments, counts=counts, sizes=sizes, target_rows=target_rows
             )
         if self._window is not None:
             self._window.open(self._places(candidates), measured)
@@ -305,12 +312,9 @@ class OnlineStep:
         seed: int,
     ) -> Proposal:
         """Choose by what is known of the candidates' sources."""
-        means, drawn, known = scores.next(self._places(candidates), seed=seed)
-        found = self._chosen(drawn, candidates, optimizer, tokens, counts, left=known)
-        return replace(found, alignments=means, score_age=scores.age, target_age=scores.age)
-
-    def _sources_are_due(self, scores: SourceScores, candidates: Sequence[Batch]) -> bool:
-        return scores.is_due(self._places(candidates), keep=self.method.keep)
+        drawn, means = scores.next(self._places(candidates), seed=seed)
+        found = self._chosen(drawn, candidates, optimizer, tokens, counts)
+        return replace(found, alignments=means, score_age=scores.means.age, target_age=scores.means.age)
 
     def _chosen(
         self,

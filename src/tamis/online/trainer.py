@@ -119,7 +119,15 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         self._source_numbers = source_numbers(self._sources_of_rows()) if by_source else None
         scored = candidates
         if self._source_numbers is not None:
-            scored = min(candidates, int(self._source_numbers.max() + 1) * self._step_settings.source_rows)
+            sources = int(self._source_numbers.max() + 1)
+            scored = min(candidates, sources * self._step_settings.source_rows)
+            if sources > candidates // 2:
+                logger.warning(
+                    "%d sources and %d candidates to a choice: most sources are seldom scored, and their rows drawn at "
+                    "random; join sources, or raise oversample",
+                    sources,
+                    candidates,
+                )
         self._target_count = target_rows or max(1, min(len(self.target_dataset), scored // 2))
         if isinstance(selection, TargetOnly):
             logger.warning("target-only trains on the target rows themselves, which memorises small targets")
@@ -136,9 +144,7 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Candidates with their places in the data set."""
-        rows, collate = self.train_dataset, self.data_collator
-        if rows is None or not hasattr(rows, "__len__"):
-            raise Unsupported("train_dataset must have a length; streams are not supported yet")
+        rows, collate = self._sized_rows(), self.data_collator
         if isinstance(rows, datasets.Dataset):
             rows = self._remove_unused_columns(rows, description="training")
         else:
@@ -190,7 +196,8 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         number = self.state.global_step * self.args.gradient_accumulation_steps + self._micro
         cold = self.state.global_step < cold_updates(self.selection)
         looks = step.looks(candidates, cold=cold)
-        target = self._target_batches(number) if looks else []
+        places = self._target_places(number, looks=looks)
+        target = self._target_batches(places) if looks else []
         seed = child_seed(self.args.seed, "uniform choice", number)
         with self.compute_loss_context_manager():
             if self._ahead is not None and not cold:
@@ -205,9 +212,9 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
             param.grad = torch.empty_like(param).copy_(grad) if param.grad is None else param.grad.add_(grad)
         self._divisor += proposal.divisor
         self._micro += 1
-        self._record(proposal, candidates, number, looked=looks)
+        self._record(proposal, candidates, number, looked=places if looks else None)
         if self.accelerator.sync_gradients:
-            self._finish_update(step, proposal, target, number)
+            self._finish_update(step, proposal, target, places)
         share = self._mean_loss(proposal) / self.current_gradient_accumulation_steps
         return torch.tensor(share, device=self.args.device)
 
@@ -219,7 +226,7 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
             self._flush()
         super().log(logs, *args, **kwargs)
 
-    def _finish_update(self, step: OnlineStep, proposal: Proposal, target: list[Batch], number: int) -> None:
+    def _finish_update(self, step: OnlineStep, proposal: Proposal, target: list[Batch], places: IntArray) -> None:
         """Add up over processes, divide once, and look ahead."""
         for param in step.params.values():
             assert param.grad is not None
@@ -231,7 +238,7 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         if self._forecasts.is_due(self.state.global_step + 1) and not proposal.cold and step.has_target:
             loss, goal = proposal.target_loss, proposal.target_gradient
             if loss is None or goal is None:  # chosen by another model, or by an earlier look
-                target = self._target_batches(number)
+                target = self._target_batches(places)
                 with self.compute_loss_context_manager():
                     look = step.look(target)
                 loss, goal = look.loss, look.mean
@@ -274,13 +281,13 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
             self._meter.note("predicted_drop", found[0])
             self._meter.note("realised_drop", found[1])
 
-    def _record(self, proposal: Proposal, candidates: list[Batch], number: int, *, looked: bool) -> None:
+    def _record(self, proposal: Proposal, candidates: list[Batch], number: int, *, looked: IntArray | None) -> None:
         places = gather_rows(torch.cat([batch.rows.cpu() for batch in candidates])).numpy()
         numbers, sources = self._in_the_log(places)
         self._meter.add(proposal, sources)
         tell_recorders(self.callback_handler.callbacks, candidates, proposal, reduction=self._step_settings.reduction)
-        if looked:
-            self._target_seen[self._target_places(number)] = True
+        if looked is not None:
+            self._target_seen[looked] = True
             self._meter.note_last("target_rows_seen", float(self._target_seen.sum()))
         if proposal.choice.fallback is not None:
             self._say_once(
@@ -301,7 +308,7 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
     def _sources_of_rows(self) -> Sequence[str | None]:
         """Of all rows of the training data."""
         if self._source_of_row is None:
-            rows = self.train_dataset
+            rows = self._sized_rows()
             has_them = isinstance(rows, datasets.Dataset) and "source" in rows.column_names
             found = rows["source"] if has_them else [None] * len(rows)
             self._source_of_row = [None if source is None else str(source) for source in found]
@@ -313,14 +320,18 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
     def _refuse_earlier_candidates(self) -> None:
         refuse_earlier_parts(self._candidates_folder())
 
-    def _target_places(self, number: int) -> IntArray:
+    def _target_places(self, number: int, *, looks: bool) -> IntArray:
         """All target rows of a choice; choices that share a look share its rows, so that all have their turn."""
-        look = number // max(self._step_settings.target_every, self._step_settings.scored_every)
+        scorings = self._online_step().scorings
+        if scorings is None:
+            look = number // max(self._step_settings.target_every, self._step_settings.reuse)
+        else:
+            look = scorings if looks else max(0, scorings - 1)
         return target_positions(look, count=self._target_count, total=len(self.target_dataset), seed=self.args.seed)
 
-    def _target_batches(self, number: int) -> list[Batch]:
+    def _target_batches(self, places: IntArray) -> list[Batch]:
         """This process's share of the target rows of a choice."""
-        positions = self._target_places(number)[rank() :: world_size()]
+        positions = places[rank() :: world_size()]
         if not len(positions):
             return []
         collate = self._get_collator_with_removed_columns(self.data_collator, description="target")
@@ -341,6 +352,12 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
             if dropout is not None:
                 self._say_once(f"{dropout}, but dropout is off in online steps: rows must be compared by one model")
         return self._step
+
+    def _sized_rows(self) -> Any:
+        rows = self.train_dataset
+        if rows is None or not hasattr(rows, "__len__"):
+            raise Unsupported("train_dataset must have a length; streams are not supported yet")
+        return rows
 
     def _prepared_target(self, rows: Any) -> Any:
         if rows is None or not hasattr(rows, "__len__") or not len(rows):

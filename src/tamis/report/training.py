@@ -38,8 +38,8 @@ _SUMMARY = ("first", "lowest", "highest", "last")
 class TrainingInputs:
     """Everything the page of a training run is computed from.
 
-    Of ``manifest`` are read: ``settings`` (``method``, ``model``, ``candidates``), ``method``, ``command``, ``warnings``,
-    and once the run is finished ``training`` and ``cost``. All else in it is listed as it is.
+    Of ``manifest`` are read: ``settings`` (``method``, ``model``, ``candidates``), ``method``, ``command``,
+    ``warnings``, and once the run is finished ``training`` and ``cost``. All else in it is listed as it is.
     """
 
     log: Sequence[Mapping[str, Any]]

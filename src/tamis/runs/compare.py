@@ -43,7 +43,8 @@ from tamis.runs.compare_selections import Chosen, PoolTable, select_rows
 from tamis.runs.compare_training import TrainingBench
 from tamis.runs.outputs import check_claim, claim_folder, write_json
 from tamis.runs.planted import PlantedResult, planted_from_settings
-from tamis.runs.train_setup import asked_of, check_device, check_tuning
+from tamis.runs.train_rows import check_candidates
+from tamis.runs.train_setup import check_device, check_proxy_vocabulary, check_tuning, method_and_step
 from tamis.settings import SelectSettings
 from tamis.settings.compare import CompareSettings, method_parts
 from tamis.values import to_dict
@@ -69,10 +70,13 @@ def compare_from_settings(
         check_writable(out)
     run = settings.train_settings(out=settings.out, steps=1, seed=settings.seed)
     resolved_dtype(model_settings(run))  # refuses a device that is not there
+    online = []
     for text in settings.contenders:
         if text.is_online:  # only these train with the Trainer
             check_device(run)
-            asked_of(settings.train_settings(out=settings.out, steps=1, seed=settings.seed, online=text))
+            asked_for = settings.train_settings(out=settings.out, steps=1, seed=settings.seed, online=text)
+            check_proxy_vocabulary(asked_for)
+            online.append(method_and_step(asked_for))
     check_tuning(run)
     benchmarks = open_benchmarks(
         settings.tasks, folder=settings.task_folder, limit=settings.task_limit, shots=settings.task_shots
@@ -118,6 +122,8 @@ def compare_from_settings(
         rendered = replace(rendered, warnings=(*rendered.warnings, said_of_halves(halves)))
     if is_main():
         write_skipped(out / "skipped.jsonl", rendered.skipped)
+    for method, step_settings in online:
+        check_candidates(rendered.pool.examples, np.flatnonzero(rendered.pool.usable), method, step_settings)
     contenders = contenders_of(settings)
     chosen = _select_all(settings, contenders, progress, held)
     any_table = chosen["bm25", settings.budget].table

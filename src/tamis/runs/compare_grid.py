@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 from tamis.budget import describe_budget, parse_budget
@@ -12,7 +13,9 @@ from tamis.comparison.cells import Cell, Price, make_cell, updates_at_cost, upda
 from tamis.comparison.contenders import SUBSETS, Contender
 from tamis.comparison.records import Records, Run
 from tamis.corpus import Corpus
+from tamis.model.load import ModelSettings, model_fingerprint
 from tamis.model.processes import barrier, rank, world_size
+from tamis.notation import candidates_parts
 from tamis.protocols import Progress
 from tamis.runs.compare_selections import Chosen, PoolTable
 from tamis.runs.compare_training import TrainingBench, training_settings
@@ -114,8 +117,10 @@ class Grid:
     def _online(self, contender: Contender) -> dict[str, Any]:
         assert contender.text is not None
         scored = contender.text.candidates
+        kind, proxy = candidates_parts(scored)
         return {
             **({} if scored == "exact" else {"candidates": scored}),
+            **({"proxy": _content_of(proxy)} if kind == "proxy" else {}),
             "method": contender.text.method,
             "set": self.settings.own_settings(contender.name),
             "oversample": self.settings.oversample,
@@ -123,6 +128,11 @@ class Grid:
             "drop_leaks": self.settings.drop_leaks,
             "processes": world_size(),
         }
+
+
+@lru_cache
+def _content_of(model: str) -> str:
+    return model_fingerprint(ModelSettings(name=model))
 
 
 def common_spec(settings: CompareSettings, **content: Any) -> dict[str, Any]:

@@ -34,7 +34,6 @@ from tamis.online.resume import WholeCheckpoint, append_log, cut_log, read_log, 
 from tamis.online.rows import PaddingCollator, TokenRows
 from tamis.online.run_trainer import HeldOut, RunCallback, RunTrainer, is_stopped
 from tamis.online.settings import StepSettings
-from tamis.online.source_means import source_numbers
 from tamis.progress import NoProgress
 from tamis.protocols import Progress
 from tamis.runs.manifest import identity_settings, repeat_command
@@ -43,12 +42,12 @@ from tamis.runs.train_account import describe_cost, describe_training
 from tamis.runs.train_record import finish_record, recorder_of, require_record
 from tamis.runs.train_rows import RunRows, check_candidates, measuring_targets, num_updates, split_rows
 from tamis.runs.train_setup import (
-    asked_of,
     check_device,
     check_proxy_vocabulary,
     check_reports,
     check_tuning,
     compute_dtype,
+    method_and_step,
     open_model,
     training_arguments,
 )
@@ -66,6 +65,7 @@ _FREE_SETTINGS = (
     *("record", "record_every"),
 )
 _KNOWN_BY_CONTENT = ("model", "revision", "chat_template")
+_OF_SOURCES = ("source_rows", "source_temperature", "source_memory")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,7 @@ def train_from_settings(
     ``method`` stands in for the one they name, and ``held`` has the rows in memory that they name.
     """
     held, progress = held or {}, progress or NoProgress()
-    method, step_settings = asked_of(settings, method)
+    method, step_settings = method_and_step(settings, method)
     out = Path(settings.out)
     check_reports(settings)
     if is_main():  # what takes no time is tried before files are read and weights are hashed
@@ -143,9 +143,7 @@ def train_from_settings(
 
     rendered = render_corpora(sources, settings, store=out / "store", progress=progress)
     rows = split_rows(sources, rendered, settings)
-    check_candidates(rows.pool, method)
-    if step_settings.candidates_kind == "sources":  # refuses a single one before weights are loaded
-        source_numbers(rendered.pool.examples.sources_of(rows.pool))
+    check_candidates(rendered.pool.examples, rows.pool, method, step_settings)
     total = num_updates(
         settings, pool_rows=len(rows.pool), candidates=method.keep * method.oversample, choices=step_settings.reuse
     )
@@ -336,9 +334,10 @@ def _result(out: Path, *, was_finished: bool) -> TrainResult:
 
 def _settings_identity(settings: TrainRunSettings) -> dict[str, Any]:
     """``settings`` as far as they can change the weights, and what the files hold that they name."""
-    plain = identity_settings(settings, (*_FREE_SETTINGS, *_KNOWN_BY_CONTENT))
-    inputs: dict[str, Any] = {}
     kind, proxy = candidates_parts(settings.candidates)
+    without_effect = () if kind == "sources" else _OF_SOURCES  # so that runs from before there were any go on
+    plain = identity_settings(settings, (*_FREE_SETTINGS, *_KNOWN_BY_CONTENT, *without_effect))
+    inputs: dict[str, Any] = {}
     if kind == "proxy":
         inputs["proxy"] = model_fingerprint(ModelSettings(name=proxy))
     if settings.chat_template is not None:

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from tamis.corpora import Rendered, Sources, leaked_rows
+from tamis.data.examples import Examples
 from tamis.errors import InvalidSettings
 from tamis.notation import target_parts
 from tamis.online.methods.choice import Method
+from tamis.online.settings import StepSettings
+from tamis.online.source_means import source_numbers
 from tamis.seeds import child_seed, random_permutation
 from tamis.settings import TrainRunSettings
 from tamis.types import IntArray
@@ -95,12 +98,15 @@ def _held_out_count(rows: int, name: str, settings: TrainRunSettings) -> int:
     return count
 
 
-def check_candidates(pool: IntArray, method: Method) -> None:
-    """Refuse a pool that cannot fill one choice.
+def check_candidates(examples: Examples, pool: IntArray, method: Method, step_settings: StepSettings) -> None:
+    """Refuse a pool whose rows ``pool`` cannot fill one choice, or have one source where sources are chosen.
 
     Raises:
-        InvalidSettings: that is so.
+        InvalidInput: there is one source only.
+        InvalidSettings: the pool is too small.
     """
+    if step_settings.candidates_kind == "sources":
+        source_numbers(examples.sources_of(pool))
     wanted = method.keep * method.oversample
     if len(pool) < wanted:
         raise InvalidSettings(

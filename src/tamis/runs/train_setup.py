@@ -27,12 +27,12 @@ from tamis.training.lora import add_lora, train_adapter
 
 __all__ = [
     "LEARNING_RATES",
-    "asked_of",
     "check_device",
     "check_proxy_vocabulary",
     "check_reports",
     "check_tuning",
     "compute_dtype",
+    "method_and_step",
     "open_model",
     "training_arguments",
 ]
@@ -65,7 +65,7 @@ def check_device(settings: TrainRunSettings) -> None:
         )
 
 
-def asked_of(settings: TrainRunSettings, method: Method | None = None) -> tuple[Method, StepSettings]:
+def method_and_step(settings: TrainRunSettings, method: Method | None = None) -> tuple[Method, StepSettings]:
     """The method, or the one given in its stead, and how its steps measure.
 
     Raises:

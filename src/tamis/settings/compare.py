@@ -27,9 +27,8 @@ BASELINES = ("uniform", "bm25", "length", "full")  # always compared with, whate
 # Settings of a selection, not of a method, that --set may change for one method.
 _OF_THE_SELECTION = ("aggregate", "drop_flagged")
 # Settings of an online method's step, likewise.
-_OF_A_STEP = (
-    *("oversample", "source_memory", "source_rows", "source_temperature"),
-    *("target_ema", "target_every", "target_rows"),
+_OF_A_STEP = frozenset(
+    ("oversample", "source_memory", "source_rows", "source_temperature", "target_ema", "target_every", "target_rows")
 )
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 

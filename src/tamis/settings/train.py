@@ -40,7 +40,7 @@ class TrainRunSettings(LoadingSettings):
     steps: int | None = None  # updates; give these or epochs
     epochs: float | None = None  # passes over the pool's rows as candidates
     out: str = "tamis-train"
-    target_rows: int | None = None  # target rows looked at per choice; None: half as many as candidates
+    target_rows: int | None = None  # target rows per look; None: half as many as candidates are scored
     eval: tuple[str, ...] = ()  # rows that only measure; like target
     held_out: float | None = None  # share of every target's rows that only measure; None: 0.2, or 0 with eval
     eval_steps: int | None = None  # updates between measurements; None: only before and after
