@@ -90,6 +90,8 @@ def test_a_wrong_value_is_refused_by_name(setting: str, value: Any, message: str
     [
         ({"method": "anchord"}, "unknown method 'anchord', did you mean 'anchored'? (methods: filter-then-weight"),
         ({"set": {"keep": 4}}, "set.keep: keep belongs to every method; write --keep 4"),
+        ({"set": {"source_rows": 4}}, "source_rows belongs to every method; write --source-rows 4"),
+        ({"source_temperature": 1.0}, "source_temperature: candidates='exact' are not scored by source"),
         ({"set": {"two words": 1}}, "'two words' is not the name of a method setting"),
         ({"steps": None}, "steps, epochs: expected one of them, got neither; pass --steps or --epochs"),
         ({"epochs": 1}, "steps, epochs: expected one of them, got both"),

@@ -40,10 +40,10 @@ def runs_of(levels: dict[str, float], *, seeds: int = 3, noise: float = 0.01, ro
     return found
 
 
-def concluded(runs: dict[Any, list[Run]], **more: Any) -> Any:
-    by_name = {one.name: one for one in CONTENDERS}
+def concluded(runs: dict[Any, list[Run]], *, contenders: Any = CONTENDERS, **more: Any) -> Any:
+    by_name = {one.name: one for one in contenders}
     standings = standings_of(runs, by_name, {("tracin", "5%"): (3.0, 9.0)}, metric="loss")
-    differences = compare_pairs(runs, CONTENDERS, budget="5%", metric="loss")
+    differences = compare_pairs(runs, contenders, budget="5%", metric="loss")
     values: dict[str, Any] = {"budget": "5%", "metric": "loss", "seeds": 3, "held_out_rows": 12, **more}
     return standings, differences, conclude(standings, differences, values.pop("selections", ()), **values)
 
@@ -121,6 +121,14 @@ def test_what_to_run_next_follows_from_the_numbers() -> None:
     )
     _, _, open_ = concluded(runs_of({**LEVELS, "bm25": 0.8}))
     assert any(step.startswith("bm25 costs no model pass") for step in open_.next_steps)
+
+
+def test_what_to_run_next_fits_an_online_method() -> None:
+    contenders = [replace(one, kind="online") if one.name == "tracin" else one for one in CONTENDERS]
+    _, _, lost = concluded(runs_of({**LEVELS, "tracin": 1.15}), contenders=contenders)
+    assert any("online:METHOD@sources:K" in step and "bm25:5x" not in step for step in lost.next_steps)
+    _, _, won = concluded(runs_of({**LEVELS, "tracin": 0.8}), contenders=contenders)
+    assert won.next_steps == ("Train like that: tamis train, with the settings that online/tracin-0/run.yaml has.",)
 
 
 def test_the_spread_of_uniform_does_not_grow_with_its_draws() -> None:

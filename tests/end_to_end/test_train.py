@@ -407,10 +407,16 @@ def test_sources_speak_for_their_rows(run: TinyRun, tmp_path: Path) -> None:
     assert 0 < result.manifest["cost"]["tflops"]["candidates"] < result.manifest["cost"]["tflops"]["update"]
     page = write_report(result.out).read_text()
     assert "Candidates were drawn by their sources" in page and "the mean alignment of its source" in page
+    assert "mean alignment, first" in page and "Candidates that point towards the target" not in page
     rows = [json.loads(line) for line in run.pool.read_text().splitlines()]
     one = write_rows(tmp_path / "one.jsonl", [row | {"source": "all"} for row in rows])
     with pytest.raises(InvalidInput, match=r"all 40 rows of the pool are of one source \('all'\).*a file of its own"):
         train(run, tmp_path / "refused", pool=one, **by_source)
+    many = write_rows(tmp_path / "many.jsonl", [row | {"source": f"s{i}"} for i, row in enumerate(rows)])
+    split = train(run, tmp_path / "many", pool=many, **by_source)
+    assert any("40 sources and 8 candidates to a choice" in warning for warning in split.manifest["warnings"])
+    shares = split.summary()["share_by_source"]
+    assert len(shares) == 9 and list(shares)[-1].endswith(" others") and sum(shares.values()) == pytest.approx(1)
     with pytest.raises(InvalidSettings, match=r"source_rows: candidates='exact' are not scored by source"):
         train(run, tmp_path / "refused", source_rows=3)
 

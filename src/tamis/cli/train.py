@@ -93,7 +93,8 @@ def train(
         typer.Option(
             help="How candidates are scored. exact: by gradients, at each choice; reuse:K: by gradients, once for K "
             "choices; sources:K: a few of each source at one choice in K, for all of the source; jvp: by a forward "
-            "pass alone; proxy:MODEL: by a smaller model. docs/online.md has the costs.",
+            "pass alone; proxy:MODEL: by a smaller model. Not all go with the default method; docs/online.md has the "
+            "costs.",
             metavar="exact|reuse:K|sources:K|jvp|proxy:MODEL",
             rich_help_panel=HOW,
         ),

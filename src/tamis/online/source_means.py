@@ -19,7 +19,7 @@ from tamis.online.together import offset_of
 from tamis.seeds import child_seed, random_permutation
 from tamis.types import Batch, IntArray
 
-__all__ = ["SourceMeans", "SourceScores", "drawn_by", "source_numbers"]
+__all__ = ["SourceMeans", "SourceScores", "drawn_by", "said_of_many_sources", "source_numbers"]
 
 _PREFIX = "sources."
 
@@ -122,6 +122,16 @@ def source_numbers(names: Sequence[str | None]) -> IntArray:
             "train_dataset a column 'source')"
         )
     return numbers
+
+
+def said_of_many_sources(sources: int, candidates: int) -> str | None:
+    """A warning where so few candidates of a choice are of any one source that means hardly come about."""
+    if sources <= candidates // 2:
+        return None
+    return (
+        f"{sources} sources and {candidates} candidates to a choice: most sources are seldom scored, and their rows "
+        "drawn at random; join sources, or raise oversample"
+    )
 
 
 class SourceMeans:

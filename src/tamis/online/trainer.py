@@ -36,7 +36,7 @@ from tamis.online.proxy import check_proxy, load_proxy
 from tamis.online.recording import tell_recorders
 from tamis.online.saved import load_selection, save_selection
 from tamis.online.settings import StepSettings, check_combination
-from tamis.online.source_means import source_numbers
+from tamis.online.source_means import said_of_many_sources, source_numbers
 from tamis.online.step import OnlineStep
 from tamis.online.together import add_up, gather_rows
 from tamis.seeds import child_seed
@@ -121,13 +121,8 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         if self._source_numbers is not None:
             sources = int(self._source_numbers.max() + 1)
             scored = min(candidates, sources * self._step_settings.source_rows)
-            if sources > candidates // 2:
-                logger.warning(
-                    "%d sources and %d candidates to a choice: most sources are seldom scored, and their rows drawn at "
-                    "random; join sources, or raise oversample",
-                    sources,
-                    candidates,
-                )
+            if said := said_of_many_sources(sources, candidates):
+                logger.warning("%s", said)
         self._target_count = target_rows or max(1, min(len(self.target_dataset), scored // 2))
         if isinstance(selection, TargetOnly):
             logger.warning("target-only trains on the target rows themselves, which memorises small targets")
@@ -311,7 +306,7 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
             rows = self._sized_rows()
             has_them = isinstance(rows, datasets.Dataset) and "source" in rows.column_names
             found = rows["source"] if has_them else [None] * len(rows)
-            self._source_of_row = [None if source is None else str(source) for source in found]
+            self._source_of_row = [None if source in (None, "") else str(source) for source in found]
         return self._source_of_row
 
     def _candidates_folder(self) -> Path:

@@ -59,6 +59,14 @@ def mean_text(standing: Standing) -> str:
     return f"{number(standing.mean)}{spread}"
 
 
+# What makes a score cheaper, of a selection and of an online method.
+_CHEAPER = (
+    "Make its score cheaper (--methods bm25:5x+METHOD scores five times the budget only), let one pass serve several "
+    "targets",
+    "Make its score cheaper (--methods online:METHOD@sources:K scores a few rows of each source, fewer the larger K)",
+)
+
+
 def p_text(p: float | None) -> str:
     """A p-value as a person reads it."""
     if p is None:
@@ -128,15 +136,18 @@ def _next_steps(
     if key.gain < 0 < equal_updates.gain and key.opponent != "full":
         shown = "" if equal_updates.is_sure else ", if at all (chance could explain that too)"
         steps.append(
-            f"{best.name} is ahead only while updates are limited{shown}. Make its score cheaper "
-            "(--methods bm25:5x+METHOD scores five times the budget only), let one pass serve several targets, or "
-            "spend the cost on longer training."
+            f"{best.name} is ahead only while updates are limited{shown}. {_CHEAPER[best.kind == 'online']}, or spend "
+            "the cost on longer training."
         )
     lexical = against.get("bm25")
     if lexical is not None and not (lexical.is_sure and lexical.gain > 0):
         steps.append(f"bm25 costs no model pass and is not shown to be worse than {best.name}: it may be all you need.")
     if key.is_sure and key.gain > 0:
-        steps.append("Train on that selection: its selected.jsonl lies in the folder named below under Selections.")
+        steps.append(
+            f"Train like that: tamis train, with the settings that online/{best.keys[0]}/run.yaml has."
+            if best.kind == "online"
+            else "Train on that selection: its selected.jsonl lies in the folder named below under Selections."
+        )
     return steps
 
 

@@ -47,6 +47,7 @@ class SourceFate:
     chosen: int  # times
     never: int  # rows
     weight_share: float
+    alignments: tuple[float, float]  # of its first and last candidate that had one; NaN if none had
 
     @property
     def chosen_share(self) -> float:
@@ -199,6 +200,11 @@ def _by_source(
     source = np.zeros(len(rows), dtype=np.int64)
     source[at] = index
     total = float(weight.sum()) or 1.0
+    alignment, ends = _numbers(table["alignment"]), np.full((2, len(names)), np.nan)
+    known = np.flatnonzero(np.isfinite(alignment))
+    for end, order in zip(ends, (known, known[::-1]), strict=True):
+        present, first = np.unique(index[order], return_index=True)
+        end[present] = alignment[order[first]]
     found = [
         SourceFate(
             name=name,
@@ -207,8 +213,9 @@ def _by_source(
             chosen=int(chosen[own].sum()),
             never=int((chosen[own] == 0).sum()),
             weight_share=float(weight[own].sum()) / total,
+            alignments=(float(ends[0, i]), float(ends[1, i])),
         )
-        for name, own in ((name, source == i) for i, name in enumerate(names))
+        for i, name, own in ((i, name, source == i) for i, name in enumerate(names))
     ]
     return tuple(sorted(found, key=lambda each: -each.weight_share))
 

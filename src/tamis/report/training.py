@@ -204,15 +204,23 @@ def _choices(inputs: TrainingInputs) -> Section:
         ("effective", "Effective number of candidates", lambda value: number(value, 3), thinned(effective)),
         ("target-seen", "Distinct target rows looked at", count, Curve(name="seen", steps=steps, values=seen)),
     ]
+    if inputs.scores_sources:  # all of a source point one way, and all drawn weigh the same
+        measures = measures[2:]
     measures = [measure for measure in measures if measure[-1].values]
+    said = (
+        f"A choice looked at {counted(offered, 'candidate')}. Their effective number, exp of the weights' entropy, is "
+        "what the weights amount to in candidates of equal weight."
+    )
+    if inputs.scores_sources:
+        said = (
+            f"A choice drew from {counted(offered, 'candidate')}. Only those drawn were run, and now and then a few of "
+            "every source, to score it."
+        )
     return Section(
         key="choices",
         title="Choices over the run",
         short_title="Choices",
-        paragraphs=(
-            f"A choice looked at {counted(offered, 'candidate')}. Their effective number, exp of the weights' entropy, "
-            "is what the weights amount to in candidates of equal weight.",
-        ),
+        paragraphs=(said,),
         figures=tuple(choice_figure(*measure) for measure in measures),
         tables=(
             Table(
@@ -242,6 +250,7 @@ def _sources(inputs: TrainingInputs, fate: Fate) -> Section:
                     "of the offers",
                     "rows never chosen",
                     "of the updates' weight",
+                    *(("mean alignment, first", "last") if inputs.scores_sources else ()),
                 ),
                 rows=tuple(
                     (
@@ -252,6 +261,7 @@ def _sources(inputs: TrainingInputs, fate: Fate) -> Section:
                         percent(source.chosen_share),
                         count(source.never),
                         percent(source.weight_share),
+                        *((number(at, 3) for at in source.alignments) if inputs.scores_sources else ()),
                     )
                     for source in fate.by_source
                 ),
@@ -307,10 +317,7 @@ def _cost(cost: Mapping[str, Any]) -> Section:
     return Section(
         key="cost",
         title="Cost",
-        paragraphs=(
-            "Operations of the model's passes, measurements and forecasts left out. An update that is put together "
-            "from gradients that scoring left behind costs little.",
-        ),
+        paragraphs=("Operations of the model's passes, measurements and forecasts left out.",),
         figures=(cost_figure(shares),),
         tables=(
             Table(

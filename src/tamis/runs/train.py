@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PrinterCallback
 
 from tamis.config import write_config
@@ -34,6 +35,7 @@ from tamis.online.resume import WholeCheckpoint, append_log, cut_log, read_log, 
 from tamis.online.rows import PaddingCollator, TokenRows
 from tamis.online.run_trainer import HeldOut, RunCallback, RunTrainer, is_stopped
 from tamis.online.settings import StepSettings
+from tamis.online.source_means import said_of_many_sources
 from tamis.progress import NoProgress
 from tamis.protocols import Progress
 from tamis.runs.manifest import identity_settings, repeat_command
@@ -65,6 +67,7 @@ _FREE_SETTINGS = (
     *("record", "record_every"),
 )
 _KNOWN_BY_CONTENT = ("model", "revision", "chat_template")
+_SOURCES_NAMED = 8  # in a run's summary
 _OF_SOURCES = ("source_rows", "source_temperature", "source_memory")
 
 
@@ -88,7 +91,7 @@ class TrainResult:
             **{key: done[key] for key in ("steps", "stopped_early", "candidates", "distinct_rows", "fallback_share")},
             "held_out_loss": done["held_out_loss"],
             "predicted_vs_realised_drop": done["predicted_vs_realised_drop"],
-            "share_by_source": done["share_by_source"],
+            "share_by_source": _largest(done["share_by_source"]),
             "seconds": cost["seconds"],
             "tokens": cost["candidate_tokens"] + cost["target_tokens"],
             "tflops": {"total": cost["total_tflops"], **cost["tflops"]},
@@ -158,6 +161,9 @@ def train_from_settings(
         logger.warning("%s", sentence)
     if method.name == "target-only":  # the trainer says so when it starts
         warnings.append("target-only trains on the target rows themselves, which memorises small targets")
+    if step_settings.candidates_kind == "sources":  # likewise
+        sources_of_pool = len(np.unique(rendered.pool.examples.source_index[rows.pool]))
+        warnings += filter(None, [said_of_many_sources(sources_of_pool, method.keep * method.oversample)])
     if is_main():
         write_skipped(out / "skipped.jsonl", rendered.skipped)
     run = _Run(
@@ -330,6 +336,15 @@ def _result(out: Path, *, was_finished: bool) -> TrainResult:
         manifest=manifest,
         was_finished=was_finished,
     )
+
+
+def _largest(shares: Mapping[str, float]) -> dict[str, float]:
+    """The largest few of ``shares``, which are in order, and the sum of the others; the manifest has all."""
+    some = [(name, share) for name, share in shares.items() if share > 0]
+    found = dict(some[:_SOURCES_NAMED])
+    if rest := some[_SOURCES_NAMED:]:
+        found[f"{len(rest)} others"] = sum(share for _, share in rest)
+    return found
 
 
 def _settings_identity(settings: TrainRunSettings) -> dict[str, Any]:

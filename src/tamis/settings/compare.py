@@ -208,7 +208,11 @@ class CompareSettings(LoadingSettings):
             if not dot or not name.isidentifier():
                 raise InvalidSettings(f"set: {key!r}: a comparison has several methods, so write LABEL.NAME=VALUE")
             if label not in known:
-                raise InvalidSettings(f"set: no method is called {label!r}{nearest(label, known)}")
+                raise InvalidSettings(
+                    f"set: no method is called {label!r}{nearest(label, known)}; there are {', '.join(labels)}"
+                )
+            if name == "candidates":
+                raise InvalidSettings(f"set.{key}: it is part of the method's name; write online:METHOD@{value}")
             check_plain(f"set.{key}", value)
 
     def _check_measuring(self) -> None:

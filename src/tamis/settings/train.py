@@ -22,6 +22,13 @@ from tamis.values import nearest
 __all__ = ["TrainRunSettings"]
 
 
+# Settings that are no field of a method.
+_OF_EVERY_METHOD = (
+    *("keep", "oversample", "candidates", "reduction"),
+    *("source_rows", "source_temperature", "source_memory", "target_rows", "target_every", "target_ema"),
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainRunSettings(LoadingSettings):
     """Everything that determines a training run that chooses its data. ``tamis train`` and ``tamis.train`` share it.
@@ -81,9 +88,10 @@ class TrainRunSettings(LoadingSettings):
         check_targets(self.eval, required=False)
         check_online_method(self.method)
         check_method_settings(self.set)
-        for name in ("keep", "oversample"):
-            if name in self.set:
-                raise InvalidSettings(f"set.{name}: {name} belongs to every method; write --{name} {self.set[name]}")
+        for name in self.set:
+            if name in _OF_EVERY_METHOD:
+                flag = name.replace("_", "-")
+                raise InvalidSettings(f"set.{name}: {name} belongs to every method; write --{flag} {self.set[name]}")
         check_at_least(self, 0, "forecast_every", "seed")
         check_at_least(self, 1, "keep", "oversample", "steps", "target_rows", "eval_steps", "patience", "lora_rank")
         check_at_least(self, 1, "batch_rows", "accumulation", "save_steps", "log_steps", "record_every", "target_every")
@@ -111,7 +119,8 @@ class TrainRunSettings(LoadingSettings):
         for name in ("source_rows", "source_temperature", "source_memory"):
             if candidates_parts(self.candidates)[0] != "sources" and getattr(self, name) != getattr(type(self), name):
                 raise InvalidSettings(
-                    f"{name}: candidates={self.candidates!r} are not scored by source; pass --candidates sources:K too"
+                    f"{name}: candidates={self.candidates!r} are not scored by source; only --candidates sources:K (in "
+                    "a comparison online:METHOD@sources:K) reads it"
                 )
 
     def _check_length(self) -> None:
