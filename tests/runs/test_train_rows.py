@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 
-from tamis.errors import InvalidSettings
-from tamis.online import Tilt
+from tamis.errors import InvalidInput, InvalidSettings
+from tamis.online import StepSettings, Tilt, TracIn
 from tamis.runs.train_rows import check_candidates, measuring_targets, num_updates
 from tamis.settings import TrainRunSettings
 
@@ -32,9 +31,16 @@ def test_epochs_count_every_row_once_as_a_candidate(changes: dict[str, Any], upd
 
 
 def test_a_pool_must_fill_one_choice() -> None:
-    check_candidates(np.arange(32), Tilt(keep=8, oversample=4))
+    check_candidates(["a"] * 32, Tilt(keep=8, oversample=4), StepSettings())
     with pytest.raises(InvalidSettings, match="the pool has 31 usable rows, fewer than the 8 x 4 candidates"):
-        check_candidates(np.arange(31), Tilt(keep=8, oversample=4))
+        check_candidates(["a"] * 31, Tilt(keep=8, oversample=4), StepSettings())
+
+
+def test_a_pool_must_have_two_sources_where_sources_are_chosen() -> None:
+    settings = StepSettings(candidates="sources:4")
+    check_candidates([*["a"] * 31, "b"], TracIn(keep=8, oversample=4), settings)
+    with pytest.raises(InvalidInput, match=r"all 32 rows of the pool are of one source \('a'\)"):
+        check_candidates(["a"] * 32, TracIn(keep=8, oversample=4), settings)
 
 
 def test_rows_that_measure_are_targets_with_names_of_their_own() -> None:

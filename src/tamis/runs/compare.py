@@ -122,8 +122,9 @@ def compare_from_settings(
         rendered = replace(rendered, warnings=(*rendered.warnings, said_of_halves(halves)))
     if is_main():
         write_skipped(out / "skipped.jsonl", rendered.skipped)
+    usable = np.flatnonzero(rendered.pool.usable)
     for method, step_settings in online:
-        check_candidates(rendered.pool.examples, np.flatnonzero(rendered.pool.usable), method, step_settings)
+        check_candidates(rendered.pool.examples.sources_of(usable), method, step_settings)
     contenders = contenders_of(settings)
     chosen = _select_all(settings, contenders, progress, held)
     any_table = chosen["bm25", settings.budget].table

@@ -146,7 +146,7 @@ def train_from_settings(
 
     rendered = render_corpora(sources, settings, store=out / "store", progress=progress)
     rows = split_rows(sources, rendered, settings)
-    check_candidates(rendered.pool.examples, rows.pool, method, step_settings)
+    check_candidates(rendered.pool.examples.sources_of(rows.pool), method, step_settings)
     total = num_updates(
         settings, pool_rows=len(rows.pool), candidates=method.keep * method.oversample, choices=step_settings.reuse
     )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from tamis.corpora import Rendered, Sources, leaked_rows
-from tamis.data.examples import Examples
 from tamis.errors import InvalidSettings
 from tamis.notation import target_parts
 from tamis.online.methods.choice import Method
@@ -98,20 +98,25 @@ def _held_out_count(rows: int, name: str, settings: TrainRunSettings) -> int:
     return count
 
 
-def check_candidates(examples: Examples, pool: IntArray, method: Method, step_settings: StepSettings) -> None:
-    """Refuse a pool whose rows ``pool`` cannot fill one choice, or have one source where sources are chosen.
+def check_candidates(sources: Sequence[str], method: Method, step_settings: StepSettings) -> None:
+    """Refuse a pool that cannot fill one choice, or is of one source where sources are chosen.
+
+    Args:
+        sources: of every row that can be a candidate.
+        method: of the run.
+        step_settings: of the run.
 
     Raises:
         InvalidInput: there is one source only.
         InvalidSettings: the pool is too small.
     """
     if step_settings.candidates_kind == "sources":
-        source_numbers(examples.sources_of(pool))
+        source_numbers(sources)
     wanted = method.keep * method.oversample
-    if len(pool) < wanted:
+    if len(sources) < wanted:
         raise InvalidSettings(
-            f"the pool has {len(pool)} usable rows, fewer than the {method.keep} x {method.oversample} candidates of "
-            "one choice; choose a smaller keep or oversample, or give more rows"
+            f"the pool has {len(sources)} usable rows, fewer than the {method.keep} x {method.oversample} candidates "
+            "of one choice; choose a smaller keep or oversample, or give more rows"
         )
 
 
