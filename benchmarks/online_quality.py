@@ -128,7 +128,7 @@ class Data:
     def __init__(self, arguments: argparse.Namespace) -> None:
         renderer = Renderer(load_tokenizer(arguments.settings), max_length=arguments.max_length)
         self._render = lambda examples: [
-            row for row in (_tokens(renderer, e, arguments.window) for e in examples) if row is not None
+            row for row in (tokens_of(renderer, e, arguments.window) for e in examples) if row is not None
         ]
         pool = list(read_examples([str(arguments.pool)], kind="pool"))
         self._rows = arguments.rows
@@ -198,7 +198,7 @@ def spoilt(pool: Sequence[Example], kind: str) -> list[Example]:
     return list(pool)
 
 
-def _tokens(renderer: Renderer, example: Example, window: Sequence[int] | None) -> Row | None:
+def tokens_of(renderer: Renderer, example: Example, window: Sequence[int] | None) -> Row | None:
     try:
         row = renderer.render(example)
     except BadRow:

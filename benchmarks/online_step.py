@@ -2,14 +2,16 @@
 
     python benchmarks/online_step.py                                  # every method, 8M and 35M, LoRA and full
     python benchmarks/online_step.py --models 8m --weights lora --methods full tilt --repeats 3
-    python benchmarks/online_step.py --methods tracin tracin@reuse:4 tracin@jvp tracin@proxy
+    python benchmarks/online_step.py --methods tracin tracin@reuse:4 tracin@jvp tracin@proxy tracin:target_rank=8
 
 Plain training runs the candidates in micro-batches and adds their gradients up. Variants take turns within a repeat,
 in changing order; ratios are to the plain step of the same repeat (median, smallest, largest), by processor time on a
 CPU, where other work disturbs it least, and by the clock elsewhere. A step looks at target rows, too, which a plain one
-does not: once as many as half of the candidates (the default), and once only two of them. ``NAME@CANDIDATES`` scores
-candidates in a cheaper way, ``@reuse:K`` timed over K steps, ``@proxy`` by a model of two blocks. Peak memory is
-measured in a process of its own per variant. All goes to a CSV file.
+does not: once as many as half of the candidates (the default), and once only two of them. A method may have changes to
+its settings or to those of a step, as in ``online_quality.py``; ``NAME@CANDIDATES`` scores candidates in a cheaper way,
+``@reuse:K`` timed over K steps, ``@proxy`` by a model of two blocks. Peak memory is measured in a process of its own
+per variant. All goes to a CSV file, line by line; lines that it has for the same model, weights, target rows, variant
+and device are kept and not measured again.
 """
 
 from __future__ import annotations
@@ -33,29 +35,16 @@ import transformers
 from torch import nn
 
 from engine import HEADS, SHAPES, build_model
+from online_quality import online
 from tamis.online import METHODS
-from tamis.online.methods.choice import Method
-from tamis.online.settings import StepSettings, check_combination
 from tamis.online.step import OnlineStep
 from tamis.types import Batch
 
 RESULTS = Path(__file__).parent / "results" / "online-step.csv"
 KEEP, OVERSAMPLE, TOKENS, ROWS = 8, 4, 128, 8
 CANDIDATES = KEEP * OVERSAMPLE
+KEY = ("model", "weights", "target_rows", "device", "variant")
 LIMITS = {"filter-then-weight": 0.90, "anchored": 0.90, "tracin": 0.80, "top-k": 0.80, "tilt": 0.80}
-
-
-def make_method(text: str) -> Method:
-    """By its name, or ``top-k``: the filter without its greedy part and without weights."""
-    name = text.partition("@")[0]
-    if name == "top-k":
-        return METHODS["filter-then-weight"](keep=KEEP, oversample=OVERSAMPLE, filter="top", weights="none")
-    return METHODS[name](keep=KEEP, oversample=OVERSAMPLE)
-
-
-def step_settings(variant: str) -> StepSettings:
-    """How candidates are scored: what stands behind ``@``."""
-    return StepSettings(candidates=variant.partition("@")[2] or "exact")
 
 
 def build_proxy(name: str, device: torch.device) -> nn.Module:
@@ -102,18 +91,27 @@ def build(variant: str, model_name: str, weights: str, target_rows: int, device:
     plain_step(model, optimizer, candidates[:1])
     if variant == "plain":
         return lambda: plain_step(model, optimizer, candidates)
-    settings = step_settings(variant)
-    proxy = build_proxy(model_name, device) if settings.candidates_kind == "proxy" else None
-    step = OnlineStep(model, make_method(variant), settings, proxy=proxy)
+    asked = online(variant, KEEP, OVERSAMPLE)
+    proxy = build_proxy(model_name, device) if asked.settings.candidates_kind == "proxy" else None
+    step = OnlineStep(model, asked.selection, asked.settings, proxy=proxy)
 
-    def online() -> None:
+    def update() -> None:
         look = step.looks(candidates, cold=False)
         proposal = step.propose(candidates, target if look else [], optimizer, fresh_target=look)
         for name, param in step.params.items():
             param.grad = proposal.gradient[name] / proposal.divisor
         optimizer.step()
 
-    return online
+    return update
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name() if device.type == "cuda" else device.type
+
+
+def together(variant: str) -> int:
+    """Steps that are timed as one: those of a window."""
+    return 1 if variant == "plain" else online(variant, KEEP, OVERSAMPLE).settings.reuse
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:
@@ -158,11 +156,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    known = [*METHODS, "top-k"]
     for variant in arguments.methods:
-        if variant.partition("@")[0] not in known:
-            parser.error(f"--methods {variant}: expected one of {', '.join(known)}")
-        check_combination(make_method(variant), step_settings(variant))
+        online(variant, KEEP, OVERSAMPLE)  # refuses what does not go together
     device = torch.device(arguments.device)
     if arguments.memory_of:
         (model, weights, rows) = (arguments.models[0], arguments.weights[0], arguments.target_rows[0])
@@ -171,13 +166,23 @@ def main() -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     fields = ["model", "weights", "target_rows", "variant", "ratio_median", "ratio_min", "ratio_max", "limit"]
     fields += ["seconds_median", "peak_mb", "peak_ratio", "repeats", "device", "threads", "torch", "transformers"]
-    with arguments.out.open("w", newline="") as file:
+    done: set[tuple[str, ...]] = set()
+    if arguments.out.is_file():
+        with arguments.out.open(newline="") as file:
+            done = {tuple(line[name] for name in KEY) for line in csv.DictReader(file)}
+    is_new = not arguments.out.is_file()
+    with arguments.out.open("a", newline="") as file:
         writer = csv.DictWriter(file, fields)
-        writer.writeheader()
+        if is_new:
+            writer.writeheader()
         for model in arguments.models:
             for weights in arguments.weights:
                 for target_rows in arguments.target_rows:
-                    for line in measure(model, weights, target_rows, arguments, device):
+                    case = (model, weights, str(target_rows), device_name(device))
+                    left = [variant for variant in arguments.methods if (*case, variant) not in done]
+                    for line in measure(left, model, weights, target_rows, arguments, device) if left else ():
+                        if (*case, str(line["variant"])) in done:  # the plain step is measured with every lot
+                            continue
                         writer.writerow(line)
                         file.flush()
                         shown = {name: line[name] for name in fields[:10]}
@@ -185,18 +190,18 @@ def main() -> None:
 
 
 def measure(
-    model: str, weights: str, target_rows: int, arguments: argparse.Namespace, device: torch.device
+    methods: list[str], model: str, weights: str, target_rows: int, arguments: argparse.Namespace, device: torch.device
 ) -> list[dict[str, object]]:
-    """One line per variant."""
-    variants = ["plain", *arguments.methods]
+    """One line per variant, the plain step first."""
+    variants = ["plain", *methods]
     runs = {variant: build(variant, model, weights, target_rows, device) for variant in variants}
     for variant, run in runs.items():
-        for _ in range(step_settings(variant).reuse):  # a whole window, so that timing begins with one
+        for _ in range(together(variant)):  # a whole window, so that timing begins with one
             run()
     seconds: dict[str, list[float]] = {variant: [] for variant in variants}
     for repeat in range(arguments.repeats):
         for variant in variants if repeat % 2 == 0 else variants[::-1]:
-            times = step_settings(variant).reuse
+            times = together(variant)
             seconds[variant].append(sum(timed(runs[variant], device) for _ in range(times)) / times)
     del runs
     lines, plain_peak = [], 0.0
@@ -213,12 +218,12 @@ def measure(
                 "ratio_median": round(statistics.median(ratios), 3),
                 "ratio_min": round(min(ratios), 3),
                 "ratio_max": round(max(ratios), 3),
-                "limit": LIMITS.get(variant, ""),
+                "limit": LIMITS.get(variant.partition(":")[0].partition("@")[0], ""),
                 "seconds_median": round(statistics.median(seconds[variant]), 3),
                 "peak_mb": round(peak),
                 "peak_ratio": round(peak / plain_peak, 3) if plain_peak else "",
                 "repeats": arguments.repeats,
-                "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+                "device": device_name(device),
                 "threads": torch.get_num_threads(),
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,

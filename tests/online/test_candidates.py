@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,12 +14,15 @@ from torch import Tensor, nn
 from online_steps import CANDIDATES, TARGET, autograd_rows, calls_of, mean_gradient_of, optimizer_of, row_loss, split
 from tamis.errors import InvalidInput, InvalidSettings
 from tamis.gradients.jvp import loss_tangents
+from tamis.gradients.parameters import param_matrices
+from tamis.maths.low_rank import cut_to_rank, cutting_pays
 from tamis.model.lowrank import Space, put_low_rank_layers
 from tamis.model.proxy_folder import ProxyLayout, layout_of, write_layout
 from tamis.model.targets import gradient_layers
 from tamis.model.trainable import trainable_layers
-from tamis.online import METHODS, Anchored, FilterThenWeight, Full, Greats, Tilt, TracIn, Uniform
+from tamis.online import METHODS, Anchored, FilterThenWeight, Full, Greats, Less, Tilt, TracIn, Uniform
 from tamis.online.adam_state import read_adam
+from tamis.online.measure import _jacobian
 from tamis.online.methods.choice import Evidence
 from tamis.online.proxy import check_proxy, load_proxy
 from tamis.online.settings import StepSettings
@@ -66,6 +70,54 @@ def test_slopes_of_losses_are_products_with_materialised_gradients(
     plain = [row_loss(model, CANDIDATES, row) for row in range(6)]
     torch.testing.assert_close(losses, torch.stack(plain).detach(), rtol=tolerance, atol=0)
     assert all(param.grad is None for param in model.parameters())
+
+
+@pytest.mark.parametrize("reduction", ["rows", "tokens"])
+@pytest.mark.parametrize("form", ["adam", "raw", "jacobian"])
+@pytest.mark.parametrize(("family", "tied"), [("gpt2", True), ("llama", False)])
+def test_a_direction_of_low_rank_is_the_direction_with_its_matrices_cut(
+    family: str, tied: bool, form: Any, reduction: Any
+) -> None:
+    """The oracle: materialised gradients times the cut matrices, and whole ones where cutting saves nothing."""
+    model = tiny_model(family, tied=tied)
+    optimizer = optimizer_of(model)
+    method = FilterThenWeight(keep=2, oversample=3, alignment=form, filter="top", weights="none")
+    settings = StepSettings(reduction=reduction, target_rank=2)
+    found = OnlineStep(model, method, settings).propose(split(CANDIDATES, 4), [TARGET], optimizer)
+    whole = OnlineStep(model, method, replace(settings, target_rank=None)).propose([CANDIDATES], [TARGET], optimizer)
+    matrices = param_matrices(model, trainable_layers(model))
+    moments = read_adam(optimizer, {name: param for matrix in matrices for name, param in matrix.params})
+    names = [name for name, _ in model.named_parameters()]
+    grads, goal = autograd_rows(model, CANDIDATES, names), target_mean(model, names)
+    if form == "adam":
+        goal = {name: moments[name].diagonal() * grad for name, grad in goal.items()}
+    elif form == "jacobian":
+        mean = {name: grad.mean(dim=0) for name, grad in grads.items()}
+        goal = {name: _jacobian(moments[name], mean[name]) * grad for name, grad in goal.items()}
+    cuts = 0
+    for matrix in matrices:
+        if matrix.is_multiplied and cutting_pays(matrix.shape, 2):
+            cuts += 1
+            goal |= matrix.split(cut_to_rank(matrix.joined(goal), 2, seed=0).whole())
+    assert 0 < cuts < len(matrices)  # norms, and biases, stay whole
+    tokens = CANDIDATES.supervised[:, 1:].sum(dim=1).double()
+    expected = dot(grads, goal) * (tokens / tokens.mean() if reduction == "tokens" else 1)
+    np.testing.assert_allclose(found.alignments, expected, rtol=2e-5, atol=2e-5 * float(expected.abs().max()))
+    assert not np.allclose(found.alignments, whole.alignments, rtol=1e-3)
+
+
+def test_a_narrow_direction_saves_the_products_and_nothing_else_changes() -> None:
+    """One pass over everybody, as without; adapters have nothing to cut."""
+    model = tiny_model("llama", lora=True)
+    optimizer = optimizer_of(model)
+    cut, whole = (OnlineStep(model, TracIn(keep=2, oversample=3), StepSettings(target_rank=rank)) for rank in (4, None))
+    with calls_of(model) as calls:
+        found = cut.propose([CANDIDATES], [TARGET], optimizer)
+    assert calls == [3, 6]
+    expected = whole.propose([CANDIDATES], [TARGET], optimizer)
+    np.testing.assert_allclose(found.alignments, expected.alignments, rtol=1e-6)
+    for name, grad in expected.gradient.items():
+        torch.testing.assert_close(found.gradient[name], grad, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("reduction", ["rows", "tokens"])
@@ -170,6 +222,11 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (FilterThenWeight.paper(), {"candidates": "reuse:2"}, "a published form"),
     (TracIn(oversample=4), {"candidates": "reuse:5"}, r"keeps 8 of 32 candidates, too few for that many choices"),
     (Uniform(), {"candidates": "jvp"}, r"'uniform' scores no candidate"),
+    (Full(), {"target_rank": 2}, "target_rank=2: method 'full' does not compare candidates"),
+    (Less(), {"target_rank": 2}, "alignment='cosine', which is no product with one direction"),
+    (FilterThenWeight.paper(), {"target_rank": 2}, "alignment='projected', which is no"),
+    (FilterThenWeight.paper(token_level=True), {"target_rank": 2}, "position by position"),
+    (TracIn(), {"target_rank": 2, "candidates": "jvp"}, "one derivative along the whole direction"),
     (Full(), {"target_every": 2}, r"target_every=2, target_ema=0: method 'full' scores no candidate"),
     (FilterThenWeight.paper(token_level=True), {"target_ema": 0.5}, "a token-level score compares"),
 ]
@@ -189,7 +246,7 @@ def test_unreadable_settings_and_missing_or_foreign_proxies_are_refused() -> Non
         StepSettings(candidates="reuse:2", target_every=2)
     with pytest.raises(InvalidSettings, match=r"target_ema=0.5 with candidates='proxy:x': a proxy looks at the target"):
         StepSettings(candidates="proxy:x", target_ema=0.5)
-    for values in ({"target_every": 0}, {"target_ema": 1.0}):
+    for values in ({"target_every": 0}, {"target_ema": 1.0}, {"target_rank": 0}, {"target_rank": 1.5}):
         with pytest.raises(InvalidSettings, match=next(iter(values))):
             StepSettings(**values)
     model = tiny_model("gpt2")

@@ -37,6 +37,33 @@ def test_operations_are_those_counted_by_hand() -> None:
     assert token_sums([]) == (0.0, 0.0, 0.0)
 
 
+def test_alignments_with_a_narrow_direction_cost_what_is_left_of_the_products() -> None:
+    model = tiny_model("llama").requires_grad_(False)
+    model.model.layers[0].mlp.up_proj.requires_grad_(True)  # 24 x 16
+    model.model.layers[0].self_attn.k_proj.requires_grad_(True)  # 8 x 16, too small for rank 3
+    model.lm_head.requires_grad_(True)
+    counter = Counter(model, param_matrices(model, trainable_layers(model)), target_rank=3)
+    tokens, supervised, _ = sums = token_sums([CANDIDATES])
+    without = counter.flops("gradient", sums) - counter.flops("assembly", sums)
+    narrow = 2 * tokens * (3 * (24 + 16) + 8 * 16) + 2 * supervised * 3 * (64 + 16)
+    assert counter.flops("alignment", sums) == without + narrow
+    counter.add("candidates", "alignment", [CANDIDATES])
+    assert counter.total()[0, 1] == without + narrow + 8 * 3 * (24 * 16 + 64 * 16)  # cut once
+
+
+@pytest.mark.parametrize(("interactions", "saves"), [("exact", False), ("sketch", True)])
+def test_a_gradient_that_pairs_are_made_of_is_counted_whole(interactions: Any, saves: bool) -> None:
+    model = tiny_model("llama")
+    method = FilterThenWeight(keep=2, oversample=3)
+    for rank in (None, 1):
+        step = OnlineStep(model, method, StepSettings(interactions=interactions, target_rank=rank))
+        step.propose([CANDIDATES], [TARGET], optimizer_of(model))
+        found = float(step.work()[PARTS.index("candidates"), 1])
+        if rank is None:
+            whole = found
+    assert (found < whole) == saves
+
+
 def spent(method: Any, settings: StepSettings, proxy: Any = None, choices: int = 1) -> dict[str, float]:
     model = tiny_model("llama", lora=True)
     optimizer = optimizer_of(model)

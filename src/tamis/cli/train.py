@@ -116,6 +116,14 @@ def train(
             rich_help_panel=HOW,
         ),
     ] = TrainRunSettings.source_memory,
+    target_rank: Annotated[
+        int | None,
+        typer.Option(
+            help="Rank to cut every matrix of the target's direction to, for cheaper scores; whole when left out.",
+            rich_help_panel=HOW,
+            show_default=False,
+        ),
+    ] = TrainRunSettings.target_rank,
     target_every: Annotated[
         int, typer.Option(help="Number of choices that use the same target gradient.", rich_help_panel=HOW)
     ] = TrainRunSettings.target_every,

@@ -17,9 +17,11 @@ from tamis.gradients.layers import (
     assembly_dtype,
     inner_products,
     per_sample_gradient,
+    project_side,
     weighted_gradient,
     with_bias_column,
 )
+from tamis.maths.low_rank import LowRank
 
 __all__ = ["Factored", "Held", "Lookups", "Materialised", "materialising_is_smaller"]
 
@@ -32,7 +34,7 @@ class Held(Protocol):
         """Memory held, shared tensors counted every time."""
         ...
 
-    def dots(self, direction: Float[Tensor, "O I"]) -> Float[Tensor, " B"]:
+    def dots(self, direction: Float[Tensor, "O I"] | LowRank) -> Float[Tensor, " B"]:
         """``<G_b, M>``."""
         ...
 
@@ -60,8 +62,9 @@ class Materialised:
         """Of the matrices."""
         return self._grads.nbytes
 
-    def dots(self, direction: Float[Tensor, "O I"]) -> Float[Tensor, " B"]:
+    def dots(self, direction: Float[Tensor, "O I"] | LowRank) -> Float[Tensor, " B"]:
         """One matrix-vector product."""
+        direction = direction.whole() if isinstance(direction, LowRank) else direction
         flat = direction.to(self._grads).reshape(1, -1)
         return inner_products(self._grads.flatten(1), flat)[:, 0]
 
@@ -97,8 +100,13 @@ class Factored:
         """Of both factors."""
         return self.act.nbytes + self.grad_out.nbytes
 
-    def dots(self, direction: Float[Tensor, "O I"]) -> Float[Tensor, " B"]:
-        """In the order that needs fewer operations."""
+    def dots(self, direction: Float[Tensor, "O I"] | LowRank) -> Float[Tensor, " B"]:
+        """In the order that needs fewer operations; with a direction of low rank, ``<g L, a R>``."""
+        if isinstance(direction, LowRank):
+            dtype = assembly_dtype(self.act.dtype)
+            low = direction.to(self.act.device, dtype)
+            ins = project_side(self.act.to(dtype), low.right, has_bias=self.has_bias)  # (B, T, K)
+            return ((self.grad_out.to(dtype) @ low.left) * ins).sum(dim=(1, 2))
         found, _ = alignments(
             self.act, self.grad_out, direction.to(self.act.device)[None], has_bias=self.has_bias, norms=False
         )
@@ -111,7 +119,9 @@ class Factored:
         act, grad_out = self.act, self.grad_out
         if len(used) < len(coefficients):
             act, grad_out = act[used], grad_out[used]
-        return weighted_gradient(act, grad_out, coefficients[used].to(grad_out.device), has_bias=self.has_bias)
+        weights = coefficients[used]
+        # A head's gradient at every position is the largest tensor of a pass: not multiplied where nothing changes.
+        return weighted_gradient(act, grad_out, None if bool((weights == 1).all()) else weights, has_bias=self.has_bias)
 
     def rows(self, first: int, stop: int) -> Float[Tensor, "B R I"]:
         """The gradients of a few outputs."""
@@ -138,10 +148,10 @@ class Lookups:
         """Of ids and gradients."""
         return self._ids.nbytes + self._grads.nbytes
 
-    def dots(self, direction: Float[Tensor, "O I"]) -> Float[Tensor, " B"]:
+    def dots(self, direction: Float[Tensor, "O I"] | LowRank) -> Float[Tensor, " B"]:
         """The direction's rows that were looked up, times their gradients."""
-        dtype = assembly_dtype(self._grads.dtype)
-        looked_up = direction.to(self._grads.device, dtype)[self._ids]  # (B, T, I)
+        table = direction.to(self._grads.device, assembly_dtype(self._grads.dtype))
+        looked_up = table.rows(self._ids) if isinstance(table, LowRank) else table[self._ids]  # (B, T, I)
         return (looked_up * self._grads).sum(dim=(1, 2))
 
     def weighted(self, coefficients: Float[Tensor, " B"]) -> Float[Tensor, "O I"]:

@@ -44,13 +44,16 @@ def per_sample_gradient(
 def weighted_gradient(
     act: Float[Tensor, "B T I"],
     grad_out: Float[Tensor, "B T O"],
-    example_weights: Float[Tensor, " B"],
+    example_weights: Float[Tensor, " B"] | None,
     *,
     has_bias: bool,
 ) -> Float[Tensor, "O I2"]:
-    """``sum_b w_b grad_out_b^T act_b``: one ordinary weight-gradient matmul over the whole batch."""
+    """``sum_b w_b grad_out_b^T act_b``: one weight-gradient matmul over the whole batch; None for weights 1."""
     dtype = assembly_dtype(grad_out.dtype)
-    weighted = (grad_out * example_weights.to(dtype)[:, None, None]).flatten(0, 1)  # (B*T, O), promoted to dtype
+    weighted = grad_out.to(dtype)
+    if example_weights is not None:
+        weighted = weighted * example_weights.to(weighted)[:, None, None]
+    weighted = weighted.flatten(0, 1)  # (B*T, O)
     grad = weighted.T @ act.flatten(0, 1).to(dtype)
     if has_bias:
         grad = torch.cat([grad, weighted.sum(dim=0)[:, None]], dim=1)

@@ -34,6 +34,11 @@ class ParamMatrix:
         """``(O, I)``, a bias column included."""
         return self.layers[0].shape
 
+    @property
+    def is_multiplied(self) -> bool:
+        """Whether a layer multiplies by it; a table that is looked up and a norm's weights are not."""
+        return any(layer.kind in ("linear", "conv1d", "head") for layer in self.layers)
+
     def joined(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """``(O, I)`` from one tensor per parameter, each in its parameter's shape."""
         parts = [tensors[name] for name, _ in self.params]

@@ -12,6 +12,7 @@ from tamis.gradients.held import Factored, Held, Lookups, Materialised, material
 from tamis.gradients.layers import assembly_dtype, per_sample_gradient
 from tamis.gradients.parameters import ParamMatrix
 from tamis.gradients.per_sample import run_batch
+from tamis.maths.low_rank import LowRank
 from tamis.types import Batch, LayerSpec
 
 __all__ = ["RowGradients", "hold_gradients", "summed_gradient", "zero_gradient"]
@@ -41,7 +42,7 @@ class RowGradients:
         """Memory held, at most: layers with the same input share it."""
         return sum(held.nbytes for one_pass in self._passes for held in one_pass.values())
 
-    def dots(self, direction_of: Callable[[ParamMatrix], Tensor]) -> Float[Tensor, " n"]:
+    def dots(self, direction_of: Callable[[ParamMatrix], Tensor | LowRank]) -> Float[Tensor, " n"]:
         """``<grad l_i, M>`` with ``M`` given matrix by matrix, so that no more than one need exist at a time."""
         total: Tensor | None = None
         for matrix in self.matrices:
@@ -185,7 +186,7 @@ class _Summing(_Holding):
 
     def consume(self, layer: LayerSpec, kept: tuple[Tensor, ...], grad_out: Tensor) -> None:
         """One layer."""
-        grad = self._form(layer, kept[0], grad_out).weighted(self._coefficients.to(grad_out.device))
+        grad = self._form(layer, kept[0], grad_out).weighted(self._coefficients)
         name = self._matrix_of[layer.name].name
         self._total[name] = self._total[name].add_(grad) if name in self._total else grad
 

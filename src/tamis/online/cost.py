@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tamis.gradients.parameters import ParamMatrix
+from tamis.maths.low_rank import cutting_pays
 from tamis.model.flops import ModelShape, forward_flops, stage_flops
 from tamis.online.together import add_up
 from tamis.types import Batch
@@ -22,9 +23,10 @@ __all__ = ["PARTS", "Counter", "Part", "Work", "as_plain", "token_sums"]
 
 Part = Literal["candidates", "target", "update"]
 PARTS: tuple[Part, ...] = ("candidates", "target", "update")
-# gradient: forward, backward to the activations, and a product per trained matrix; jvp: a forward pass beside its
-# tangents; assembly: that product per trained matrix alone, of gradients whose factors were kept.
-Work = Literal["gradient", "jvp", "assembly"]
+# gradient: forward, backward to the activations, and a product per trained matrix; alignment: those passes, and
+# products with a target direction of low rank, once cut; jvp: a forward pass beside its tangents; assembly: a product
+# per trained matrix alone, of gradients whose factors were kept.
+Work = Literal["gradient", "alignment", "jvp", "assembly"]
 
 
 class Counter:
@@ -33,13 +35,25 @@ class Counter:
     Args:
         model: whose passes they are.
         matrices: what of it is trained, or differentiated.
+        target_rank: of the directions that rows are compared with, for the work ``alignment``.
     """
 
-    def __init__(self, model: nn.Module, matrices: Sequence[ParamMatrix]) -> None:
+    def __init__(self, model: nn.Module, matrices: Sequence[ParamMatrix], *, target_rank: int | None = None) -> None:
         self._shape = ModelShape.from_model(model)
-        kinds = [(layer.kind, layer.out_features * layer.in_features) for m in matrices for layer in m.layers]
-        self._body = sum(size for kind, size in kinds if kind in ("linear", "conv1d"))
-        self._head = sum(size for kind, size in kinds if kind == "head")
+        # Multiplications per token in the body's matrices and, at supervised positions, in the head: with a whole
+        # matrix, with a narrow direction; and operations of cutting it, which takes four products with the matrix.
+        self._body = self._head = self._narrow_body = self._narrow_head = self._cut = 0.0
+        for matrix in matrices:
+            outs, ins = matrix.shape
+            cut = target_rank is not None and matrix.is_multiplied and cutting_pays(matrix.shape, target_rank)
+            self._cut += 8.0 * target_rank * outs * ins if cut and target_rank is not None else 0.0
+            for layer in matrix.layers:
+                size = layer.out_features * layer.in_features
+                narrow = target_rank * (outs + ins) if cut and target_rank is not None else size
+                if layer.kind in ("linear", "conv1d"):
+                    self._body, self._narrow_body = self._body + size, self._narrow_body + narrow
+                elif layer.kind == "head":
+                    self._head, self._narrow_head = self._head + size, self._narrow_head + narrow
         self._own = torch.zeros(len(PARTS), 2, dtype=torch.float64)  # tokens and operations of each part
         self._before = torch.zeros_like(self._own)  # of all processes, by earlier runs that led here
 
@@ -51,6 +65,9 @@ class Counter:
             return products
         if work == "gradient":
             return stage_flops(self._shape, "gradient", *sums) + products
+        if work == "alignment":
+            narrow = 2.0 * (self._narrow_body * tokens + self._narrow_head * supervised)
+            return stage_flops(self._shape, "gradient", *sums) + narrow
         # The tangent of a product has two terms: one with the tangent of what comes in, as dear as the product itself,
         # and one with the tangent of the weight. Attention multiplies two tangents' worth of products.
         return (
@@ -64,7 +81,7 @@ class Counter:
         sums = token_sums(batches, used)
         own = self._own[PARTS.index(part)]
         own[0] += 0.0 if work == "assembly" else times * sums[0]
-        own[1] += times * self.flops(work, sums)
+        own[1] += times * self.flops(work, sums) + (self._cut if work == "alignment" else 0.0)
 
     def total(self) -> Tensor:
         """(parts, 2): tokens and operations, of all processes and earlier runs. Every process must call it."""

@@ -17,6 +17,7 @@ from tamis.errors import InvalidSettings, NonFinite
 from tamis.gradients.parameters import ParamMatrix
 from tamis.gradients.rows import RowGradients
 from tamis.online.adam_state import AdamMoments
+from tamis.online.cost import Work
 from tamis.online.measure import exact_interactions, measure_alignments, measure_lengths, sketched_interactions
 from tamis.online.methods.choice import AlignmentForm, Evidence, InteractionForm, Lengths, Needs, Vector
 from tamis.online.settings import StepSettings
@@ -80,6 +81,7 @@ class Measurer:
 
     def __init__(self, matrices: Sequence[ParamMatrix], needs: Needs, settings: StepSettings) -> None:
         self._matrices, self._needs = matrices, needs
+        self._rank = settings.target_rank
         self._projector = FactorizedProjector(dim=needs.sketch_dim or settings.sketch_dim, seed=settings.seed)
         self._exact = self._is_exact(settings)
         self._shadow: ShadowMoments | None = None
@@ -122,6 +124,12 @@ class Measurer:
         return measured
 
     @property
+    def work(self) -> Work:
+        """What a row costs, for the counter: its whole gradient, or no more than inner products of its factors."""
+        pairs = (self._needs.interactions or self._needs.lengths) is not None
+        return "gradient" if self._rank is None or (pairs and self._exact) else "alignment"
+
+    @property
     def remembers(self) -> bool:
         """True if ``shadow`` must see every update."""
         return self._needs.alignment == "projected"
@@ -159,7 +167,7 @@ class Measurer:
             finite = torch.isfinite(losses)
             mine = finite[start:][: len(rows)].double() / max(int(finite.sum()), 1)
             mean = {name: add_up(grad) for name, grad in rows.weighted(mine).items()}
-        return measure_alignments(form, rows, goal, moments, mean=mean)
+        return measure_alignments(form, rows, goal, moments, mean=mean, rank=self._rank)
 
     def _interactions(self, form: InteractionForm, rows: RowGradients, moments: Moments | None) -> Tensor:
         projector = None if self._exact else self._projector

@@ -33,11 +33,14 @@ class Passes:
         model: the trained model.
         matrices: its trainable parameters.
         keep_factors: hold gradients as factors, position by position, whatever room they take.
+        target_rank: of the directions that candidates are compared with, for the counter.
     """
 
-    def __init__(self, model: nn.Module, matrices: Sequence[ParamMatrix], *, keep_factors: bool) -> None:
+    def __init__(
+        self, model: nn.Module, matrices: Sequence[ParamMatrix], *, keep_factors: bool, target_rank: int | None = None
+    ) -> None:
         self._model, self._matrices, self._keep_factors = model, matrices, keep_factors
-        self.counter = Counter(model, matrices)
+        self.counter = Counter(model, matrices, target_rank=target_rank)
 
     def look(self, target: Sequence[Batch], *, count_cost: bool = True) -> Look:
         """One forward and backward pass of the trained model over target rows.

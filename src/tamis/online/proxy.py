@@ -94,7 +94,8 @@ class Proxy:
         self._model, self._tokens = model, own
         self._matrices = param_matrices(model, trainable_layers(model))
         self._measurer = Measurer(self._matrices, needs, settings)
-        self.counter = Counter(model, self._matrices)
+        self._keep_factors = settings.target_rank is not None
+        self.counter = Counter(model, self._matrices, target_rank=settings.target_rank)
 
     def measure(
         self, candidates: Sequence[Batch], target: Sequence[Batch], *, counts: list[int], sizes: Vector
@@ -121,7 +122,10 @@ class Proxy:
         goal = {name: add_up(grad) / count for name, grad in sums.items()}
         self.counter.add("target", "gradient", target)
         rows = RowGradients(self._matrices)
-        mine: list[Tensor] = [hold_gradients(self._model, batch, rows).double().cpu() for batch in candidates]
-        self.counter.add("candidates", "gradient", candidates)
+        mine: list[Tensor] = [
+            hold_gradients(self._model, batch, rows, keep_factors=self._keep_factors).double().cpu()
+            for batch in candidates
+        ]
+        self.counter.add("candidates", self._measurer.work, candidates)
         losses = gather_rows(torch.cat(mine))
         return self._measurer.measure(rows, losses, goal, None, counts=counts, sizes=sizes)

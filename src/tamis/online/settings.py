@@ -35,6 +35,12 @@ class StepSettings:
     * ``"proxy:MODEL"``: gradients of another, smaller model with the same vocabulary, at its own fixed weights, of
       candidates and target rows. The trained model runs the chosen alone.
 
+    ``target_rank`` makes alignments cheaper: every matrix of the direction that candidates are compared with,
+    ``D * grad t``, is cut to that rank where products with it then take at most half of the operations. A candidate's
+    ``b`` costs two narrow products per layer instead of one as large as a weight gradient, which is a third of a pass
+    where all weights are trained. Adapters are narrow already. Candidates' gradients are then always held as factors,
+    which takes more memory for rows longer than about half of a layer's width.
+
     ``target_every`` and ``target_ema`` make the target gradient cheaper or calmer. Both are off by default: fresh
     target rows at every choice, without averaging, did best wherever that was measured.
     """
@@ -47,6 +53,7 @@ class StepSettings:
     source_rows: int = 2  # of each source, scored at one choice in K of "sources:K"
     source_temperature: float = 0.5  # 0: the best sources; the larger, the more evenly candidates are drawn
     source_memory: float = 0.5  # weight of a score in its source's mean, relative to one of the next scoring
+    target_rank: int | None = None  # of every matrix of the target's direction; None: whole
     target_every: int = 1  # choices that a target gradient is used for
     target_ema: float = 0.0  # share of the earlier target gradients in their running mean
 
@@ -57,6 +64,8 @@ class StepSettings:
             raise InvalidSettings(f"interactions must be 'auto', 'exact' or 'sketch', got {self.interactions!r}")
         if self.sketch_dim < 1:
             raise InvalidSettings(f"sketch_dim must be at least 1, got {self.sketch_dim}")
+        if self.target_rank is not None and (self.target_rank < 1 or self.target_rank != int(self.target_rank)):
+            raise InvalidSettings(f"target_rank must be at least 1, a whole number, got {self.target_rank}")
         if self.target_every < 1:
             raise InvalidSettings(f"target_every must be at least 1, got {self.target_every}")
         if not 0 <= self.target_ema < 1:
@@ -104,6 +113,7 @@ def check_combination(method: Method, settings: StepSettings) -> None:
         InvalidSettings: naming both and what to do.
     """
     kind, needs = settings.candidates_kind, method.needs
+    _check_rank(method, settings)
     if needs.alignment is None or needs.target_only:
         cheap = kind != "exact" or settings.target_every > 1 or settings.target_ema > 0
         why = "scores no candidate" if cheap else ""
@@ -139,6 +149,26 @@ def check_combination(method: Method, settings: StepSettings) -> None:
         "exact": "leave both at their defaults",
     }[kind]
     raise InvalidSettings(f"{asked}: method '{method.name}' {why}; {fits}")
+
+
+def _check_rank(method: Method, settings: StepSettings) -> None:
+    if settings.target_rank is None:
+        return
+    needs = method.needs
+    if needs.alignment is None or needs.target_only or needs.ahead:
+        why = f"method '{method.name}' does not compare candidates with the target"
+    elif needs.token_level:
+        why = f"method '{method.name}' with token_level=True compares position by position"
+    elif needs.alignment not in ("adam", "jacobian", "raw"):
+        why = f"method '{method.name}' has alignment={needs.alignment!r}, which is no product with one direction"
+    elif settings.candidates_kind == "jvp":
+        why = "candidates='jvp' take one derivative along the whole direction, at no cost that its rank would lower"
+    else:
+        return
+    raise InvalidSettings(
+        f"target_rank={settings.target_rank}: {why}; leave it out, or take tracin, greats, filter-then-weight, tilt or "
+        "anchored with candidates scored by gradients"
+    )
 
 
 def _check_target(method: Method, settings: StepSettings) -> None:

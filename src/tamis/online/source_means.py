@@ -72,7 +72,7 @@ class SourceScores:
         start = offset_of(counts)
         mine = [batch for batch, _, _ in regrouped(candidates, asked[start : start + counts[rank()]])]
         rows, losses = self._passes.hold(mine)
-        self._passes.counter.add("candidates", "gradient", mine)
+        self._passes.counter.add("candidates", self._measurer.work, mine)
         of_each = counts_of_all(len(rows))
         scored = self._measurer.measure(rows, losses, goal, moments, counts=of_each, sizes=sizes[sampled])
         self.means.take(places[sampled], scored)

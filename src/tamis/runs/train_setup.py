@@ -78,6 +78,7 @@ def method_and_step(settings: TrainRunSettings, method: Method | None = None) ->
         source_rows=settings.source_rows,
         source_temperature=settings.source_temperature,
         source_memory=settings.source_memory,
+        target_rank=settings.target_rank,
         target_every=settings.target_every,
         target_ema=settings.target_ema,
     )

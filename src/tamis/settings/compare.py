@@ -28,7 +28,10 @@ BASELINES = ("uniform", "bm25", "length", "full")  # always compared with, whate
 _OF_THE_SELECTION = ("aggregate", "drop_flagged")
 # Settings of an online method's step, likewise.
 _OF_A_STEP = frozenset(
-    ("oversample", "source_memory", "source_rows", "source_temperature", "target_ema", "target_every", "target_rows")
+    (
+        *("oversample", "source_memory", "source_rows", "source_temperature"),
+        *("target_ema", "target_every", "target_rank", "target_rows"),
+    )
 )
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 

@@ -25,7 +25,7 @@ __all__ = ["TrainRunSettings"]
 # Settings that are no field of a method.
 _OF_EVERY_METHOD = (
     *("keep", "oversample", "candidates", "reduction"),
-    *("source_rows", "source_temperature", "source_memory", "target_rows", "target_every", "target_ema"),
+    *("source_rows", "source_temperature", "source_memory", "target_rows", "target_rank", "target_every", "target_ema"),
 )
 
 
@@ -70,6 +70,7 @@ class TrainRunSettings(LoadingSettings):
     source_rows: int = 2  # of each source, scored at one choice in K of candidates="sources:K"
     source_temperature: float = 0.5  # 0: the best sources; the larger, the more evenly candidates are drawn
     source_memory: float = 0.5  # weight of a score in its source's mean, relative to one of the next scoring
+    target_rank: int | None = None  # of every matrix of the target's direction; None: whole
     target_every: int = 1  # choices that a target gradient is used for
     target_ema: float = 0.0  # share of the earlier target gradients in their running mean
     drop_leaks: bool = False
@@ -94,7 +95,17 @@ class TrainRunSettings(LoadingSettings):
                 raise InvalidSettings(f"set.{name}: {name} belongs to every method; write --{flag} {self.set[name]}")
         check_at_least(self, 0, "forecast_every", "seed")
         check_at_least(self, 1, "keep", "oversample", "steps", "target_rows", "eval_steps", "patience", "lora_rank")
-        check_at_least(self, 1, "batch_rows", "accumulation", "save_steps", "log_steps", "record_every", "target_every")
+        check_at_least(
+            self,
+            1,
+            "batch_rows",
+            "accumulation",
+            "save_steps",
+            "log_steps",
+            "record_every",
+            "target_every",
+            "target_rank",
+        )
         if self.record_every is not None and self.record is None:
             raise InvalidSettings("record_every: nothing is recorded; pass --record too")
         if self.record is not None and self.method == "target-only":
