@@ -130,6 +130,7 @@ def test_forward_only_scores_choose_as_exact_ones_and_the_rejected_run_no_backwa
     with calls_of(model) as calls:
         found = step.propose([CANDIDATES], [TARGET], optimizer)
     assert calls == [3, 6, 2]  # target, candidates forward only, the chosen
+    assert (found.scored, found.by_source) == (6, False)
     np.testing.assert_allclose(found.alignments, exact.alignments, rtol=1e-9)
     assert found.choice.rows.tolist() == exact.choice.rows.tolist()
     assert found.divisor == exact.divisor
@@ -164,6 +165,7 @@ def test_a_window_is_scored_once_and_chosen_from_without_taking_a_row_twice() ->
             expected = sum(w * now[name][r] for r, w in zip(found.choice.rows, found.choice.weights, strict=True))
             torch.testing.assert_close(grad, expected, rtol=1e-7, atol=1e-10)
         assert (found.score_age, found.target_loss is None) == (number, number > 0)
+        assert found.scored == (6 if number == 0 else 0)
         left = np.setdiff1d(left, found.choice.rows)
         for name, param in step.params.items():
             param.grad = found.gradient[name] / found.divisor

@@ -273,6 +273,9 @@ def test_a_run_scores_one_choice_in_three_and_resumes_bit_for_bit(tmp_path: Path
     # Target, one row of each source, the chosen; then the chosen twice. Forecasts of updates 4 and 8 look at target
     # rows after them, and before the second of them, which looked at none itself.
     assert calls == [3, 2, 2, 2, 2, 3, 2, 2, 3, 2, 2, 3, 2, 2, 2, 3, 3, 2]
+    logged = [entry for entry in trainer.state.log_history if "selection/scored" in entry]
+    assert [entry["selection/scored"] for entry in logged] == [2, 0, 0] * 3
+    assert not any("selection/overlap_with_top" in entry for entry in logged)  # rows of a source are all alike
     seen = read_candidates(tmp_path / "a" / "candidates").to_pandas()
     assert (seen.groupby(["step", "source"])["alignment"].nunique() == 1).all()
     for _, part in seen.groupby("step") if temperature == 0 else ():

@@ -36,6 +36,7 @@ class Meter:
         if proposal.target_loss is not None:
             sums["target_loss"].append(proposal.target_loss)
         if proposal.alignments is not None:
+            sums["scored"].append(float(proposal.scored))
             sums["score_age"].append(float(proposal.score_age))
             sums["target_age"].append(float(proposal.target_age))
             known = proposal.alignments[np.isfinite(proposal.alignments)]
@@ -45,7 +46,7 @@ class Meter:
             sums["held_gb"].append(proposal.held_bytes / 1e9)
             if choice.scale is not None:
                 sums["scale"].append(choice.scale)
-            if 0 < len(choice.rows) < len(known):
+            if not proposal.by_source and 0 < len(choice.rows) < len(known):  # rows of one source are all alike
                 best = top(np.nan_to_num(proposal.alignments, nan=-np.inf), count=len(choice.rows))
                 sums["overlap_with_top"].append(len(set(best) & set(choice.rows)) / len(best))
         for row, weight in zip(choice.rows.tolist(), choice.weights.tolist(), strict=True):

@@ -30,6 +30,8 @@ class Proposal:
     target_loss: float | None  # mean over the target rows, before the update; None if they were not run now
     target_gradient: dict[str, Tensor] | None  # mean over the target rows of all processes, of this look alone
     cold: bool  # a uniform choice, because the method has not started yet
+    scored: int = 0  # candidates of all processes whose alignments were measured for this choice
+    by_source: bool = False  # alignments are those of the candidates' sources
     held_bytes: int = 0  # this process's candidates' gradients while the choice was made, at most
     score_age: int = 0  # choices since the candidates were scored
     target_age: int = 0  # choices since the target was looked at

@@ -51,7 +51,7 @@ class SourceScores:
         counts: list[int],
         sizes: Vector,
         seed: int,
-    ) -> int:
+    ) -> tuple[int, int]:
         """Run a few candidates of every source; nothing of them is kept but their part in the means.
 
         Args:
@@ -64,7 +64,8 @@ class SourceScores:
             seed: of the sample; the same in every process.
 
         Returns:
-            Bytes of this process's gradients while they were compared, at most.
+            How many candidates of all processes were scored, and the bytes of this process's gradients while they were
+            compared, at most.
         """
         sampled = self.means.sample(places, seed=child_seed(seed, "sample of sources"))
         asked = np.zeros(len(places))
@@ -76,7 +77,7 @@ class SourceScores:
         of_each = counts_of_all(len(rows))
         scored = self._measurer.measure(rows, losses, goal, moments, counts=of_each, sizes=sizes[sampled])
         self.means.take(places[sampled], scored)
-        return rows.nbytes
+        return len(sampled), rows.nbytes
 
     def next(self, places: Tensor, *, seed: int) -> tuple[Measured, Vector]:
         """For one more choice: what the method is shown of the candidates, and their sources' means (NaN: none yet)."""

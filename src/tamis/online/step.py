@@ -163,7 +163,8 @@ class OnlineStep:
         if self._proxy is not None:
             sizes = row_sizes(tokens, self.settings.reduction)
             measured = self._proxy.measure(candidates, target, counts=counts, sizes=sizes)
-            return self._chosen(measured, candidates, optimizer, tokens, counts)
+            found = self._chosen(measured, candidates, optimizer, tokens, counts)
+            return replace(found, scored=len(tokens))
         return self._measured(candidates, target, optimizer, tokens, counts, fresh=fresh_target, seed=seed)
 
     def propose_scored(self, candidates: Sequence[Batch], scores: Tensor) -> Proposal:
@@ -186,6 +187,7 @@ class OnlineStep:
         coefficients, divisor = self._coefficients(choice, tokens)
         gradient, losses = self._passes.run_chosen(candidates, coefficients, [len(tokens)])
         return Proposal(
+            scored=len(tokens),
             gradient=gradient,
             divisor=divisor,
             choice=choice,
@@ -283,9 +285,11 @@ class OnlineStep:
         elif self._sources is not None:
             assert look is not None, "sources are scored with fresh target rows"
             places = self._places(candidates)
-            held = self._sources.score(candidates, goal, moments, places=places, counts=counts, sizes=sizes, seed=seed)
+            scored, held = self._sources.score(
+                candidates, goal, moments, places=places, counts=counts, sizes=sizes, seed=seed
+            )
             found = self._by_source(self._sources, candidates, optimizer, tokens, counts, seed=seed)
-            return replace(found, target_loss=look.loss, target_gradient=look.mean, held_bytes=held)
+            return replace(found, target_loss=look.loss, target_gradient=look.mean, scored=scored, held_bytes=held)
         else:
             rows, losses = self._passes.hold(candidates)
             self._passes.counter.add("candidates", self._measurer.work, candidates)
@@ -298,6 +302,7 @@ class OnlineStep:
         return replace(
             found,
             losses=measured.losses.numpy(),
+            scored=len(tokens),
             target_loss=None if look is None else look.loss,
             target_gradient=None if look is None else look.mean,
             target_age=self._target.age,
@@ -316,7 +321,8 @@ class OnlineStep:
         """Choose by what is known of the candidates' sources."""
         drawn, means = scores.next(self._places(candidates), seed=seed)
         found = self._chosen(drawn, candidates, optimizer, tokens, counts)
-        return replace(found, alignments=means, score_age=scores.means.age, target_age=scores.means.age)
+        age = scores.means.age
+        return replace(found, alignments=means, by_source=True, score_age=age, target_age=age)
 
     def _chosen(
         self,
