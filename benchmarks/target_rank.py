@@ -32,7 +32,7 @@ from tamis.data.examples import read_examples
 from tamis.data.render import Renderer
 from tamis.gradients.parameters import param_matrices
 from tamis.gradients.rows import RowGradients, hold_gradients, summed_gradient
-from tamis.maths.low_rank import cut_to_rank, cutting_pays
+from tamis.maths.low_rank import cut_to_rank
 from tamis.model.load import ModelSettings, load_model, load_tokenizer
 from tamis.model.trainable import trainable_layers
 from tamis.online.adam_state import read_adam
@@ -87,7 +87,7 @@ def measure(
             for matrix in matrices:
                 joined = matrix.joined(direction)
                 whole += float(joined.double().square().sum())
-                if matrix.is_multiplied and cutting_pays(matrix.shape, rank):
+                if matrix.is_cut_to(rank):
                     joined = cut_to_rank(joined, rank, seed=0).right  # as long as the whole cut matrix
                 kept += float(joined.double().square().sum())
             cut = measure_alignments("adam", held, goal, moments, rank=rank).numpy()

@@ -71,3 +71,13 @@ def test_float32_products_of_millions_of_numbers_keep_their_digits() -> None:
     x = torch.rand(2, 3_000_000)
     exact = x.double() @ x.double().T
     torch.testing.assert_close(inner_products(x, x).double(), exact, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_no_weights_are_weights_of_one(dtype: torch.dtype, has_bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    act, grad_out = (torch.randn(3, 5, size, generator=generator).to(dtype) for size in (4, 6))
+    none, ones = (weighted_gradient(act, grad_out, w, has_bias=has_bias) for w in (None, torch.ones(3)))
+    assert none.dtype == torch.float32
+    assert torch.equal(none, ones)

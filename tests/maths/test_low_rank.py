@@ -46,6 +46,8 @@ def test_float32_is_as_good_and_a_seed_decides() -> None:
     assert once.left.dtype == torch.float32
     assert torch.equal(once.whole(), again.whole())
     exact = cut_to_rank(matrix, 8, seed=5).whole()
+    tiny = cut_to_rank(1e-22 * matrix.float(), 8, seed=5).whole()
+    torch.testing.assert_close(1e22 * tiny.double(), exact, rtol=0, atol=1e-5)
     torch.testing.assert_close(once.whole().double(), exact, rtol=0, atol=1e-5)
     assert not torch.allclose(cut_to_rank(matrix, 8, seed=6).whole(), exact, atol=1e-4)
 

@@ -15,7 +15,7 @@ from online_steps import CANDIDATES, TARGET, autograd_rows, calls_of, mean_gradi
 from tamis.errors import InvalidInput, InvalidSettings
 from tamis.gradients.jvp import loss_tangents
 from tamis.gradients.parameters import param_matrices
-from tamis.maths.low_rank import cut_to_rank, cutting_pays
+from tamis.maths.low_rank import cut_to_rank
 from tamis.model.lowrank import Space, put_low_rank_layers
 from tamis.model.proxy_folder import ProxyLayout, layout_of, write_layout
 from tamis.model.targets import gradient_layers
@@ -96,7 +96,7 @@ def test_a_direction_of_low_rank_is_the_direction_with_its_matrices_cut(
         goal = {name: _jacobian(moments[name], mean[name]) * grad for name, grad in goal.items()}
     cuts = 0
     for matrix in matrices:
-        if matrix.is_multiplied and cutting_pays(matrix.shape, 2):
+        if matrix.is_cut_to(2):
             cuts += 1
             goal |= matrix.split(cut_to_rank(matrix.joined(goal), 2, seed=0).whole())
     assert 0 < cuts < len(matrices)  # norms, and biases, stay whole
@@ -106,8 +106,8 @@ def test_a_direction_of_low_rank_is_the_direction_with_its_matrices_cut(
     assert not np.allclose(found.alignments, whole.alignments, rtol=1e-3)
 
 
-def test_a_narrow_direction_saves_the_products_and_nothing_else_changes() -> None:
-    """One pass over everybody, as without; adapters have nothing to cut."""
+def test_adapters_have_nothing_to_cut_and_are_held_as_without() -> None:
+    """One pass over everybody, the smaller form of every gradient, and the same numbers."""
     model = tiny_model("llama", lora=True)
     optimizer = optimizer_of(model)
     cut, whole = (OnlineStep(model, TracIn(keep=2, oversample=3), StepSettings(target_rank=rank)) for rank in (4, None))
@@ -115,9 +115,40 @@ def test_a_narrow_direction_saves_the_products_and_nothing_else_changes() -> Non
         found = cut.propose([CANDIDATES], [TARGET], optimizer)
     assert calls == [3, 6]
     expected = whole.propose([CANDIDATES], [TARGET], optimizer)
-    np.testing.assert_allclose(found.alignments, expected.alignments, rtol=1e-6)
+    assert found.held_bytes == expected.held_bytes
+    assert torch.equal(cut.work(), whole.work())
+    np.testing.assert_allclose(found.alignments, expected.alignments, rtol=1e-12)
     for name, grad in expected.gradient.items():
-        torch.testing.assert_close(found.gradient[name], grad, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(found.gradient[name], grad, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("candidates", ["proxy", "sources:1"])
+def test_proxies_and_sources_have_their_directions_cut_too(candidates: str) -> None:
+    model, small = tiny_model("gpt2"), tiny_model("gpt2", seed=1, blocks=1)
+    optimizer, method = optimizer_of(model), TracIn(keep=2, oversample=3)
+    is_proxy, source_of = candidates == "proxy", np.array([0, 0, 1, 1, 2, 2])
+
+    def measured(rank: int | None) -> tuple[Any, float]:
+        settings = StepSettings(candidates=candidates, target_rank=rank)
+        step = OnlineStep(
+            model, method, settings, proxy=small if is_proxy else None, sources=None if is_proxy else source_of
+        )
+        found = step.propose([CANDIDATES], [TARGET], optimizer)
+        return found.alignments, float(step.work()[0, 1])
+
+    scorer = small if is_proxy else model
+    names = [name for name, _ in scorer.named_parameters()]
+    grads, direction = autograd_rows(scorer, CANDIDATES, names), target_mean(scorer, names)
+    for matrix in param_matrices(scorer, trainable_layers(scorer)):
+        if matrix.is_cut_to(2):
+            direction |= matrix.split(cut_to_rank(matrix.joined(direction), 2, seed=0).whole())
+    expected = dot(grads, direction).numpy()
+    if not is_proxy:  # two rows of each source, of which there are no more
+        expected = expected.reshape(3, 2).mean(axis=1)[source_of]
+    (whole, dear), (found, cheap) = measured(None), measured(2)
+    np.testing.assert_allclose(found, expected, rtol=1e-7)
+    assert not np.allclose(found, whole, rtol=1e-3)
+    assert cheap < dear
 
 
 @pytest.mark.parametrize("reduction", ["rows", "tokens"])
@@ -248,7 +279,7 @@ def test_unreadable_settings_and_missing_or_foreign_proxies_are_refused() -> Non
         StepSettings(candidates="reuse:2", target_every=2)
     with pytest.raises(InvalidSettings, match=r"target_ema=0.5 with candidates='proxy:x': a proxy looks at the target"):
         StepSettings(candidates="proxy:x", target_ema=0.5)
-    for values in ({"target_every": 0}, {"target_ema": 1.0}, {"target_rank": 0}, {"target_rank": 1.5}):
+    for values in ({"target_every": 0}, {"target_ema": 1.0}, {"target_rank": 0}, {"target_rank": 2.0}):
         with pytest.raises(InvalidSettings, match=next(iter(values))):
             StepSettings(**values)
     model = tiny_model("gpt2")

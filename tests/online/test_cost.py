@@ -51,10 +51,16 @@ def test_alignments_with_a_narrow_direction_cost_what_is_left_of_the_products() 
     assert counter.total()[0, 1] == without + narrow + 8 * 3 * (24 * 16 + 64 * 16)  # cut once
 
 
-@pytest.mark.parametrize(("interactions", "saves"), [("exact", False), ("sketch", True)])
-def test_a_gradient_that_pairs_are_made_of_is_counted_whole(interactions: Any, saves: bool) -> None:
+@pytest.mark.parametrize(
+    ("alignment", "interactions", "saves"),
+    [("adam", "exact", False), ("adam", "sketch", True), ("jacobian", "sketch", False)],
+)
+def test_a_gradient_that_something_else_is_made_of_is_counted_whole(
+    alignment: Any, interactions: Any, saves: bool
+) -> None:
+    """Exact pairs take every row's gradient, the Jacobian the mean of all."""
     model = tiny_model("llama")
-    method = FilterThenWeight(keep=2, oversample=3)
+    method = FilterThenWeight(keep=2, oversample=3, alignment=alignment)
     for rank in (None, 1):
         step = OnlineStep(model, method, StepSettings(interactions=interactions, target_rank=rank))
         step.propose([CANDIDATES], [TARGET], optimizer_of(model))

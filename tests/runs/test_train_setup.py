@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tamis.errors import InvalidSettings
+from tamis.runs.train import _settings_identity
 from tamis.runs.train_setup import check_device, training_arguments
 from tamis.settings import TrainRunSettings
 
@@ -54,3 +56,15 @@ def test_one_process_with_several_gpus_is_told_how_to_start(monkeypatch: pytest.
     with pytest.raises(InvalidSettings, match="one process sees 4 GPUs; start one for each: accelerate launch"):
         check_device(settings(device="cuda"))
     check_device(settings())
+
+
+def test_settings_without_effect_are_no_part_of_a_run() -> None:
+    """A run from before there was such a setting goes on."""
+    plain = settings()
+    kept = _settings_identity(plain)["settings"]
+    assert not kept.keys() & {"target_rank", "source_rows", "source_temperature", "source_memory"}
+    assert _settings_identity(replace(plain, target_rank=4))["settings"] == {**kept, "target_rank": 4}
+    by_source = _settings_identity(replace(plain, candidates="sources:3"))["settings"]
+    assert by_source == {
+        **kept, "candidates": "sources:3", "source_rows": 2, "source_temperature": 0.5, "source_memory": 0.5
+    }  # fmt: skip

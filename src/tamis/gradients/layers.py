@@ -50,9 +50,10 @@ def weighted_gradient(
 ) -> Float[Tensor, "O I2"]:
     """``sum_b w_b grad_out_b^T act_b``: one weight-gradient matmul over the whole batch; None for weights 1."""
     dtype = assembly_dtype(grad_out.dtype)
-    weighted = grad_out.to(dtype)
-    if example_weights is not None:
-        weighted = weighted * example_weights.to(weighted)[:, None, None]
+    if example_weights is None:
+        weighted = grad_out.to(dtype)
+    else:  # one kernel, which converts as it multiplies
+        weighted = grad_out * example_weights.to(grad_out.device, dtype)[:, None, None]
     weighted = weighted.flatten(0, 1)  # (B*T, O)
     grad = weighted.T @ act.flatten(0, 1).to(dtype)
     if has_bias:

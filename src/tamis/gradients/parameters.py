@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from tamis.maths.low_rank import cutting_pays
 from tamis.model.trainable import own_trainable
 from tamis.types import LayerSpec
 
@@ -34,10 +35,13 @@ class ParamMatrix:
         """``(O, I)``, a bias column included."""
         return self.layers[0].shape
 
-    @property
-    def is_multiplied(self) -> bool:
-        """Whether a layer multiplies by it; a table that is looked up and a norm's weights are not."""
-        return any(layer.kind in ("linear", "conv1d", "head") for layer in self.layers)
+    def is_cut_to(self, rank: int | None) -> bool:
+        """Whether a direction is cut to ``rank`` here: in layers that multiply by the matrix, and where it saves work.
+
+        A table that is looked up and a norm's weights are never; None cuts nothing.
+        """
+        multiplies = any(layer.kind in ("linear", "conv1d", "head") for layer in self.layers)
+        return rank is not None and multiplies and cutting_pays(self.shape, rank)
 
     def joined(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """``(O, I)`` from one tensor per parameter, each in its parameter's shape."""

@@ -110,13 +110,20 @@ def zero_gradient(matrices: Sequence[ParamMatrix]) -> dict[str, Tensor]:
 
 
 def hold_gradients(
-    model: nn.Module, batch: Batch, rows: RowGradients, *, keep_factors: bool = False
+    model: nn.Module,
+    batch: Batch,
+    rows: RowGradients,
+    *,
+    keep_factors: bool = False,
+    target_rank: int | None = None,
 ) -> Float[Tensor, " B"]:
     """One frozen forward and backward pass whose per-sample gradients are added to ``rows``; the losses, finite or not.
 
-    A row without finite loss has gradients that are not finite; give it the coefficient 0.
+    Held in the smaller form, but as factors everywhere with ``keep_factors``, and where a direction is cut to
+    ``target_rank``: to form a gradient takes the very product that such a direction saves. A row without finite loss
+    has gradients that are not finite; give it the coefficient 0.
     """
-    consumer = _Holding(model, rows.matrices, keep_factors=keep_factors)
+    consumer = _Holding(model, rows.matrices, keep_factors=keep_factors, target_rank=target_rank)
     layers = [layer for matrix in rows.matrices for layer in matrix.layers]
     losses = run_batch(model, batch, layers, consumer, require_finite_losses=False)
     rows.add(consumer.held, len(losses))
@@ -148,9 +155,19 @@ def summed_gradient(
 class _Holding:
     """Keeps every layer's gradients in the smaller form."""
 
-    def __init__(self, model: nn.Module, matrices: Sequence[ParamMatrix], *, keep_factors: bool) -> None:
-        self._modules, self._keep_factors = dict(model.named_modules()), keep_factors
+    def __init__(
+        self,
+        model: nn.Module,
+        matrices: Sequence[ParamMatrix],
+        *,
+        keep_factors: bool = False,
+        target_rank: int | None = None,
+    ) -> None:
+        self._modules = dict(model.named_modules())
         self._matrix_of = {layer.name: matrix for matrix in matrices for layer in matrix.layers}
+        self._as_factors = {
+            layer.name for m in matrices if keep_factors or m.is_cut_to(target_rank) for layer in m.layers
+        }
         self.held: dict[str, Held] = {}
 
     def keep(self, layer: LayerSpec, act: Tensor) -> tuple[Tensor, ...]:
@@ -170,7 +187,7 @@ class _Holding:
             missing = self._matrix_of[layer.name].shape[1] - layer.in_features
             grads = torch.nn.functional.pad(grad_out, (0, missing)) if missing else grad_out
             return Lookups(act, grads, table_rows=layer.out_features)
-        if not self._keep_factors and materialising_is_smaller(act, grad_out, has_bias=layer.has_bias):
+        if layer.name not in self._as_factors and materialising_is_smaller(act, grad_out, has_bias=layer.has_bias):
             return Materialised(per_sample_gradient(act, grad_out, has_bias=layer.has_bias))
         return Factored(act, grad_out, has_bias=layer.has_bias)
 

@@ -46,5 +46,6 @@ def cut_to_rank(matrix: Float[Tensor, "O I"], rank: int, *, seed: int) -> LowRan
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(matrix.shape[1], rank, generator=generator, dtype=torch.float64).to(matrix)
     left = torch.linalg.qr(matrix @ start).Q
-    left = torch.linalg.qr(matrix @ (matrix.T @ left)).Q
+    right = torch.linalg.qr(matrix.T @ left).Q
+    left = torch.linalg.qr(matrix @ right).Q
     return LowRank(left, matrix.T @ left)

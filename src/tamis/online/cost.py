@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from tamis.gradients.parameters import ParamMatrix
-from tamis.maths.low_rank import cutting_pays
 from tamis.model.flops import ModelShape, forward_flops, stage_flops
 from tamis.online.together import add_up
 from tamis.types import Batch
@@ -45,11 +44,11 @@ class Counter:
         self._body = self._head = self._narrow_body = self._narrow_head = self._cut = 0.0
         for matrix in matrices:
             outs, ins = matrix.shape
-            cut = target_rank is not None and matrix.is_multiplied and cutting_pays(matrix.shape, target_rank)
-            self._cut += 8.0 * target_rank * outs * ins if cut and target_rank is not None else 0.0
+            rank = target_rank if matrix.is_cut_to(target_rank) else None
+            self._cut += 8.0 * (rank or 0) * outs * ins
             for layer in matrix.layers:
                 size = layer.out_features * layer.in_features
-                narrow = target_rank * (outs + ins) if cut and target_rank is not None else size
+                narrow = size if rank is None else rank * (outs + ins)
                 if layer.kind in ("linear", "conv1d"):
                     self._body, self._narrow_body = self._body + size, self._narrow_body + narrow
                 elif layer.kind == "head":

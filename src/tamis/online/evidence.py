@@ -126,8 +126,11 @@ class Measurer:
     @property
     def work(self) -> Work:
         """What a row costs, for the counter: its whole gradient, or no more than inner products of its factors."""
-        pairs = (self._needs.interactions or self._needs.lengths) is not None
-        return "gradient" if self._rank is None or (pairs and self._exact) else "alignment"
+        needs = self._needs
+        pairs = self._exact and (needs.interactions or needs.lengths) is not None
+        # The Jacobian is taken at the candidates' mean gradient, a product of all of them.
+        whole = pairs or needs.alignment == "jacobian" or self._rank is None
+        return "gradient" if whole else "alignment"
 
     @property
     def remembers(self) -> bool:

@@ -18,7 +18,7 @@ from tamis.gradients.layers import inner_products
 from tamis.gradients.parameters import ParamMatrix
 from tamis.gradients.rows import RowGradients
 from tamis.maths.adam import adam_direction, adam_jacobian, row_column
-from tamis.maths.low_rank import LowRank, cut_to_rank, cutting_pays
+from tamis.maths.low_rank import LowRank, cut_to_rank
 from tamis.online.adam_state import AdamMoments
 from tamis.online.methods.choice import AlignmentForm, InteractionForm
 from tamis.projection.factorized import FactorizedProjector
@@ -72,9 +72,7 @@ def measure_alignments(
 
     def cut(matrix: ParamMatrix) -> Tensor | LowRank:
         whole = direction(matrix)
-        if rank is None or not matrix.is_multiplied or not cutting_pays(matrix.shape, rank):
-            return whole
-        return cut_to_rank(whole, rank, seed=0)
+        return whole if rank is None or not matrix.is_cut_to(rank) else cut_to_rank(whole, rank, seed=0)
 
     return rows.dots(cut)
 

@@ -33,13 +33,14 @@ class Passes:
         model: the trained model.
         matrices: its trainable parameters.
         keep_factors: hold gradients as factors, position by position, whatever room they take.
-        target_rank: of the directions that candidates are compared with, for the counter.
+        target_rank: of the directions that candidates are compared with.
     """
 
     def __init__(
         self, model: nn.Module, matrices: Sequence[ParamMatrix], *, keep_factors: bool, target_rank: int | None = None
     ) -> None:
-        self._model, self._matrices, self._keep_factors = model, matrices, keep_factors
+        self._model, self._matrices = model, matrices
+        self._keep_factors, self._target_rank = keep_factors, target_rank
         self.counter = Counter(model, matrices, target_rank=target_rank)
 
     def look(self, target: Sequence[Batch], *, count_cost: bool = True) -> Look:
@@ -74,7 +75,10 @@ class Passes:
     def hold(self, batches: Sequence[Batch]) -> tuple[RowGradients, Tensor]:
         """Gradients of this process's rows, losses of all processes'."""
         rows = RowGradients(self._matrices)
-        held = [hold_gradients(self._model, batch, rows, keep_factors=self._keep_factors) for batch in batches]
+        held = [
+            hold_gradients(self._model, batch, rows, keep_factors=self._keep_factors, target_rank=self._target_rank)
+            for batch in batches
+        ]
         mine = [losses.double().cpu() for losses in held]
         return rows, gather_rows(torch.cat(mine) if mine else torch.zeros(0, dtype=torch.float64))
 

@@ -94,7 +94,7 @@ class Proxy:
         self._model, self._tokens = model, own
         self._matrices = param_matrices(model, trainable_layers(model))
         self._measurer = Measurer(self._matrices, needs, settings)
-        self._keep_factors = settings.target_rank is not None
+        self._target_rank = settings.target_rank
         self.counter = Counter(model, self._matrices, target_rank=settings.target_rank)
 
     def measure(
@@ -123,7 +123,7 @@ class Proxy:
         self.counter.add("target", "gradient", target)
         rows = RowGradients(self._matrices)
         mine: list[Tensor] = [
-            hold_gradients(self._model, batch, rows, keep_factors=self._keep_factors).double().cpu()
+            hold_gradients(self._model, batch, rows, target_rank=self._target_rank).double().cpu()
             for batch in candidates
         ]
         self.counter.add("candidates", self._measurer.work, candidates)

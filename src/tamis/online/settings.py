@@ -38,8 +38,8 @@ class StepSettings:
     ``target_rank`` makes alignments cheaper: every matrix of the direction that candidates are compared with,
     ``D * grad t``, is cut to that rank where products with it then take at most half of the operations. A candidate's
     ``b`` costs two narrow products per layer instead of one as large as a weight gradient, which is a third of a pass
-    where all weights are trained. Adapters are narrow already. Candidates' gradients are then always held as factors,
-    which takes more memory for rows longer than about half of a layer's width.
+    where all weights are trained. Adapters are narrow already. Gradients of such matrices are then always held as
+    factors, which takes more memory than the smaller form where rows are long for the width of a layer.
 
     ``target_every`` and ``target_ema`` make the target gradient cheaper or calmer. Both are off by default: fresh
     target rows at every choice, without averaging, did best wherever that was measured.
@@ -64,7 +64,7 @@ class StepSettings:
             raise InvalidSettings(f"interactions must be 'auto', 'exact' or 'sketch', got {self.interactions!r}")
         if self.sketch_dim < 1:
             raise InvalidSettings(f"sketch_dim must be at least 1, got {self.sketch_dim}")
-        if self.target_rank is not None and (self.target_rank < 1 or self.target_rank != int(self.target_rank)):
+        if self.target_rank is not None and (not isinstance(self.target_rank, int) or self.target_rank < 1):
             raise InvalidSettings(f"target_rank must be at least 1, a whole number, got {self.target_rank}")
         if self.target_every < 1:
             raise InvalidSettings(f"target_every must be at least 1, got {self.target_every}")
@@ -166,8 +166,8 @@ def _check_rank(method: Method, settings: StepSettings) -> None:
     else:
         return
     raise InvalidSettings(
-        f"target_rank={settings.target_rank}: {why}; leave it out, or take tracin, greats, filter-then-weight, tilt or "
-        "anchored with candidates scored by gradients"
+        f"target_rank={settings.target_rank}: {why}; leave it out, or take tracin, greats, grad-match, "
+        "filter-then-weight, tilt or anchored with candidates scored by gradients"
     )
 
 

@@ -76,9 +76,7 @@ class OnlineStep:
         self.matrices = param_matrices(model, trainable_layers(model))
         self._params = {name: param for matrix in self.matrices for name, param in matrix.params}
         by_position = method.needs.token_level or method.needs.interactions == "token-level"
-        rank = self.settings.target_rank
-        # A gradient formed to be held would cost the very products that a direction of low rank saves.
-        self._passes = Passes(model, self.matrices, keep_factors=by_position or rank is not None, target_rank=rank)
+        self._passes = Passes(model, self.matrices, keep_factors=by_position, target_rank=self.settings.target_rank)
         self._measurer = Measurer(self.matrices, method.needs, self.settings)
         self._target = TargetMemory(every=self.settings.target_every, ema=self.settings.target_ema)
         self._window = Window(self.settings.reuse) if self.settings.reuse > 1 else None

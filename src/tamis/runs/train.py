@@ -350,7 +350,9 @@ def _largest(shares: Mapping[str, float]) -> dict[str, float]:
 def _settings_identity(settings: TrainRunSettings) -> dict[str, Any]:
     """``settings`` as far as they can change the weights, and what the files hold that they name."""
     kind, proxy = candidates_parts(settings.candidates)
-    without_effect = () if kind == "sources" else _OF_SOURCES  # so that runs from before there were any go on
+    # What is not used is left out, so that runs from before there was such a setting go on.
+    without_effect: list[str] = [] if kind == "sources" else [*_OF_SOURCES]
+    without_effect += [] if settings.target_rank is not None else ["target_rank"]
     plain = identity_settings(settings, (*_FREE_SETTINGS, *_KNOWN_BY_CONTENT, *without_effect))
     inputs: dict[str, Any] = {}
     if kind == "proxy":
