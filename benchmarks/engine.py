@@ -142,6 +142,11 @@ def measure_memory(name: str, variant: str, device: torch.device) -> float:
     run = build_variant(variant, name, device)
     for _ in range(2):
         run(batch)
+    return peak_mib(device)
+
+
+def peak_mib(device: torch.device) -> float:
+    """Of this process, or of the GPU where there is one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     if sys.platform == "linux":  # ru_maxrss would include what the parent process held when it started this one

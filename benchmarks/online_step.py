@@ -20,7 +20,6 @@ import argparse
 import csv
 import gc
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -34,7 +33,7 @@ import torch
 import transformers
 from torch import nn
 
-from engine import HEADS, SHAPES, build_model
+from engine import HEADS, SHAPES, build_model, peak_mib
 from online_quality import online
 from tamis.online import METHODS
 from tamis.online.step import OnlineStep
@@ -138,10 +137,7 @@ def print_peak(variant: str, model_name: str, weights: str, target_rows: int, de
     run = build(variant, model_name, weights, target_rows, device)
     run()
     run()
-    if device.type == "cuda":
-        print(torch.cuda.max_memory_allocated() / 1e6)
-    else:
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+    print(peak_mib(device))
 
 
 def main() -> None:
