@@ -31,6 +31,7 @@ def main(folder: Path, name: str, micro: int) -> None:
         reduction="tokens",
         interactions="sketch" if name == "sketched" else "exact",
         sketch_dim=8,
+        target_rank=2 if name == "sketched" else None,
         candidates=CANDIDATES.get(name, "exact"),
         source_rows=1,  # of two sources: both may be of one process's candidates
     )
