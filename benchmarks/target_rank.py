@@ -40,7 +40,7 @@ from tamis.online.measure import measure_alignments
 from tamis.types import Batch
 
 RESULTS = Path(__file__).parent / "results" / "target-rank.csv"
-FIELDS = ("model", "target", "seed", "rank", "pearson", "spearman", "top_shared", "kept")
+FIELDS = ("model", "settings", "target", "seed", "rank", "pearson", "spearman", "top_shared", "kept")
 ROWS = 8  # of an update and of a forward pass
 
 
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--pool", type=Path, required=True)
     parser.add_argument("--targets", nargs="+", required=True, metavar="NAME=FILE")
-    parser.add_argument("--window", type=int, nargs=2, default=(48, 48), metavar=("PROMPT", "ANSWER"))
+    parser.add_argument("--window", type=int, nargs=2, default=[48, 48], metavar=("PROMPT", "ANSWER"))
     parser.add_argument("--updates", type=int, default=20)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--candidates", type=int, default=32)
@@ -124,6 +124,8 @@ def main() -> None:
         return [row for row, _ in zip((row for row in rendered if row is not None), range(count), strict=False)]
 
     name = Path(arguments.model).name
+    named = ("updates", "rate", "candidates", "target_rows", "window", "ranks")
+    asked = " ".join(f"{key}={getattr(arguments, key)}" for key in named)
     lines: list[dict[str, Any]] = []
     is_new = not arguments.csv.is_file()
     if not is_new:
@@ -134,19 +136,20 @@ def main() -> None:
         if is_new:
             writer.writeheader()
         for seed in range(arguments.seeds):
-            if any(line["model"] == name and line["seed"] == str(seed) for line in lines):
+            if any((line["model"], line["settings"], line["seed"]) == (name, asked, str(seed)) for line in lines):
                 continue
             rows = drawn(str(arguments.pool), "pool", arguments.updates * ROWS + arguments.candidates, seed)
             paths = dict(text.split("=", 1) for text in arguments.targets)
             targets = {key: drawn(path, "target", arguments.target_rows, seed) for key, path in paths.items()}
             for line in measure(load_model(settings).model, rows, targets, arguments):
-                lines.append({"model": name, "seed": str(seed), **line})
+                lines.append({"model": name, "settings": asked, "seed": str(seed), **line})
                 writer.writerow(lines[-1])
                 print(lines[-1], flush=True)
             file.flush()
     groups: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
     for line in lines:
-        groups[line["model"], int(line["rank"])].append(line)
+        if (line["model"], line["settings"]) == (name, asked):
+            groups[line["model"], int(line["rank"])].append(line)
     table = Table("model", "rank", "kept", "Pearson", "Spearman", "best quarter shared", title="mean (least)")
     for (model, rank), own in sorted(groups.items()):
         cells = []

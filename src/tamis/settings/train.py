@@ -95,17 +95,8 @@ class TrainRunSettings(LoadingSettings):
                 raise InvalidSettings(f"set.{name}: {name} belongs to every method; write --{flag} {self.set[name]}")
         check_at_least(self, 0, "forecast_every", "seed")
         check_at_least(self, 1, "keep", "oversample", "steps", "target_rows", "eval_steps", "patience", "lora_rank")
-        check_at_least(
-            self,
-            1,
-            "batch_rows",
-            "accumulation",
-            "save_steps",
-            "log_steps",
-            "record_every",
-            "target_every",
-            "target_rank",
-        )
+        check_at_least(self, 1, "batch_rows", "accumulation", "save_steps", "log_steps", "record_every")
+        check_at_least(self, 1, "target_every", "target_rank")
         if self.record_every is not None and self.record is None:
             raise InvalidSettings("record_every: nothing is recorded; pass --record too")
         if self.record is not None and self.method == "target-only":
