@@ -1,6 +1,8 @@
 """Tables over seeds of what trace_fidelity.py measured: means, intervals, paired differences, figures 2 to 4.
 
-python benchmarks/trace_tables.py
+Where runs were measured with several numbers of samples, tables hold those with most.
+
+    python benchmarks/trace_tables.py
 """
 
 from __future__ import annotations
@@ -27,11 +29,13 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     summary, samples = (read(args.results / f"trace-fidelity{name}.csv") for name in ("", "-samples"))
+    summary, most = with_most_samples(summary), with_most_samples(samples)
     fidelity(summary, "spearman_mean_loss", "Spearman's correlation for the mean loss of the target rows")
     fidelity(summary, "spearman", "Spearman's correlation for single target rows, averaged")
     relative_errors(summary)
-    decomposition(samples)
-    by_update(samples)
+    decomposition(most)
+    by_update(most)
+    lengths_of_errors(samples)
     update_errors(samples)
 
 
@@ -71,18 +75,25 @@ def decomposition(rows: Sequence[Row]) -> None:
 
 
 def by_update(rows: Sequence[Row]) -> None:
-    print(
-        "\nFigure 3, by the removed sample's update: length of the error of the estimated final parameters, median of"
-    )
-    print("all seeds' samples; Spearman's correlation of AdamW-influence with the truth (mean loss), within each run")
+    print("\nBy the removed sample's update: Spearman's correlation of AdamW-influence with the truth, within each run")
     for key, own in whole_runs(rows).items():
         for low, high in BINS:
             here = [row for row in own if low <= int(row["step"]) <= high]
-            errors = [float(row["update_error"]) for row in here if row["update_error"]]
             found = [correlation(lines, "adamw", "truth") for lines in grouped(here, ("seed",)).values()]
             if here:
-                norm = f"{np.median(errors):.2g}" if errors else "-"
-                print(*key, f"updates {low} to {high}", norm, interval(found), sep=" | ")
+                print(*key, f"updates {low} to {high}", interval(found), sep=" | ")
+
+
+def lengths_of_errors(rows: Sequence[Row]) -> None:
+    print(
+        "\nFigure 3, by the removed sample's update: length of the error of the estimated final parameters, median of"
+    )
+    print("all seeds' samples")
+    for key, own in whole_runs([row for row in rows if row["update_error"]]).items():
+        for low, high in BINS:
+            errors = [float(row["update_error"]) for row in own if low <= int(row["step"]) <= high]
+            if errors:
+                print(*key, f"updates {low} to {high}", f"{np.median(errors):.2g}", sep=" | ")
 
 
 def update_errors(rows: Sequence[Row]) -> None:
@@ -91,6 +102,15 @@ def update_errors(rows: Sequence[Row]) -> None:
         found = [correlation(lines, "proxy", "update_error") for lines in grouped(own, ("seed",)).values()]
         ratio = float(np.median([float(row["proxy"]) / float(row["update_error"]) for row in own]))
         print(*key, f"{len(found)} seeds", interval(found), f"{ratio:.2g}", len(own), sep=" | ")
+
+
+def with_most_samples(rows: Sequence[Row]) -> list[Row]:
+    """Of every model, optimizer, length and rate, the runs of which most samples were left out."""
+    found = list[Row]()
+    for own in grouped(rows, ("model", "optimizer", "steps", "rate")).values():
+        most = max(int(row["samples"]) for row in own)
+        found += [row for row in own if int(row["samples"]) == most]
+    return found
 
 
 def whole_runs(rows: Sequence[Row]) -> dict[tuple[str, ...], list[Row]]:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from tamis.data.rows import Rows, are_rows, checked_rows, held_name
+from tamis.arguments import (
+    as_module,
+    check_method,
+    data_values,
+    paths_of,
+    plain_settings,
+    refuse_out,
+    targets_of,
+    trace_values,
+)
+from tamis.data.rows import Rows, are_rows
 from tamis.errors import InvalidSettings
 from tamis.evaluate.cost import PlanResult, estimate_plan
 from tamis.evaluate.doctor import DoctorResult, examine
-from tamis.notation import check_target_name
 from tamis.online.methods.by_name import plain_settings as online_settings
 from tamis.online.methods.choice import Method as OnlineMethod
 from tamis.protocols import Method, Progress
@@ -33,7 +41,7 @@ from tamis.settings import (
     TrainRunSettings,
     VerifySettings,
 )
-from tamis.values import changed_values, from_dict
+from tamis.values import from_dict
 
 __all__ = [
     "Attribution",
@@ -99,22 +107,18 @@ def select(
         Unsupported: the model has no layers that tamis can take gradients of.
     """
     held: dict[str, Rows] = {}
-    targets = _targets(target, "target", held)
-    _check_method(method, "tamis.methods.Less()")
+    check_method(method, "tamis.methods.Less()")
     name = method if isinstance(method, str) else method.name
-    chosen: dict[str, Any] = {} if isinstance(method, str) else _plain_settings(method)
+    chosen: dict[str, Any] = {} if isinstance(method, str) else plain_settings(method)
     for name_of_setting in ("set", "projection", "projection_dim"):
         if not isinstance(method, str) and settings.get(name_of_setting) is not None:
             raise InvalidSettings(f"{name_of_setting}: the method object has settings of its own; give it there")
     values = {
-        "model": str(model),
-        "pool": _paths(pool, "pool", held),
-        "target": targets,
+        **data_values(model, pool, target, settings, held),
         "method": name,
         "budget": budget,
         "out": str(out),
         **({"set": chosen} if chosen else {}),
-        **{key: str(value) if isinstance(value, Path) else value for key, value in settings.items()},
     }
     return select_from_settings(
         from_dict(SelectSettings, values, origin="tamis.select"),
@@ -150,7 +154,8 @@ def doctor(
         Unsupported: the model has no layers that tamis can take gradients of.
     """
     held: dict[str, Rows] = {}
-    values = _examined_values("tamis.doctor", model, pool, target, settings, held)
+    refuse_out("tamis.doctor", settings)
+    values = data_values(model, pool, target, settings, held)
     return examine(from_dict(DoctorSettings, values, origin="tamis.doctor"), progress=progress, held=held)
 
 
@@ -182,21 +187,9 @@ def plan(
         InvalidSettings: a setting is unknown, or of the wrong type, or contradicts another one.
     """
     held: dict[str, Rows] = {}
-    values = {**_examined_values("tamis.plan", model, pool, target, settings, held), "budget": budget}
+    refuse_out("tamis.plan", settings)
+    values = {**data_values(model, pool, target, settings, held), "budget": budget}
     return estimate_plan(from_dict(PlanSettings, values, origin="tamis.plan"), progress=progress, held=held)
-
-
-def _examined_values(
-    verb: str, model: Any, pool: Any, target: Any, settings: Mapping[str, Any], held: dict[str, Rows]
-) -> dict[str, Any]:
-    if settings.get("out") is not None:
-        raise InvalidSettings(f"out: {verb} writes nothing; leave it out, and keep what it returns")
-    return {
-        "model": str(model),
-        "pool": _paths(pool, "pool", held),
-        "target": _targets(target, "target", held),
-        **{key: str(value) if isinstance(value, Path) else value for key, value in settings.items()},
-    }
 
 
 def train(
@@ -238,7 +231,7 @@ def train(
         Unsupported: the model has parameters whose gradients cannot be told apart by rows.
     """
     held: dict[str, Rows] = {}
-    _check_method(method, "tamis.online.FilterThenWeight()")
+    check_method(method, "tamis.online.FilterThenWeight()")
     chosen: dict[str, Any] = {"method": method}
     if not isinstance(method, str):
         for name in ("set", "keep", "oversample"):
@@ -247,14 +240,11 @@ def train(
         chosen = {"method": method.name, "keep": method.keep, "oversample": method.oversample}
         chosen["set"] = online_settings(method)
     values = {
-        "model": str(model),
-        "pool": _paths(pool, "pool", held),
-        "target": _targets(target, "target", held),
-        "eval": _targets(eval, "eval", held),
+        **data_values(model, pool, target, settings, held),
+        "eval": targets_of(eval, "eval", held),
         "steps": steps,
         "out": str(out),
         **chosen,
-        **{key: str(value) if isinstance(value, Path) else value for key, value in settings.items()},
     }
     return train_from_settings(
         from_dict(TrainRunSettings, values, origin="tamis.train"),
@@ -306,19 +296,15 @@ def compare(
         Unsupported: the model cannot be trained, or a row does not fit in memory.
     """
     held: dict[str, Rows] = {}
-    extra = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
-    if are_rows(extra.get("relevant", ())):
-        extra["relevant"] = _paths(extra["relevant"], "relevant", held)
+    if are_rows(relevant := settings.get("relevant", ())):
+        settings["relevant"] = paths_of(relevant, "relevant", held)
     values = {
-        "model": str(model),
-        "pool": _paths(pool, "pool", held),
-        "target": _targets(target, "target", held),
-        "eval": _targets(eval, "eval", held),
+        **data_values(model, pool, target, settings, held),
+        "eval": targets_of(eval, "eval", held),
         "methods": [methods] if isinstance(methods, str) else list(methods),
         "budget": budget,
         "seeds": seeds,
         "out": str(out),
-        **extra,
     }
     return compare_from_settings(
         from_dict(CompareSettings, values, origin="tamis.compare"), progress=progress, held=held
@@ -358,14 +344,7 @@ def proxy(
         Unsupported: no layer of the model can be compressed, or its proxy could not be loaded again.
     """
     held: dict[str, Rows] = {}
-    values = {
-        "model": str(model),
-        "pool": _paths(pool, "pool", held),
-        "target": _targets(target, "target", held),
-        "sparsity": sparsity,
-        "out": str(out),
-        **{key: str(value) if isinstance(value, Path) else value for key, value in settings.items()},
-    }
+    values = {**data_values(model, pool, target, settings, held), "sparsity": sparsity, "out": str(out)}
     return proxy_from_settings(from_dict(ProxySettings, values, origin="tamis.proxy"), progress=progress, held=held)
 
 
@@ -399,9 +378,9 @@ def attribute(
         StoreMismatch: the model is not the run's, or replaying does not reproduce what was recorded.
     """
     held: dict[str, Rows] = {}
-    values = _trace_values(run, target, out, model, settings, held)
+    values = trace_values(run, target, out, model, settings, held)
     chosen = from_dict(AttributeSettings, {**values, "method": method}, origin="tamis.attribute")
-    return attribute_from_settings(chosen, model=_as_module(model), progress=progress, held=held)
+    return attribute_from_settings(chosen, model=as_module(model), progress=progress, held=held)
 
 
 def verify(
@@ -434,54 +413,6 @@ def verify(
         StoreMismatch: the model is not the run's, or replaying does not reproduce what was recorded.
     """
     held: dict[str, Rows] = {}
-    values = _trace_values(run, target, out, model, settings, held)
+    values = trace_values(run, target, out, model, settings, held)
     chosen = from_dict(VerifySettings, {**values, "samples": samples}, origin="tamis.verify")
-    return verify_from_settings(chosen, model=_as_module(model), progress=progress, held=held)
-
-
-def _trace_values(
-    run: str | Path, target: Any, out: str | Path, model: Any, settings: Mapping[str, Any], held: dict[str, Rows]
-) -> dict[str, Any]:
-    return {
-        "run": str(run),
-        "target": _targets(target, "target", held),
-        "out": str(out),
-        **({"model": str(model)} if isinstance(model, str | Path) else {}),
-        **{key: str(value) if isinstance(value, Path) else value for key, value in settings.items()},
-    }
-
-
-def _as_module(model: Any) -> nn.Module | None:
-    return None if model is None or isinstance(model, str | Path) else model
-
-
-def _check_method(method: Any, example: str) -> None:
-    if not isinstance(method, str) and (isinstance(method, type) or not dataclasses.is_dataclass(method)):
-        raise InvalidSettings(
-            f"method: expected a name or a method object such as {example}, got {type(method).__name__}"
-        )
-
-
-def _targets(
-    given: str | Path | Sequence[str | Path] | Rows | Mapping[str, str | Path | Rows], what: str, held: dict[str, Rows]
-) -> list[str]:
-    """``NAME=PATH`` or paths; rows go to ``held``."""
-    if isinstance(given, Mapping):
-        for key in given:
-            check_target_name(str(key), what)
-        return [f"{key}={path}" for key, one in given.items() for path in _paths(one, f"{what} {key}", held)]
-    return [f"target={text}" if text in held else text for text in _paths(given, what, held)]
-
-
-def _paths(given: str | Path | Sequence[str | Path] | Rows, what: str, held: dict[str, Rows]) -> list[str]:
-    """The paths that were given; rows go to ``held``, under the name that is returned in their place."""
-    if are_rows(given):
-        held[held_name(what)] = checked_rows(given, what)
-        return [held_name(what)]
-    return [str(given)] if isinstance(given, (str, Path)) else [str(path) for path in given]
-
-
-def _plain_settings(method: Method) -> dict[str, Any]:
-    """The settings of a method object that are not its defaults, as ``--set`` would state them."""
-    changed = changed_values(method)
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
+    return verify_from_settings(chosen, model=as_module(model), progress=progress, held=held)

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tamis.online import batches
-from tamis.online.batches import target_positions, to_batches
+from tamis.online import target_turns
+from tamis.online.batches import to_batches
+from tamis.online.target_turns import target_positions
 
 
 def test_rows_without_any_supervised_token_make_no_batch() -> None:
@@ -32,7 +33,7 @@ def test_no_choice_holds_a_row_twice_and_every_turn_has_all_rows(count: int, tot
 @pytest.mark.parametrize(("count", "total"), [(3, 7), (5, 7)])
 def test_a_resumed_run_draws_what_the_other_would_have(count: int, total: int) -> None:
     straight = [target_positions(k, count=count, total=total, seed=4).tolist() for k in range(300)]
-    batches._order.cache_clear()
+    target_turns._order.cache_clear()
     assert target_positions(299, count=count, total=total, seed=4).tolist() == straight[299]
-    batches._order.cache_clear()
+    target_turns._order.cache_clear()
     assert target_positions(2000, count=count, total=total, seed=4).tolist()

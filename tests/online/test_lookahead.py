@@ -19,9 +19,9 @@ from tamis.errors import InvalidSettings, Unsupported
 from tamis.model.loss import per_sample_losses
 from tamis.online import Lookahead, rehearsal
 from tamis.online.ahead import EarlyBatches
-from tamis.online.batches import target_positions
 from tamis.online.fate import read_candidates
 from tamis.online.rehearsal import coming_rates, look_ahead, rehearse
+from tamis.online.target_turns import target_positions
 from tamis.trajectory.adjoint import start_channel, sweep_step
 from tamis.trajectory.optimizer_state import live_optimizer
 from tamis.trajectory.replay import mean_gradient, play, train

@@ -17,9 +17,9 @@ from online_runs import arguments, collate, rows_of
 from online_steps import calls_of
 from tamis.errors import InvalidInput, InvalidSettings, Unsupported
 from tamis.online import FilterThenWeight, StepSettings, TracIn
-from tamis.online.batches import target_positions
 from tamis.online.checks import refuse_sharded
 from tamis.online.fate import read_candidates
+from tamis.online.target_turns import target_positions
 from tamis.online.trainer import OnlineTrainer
 from tamis.online.window import WindowSampler
 from tiny_models import tiny_model

@@ -1,9 +1,8 @@
-"""From a trainer's inputs to batches that can be told apart by rows, and which target rows a step looks at."""
+"""From a trainer's inputs to batches that can be told apart by rows."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -12,10 +11,9 @@ from torch import Tensor
 
 from tamis.errors import Unsupported
 from tamis.online.methods.choice import Vector
-from tamis.seeds import child_seed, random_permutation
 from tamis.types import Batch, IntArray
 
-__all__ = ["IGNORED_LABEL", "regrouped", "supervised_tokens", "target_positions", "to_batches"]
+__all__ = ["IGNORED_LABEL", "regrouped", "supervised_tokens", "to_batches"]
 
 IGNORED_LABEL = -100
 
@@ -66,19 +64,6 @@ def to_batches(inputs: Mapping[str, Any], rows: Tensor, *, most_rows: int) -> li
     return batches
 
 
-def target_positions(number: int, *, count: int, total: int, seed: int) -> IntArray:
-    """Target rows of choice ``number`` (from 0): fresh ones every time, none again before all had their turn.
-
-    None stands twice in one choice either, as long as ``count`` is at most ``total``. A function of its arguments
-    alone, so a resumed run goes on where the other stopped.
-    """
-    found = np.empty(count, dtype=np.int64)
-    for place in range(count):
-        turn, at = divmod(number * count + place, total)
-        found[place] = _turn(turn, count, total, seed)[at]
-    return found
-
-
 def supervised_tokens(batches: Sequence[Batch]) -> Tensor:
     """Supervised tokens of every row, (n,)."""
     parts = [batch.supervised[:, 1:].sum(dim=1).cpu() for batch in batches]
@@ -113,31 +98,6 @@ def regrouped(candidates: Sequence[Batch], coefficients: Vector) -> list[tuple[B
 def _cut(row: Tensor, width: int) -> Tensor:
     """The row with zeros, or padded columns, added or taken away on the right."""
     return row[:width] if len(row) >= width else torch.nn.functional.pad(row, (0, width - len(row)))
-
-
-def _turn(turn: int, count: int, total: int, seed: int) -> IntArray:
-    """The order of one turn of all rows."""
-    # An order depends on the last rows of the one before. Long turns leave those where they were drawn; of short ones
-    # every order is made, in strides that keep the recursion of a resumed run shallow.
-    for earlier in range(0, turn if total < 2 * count else 0, 64):
-        _order(earlier, count, total, seed)
-    return _order(turn, count, total, seed)
-
-
-@lru_cache(maxsize=256)
-def _order(turn: int, count: int, total: int, seed: int) -> IntArray:
-    """A choice that began in the turn before goes on in this one, first with rows that it does not hold yet."""
-    order = random_permutation(child_seed(seed, "target order", turn), total)
-    begun = turn * total % count  # rows that the choice across the boundary took from the turn before
-    if not begun or count > total:
-        return order
-    if total < 2 * count:
-        before = _order(turn - 1, count, total, seed)
-    else:
-        before = random_permutation(child_seed(seed, "target order", turn - 1), total)
-    new = ~np.isin(order, before[total - begun :])
-    new &= np.cumsum(new) <= count - begun
-    return np.concatenate([order[new], order[~new]])
 
 
 def _is_empty_type_ids(key: str, value: Any) -> bool:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 from torch import Tensor
 
 from tamis.online.methods.choice import Choice, Vector
 from tamis.types import IntArray
 
 __all__ = ["Proposal"]
+
+
+def _none() -> IntArray:
+    return np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +30,11 @@ class Proposal:
     choice: Choice
     losses: Vector  # (n,) mean cross-entropy; NaN for candidates that the trained model was not run on
     tokens: IntArray  # (n,) supervised tokens
-    alignments: Vector | None  # (n,) b; NaN for candidates left out
-    dropped: IntArray  # candidates whose loss or gradient was not finite
-    target_loss: float | None  # mean over the target rows, before the update; None if they were not run now
-    target_gradient: dict[str, Tensor] | None  # mean over the target rows of all processes, of this look alone
-    cold: bool  # a uniform choice, because the method has not started yet
+    alignments: Vector | None = None  # (n,) b; NaN for candidates left out; None if nothing was aligned
+    dropped: IntArray = field(default_factory=_none)  # candidates whose loss or gradient was not finite
+    target_loss: float | None = None  # mean over the target rows, before the update; None if they were not run now
+    target_gradient: dict[str, Tensor] | None = None  # mean over the target rows of all processes, of this look alone
+    cold: bool = False  # a uniform choice, because the method has not started yet
     scored: int = 0  # candidates of all processes whose alignments were measured for this choice
     by_source: bool = False  # alignments are those of the candidates' sources
     held_bytes: int = 0  # this process's candidates' gradients while the choice was made, at most

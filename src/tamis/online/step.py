@@ -185,17 +185,14 @@ class OnlineStep:
         coefficients, divisor = self._coefficients(choice, tokens)
         gradient, losses = self._passes.run_chosen(candidates, coefficients, [len(tokens)])
         return Proposal(
-            scored=len(tokens),
             gradient=gradient,
             divisor=divisor,
             choice=choice,
             losses=losses,
             tokens=tokens,
+            scored=len(tokens),
             alignments=torch.where(good, scores, torch.nan).numpy(),
             dropped=(~good).nonzero()[:, 0].numpy(),
-            target_loss=None,
-            target_gradient=None,
-            cold=False,
         )
 
     def count(self, part: Part, batches: Sequence[Batch], *, times: float) -> None:
@@ -212,18 +209,14 @@ class OnlineStep:
 
     def _on_target(self, target: Sequence[Batch], tokens: IntArray) -> Proposal:
         look = self._passes.look(target)
-        nothing = np.zeros(0, dtype=np.int64)
         return Proposal(
             gradient=look.sums,
             divisor=float(look.count),
-            choice=unweighted(nothing),
+            choice=unweighted(np.zeros(0, dtype=np.int64)),
             losses=np.full(len(tokens), np.nan),
             tokens=tokens,
-            alignments=None,
-            dropped=nothing,
             target_loss=look.loss,
             target_gradient=look.mean,
-            cold=False,
         )
 
     def _unmeasured(
@@ -237,18 +230,7 @@ class OnlineStep:
             choice = unweighted(np.sort(random_permutation(seed, n)[: self.method.keep]))
         coefficients, divisor = self._coefficients(choice, tokens)
         gradient, losses = self._passes.run_chosen(candidates, coefficients, counts)
-        return Proposal(
-            gradient=gradient,
-            divisor=divisor,
-            choice=choice,
-            losses=losses,
-            tokens=tokens,
-            alignments=None,
-            dropped=np.zeros(0, dtype=np.int64),
-            target_loss=None,
-            target_gradient=None,
-            cold=cold,
-        )
+        return Proposal(gradient=gradient, divisor=divisor, choice=choice, losses=losses, tokens=tokens, cold=cold)
 
     def _measured(
         self,
@@ -359,9 +341,6 @@ class OnlineStep:
             tokens=tokens,
             alignments=torch.where(usable, measured.alignments, torch.nan).numpy(),
             dropped=(~measured.good).nonzero()[:, 0].numpy(),
-            target_loss=None,
-            target_gradient=None,
-            cold=False,
             held_bytes=0 if rows is None else rows.nbytes,
         )
 

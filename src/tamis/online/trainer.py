@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback
 from tamis.errors import InvalidInput, InvalidSettings, Unsupported
 from tamis.model.processes import counts_of_all, is_main, rank, world_size
 from tamis.online.ahead import Ahead
-from tamis.online.batches import target_positions, to_batches
+from tamis.online.batches import to_batches
 from tamis.online.checks import dropout_of, refuse_settings, refuse_sharded
 from tamis.online.fate import CandidateLog, refuse_earlier_parts
 from tamis.online.forecast import Forecaster, clip_factor
@@ -38,6 +38,7 @@ from tamis.online.saved import load_selection, save_selection
 from tamis.online.settings import StepSettings, check_combination
 from tamis.online.source_means import said_of_many_sources, source_numbers
 from tamis.online.step import OnlineStep
+from tamis.online.target_turns import target_positions
 from tamis.online.together import add_up, gather_rows
 from tamis.seeds import child_seed
 from tamis.types import Batch, IntArray
