@@ -165,7 +165,8 @@ def test_a_killed_verification_goes_on_and_tells_the_methods_apart(recorded: Rec
     micros = run.micros_of([_row(row) for row in TARGET], most=16)
     for path in truth[::9]:
         said = json.loads(path.read_text())
-        effect = leave_out_effect(run, said["step"], said["place"], micros)
+        assert path.stem == f"update-{said['step']:08d}-place-{said['place']:05d}"
+        effect = leave_out_effect(run, said["step"] - 1, said["place"], micros)  # counted from 1, as in uses.parquet
         np.testing.assert_array_equal(said["effect"], effect.double().numpy())
     best = found.methods["adamw-influence, finite removal over 7 steps"]
     assert best["spearman"] > 0.95 and best["relative_error"] < 0.1

@@ -147,7 +147,8 @@ def products(
     No per-sample gradient is formed. The scale of a direction may be anything: it is taken to length 1 on the way,
     because it drifts by orders of magnitude over long runs.
     """
-    lengths = torch.linalg.vector_norm(directions, dim=1, keepdim=True)
+    # In float64: squares of numbers that float32 still holds may be too large for it.
+    lengths = torch.linalg.vector_norm(directions, dim=1, keepdim=True, dtype=torch.float64).to(directions)
     unit = directions / torch.where(lengths > 0, lengths, torch.ones_like(lengths))
     aligned, curved, first = [], torch.zeros_like(directions), 0
     for micro in micros:

@@ -115,12 +115,12 @@ class Ahead:
         if known is not None and np.array_equal(known[0], rows):
             return known[1]
         self._scores.clear()
-        last = self._args.max_steps if self._args.max_steps > 0 else update + self.method.block
+        last = self._args.max_steps if self._args.max_steps > 0 else update + self.method.horizon
         count = min(self.method.block, last - update)  # no look beyond the end of training
         coming = self._early.peek(count - 1) if self._early is not None and count > 1 else []
         block = [list(candidates), *(found for found in map(to_batches, coming) if found)]
         live = live_optimizer(optimizer, step.model)
-        rates = coming_rates(scheduler, live, self.method.horizon)
+        rates = coming_rates(scheduler, live, min(self.method.horizon, last - update))
         if rates is None:
             raise Unsupported(
                 f"lookahead must know coming learning rates, which {type(scheduler).__name__} does not say; use one of "

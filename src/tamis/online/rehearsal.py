@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tamis.errors import Unsupported
 from tamis.gradients.functional import Problem, per_sample_gradients
 from tamis.maths.step_derivative import AdamStep
 from tamis.online.batches import supervised_tokens
@@ -56,6 +57,8 @@ def rehearse(
         Unsupported: the optimizer's steps cannot be foreseen.
     """
     live = live_optimizer(optimizer, model)
+    if live.kind == "sgd":
+        raise Unsupported("lookahead goes through the dynamics of Adam's moments, which SGD has not; train by AdamW")
     problem = CausalProblem(model, live.shapes, autocast=autocast)
     state = live.state()
     steps = [

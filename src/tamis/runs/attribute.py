@@ -28,7 +28,7 @@ from tamis.runs.outputs import claim_folder, write_json, write_scores
 from tamis.runs.trace_inputs import OpenedRun, open_inputs, read_target, recorded_rows, run_identity
 from tamis.seeds import child_seed, random_subset
 from tamis.settings import AttributeSettings
-from tamis.trajectory.adjoint import renormalised
+from tamis.trajectory.adjoint import refuse_lone_sample, renormalised
 from tamis.trajectory.embeddings import run_embeddings, scores_from_embeddings
 from tamis.trajectory.summary_matrix import draw_masks
 from tamis.trajectory.sweep import SweepSettings, run_sweep, target_gradients
@@ -166,8 +166,10 @@ def _scores(
     goal = target_gradients(trajectory.problem, theta, opened.micros, per_row=settings.per_row)
     scores = scores_from_embeddings(embeddings, masks, goal, disjoint=True)
     if settings.removal == "renormalise":
-        weights = [trajectory.step(index).weights.cpu() for index in range(trajectory.num_steps)]
-        scores = [renormalised(own, w) for own, w in zip(scores, weights, strict=True)]
+        steps = [trajectory.step(index) for index in range(trajectory.num_steps)]
+        for step in steps:
+            refuse_lone_sample(step)
+        scores = [renormalised(own, step.weights.cpu()) for own, step in zip(scores, steps, strict=True)]
     return {"scores": scores}
 
 
@@ -179,7 +181,7 @@ def _exact(settings: AttributeSettings, opened: OpenedRun, progress: Progress) -
     chosen = random_subset(child_seed(settings.seed, "exact errors"), total, min(settings.error_samples, total))
     uses = [(step := int(np.searchsorted(first, use, side="right")) - 1, int(use - first[step])) for use in chosen]
     with progress.stage("exact second order", run.num_steps, "updates") as advance:
-        norms = exact_errors(run, uses, advance=advance)
+        norms = exact_errors(run, uses, tolerance=settings.tolerance, advance=advance)
     found = np.full(total, np.nan)
     found[chosen] = norms
     return found

@@ -6,6 +6,7 @@ Every retraining is a file of its own, so that a killed run goes on and several 
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,7 @@ from torch import nn
 from tamis.config import write_config
 from tamis.data.rows import Rows
 from tamis.disk import check_writable, make_folder, replace_atomically
-from tamis.errors import InvalidSettings
+from tamis.errors import InvalidSettings, NonFinite
 from tamis.progress import NoProgress
 from tamis.protocols import Progress
 from tamis.runs.outputs import claim_folder, write_json
@@ -38,6 +39,8 @@ from tamis.values import to_dict
 from tamis.versions import versions
 
 __all__ = ["Verification", "verify_from_settings"]
+
+logger = logging.getLogger(__name__)
 
 _FREE = ("batch_rows", "device", "tolerance", "processes", "methods", "secant", "curvature")
 Use = tuple[int, int]  # step and place in its batch
@@ -72,7 +75,9 @@ def verify_from_settings(
     """The comparison that ``settings`` ask for; see ``tamis.verify``.
 
     Raises:
-        InvalidSettings: several processes and a model in memory, which they cannot share.
+        InvalidSettings: several processes and a model in memory, which they cannot share; or no method is one for this
+            run.
+        NonFinite: a run without a sample diverged.
     """
     held, progress = held or {}, progress or NoProgress()
     if model is not None and settings.processes > 1:
@@ -86,7 +91,10 @@ def verify_from_settings(
     make_folder(out / "truth")
     started = time.perf_counter()
     opened = open_inputs(settings, target, model=model)
-    scores = _all_scores(settings, opened, out, progress)
+    wanted, left_out = _sweeps(settings, opened.trajectory.rule.kind)
+    if left_out:
+        logger.warning("the run was trained by SGD, of which %s says nothing; it is left out", " and ".join(left_out))
+    scores = _all_scores(wanted, settings, opened, out, progress)
     uses = choose_uses(opened.trajectory, settings.samples, settings.seed)
     _retrain_all(settings, opened, target, uses, out, progress)
     truth = np.stack([_read(out, use) for use in uses])
@@ -104,6 +112,7 @@ def verify_from_settings(
         "uses": [{"step": step + 1, "place": place} for step, place in uses],
         "target_rows": len(target.rows),
         "methods": methods,
+        "left_out": left_out,
         "cost": {"seconds": round(time.perf_counter() - started, 3)},
     }
     write_json(out / "manifest.json", manifest)
@@ -119,15 +128,27 @@ def choose_uses(run: RecordedRun, count: int, seed: int) -> list[Use]:
     return [(int(step), int(use - first[step])) for step, use in zip(steps, chosen, strict=True)]
 
 
-def _all_scores(
-    settings: VerifySettings, opened: OpenedRun, out: Path, progress: Progress
-) -> dict[str, list[torch.Tensor]]:
+def _sweeps(settings: VerifySettings, kind: str) -> tuple[dict[str, SweepSettings], list[str]]:
+    """What is compared, by name, and the names of what cannot be: methods of Adam have nothing to say of SGD.
+
+    Raises:
+        InvalidSettings: nothing is left to compare.
+    """
     wanted = {name: SweepSettings(**_options(settings, name, 0)) for name in settings.methods}
     if settings.secant:
         name = f"adamw-influence, finite removal over {settings.secant} steps"
         wanted[name] = SweepSettings(**_options(settings, "adamw-influence", settings.secant))
-    if opened.trajectory.rule.kind == "sgd":  # methods of Adam have nothing to say of it
-        wanted = {name: one for name, one in wanted.items() if one.method != "adamw-influence"}
+    left_out = [name for name, one in wanted.items() if kind == "sgd" and one.method == "adamw-influence"]
+    if len(left_out) == len(wanted):
+        raise InvalidSettings(
+            "the run was trained by SGD, which has no second moments; compare methods sgd-influence and tracin"
+        )
+    return {name: one for name, one in wanted.items() if name not in left_out}, left_out
+
+
+def _all_scores(
+    wanted: Mapping[str, SweepSettings], settings: VerifySettings, opened: OpenedRun, out: Path, progress: Progress
+) -> dict[str, list[torch.Tensor]]:
     found = {}
     for name, one in wanted.items():
         folder = out / "store" / f"scores-{one.method}-{one.curvature}-{one.secant}"
@@ -188,7 +209,12 @@ def _retrain(
             renormalise=settings.removal == "renormalise",
             undisturbed=undisturbed,
         )
-        text = json.dumps({"step": step, "place": place, "effect": effect.double().tolist()})
+        if not bool(torch.isfinite(effect).all()):
+            raise NonFinite(
+                f"without the sample at place {place} of update {step + 1} the run diverges: the target's loss is NaN "
+                "or infinite at its end; scores of so unstable a run mean nothing: record one at a lower rate"
+            )
+        text = json.dumps({"step": step + 1, "place": place, "effect": effect.double().tolist()})
         replace_atomically(_path(out, (step, place)), (text.encode(),))
         advance(1)
 
@@ -201,7 +227,7 @@ def _check_replay(run: RecordedRun, tolerance: float | None, *, needed: bool) ->
 
 
 def _path(out: Path, use: Use) -> Path:
-    return out / "truth" / f"{use[0]:08d}-{use[1]:05d}.json"
+    return out / "truth" / f"update-{use[0] + 1:08d}-place-{use[1]:05d}.json"
 
 
 def _read(out: Path, use: Use) -> npt.NDArray[np.float64]:

@@ -132,10 +132,8 @@ class AdamwInfluence:
                 folder=folder / "sweep", advance=advance,
             )["scores"]  # fmt: skip
         by_number = np.zeros((len(run.rows), len(task.target_names)))
-        uses = np.zeros(len(run.rows))
         for index, scores in enumerate(found):
             np.add.at(by_number, run.step(index).rows, scores.double().numpy())
-            np.add.at(uses, run.step(index).rows, 1.0)
         # Exact copies share a number: each gets its part of what they did together.
         copies = np.bincount(np.array(numbers), minlength=len(run.rows))
         values = torch.from_numpy((by_number / np.maximum(copies, 1)[:, None])[np.array(numbers)])

@@ -25,11 +25,13 @@ from tamis.errors import InvalidSettings
 from tamis.gradients.functional import Curvature, Problem, check_curvature, products
 from tamis.maths.step_derivative import StepDerivative
 from tamis.trajectory.replay import Played
+from tamis.trajectory.run import Step
 
 __all__ = [
     "Channel",
     "InfluenceMethod",
     "final_values",
+    "refuse_lone_sample",
     "renormalised",
     "start_channel",
     "steps_back",
@@ -111,12 +113,25 @@ def renormalised(scores: Float[Tensor, "B V"], weights: Float[Tensor, " B"]) -> 
     """The same under the other reading of removal, in which the rest of the batch takes over the sample's weight.
 
     ``(W I_i - w_i sum_j I_j) / (W - w_i)`` with ``W = sum_j w_j``; for equal weights, the score centred within its
-    batch times ``B / (B - 1)``. Such scores cannot be compared across steps. A batch of one sample has no rest: NaN.
+    batch times ``B / (B - 1)``. Such scores cannot be compared across steps. A batch of one sample has no rest: NaN,
+    which ``refuse_lone_sample`` prevents.
     """
     w = weights.to(scores)[:, None]
     total, rest = w.sum(), w.sum() - w
     found = (total * scores - w * scores.sum(dim=0, keepdim=True)) / rest
     return torch.where(rest.abs() > 1e-12 * total.abs(), found, torch.full_like(found, torch.nan))
+
+
+def refuse_lone_sample(step: Step) -> None:
+    """Refuse what has no meaning under the other reading of removal.
+
+    Raises:
+        InvalidSettings: the step has one sample only.
+    """
+    if len(step.rows) == 1:
+        raise InvalidSettings(
+            f"update {step.index + 1} was made of one sample, whose weight no other can take over; use removal=subtract"
+        )
 
 
 def final_values(problem: Problem, theta: Tensor, micros: Sequence[object]) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tamis.errors import Unsupported
 from tamis.gradients.functional import Layout, Predictions
 from tamis.model.loss import evaluation_mode, gathered_before_head, supervised_positions
 from tamis.trajectory.log import LoggedStep, LogReader
@@ -51,7 +52,7 @@ class CausalProblem:
             stack.enter_context(gathered_before_head(self.model, positions, tuple(batch.input_ids.shape)))
             stack.enter_context(evaluation_mode(self.model, checkpointing=False))
             if micro.random_state is not None:
-                self.model.train()
+                stack.enter_context(_dropout_on(self.model))
                 stack.enter_context(_randomness(micro.random_state))
             if self._autocast is not None:
                 stack.enter_context(torch.autocast(self.device.type, dtype=self._autocast))
@@ -89,9 +90,9 @@ class RecordedRun:
 
     @property
     def tolerance(self) -> float:
-        """By what the run computed in."""
-        manifest = self.reader.manifest
-        return TOLERANCES[getattr(torch, manifest["autocast"] or manifest["dtype"])]
+        """By the coarsest numbers that the run computed in; frozen weights of 16 bits make activations of 16 bits."""
+        found = (self.reader.manifest.get(name) for name in ("autocast", "dtype", "base_dtype"))
+        return max(TOLERANCES.get(getattr(torch, name), 1e-2) for name in found if name is not None)
 
     @property
     def num_steps(self) -> int:
@@ -160,7 +161,23 @@ def random_state_of(device: torch.device) -> dict[str, Tensor]:
 
 
 @contextmanager
+def _dropout_on(model: nn.Module) -> Iterator[None]:
+    """Training mode without gradient checkpointing, which would run blocks again with the model's own weights."""
+    checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in checkpointed:
+        module.gradient_checkpointing = False  # type: ignore[assignment]
+    model.train()  # undone by whoever switched the modules before
+    try:
+        yield
+    finally:
+        for module in checkpointed:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+@contextmanager
 def _randomness(state: Mapping[str, Tensor]) -> Iterator[None]:
+    if "cuda" in state and not torch.cuda.is_available():
+        raise Unsupported("the run drew its dropout on a GPU, and there is none here; attribute it on a GPU")
     before = torch.get_rng_state()
     cuda = torch.cuda.get_rng_state() if "cuda" in state else None
     torch.set_rng_state(state["cpu"].cpu())

@@ -28,11 +28,12 @@ class Agreement:
 
 
 def agreement(scores: Matrix, truth: Matrix, *, seed: int = 0) -> Agreement:
-    """Of ``scores`` and ``truth``, both (samples, final values).
+    """Of ``scores`` and ``truth``, both (samples, final values) and finite.
 
     The interval is that of the percentile bootstrap over samples, with their ranks as they are among all; with ten
     samples it says little, and says so by its width.
     """
+    assert np.isfinite(scores).all() and np.isfinite(truth).all(), "NaN has no rank"
     count = len(scores)
     ranks, true_ranks = (np.stack([mean_ranks(column) for column in part.T], axis=1) for part in (scores, truth))
     draws = []

@@ -90,11 +90,11 @@ class LogWriter:
 
     @classmethod
     def open_again(
-        cls, folder: Path, manifest: Mapping[str, Any], step: int, *, theta: Tensor | None = None
+        cls, folder: Path, manifest: Mapping[str, Any], step: int, *, state: State | None = None
     ) -> LogWriter:
         """Go on with a log from ``step``, where its trainer resumes; what it has of later steps is taken back.
 
-        ``theta`` are the parameters that training goes on from; None if they are the log's own.
+        ``state`` is what training goes on from; None if that is the log's own.
 
         Raises:
             StoreMismatch: it was begun by another run, or has no state at that step or another one.
@@ -112,11 +112,20 @@ class LogWriter:
                 f"{'' if reader.bounds[-1] < step else ' without a state there'}; resume from a checkpoint that was "
                 "saved while the recorder was on, or record a new run into another folder"
             )
-        if theta is not None and not torch.equal(reader.state(step).theta, theta.cpu()):
-            raise StoreMismatch(
-                f"{folder} has other parameters at update {step} than training goes on from: it is the record of "
-                "another run with the same model and optimizer; record into another folder"
-            )
+        if state is not None:
+            own = reader.state(step)
+            if not torch.equal(own.theta, state.theta.cpu()):
+                raise StoreMismatch(
+                    f"{folder} has other parameters at update {step} than training goes on from: it is the record of "
+                    "another run with the same model and optimizer; record into another folder"
+                )
+            pairs = zip(own.moments, state.moments, strict=True)
+            if own.count != state.count or not all(torch.equal(mine, other.cpu()) for mine, other in pairs):
+                raise StoreMismatch(
+                    f"{folder} has another state of the optimizer at update {step} than training goes on from (was the "
+                    "checkpoint saved without it, by save_only_model?); resume from a whole checkpoint, or record into "
+                    "another folder"
+                )
         with disk_errors(folder, doing="remove"):
             (folder / _END).unlink(missing_ok=True)
             for first, _, path in _segments(folder):

@@ -46,7 +46,7 @@ class TrajectoryRecorder(TrainerCallback):  # type: ignore[misc]  # transformers
     Args:
         folder: where the record goes; a resumed run goes on with it.
         every: updates between two states on disk, 3 numbers per trained parameter each. Attribution replays from one
-            state to the next and holds 4 numbers per parameter and update in between. None: the root of the number of
+            state to the next and holds 5 numbers per parameter and update in between. None: the root of the number of
             updates, at least 10.
         model_name: what opens the model that training started from; None: what the model says of itself.
         most_gb: refuse to start if the record would be larger.
@@ -74,6 +74,7 @@ class TrajectoryRecorder(TrainerCallback):  # type: ignore[misc]  # transformers
         self._steps: list[LoggedStep] = []  # since the last state
         self._first = 0  # the first of them
         self._passes: list[_Pass] = []  # of the update that is being made
+        self._running: _Pass | None = None  # whose loss is not known yet
         self._divisor: float | None = None  # of an online choice
         self._pending: tuple[tuple[float, ...], float] | None = None
         self._random = False
@@ -106,7 +107,7 @@ class TrajectoryRecorder(TrainerCallback):  # type: ignore[misc]  # transformers
         }
         begun = state.global_step
         if begun:
-            self._writer = LogWriter.open_again(self.folder, manifest, begun, theta=live.state().theta)
+            self._writer = LogWriter.open_again(self.folder, manifest, begun, state=live.state())
         else:
             self._writer = LogWriter.open_new(self.folder, manifest, live.state())
         self._live, self._first, self._steps, self._between = live, begun, [], every
@@ -137,6 +138,11 @@ class TrajectoryRecorder(TrainerCallback):  # type: ignore[misc]  # transformers
         self._steps.append(LoggedStep(micros=micros, rates=rates, norm=norm))
         self._passes, self._divisor, self._pending = [], None, None
         if state.global_step % self._between == 0 or control.should_save:
+            self._flush()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The Trainer loads the best checkpoint before it says that training has ended."""
+        if args.load_best_model_at_end:
             self._flush()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -185,6 +191,7 @@ class TrajectoryRecorder(TrainerCallback):  # type: ignore[misc]  # transformers
     # Inside.
 
     def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._running = None
         if not module.training or not torch.is_grad_enabled():
             return
         if args:
@@ -195,23 +202,23 @@ class TrajectoryRecorder(TrainerCallback):  # type: ignore[misc]  # transformers
         if not used:
             return
         ids = kwargs["input_ids"]
-        self._passes.append(
-            _Pass(
-                numbers=self._numbers(used),
-                counts=[float(row.supervised.sum()) for row in used],
-                width=ids.shape[1],
-                items=None if items is None else float(torch.as_tensor(items).flatten()[0]),
-                random_state=random_state_of(ids.device) if self._random else {},
-            )
+        self._running = _Pass(
+            numbers=self._numbers(used),
+            counts=[float(row.supervised.sum()) for row in used],
+            width=ids.shape[1],
+            items=None if items is None else float(torch.as_tensor(items).flatten()[0]),
+            random_state=random_state_of(ids.device) if self._random else {},
         )
+        self._passes.append(self._running)
         if self._random and len(used) < len(found):
             raise Unsupported("rows without a supervised token go through a model with dropout; remove them")
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if not module.training or not torch.is_grad_enabled() or not self._passes:
+        if self._running is None:  # evaluation, or rows without a supervised token
             return
         loss = output.get("loss") if hasattr(output, "get") else None
-        self._passes[-1].loss = None if loss is None else loss.detach()
+        self._running.loss = None if loss is None else loss.detach()
+        self._running = None
 
     def _positions(self, loader: Any) -> list[int]:
         """For each recorded row, where it first stands in the training data; -1 where that is not known."""
@@ -256,7 +263,8 @@ class TrajectoryRecorder(TrainerCallback):  # type: ignore[misc]  # transformers
         numel = sum(group.numel for group in live.groups)
         slots = 2 if live.kind == "sgd" else 3
         saves = steps // args.save_steps if args.save_strategy == "steps" and args.save_steps >= 1 else 0
-        count = 1 + -(-steps // every) + int(saves)
+        epochs = math.ceil(args.num_train_epochs) if args.load_best_model_at_end else 0
+        count = 1 + -(-steps // every) + int(saves) + epochs
         size = count * slots * numel * first.element_size()
         logger.info(
             "recording %d updates into %s: %d states of %d numbers, about %.2f GB, and the rows",

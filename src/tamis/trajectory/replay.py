@@ -5,6 +5,7 @@ Nothing touches the model's own parameters: losses are functions of a flat vecto
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tamis.errors import StoreMismatch
+from tamis.errors import NonFinite, StoreMismatch
 from tamis.gradients.functional import Problem, weighted_gradient
 from tamis.maths.clip import Clip, clip_at
 from tamis.maths.step_derivative import StepDerivative
@@ -60,6 +61,7 @@ def play_segment(
     """The steps from ``start`` to before ``stop``, checked against what was recorded of them.
 
     Raises:
+        NonFinite: a loss or gradient is not: the run diverged.
         StoreMismatch: losses, gradient norms or the state at the end are not those of the recorded run.
     """
     state = trajectory.state(start) if state is None else state
@@ -105,6 +107,12 @@ def mean_gradient(problem: Problem, theta: Tensor, micros: Sequence[Any]) -> tup
 
 def _check_step(played: Played, tolerance: float) -> None:
     step = played.step
+    norm = float(torch.linalg.vector_norm((played.clip.gradient * played.clip.factor).double()))
+    if not (math.isfinite(norm) and bool(torch.isfinite(played.losses).all())):
+        raise NonFinite(
+            f"update {step.index + 1}: its loss or its gradient is NaN or infinite; a run that diverged has no "
+            "scores: record one with a lower learning rate"
+        )
     pairs = list(zip(step.losses, weighted_losses(step, played.losses), strict=True)) if step.losses else []
     scale = sum(abs(recorded) for recorded, _ in pairs) or 1.0
     for recorded, found in pairs:
@@ -114,7 +122,6 @@ def _check_step(played: Played, tolerance: float) -> None:
                 f"it gives {found:.6g}; scores of another run would be worthless. Give the model, dtype, attention "
                 "kernel and library versions of the recorded run"
             )
-    norm = float(torch.linalg.vector_norm((played.clip.gradient * played.clip.factor).double()))
     if step.norm is not None and not abs(step.norm - norm) <= 10 * tolerance * max(step.norm, 1e-12):
         raise StoreMismatch(
             f"update {step.index + 1}: the optimizer was given a gradient of norm {step.norm:.6g} and replaying the "
@@ -124,6 +131,11 @@ def _check_step(played: Played, tolerance: float) -> None:
 
 
 def _check_end(before: State, found: State, recorded: State, start: int, stop: int, tolerance: float) -> None:
+    if recorded.count and recorded.count != found.count:
+        raise StoreMismatch(
+            f"updates {start + 1} to {stop}: the optimizer had taken {recorded.count} steps when they were done, and "
+            f"replaying gives {found.count}; it was made anew or loaded from elsewhere on the way"
+        )
     moved = float(torch.linalg.vector_norm((recorded.theta - before.theta).double()))
     off = float(torch.linalg.vector_norm((recorded.theta - found.theta).double()))
     # Coordinates that hardly have a gradient take sign steps of Adam, which rounding may turn around.

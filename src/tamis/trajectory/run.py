@@ -20,7 +20,7 @@ __all__ = ["TOLERANCES", "Group", "HeldTrajectory", "Rule", "State", "Step", "Tr
 
 # Of losses, relatively. float32 sums in another order differ by about 1e-6; autocast to 16 bits by up to a percent,
 # because a replay takes another attention kernel and other paddings.
-TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 1e-2}
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 OptimizerKind = Literal["adamw", "adam", "sgd"]
 

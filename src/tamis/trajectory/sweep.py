@@ -15,9 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tamis.errors import InvalidSettings
+from tamis.errors import InvalidSettings, NonFinite
 from tamis.gradients.functional import Curvature, Problem, check_curvature, per_sample_gradients, weighted_gradient
-from tamis.trajectory.adjoint import Channel, renormalised, start_channel, sweep_step, tracin_step
+from tamis.trajectory.adjoint import Channel, refuse_lone_sample, renormalised, start_channel, sweep_step, tracin_step
 from tamis.trajectory.replay import Played, mean_gradient, play_segment, segments
 from tamis.trajectory.run import Rule, State, Trajectory
 from tamis.trajectory.secant import Later, SecantWindow
@@ -105,7 +105,8 @@ def run_sweep(
 
     Raises:
         StoreMismatch: the replay is not the recorded run.
-        InvalidSettings: the method is not one for this run.
+        InvalidSettings: the method or the reading of removal is not one for this run.
+        NonFinite: the run diverged, or a score did on the way back.
     """
     settings.check_rule(trajectory.rule)
     end = trajectory.state(trajectory.num_steps)
@@ -158,6 +159,8 @@ class _Sweep:
     def step(self, played: Played) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         step, settings = played.step, self._settings
+        if settings.renormalise:
+            refuse_lone_sample(step)
         if settings.method == "tracin":
             goal = self._target(played.before.theta)
             scores = tracin_step(self._problem, played, goal)
@@ -172,6 +175,13 @@ class _Sweep:
             scores = sweep_step(self._problem, played, channel)
             if channel.name not in found:
                 found[channel.name] = renormalised(scores, step.weights) if settings.renormalise else scores
+        for name, tensor in found.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise NonFinite(
+                    f"update {step.index + 1}: its {name} are not finite; on the way back from the end of the run they "
+                    "grew beyond what numbers hold, which is the sign of a chaotic run: no derivative predicts it "
+                    "(record one with a lower learning rate, or trust retraining alone)"
+                )
         return {name: tensor.detach().cpu() for name, tensor in found.items()}
 
     def _with_gradients(self, played: Played) -> dict[str, Tensor]:

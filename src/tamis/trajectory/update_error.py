@@ -119,12 +119,16 @@ def second_derivatives(step: AdamStep) -> tuple[Tensor, Tensor]:
 
 
 def exact_errors(
-    trajectory: Trajectory, uses: Sequence[tuple[int, int]], *, advance: Callable[[int], None] = lambda steps: None
+    trajectory: Trajectory,
+    uses: Sequence[tuple[int, int]],
+    *,
+    tolerance: float | None = None,
+    advance: Callable[[int], None] = lambda steps: None,
 ) -> list[float]:
     """``‖Δ_T‖`` of the samples at ``(step, place)``, carried forwards together: 6 numbers a parameter and sample."""
     live: dict[tuple[int, int], SecondOrder] = {}
     for start, stop in segments(trajectory):
-        for played in play_segment(trajectory, start, stop):
+        for played in play_segment(trajectory, start, stop, tolerance=tolerance):
             for sample in live.values():
                 sample.follow(trajectory.problem, played)
             live |= _begin(trajectory.problem, played, [use for use in uses if use[0] == played.step.index])

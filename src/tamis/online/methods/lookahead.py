@@ -21,11 +21,11 @@ class Lookahead:
     """The candidates whose removal would raise the target loss most, ``horizon`` updates later; all weigh the same.
 
     ``horizon=1`` is the exact per-step rule ``<grad t, K J g_i>`` with Adam's derivative K and the clip Jacobian J, and
-    costs no second copy of anything. For longer horizons:
+    holds one copy of the parameters and both moments. For longer horizons:
 
     * ``form="rehearsal"`` (recommended) trains ahead on the next ``horizon`` candidate batches, takes the target's
       gradient where that ends, and sweeps back once: scores for all of them. Slot j of a block looks ``horizon - j``
-      updates ahead.
+      updates ahead; a block ends with its epoch.
     * ``form="frozen"`` repeats this update's own transition: one Fisher product per update looked ahead, in every
       update, and the target's gradient where the run is.
 

@@ -1,0 +1,208 @@
+"""Runs on which attribution must not go wrong in silence: it says what is the matter, or is right all the same."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Trainer
+
+import tamis
+from classifier import Classifier
+from online_runs import arguments, collate, rows_of
+from tamis.errors import InvalidSettings, NonFinite, StoreMismatch, Unsupported
+from tamis.gradients.functional import products, weighted_gradient
+from tamis.trajectory.fidelity import agreement
+from tamis.trajectory.open_run import open_run
+from tamis.trajectory.replay import play_segment, segments
+from tamis.trajectory.run import HeldTrajectory, Step
+from tamis.trajectory.sweep import SweepSettings, run_sweep
+from tiny_models import tiny_model
+from trajectory_case import REFERENCE_TARGET, ReferenceNet, reference_rows, reference_run
+
+TARGET = [dict(row) for row in rows_of(3, seed=7)]
+
+
+def model_of(**options: Any) -> nn.Module:
+    return tiny_model("llama", dtype=torch.float32, lora=True, **options).train()
+
+
+def record(folder: Path, model: nn.Module, *, resume: Any = None, collator: Any = collate, **changes: Any) -> Trainer:
+    data = rows_of(22, seed=1)
+    trainer = Trainer(
+        model=model, args=arguments(folder / "trainer", **changes), train_dataset=data, eval_dataset=data.select([1]),
+        data_collator=collator, callbacks=[tamis.TrajectoryRecorder(folder / "record", every=4)],
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def assert_replays(folder: Path, model: nn.Module, tolerance: float = 1e-5) -> None:
+    run = open_run(folder / "record", model)
+    for start, stop in segments(run):
+        play_segment(run, start, stop, tolerance=tolerance)
+
+
+def test_gradients_under_dropout_are_those_of_the_parameters_given_with_checkpointing_on_too(tmp_path: Path) -> None:
+    model = record(tmp_path, model_of(dropout=0.3), max_steps=2).model
+    run = open_run(tmp_path / "record", model)
+    step, theta = run.step(0), run.state(0).theta  # not the model's own, which are those at the end
+    without = weighted_gradient(run.problem, theta, step.micros, step.weights)[1]
+    model.gradient_checkpointing_enable()
+    found = weighted_gradient(run.problem, theta, step.micros, step.weights)[1]
+    torch.testing.assert_close(found, without, rtol=1e-5, atol=1e-8)
+    assert model.is_gradient_checkpointing and model.training  # as it was
+
+
+def test_products_hold_what_squares_in_float32_cannot() -> None:
+    rows = reference_rows(range(4))
+    problem = Classifier(ReferenceNet().float())
+    theta, one = problem.start().detach(), torch.ones(1, problem.layout.numel)
+    micros, weights = (replace(rows, inputs=rows.inputs.float()),), torch.full((4,), 0.25)
+    small, large = (products(problem, theta, micros, weights, one * size, "exact") for size in (1.0, 1e22))
+    for mine, other in zip(small, large, strict=True):
+        torch.testing.assert_close(mine, other / 1e22, rtol=1e-4, atol=1e-9)
+
+
+def test_a_run_that_diverged_is_refused_by_the_update_where_it_did() -> None:
+    run = reference_run(every=1)
+    broken = replace(run.states[3], theta=run.states[3].theta * torch.nan)
+    run = HeldTrajectory(problem=run.problem, rule=run.rule, steps=run.steps, states={**run.states, 3: broken})
+    with pytest.raises(NonFinite, match="update 4: its loss or its gradient is NaN or infinite; a run that diverged"):
+        run_sweep(run, REFERENCE_TARGET, SweepSettings())
+
+
+def test_scores_that_overflow_on_the_way_back_are_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tamis.trajectory import sweep
+
+    real = sweep.sweep_step
+    monkeypatch.setattr(sweep, "sweep_step", lambda *args, **kwargs: real(*args, **kwargs) * torch.inf)
+    with pytest.raises(NonFinite, match="update 5: its scores are not finite"):
+        run_sweep(reference_run(), REFERENCE_TARGET, SweepSettings())
+    with pytest.raises(AssertionError, match="NaN has no rank"):
+        agreement(np.ones((3, 1)), np.array([[1.0], [np.nan], [2.0]]))
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": "tracin"}, {"secant": 2}])
+def test_a_batch_of_one_has_no_rest_that_could_take_over(settings: Any) -> None:
+    run = reference_run()
+    last = Step(
+        index=4, micros=(reference_rows([16]),), rows=np.array([16]), weights=torch.ones(1, dtype=torch.float64),
+        rates=run.steps[4].rates,
+    )  # fmt: skip
+    run = HeldTrajectory(problem=run.problem, rule=run.rule, steps=[*run.steps[:4], last], states={0: run.states[0]})
+    end = play_segment(HeldTrajectory(**{**vars(run), "states": {0: run.states[0]}}), 0, 5)[-1].after
+    run = HeldTrajectory(problem=run.problem, rule=run.rule, steps=run.steps, states={0: run.states[0], 5: end})
+    assert len(run_sweep(run, REFERENCE_TARGET, SweepSettings(**settings))["scores"]) == 5
+    with pytest.raises(InvalidSettings, match=r"update 5 was made of one sample.*use removal=subtract"):
+        run_sweep(run, REFERENCE_TARGET, SweepSettings(**settings, renormalise=True))
+
+
+def test_frozen_weights_of_16_bits_make_a_replay_as_coarse_as_autocast_does(tmp_path: Path) -> None:
+    model = model_of()
+    for name, param in model.named_parameters():
+        param.data = param.data if "lora" in name else param.data.bfloat16()
+    trainer = record(tmp_path, model)
+    assert open_run(tmp_path / "record", trainer.model).tolerance == 1e-2
+    assert_replays(tmp_path, trainer.model, tolerance=1e-2)
+
+
+@pytest.mark.parametrize("strategy", ["epoch", "steps"])
+def test_the_record_ends_with_the_run_though_the_best_checkpoint_is_loaded(tmp_path: Path, strategy: str) -> None:
+    trainer = record(
+        tmp_path, model_of(), load_best_model_at_end=True, eval_strategy=strategy, save_strategy="best", eval_steps=2,
+        metric_for_best_model="loss", greater_is_better=True, max_steps=10,
+    )  # fmt: skip
+    end = open_run(tmp_path / "record", trainer.model).state(10).theta
+    best = torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
+    assert not torch.equal(torch.sort(end).values, torch.sort(best).values)  # another checkpoint was the best
+    assert_replays(tmp_path, trainer.model)
+
+
+def test_a_checkpoint_without_the_optimizer_is_no_place_to_go_on_from(tmp_path: Path) -> None:
+    record(tmp_path, model_of(), save_strategy="steps", save_steps=3, save_only_model=True, max_steps=4)
+    with pytest.raises(StoreMismatch, match=r"another state of the optimizer at update 4.*save_only_model"):
+        record(
+            tmp_path, model_of(), resume=True, save_strategy="steps", save_steps=3, save_only_model=True, max_steps=4
+        )
+
+
+def test_an_optimizer_made_anew_on_the_way_is_found_out(tmp_path: Path) -> None:
+    trainer = record(tmp_path, model_of())
+    path = tmp_path / "record/states/00000004.safetensors"
+    save_file({**load_file(path), "count": torch.tensor(1)}, path)
+    with pytest.raises(StoreMismatch, match="had taken 1 steps when they were done, and replaying gives 4"):
+        play_segment(open_run(tmp_path / "record", trainer.model), 0, 4)
+
+
+def test_a_micro_batch_without_labels_leaves_the_others_as_they_were(tmp_path: Path) -> None:
+    calls = []
+
+    def sometimes(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        calls.append(1)
+        batch = collate(rows)
+        unlabelled = torch.full_like(batch["labels"], -100)
+        return {**batch, "labels": unlabelled if len(calls) % 2 == 0 else batch["labels"]}
+
+    trainer = record(tmp_path, model_of(), collator=sometimes, gradient_accumulation_steps=2, max_steps=3)
+    run = open_run(tmp_path / "record", trainer.model)
+    assert [len(run.step(index).micros) for index in range(3)] == [1, 1, 1]
+    assert_replays(tmp_path, trainer.model)
+
+
+def test_on_a_run_of_sgd_verification_says_what_it_leaves_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = record(tmp_path, model_of(), optim="sgd", learning_rate=0.1, max_steps=2)
+    common: dict[str, Any] = {"run": tmp_path / "record", "target": TARGET, "model": trainer.model, "samples": 3}
+    with pytest.raises(InvalidSettings, match="SGD, which has no second moments; compare methods sgd-influence"):
+        tamis.verify(out=tmp_path / "a", methods=("adamw-influence",), secant=2, **common)
+    assert not list((tmp_path / "a/truth").iterdir())  # before anything is retrained
+    found = tamis.verify(out=tmp_path / "b", **common)
+    assert set(found.methods) == {"sgd-influence", "tracin"} and found.manifest["left_out"] == ["adamw-influence"]
+    assert "of which adamw-influence says nothing" in caplog.text
+
+
+def test_the_exact_error_takes_the_tolerance_that_the_sweep_took(tmp_path: Path) -> None:
+    trainer = record(tmp_path, model_of(), max_steps=2)
+    path = next((tmp_path / "record/segments").iterdir())
+    tensors = load_file(path)
+    save_file({**tensors, "losses": tensors["losses"] * 1.01}, path)
+    found = tamis.attribute(
+        run=tmp_path / "record", target=TARGET, model=trainer.model, out=tmp_path / "a", error="exact", error_samples=1,
+        tolerance=0.05,
+    )  # fmt: skip
+    assert np.isfinite(found.uses["error_exact"].to_pandas().dropna()).sum() == 1
+
+
+def test_looking_ahead_needs_adam(tmp_path: Path) -> None:
+    trainer = tamis.OnlineTrainer(
+        model=model_of(), args=arguments(tmp_path, optim="sgd", max_steps=3), train_dataset=rows_of(24, seed=1),
+        target_dataset=rows_of(4, seed=2), data_collator=collate,
+        selection=tamis.online.Lookahead(keep=2, oversample=2),
+    )  # fmt: skip
+    with pytest.raises(Unsupported, match="Adam's moments, which SGD has not"):
+        trainer.train()
+
+
+def test_the_frozen_form_looks_no_further_than_training_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tamis.online import rehearsal
+
+    ahead, real = list[int](), rehearsal._repeat
+
+    def counted(problem: Any, rule: Any, first: Any, channel: Any, rates: Any) -> None:
+        ahead.append(1 + len(rates))
+        real(problem, rule, first, channel, rates)
+
+    monkeypatch.setattr(rehearsal, "_repeat", counted)
+    trainer = tamis.OnlineTrainer(
+        model=model_of(), args=arguments(tmp_path, max_steps=4), train_dataset=rows_of(24, seed=1),
+        target_dataset=rows_of(4, seed=2), data_collator=collate,
+        selection=tamis.online.Lookahead(keep=2, oversample=2, horizon=3, form="frozen"),
+    )  # fmt: skip
+    trainer.train()
+    assert ahead == [3, 2, 1]  # of updates 2, 3 and 4; the first is cold
