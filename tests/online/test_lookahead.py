@@ -25,7 +25,7 @@ from tamis.online.target_turns import target_positions
 from tamis.trajectory.adjoint import start_channel, sweep_step
 from tamis.trajectory.optimizer_state import live_optimizer
 from tamis.trajectory.replay import mean_gradient, play, train
-from tamis.trajectory.run import Group, Rule, Step
+from tamis.trajectory.run import Group, HeldTrajectory, Rule, Step
 from tamis.trajectory.sweep import SweepSettings, run_sweep
 from tamis.types import Batch
 from tiny_models import random_batch, tiny_model
@@ -54,12 +54,19 @@ BLOCK = [random_batch([6, 5, 8, 7], seed=seed) for seed in (1, 2, 3)]
 TARGET = random_batch([6, 9], seed=4)
 
 
-def after(slot: int, place: int, eps: float, slots: int) -> float:
+def row_weights(batch: Batch, reduction: str) -> Tensor:
+    """What each of its rows is of an update: all the same, or by its supervised tokens, of which the first has none."""
+    tokens = [sum(1 for label in row[1:].tolist() if label) for row in batch.supervised]
+    counts = torch.tensor(tokens if reduction == "tokens" else [1] * len(tokens), dtype=torch.float64)
+    return counts / counts.sum()
+
+
+def after(slot: int, place: int, eps: float, slots: int, reduction: str = "rows") -> float:
     """The target loss after ``slots`` real updates with one weight of one of them turned down by ``eps``."""
     model, optimizer = warmed()
     for number in range(slots):
         optimizer.param_groups[0]["lr"] = RATES[number]
-        weights = torch.full((4,), 0.25, dtype=torch.float64)
+        weights = row_weights(BLOCK[number], reduction)
         if number == slot:
             weights[place] *= 1 - eps
         update(model, optimizer, BLOCK[number], weights)
@@ -67,11 +74,12 @@ def after(slot: int, place: int, eps: float, slots: int) -> float:
         return float(per_sample_losses(model, TARGET).mean())
 
 
-def scores(method: Lookahead, slots: int) -> list[Tensor]:
+def scores(method: Lookahead, slots: int, reduction: str = "rows") -> list[Tensor]:
     model, optimizer = warmed()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     rates = [(rate,) for rate in RATES[: method.horizon]]
-    found = rehearse(method, model, optimizer, [[b] for b in BLOCK[:slots]], [TARGET], rates=rates, clip=CLIP)
+    block = [[batch] for batch in BLOCK[:slots]]
+    found = rehearse(method, model, optimizer, block, [TARGET], rates=rates, clip=CLIP, reduction=reduction)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert all(p.grad is None or p.requires_grad for p in model.parameters())
     return found
@@ -83,6 +91,15 @@ def test_rehearsed_scores_are_differences_of_real_training(slot: int, place: int
     eps = 1e-5
     difference = (after(slot, place, eps, 3) - after(slot, place, -eps, 3)) / (2 * eps)
     assert float(found[slot][place]) == pytest.approx(difference, rel=1e-5, abs=1e-10)
+
+
+def test_rows_of_more_tokens_weigh_more_in_a_rehearsal_by_tokens() -> None:
+    assert len(row_weights(BLOCK[1], "tokens").unique()) > 1
+    found = scores(Lookahead(horizon=2, curvature="exact"), 2, "tokens")
+    eps = 1e-5
+    for slot, place in ((0, 3), (1, 0)):
+        ends = [after(slot, place, turned, 2, "tokens") for turned in (eps, -eps)]
+        assert float(found[slot][place]) == pytest.approx((ends[0] - ends[1]) / (2 * eps), rel=1e-5, abs=1e-10)
 
 
 def test_one_step_ahead_forms_agree_and_the_target_s_gradient_is_where_the_run_is() -> None:
@@ -150,21 +167,30 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
-@pytest.mark.parametrize("horizon", [1, 3])
-def test_of_any_problem_scores_are_those_of_attributing_the_rehearsal(horizon: int) -> None:
-    """A rehearsed block is a run: the sweep over the whole of it must find the same, for each of its updates."""
+NORM = 0.2  # below that of every gradient of a small run
+
+
+def small_run(updates: int) -> tuple[HeldTrajectory, list[LabelledRows]]:
+    """Of a little network, clipped in every update, and target rows."""
     torch.manual_seed(0)
     problem = Classifier(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double())
-    rule = Rule(kind="adamw", groups=(Group(numel=problem.layout.numel, decay=0.1),), clip=0.5)
+    rule = Rule(kind="adamw", groups=(Group(numel=problem.layout.numel, decay=0.1),), clip=NORM)
 
     def rows(count: int) -> LabelledRows:
         return LabelledRows(inputs=torch.randn(count, 4, dtype=torch.float64), labels=torch.randint(0, 3, (count,)))
 
     weights = torch.full((6,), 1 / 6, dtype=torch.float64)
     steps = [
-        Step(index=t, micros=(rows(6),), rows=np.arange(6), weights=weights, rates=(RATES[t],)) for t in range(horizon)
+        Step(index=t, micros=(rows(6),), rows=np.arange(6), weights=weights, rates=(RATES[t],)) for t in range(updates)
     ]
-    run, target = train(problem, rule, problem.start(), steps, every=1), [rows(4)]
+    return train(problem, rule, problem.start(), steps, every=1), [rows(4)]
+
+
+@pytest.mark.parametrize("horizon", [1, 3])
+def test_of_any_problem_scores_are_those_of_attributing_the_rehearsal(horizon: int) -> None:
+    """A rehearsed block is a run: the sweep over the whole of it must find the same, for each of its updates."""
+    run, target = small_run(horizon)
+    problem, rule, steps = run.problem, run.rule, run.steps
     method = Lookahead(horizon=horizon, curvature="exact")
     found = look_ahead(method, problem, rule, run.state(0), steps, target, rates=[(rate,) for rate in RATES[:horizon]])
     # One update ahead the method takes the target's gradient where the run is, not where the update will lead.
@@ -178,6 +204,79 @@ def test_of_any_problem_scores_are_those_of_attributing_the_rehearsal(horizon: i
     for own, other in zip(found, expected, strict=True):
         assert float(own.abs().max()) > 0
         torch.testing.assert_close(own, other[:, 0], rtol=1e-12, atol=1e-18)
+
+
+def test_finite_removal_ahead_is_the_true_change_of_an_update_carried_on_by_autograd() -> None:
+    run, target = small_run(3)
+    method, rates = Lookahead(horizon=3, curvature="exact", secant=True), [(rate,) for rate in RATES]
+    found = look_ahead(method, run.problem, run.rule, run.state(0), run.steps, target, rates=rates)
+    for slot, step in enumerate(run.steps):
+        there = run.state(slot + 1)
+        state = [part.clone().requires_grad_() for part in (there.theta, *there.moments)]
+        end = state
+        for count, later in enumerate(run.steps[slot + 1 :], start=there.count + 1):
+            end = trained_on(run.problem, later, end, count)
+        loss = run.problem.predict(run.problem.layout.named(end[0]), target[0]).losses().mean()
+        carried = torch.autograd.grad(loss, state, materialize_grads=True)
+        for place, score in enumerate(found[slot]):
+            weights = step.weights.clone()
+            weights[place] = 0
+            without = play(run.problem, run.rule, run.state(slot), step, weights).after
+            moved = (without.theta - there.theta, *(x - y for x, y in zip(without.moments, there.moments, strict=True)))
+            expected = sum(float(x @ y) for x, y in zip(carried, moved, strict=True))
+            assert float(score) == pytest.approx(expected, rel=1e-9, abs=1e-14)
+
+
+def trained_on(problem: Any, step: Step, state: Sequence[Tensor], count: int) -> list[Tensor]:
+    """``(θ, m, v)`` after a clipped update of ``small_run``, differentiable all through."""
+    theta, m, v = state
+    loss = problem.predict(problem.layout.named(theta), step.micros[0]).losses().mean()
+    raw = torch.autograd.grad(loss, theta, create_graph=True)[0]
+    assert raw.norm() > NORM
+    g = raw * NORM / (raw.norm() + 1e-6)
+    m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+    update = m / (1 - 0.9**count) / ((v / (1 - 0.999**count)).sqrt() + 1e-8)
+    return [theta - step.rates[0] * (update + 0.1 * theta), m, v]
+
+
+def test_a_frozen_horizon_with_curvature_is_a_product_of_explicit_matrices() -> None:
+    run, target = small_run(3)
+    first, before, moments = run.steps[2], run.state(2), run.state(3).moments
+    method, rates = Lookahead(horizon=3, form="frozen", curvature="fisher"), [(rate,) for rate in reversed(RATES)]
+    [found] = look_ahead(method, run.problem, run.rule, before, [first], target, rates=rates)
+    theta = before.theta.clone().requires_grad_()
+    named = run.problem.layout.named(theta)
+    losses = run.problem.predict(named, first.micros[0]).losses()
+    grads = torch.stack([torch.autograd.grad(loss, theta, retain_graph=True)[0] for loss in losses])
+    goal = torch.autograd.grad(run.problem.predict(named, target[0]).losses().mean(), theta)[0]
+    raw = grads.mean(dim=0)
+    n, eye = raw.norm(), torch.eye(len(raw), dtype=torch.float64)
+    assert n > NORM
+    zero, jacobian = torch.zeros_like(eye), NORM / (n + 1e-6) * (eye - torch.outer(raw, raw) / (n * (n + 1e-6)))
+    fisher = grads.T @ grads / 6
+    g, (m, v) = NORM / (n + 1e-6) * raw, moments
+    root = (v / (1 - 0.999**3)).sqrt()
+    d = 1 / (root + 1e-8)
+    e = m / (1 - 0.9**3) * d * d / (2 * root)
+
+    def transition(count: int, rate: float) -> tuple[Tensor, Tensor]:
+        """In the state at a fixed gradient, and in the gradient that the optimizer sees."""
+        c1, c2 = 1 / (1 - 0.9**count), 1 / (1 - 0.999**count)
+        rows = (
+            ((1 - rate * 0.1) * eye, torch.diag(-rate * c1 * 0.9 * d), torch.diag(rate * c2 * 0.999 * e)),
+            (zero, 0.9 * eye, zero),
+            (zero, zero, 0.999 * eye),
+        )
+        injected = [torch.diag(-rate * (c1 * 0.1 * d - 2 * c2 * 0.001 * e * g)), 0.1 * eye, torch.diag(0.002 * g)]
+        return torch.cat([torch.cat(row, dim=1) for row in rows]), torch.cat(injected)
+
+    carried = torch.cat([goal, torch.zeros(2 * len(goal), dtype=torch.float64)])
+    for ahead in (2, 1):
+        state, injected = transition(3 + ahead, rates[ahead][0])
+        state[:, : len(eye)] += injected @ jacobian @ fisher
+        carried = carried @ state
+    query = carried @ transition(3, RATES[2])[1] @ jacobian
+    torch.testing.assert_close(found, -(grads @ query) / 6, rtol=1e-9, atol=1e-14)
 
 
 def test_coming_rates_are_those_of_the_scheduler() -> None:

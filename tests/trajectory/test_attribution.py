@@ -149,6 +149,25 @@ def test_embeddings_serve_a_target_that_comes_later(
     assert len(other.uses) == len(first.uses)
 
 
+@pytest.mark.parametrize("form", ["adjoint", "matrix"])
+def test_renormalised_removal_gives_the_rest_of_an_update_the_weight(
+    recorded: Recorded, tmp_path: Path, form: str
+) -> None:
+    shared = {"form": form, "curvature": "fisher", "store": tmp_path / "store", "diagnose": False}
+    plain, found = (
+        attribute(recorded, tmp_path / removal, removal=removal, **shared).uses.to_pandas()
+        for removal in ("subtract", "renormalise")
+    )
+    assert (plain["row"] == found["row"]).all() and plain.groupby("step")["weight"].nunique().max() > 1
+    expected = np.zeros(len(plain))
+    for use, (step, weight, score) in enumerate(zip(plain["step"], plain["weight"], plain["score"], strict=True)):
+        others = plain[(plain["step"] == step) & (plain.index != use)]
+        # Every other row grows by this share of itself, and so does what it does.
+        expected[use] = score - weight / others["weight"].sum() * others["score"].sum()
+    # Scores are float32, and the two terms of one may cancel.
+    np.testing.assert_allclose(found["score"], expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+
+
 def test_a_killed_verification_goes_on_and_tells_the_methods_apart(recorded: Recorded, tmp_path: Path) -> None:
     import tamis.runs.verify as module
 

@@ -35,17 +35,16 @@ class AdamSettings:
     eps: Coefficient
     decay: Coefficient = 0.0  # λ of decoupled decay
     coupled: Coefficient = 0.0  # λ of Adam's L2 term, which is part of the gradient
-    corrected: bool = True  # bias correction; without it c1 = c2 = 1
 
     @property
     def c1(self) -> Coefficient:
         """Bias correction of the first moment after the step."""
-        return 1 / (1 - self.beta1**self.count) if self.corrected else 1.0
+        return 1 / (1 - self.beta1**self.count)
 
     @property
     def c2(self) -> Coefficient:
         """Bias correction of the second moment after the step."""
-        return 1 / (1 - self.beta2**self.count) if self.corrected else 1.0
+        return 1 / (1 - self.beta2**self.count)
 
     def apply(self, state: tuple[Tensor, ...], g: Float[Tensor, " P"]) -> tuple[Tensor, ...]:
         """``(θ, m, v)`` after the step, ``g`` being all that the optimizer saw, an L2 term included.
@@ -91,7 +90,7 @@ class AdamStep:
 
     def _k_theta(self) -> Tensor:
         s = self.settings
-        if s.count == 1 and s.corrected:
+        if s.count == 1:
             # Fresh moments: m̂ = g, v̂ = g², a sign step. The two terms below cancel to this, and in float32 to noise.
             return -s.lr * s.eps / (self.g.abs() + s.eps) ** 2
         return -s.lr * (s.c1 * (1 - s.beta1) * self.d - 2 * s.c2 * (1 - s.beta2) * self.e * self.g)

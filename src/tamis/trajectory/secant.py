@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from jaxtyping import Float
@@ -60,16 +61,19 @@ class SecantWindow:
     ) -> Float[Tensor, "n V"]:
         """Scores of some samples of the step that entered last, from their gradients and weights."""
         removed = self._clipped_without(played, grads, weights, renormalise=renormalise)
-        change = removed - played.clip.gradient * played.clip.factor  # of what the optimizer sees; any L2 term stays
-        first = self.later[0].step
+        first, clipped = self.later[0].step, played.clip.gradient * played.clip.factor
+        seen = removed + (first.g - clipped)  # by the optimizer; any L2 term stays
         s = first.settings
-        dm = (1 - s.beta1) * change
-        dv = (1 - s.beta2) * ((first.g + change) ** 2 - first.g**2)
-        total = torch.zeros(len(grads), len(self.later[0].adjoint[0]), dtype=grads.dtype, device=grads.device)
-        for place, later in enumerate(self.later):
+        dm, dv = (1 - s.beta1) * (removed - clipped), (1 - s.beta2) * (seen**2 - first.g**2)
+        # Of its own update not by dm and dv: where the sample is most of the gradient and v is young, v + dv is what
+        # rounding leaves, and its root is divided by.
+        m, v = played.before.moments
+        m, v = s.beta1 * m + (1 - s.beta1) * seen, s.beta2 * v + (1 - s.beta2) * seen**2
+        moved = s.c1 * m / ((s.c2 * v).sqrt() + s.eps) - first.m_hat * first.d
+        total = -(s.lr * moved) @ self.later[0].adjoint[0].T
+        for later in islice(self.later, 1, None):
             s = later.step.settings
-            if place:
-                dm, dv = s.beta1 * dm, s.beta2 * dv
+            dm, dv = s.beta1 * dm, s.beta2 * dv
             total -= (s.lr * later.step.update_change(dm, dv)) @ later.adjoint[0].T
         _, b, c = self.later[-1].adjoint
         return total + dm @ b.T + dv @ c.T
