@@ -240,9 +240,7 @@ def test_a_run_on_rows_in_memory_says_that_its_settings_cannot_repeat_it(run: Ti
     selection = select(run, tmp_path / "out", pool=pool, target={"sums": target, "filed": run.target})
     assert set(selection.table.column_names) >= {"score:sums", "score:filed"}
     text = (tmp_path / "out" / "run.yaml").read_text()
-    assert (
-        "# This file cannot repeat the run, some of whose rows a Python program held: target sums (in memory)," in text
-    )
+    assert "some of whose rows a Python program held: pool (in memory), target sums (in memory)." in text
     assert "run.yaml cannot bring back" in selection.manifest["command"]
     answer = CliRunner().invoke(app, ["select", "--config", str(tmp_path / "out" / "run.yaml")])
     with pytest.raises(InvalidInput, match=r"pool \(in memory\) stands for rows that a Python program held in memory"):
