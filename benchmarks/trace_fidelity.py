@@ -65,7 +65,8 @@ def main() -> None:
     parser.add_argument("--optimizers", nargs="+", default=["adamw"], choices=["adamw", "sgd"])
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-2, 1e-3, 1e-4, 1e-5, 1e-6])
     parser.add_argument("--steps", type=int, help="the first updates only; all: 94 of MNIST, 24 of WikiText-2")
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=1, help="how many")
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=100)
     parser.add_argument("--targets", type=int, default=500, help="target rows, whose mean loss is scored")
     parser.add_argument("--singles", type=int, default=12, help="of them, those also scored one by one")
@@ -75,7 +76,8 @@ def main() -> None:
     args = parser.parse_args()
     summary, samples = args.out / "trace-fidelity.csv", args.out / "trace-fidelity-samples.csv"
     done = {tuple(row[key] for key in KEYS) for row in read(summary)}
-    for seed in range(args.seeds):  # outermost, so that an interrupted measurement is balanced
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    for seed in seeds:  # outermost, so that an interrupted measurement is balanced
         for model in args.models:
             for optimizer in args.optimizers:
                 for rate in args.rates:

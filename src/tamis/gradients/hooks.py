@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tamis.errors import Unsupported
+from tamis.model.checkpointing import is_checkpointed
 from tamis.model.loss import SupervisedPositions
 from tamis.model.targets import input_embeddings, is_tied
 from tamis.protocols import LayerConsumer
@@ -56,7 +57,7 @@ def capture(
     try:
         # Checkpointed blocks run again only if their input requires a gradient; without them the graph starts at the
         # first tap, which spares everything before it (the first block's queries, keys and values, for one).
-        if any(getattr(module, "gradient_checkpointing", False) for module in modules.values()):
+        if any(map(is_checkpointed, modules.values())):
             handles.append(embedding.register_forward_hook(_start_of_gradient))
         lookups = {layer.name for layer in layers if layer.kind == "embedding"}
         own_lookup = any(

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from tamis.errors import InvalidSettings, Unsupported
+from tamis.model.checkpointing import without_checkpointing
 from tamis.model.targets import input_embeddings
 from tamis.types import LayerSpec
 
@@ -131,21 +132,17 @@ def graph_of_last_blocks(model: nn.Module, count: int) -> Iterator[None]:
     """
     require_depth(model, count, at_least=1)
     blocks = Decoder.of(model).blocks
-    recomputed: list[Any] = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     was_enabled = torch.is_grad_enabled()
     handles: list[RemovableHandle] = []
     if count < len(blocks):
         handles.append(blocks[0].register_forward_pre_hook(lambda module, args: _switch_graph(False)))
         handles.append(blocks[-count].register_forward_pre_hook(lambda module, args: _switch_graph(True)))
-    for module in recomputed:
-        module.gradient_checkpointing = False
     try:
-        yield
+        with without_checkpointing(model):
+            yield
     finally:
         for handle in handles:
             handle.remove()
-        for module in recomputed:
-            module.gradient_checkpointing = True
         _switch_graph(was_enabled)  # an error on the way would leave it off
 
 

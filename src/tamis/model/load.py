@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from tamis.errors import InvalidInput, InvalidSettings, TamisError, Unsupported, first_line
 from tamis.identity import text_sha256
+from tamis.model.checkpointing import checkpoint
 from tamis.model.processes import local_rank
 from tamis.model.proxy_folder import proxy_class
 from tamis.model.source import ModelSource, fingerprint_of, resolve_source
@@ -120,12 +121,7 @@ def load_model(settings: ModelSettings) -> LoadedModel:
         model = _attach_adapter(model, source, settings)
     model.eval()
     if settings.gradient_checkpointing:
-        # Transformers renamed the method in 5.x and keeps the old name until 6.
-        new: Any = getattr(model, "activation_checkpointing_enable", None)
-        if new is not None:
-            new(activation_checkpointing_kwargs={"use_reentrant": False})
-        else:
-            cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint(model)
     loaded = LoadedModel(
         model=model,
         tokenizer=load_tokenizer(settings),

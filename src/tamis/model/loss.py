@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tamis.errors import InvalidInput, NonFinite, Unsupported
+from tamis.model.checkpointing import is_checkpointed
 from tamis.model.targets import output_embeddings
 from tamis.types import Batch
 
@@ -151,7 +152,7 @@ def evaluation_mode(model: nn.Module, *, checkpointing: bool = True) -> Iterator
     rates: list[tuple[nn.Module, str, float]] = []
     try:
         for module, _ in before:
-            recomputed = checkpointing and torch.is_grad_enabled() and getattr(module, "gradient_checkpointing", False)
+            recomputed = checkpointing and torch.is_grad_enabled() and is_checkpointed(module)
             module.training = bool(recomputed)
             if recomputed:
                 for name, value in vars(module).items():

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tamis.errors import Unsupported
 from tamis.gradients.functional import Layout, Predictions
+from tamis.model.checkpointing import without_checkpointing
 from tamis.model.loss import evaluation_mode, gathered_before_head, supervised_positions
 from tamis.trajectory.log import LoggedStep, LogReader
 from tamis.trajectory.run import TOLERANCES, Group, Rule, State, Step
@@ -163,15 +164,9 @@ def random_state_of(device: torch.device) -> dict[str, Tensor]:
 @contextmanager
 def _dropout_on(model: nn.Module) -> Iterator[None]:
     """Training mode without gradient checkpointing, which would run blocks again with the model's own weights."""
-    checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-    for module in checkpointed:
-        module.gradient_checkpointing = False  # type: ignore[assignment]
     model.train()  # undone by whoever switched the modules before
-    try:
+    with without_checkpointing(model):
         yield
-    finally:
-        for module in checkpointed:
-            module.gradient_checkpointing = True  # type: ignore[assignment]
 
 
 @contextmanager
