@@ -56,5 +56,5 @@ def planned_by_stage(plan: MethodPlan, quantity: str) -> dict[str, float]:
     """The same of the passes of a plan."""
     total: Counter[str] = Counter()
     for made in plan.passes:
-        total[made.stage] += made.tflops if quantity == "tflops" else getattr(made.size, quantity)
+        total[made.stage] += made.counted_tflops if quantity == "tflops" else getattr(made.size, quantity)
     return dict(total)

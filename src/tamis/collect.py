@@ -22,7 +22,7 @@ from tamis.data.batches import collate, plan_batches
 from tamis.disk import replace_atomically
 from tamis.errors import InvalidSettings, NonFinite, Unsupported
 from tamis.identity import fingerprint, rows_sha256
-from tamis.model.flops import ModelShape, stage_flops
+from tamis.model.flops import ModelShape, projected_flops, stage_flops
 from tamis.model.limits import skeleton
 from tamis.model.load import LoadedModel, ModelSettings, load_model, model_fingerprint, resolved_dtype
 from tamis.model.memory import TokenLimit, default_batch_tokens
@@ -169,6 +169,7 @@ class Task:
         start: Callable[[], BatchFunction],
         work: Work = "gradient",
         operations: Callable[[float, float, float, float], float] | None = None,
+        extra_operations: Callable[[float, float, float, float], float] | None = None,
         before: tuple[Corpus, IntArray] | None = None,
     ) -> StageReader:
         """Compute something for every row, once, and return it readable in the order of ``rows``.
@@ -186,6 +187,7 @@ class Task:
             work: what a batch costs, for the cost table.
             operations: a closer count, of (rows, tokens, supervised tokens, squared tokens), where the work is not a
                 whole pass; called after ``start``.
+            extra_operations: beside a whole pass, from the same counts.
             before: rows that ``start`` itself passes through the model, each as often as it does; they count with the
                 first shard that a process computes.
 
@@ -223,7 +225,7 @@ class Task:
                     writer.write_shard(shard, whole.columns(rows[first:stop]))
                     taken = whole.cost(rows[first:stop])
                     if operations is None:
-                        taken["operations"] = self._operations(work, taken)
+                        taken["operations"] = self._operations(work, taken, extra_operations)
                     record_cost(writer.path, shard, work=work, **taken)
                     advance(stop - first)
                     continue
@@ -242,16 +244,40 @@ class Task:
                 columns = self._run(corpus, part, compute, limit, shard, advance)
                 writer.write_shard(shard, columns)
                 elapsed_s = time.perf_counter() - started
-                counts["operations"] = operations(*counts.values()) if operations else self._operations(work, counts)
+                if operations is not None:
+                    counts["operations"] = operations(*counts.values())
+                else:
+                    counts["operations"] = self._operations(work, counts, extra_operations)
                 record_cost(writer.path, shard, elapsed_s, work=work, **counts)
         finish(writer)
         return StageReader(writer.path)
 
-    def _operations(self, work: Work, counts: Mapping[str, Any]) -> float:
+    def projected_operations(
+        self, projection: str, dim: int | None, *, include_head: bool
+    ) -> Callable[[float, float, float, float], float]:
+        """How many operations the projection of a pass's gradients costs, for ``extra_operations``."""
+
+        def operations(rows: float, tokens: float, supervised_tokens: float, squared_tokens: float) -> float:
+            sizes = {"rows": rows, "tokens": tokens, "supervised_tokens": supervised_tokens}
+            return projected_flops(self._model_shape(), projection, dim, include_head=include_head, **sizes)
+
+        return operations
+
+    def _operations(
+        self,
+        work: Work,
+        counts: Mapping[str, Any],
+        extra: Callable[[float, float, float, float], float] | None,
+    ) -> float:
         """Of a whole pass: here and not when the run is done, since a later part of it may have another model."""
+        sizes = (counts["tokens"], counts["supervised_tokens"], counts["squared_tokens"])
+        passed = stage_flops(self._model_shape(), work, *sizes)
+        return passed + (extra(counts["rows"], *sizes) if extra is not None else 0.0)
+
+    def _model_shape(self) -> ModelShape:
         if self._shape is None:
             self._shape = ModelShape.from_model(skeleton(self.model_settings))
-        return stage_flops(self._shape, work, counts["tokens"], counts["supervised_tokens"], counts["squared_tokens"])
+        return self._shape
 
     def _same_of_all_rows(self, corpus: Corpus, spec: Mapping[str, Any], name: str) -> _Whole | None:
         """The finished stage that differs from ``spec`` in its rows only, and has all usable ones; None: not there."""

@@ -108,7 +108,8 @@ def test_what_runs_answered_is_kept_and_stands_by_contender(tmp_path: Path) -> N
     for run in runs:
         records.write(run)
     assert [records.read(run.key) for run in runs] == runs
-    (standing,) = standings_of({("tracin", "5%"): runs}, {"tracin": contender("tracin", "selected")}, {}, metric="loss")
+    by_name = {"tracin": contender("tracin", "selected")}
+    (standing,) = standings_of({("tracin", "5%"): runs}, by_name, {}, metric="loss", task_of=["task"] * 2)
     assert standing.tasks == {"colours acc,none": (0.25, 0.5)}
 
 

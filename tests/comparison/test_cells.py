@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tamis.comparison.cells import Price, make_cell, rows_seen_in, seen_rows, updates_at_cost, updates_for
 from tamis.comparison.contenders import Contender
 from tamis.errors import InvalidSettings
-from tamis.model.flops import Matrix, ModelShape
+from tamis.model.flops import Matrix, ModelShape, TrainedMatrices
 from tamis.training.loop import TrainSettings
 
 SHAPE = ModelShape(
@@ -21,6 +21,7 @@ SHAPE = ModelShape(
     matrices=(Matrix(out_features=4, in_features=8, count=1),),
     gradient_matrices=(Matrix(out_features=4, in_features=8, count=1),), attention_width=4,
 )  # fmt: skip
+PRICE = Price(shape=SHAPE, trained=TrainedMatrices(body=0.0, head=0.0))
 
 
 def corpus(lengths: list[int]) -> Any:
@@ -47,10 +48,11 @@ def test_cost_of_training_by_hand() -> None:
     assert (seen.rows, seen.tokens, seen.squared_tokens, seen.supervised_tokens) == (1, 3, 9, 1)
     forward = 2 * 32 * 3 + 4 * 4 * 9 + 2 * 4 * 10 * 1
     backward = 2 * 32 * 3 + 4 * 4 * 18 + 2 * 4 * 10 * 1
-    assert Price(shape=SHAPE, trains_all=False).tflops(seen) == pytest.approx((forward + backward) / 1e12, rel=1e-12)
-    assert Price(shape=SHAPE, trains_all=True).tflops(seen) == pytest.approx(
-        (forward + backward + 2 * 32 * 3) / 1e12, rel=1e-12
-    )
+    nothing, adapter = TrainedMatrices(body=0.0, head=0.0), TrainedMatrices(body=5.0, head=0.0)
+    everything = TrainedMatrices(body=32.0, head=40.0)  # the head's gradient is formed at one of three tokens
+    for trained, products in ((nothing, 0), (adapter, 2 * 5 * 3), (everything, 2 * 32 * 3 + 2 * 40 * 1)):
+        wanted = (forward + backward + products) / 1e12
+        assert Price(shape=SHAPE, trained=trained).tflops(seen) == pytest.approx(wanted, rel=1e-12)
 
 
 @given(
@@ -61,7 +63,7 @@ def test_cost_of_training_by_hand() -> None:
 )
 def test_updates_at_cost_are_the_nearest_of_all(lengths: list[int], update_rows: int, times: float, seed: int) -> None:
     pool, rows = corpus(lengths), np.arange(len(lengths))
-    settings, price = TrainSettings(steps=1, batch_rows=update_rows), Price(shape=SHAPE, trains_all=False)
+    settings, price = TrainSettings(steps=1, batch_rows=update_rows), PRICE
     wanted = times * price.tflops(seen_rows(pool, rows))
     found = updates_at_cost(wanted, price, pool, rows, settings, seed=seed)
 

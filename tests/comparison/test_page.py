@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from comparison_runs import contender, made_run
 from tamis.comparison.datamodel import Foretold
 from tamis.comparison.result import CompareResult, SelectionFacts
@@ -33,15 +35,19 @@ def hostile_result() -> CompareResult:
                 [1.0 + 0.1 * place + 0.01 * seed * (place + 1) + 0.2 * row for row in range(6)],
                 budget=budget,
                 rows=int(4 * float(budget.rstrip("%"))),
-                loss_by_task={ATTACK: 1.0, "sums": 1.1},
             )
             for seed in range(3)
         ]
         for budget in ("5%", "20%")
         for place, one in enumerate(contenders)
     }
-    standings = standings_of(runs, {c.name: c for c in contenders}, {("less", "5%"): (3.0, 9.0)}, metric="loss")
-    differences = [d for budget in ("5%", "20%") for d in compare_pairs(runs, contenders, budget=budget, metric="loss")]
+    by_name, spent = {c.name: c for c in contenders}, {("less", "5%"): (3.0, 9.0)}
+    standings = standings_of(runs, by_name, spent, metric="loss", task_of=[ATTACK] * 3 + ["sums"] * 3)
+    differences = [
+        difference
+        for budget in ("5%", "20%")
+        for difference in compare_pairs(runs, contenders, budget=budget, metric="loss", content_of=np.arange(6))
+    ]
     facts = SelectionFacts(
         name="less",
         budget="5%",

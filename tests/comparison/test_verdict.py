@@ -42,8 +42,11 @@ def runs_of(levels: dict[str, float], *, seeds: int = 3, noise: float = 0.01, ro
 
 def concluded(runs: dict[Any, list[Run]], *, contenders: Any = CONTENDERS, **more: Any) -> Any:
     by_name = {one.name: one for one in contenders}
-    standings = standings_of(runs, by_name, {("tracin", "5%"): (3.0, 9.0)}, metric="loss")
-    differences = compare_pairs(runs, contenders, budget="5%", metric="loss")
+    rows = len(next(iter(runs.values()))[0].row_losses)
+    spent = {("tracin", "5%"): (3.0, 9.0)}
+    standings = standings_of(runs, by_name, spent, metric="loss", task_of=more.pop("task_of", ["task"] * rows))
+    content_of = more.pop("content_of", np.arange(rows))
+    differences = compare_pairs(runs, contenders, budget="5%", metric="loss", content_of=content_of)
     values: dict[str, Any] = {"budget": "5%", "metric": "loss", "seeds": 3, "held_out_rows": 12, **more}
     return standings, differences, conclude(standings, differences, values.pop("selections", ()), **values)
 
@@ -84,6 +87,73 @@ def test_a_free_selection_has_full_as_its_equal_at_equal_cost() -> None:
     assert (differences[0].against, differences[0].opponent) == ("full at equal cost", "full")
 
 
+def test_copies_of_a_held_out_row_are_one_observation() -> None:
+    """Three times the same rows say no more of other rows than once, whatever the test of six times as many would."""
+    runs = runs_of(LEVELS, noise=0.3)
+    _, once, _ = concluded(runs)
+    again = {key: [replace(run, row_losses=run.row_losses * 3) for run in own] for key, own in runs.items()}
+    _, thrice, _ = concluded(again, content_of=np.tile(np.arange(12), 3))
+    for one, three in zip(once, thrice, strict=True):
+        assert three.over_rows.n == 12 and three.over_rows.p == pytest.approx(one.over_rows.p, rel=1e-9)
+    _, taken_apart, _ = concluded(again)
+    assert taken_apart[0].over_rows.p < 0.2 * once[0].over_rows.p  # what ignoring it would claim
+
+
+def test_tasks_are_told_apart_by_the_rows_of_this_call() -> None:
+    runs = runs_of(LEVELS)
+    standings, _, _ = concluded(runs, task_of=["sums"] * 4 + ["prose"] * 8)
+    own = np.array([run.row_losses for run in runs["tracin", "5%"]])
+    assert standings[0].by_task == {
+        "sums": pytest.approx(own[:, :4].mean(), rel=1e-12),
+        "prose": pytest.approx(own[:, 4:].mean(), rel=1e-12),
+    }
+
+
+def test_training_that_harms_is_called_so_and_not_recommended() -> None:
+    contenders = [*CONTENDERS, contender("untouched model", "untouched")]
+    for level, harms in ((0.5, True), (2.0, False)):
+        runs = runs_of({**LEVELS, "tracin": 0.8, "untouched model": level})
+        _, _, conclusion = concluded(runs, contenders=contenders)
+        assert ("made the model worse" in conclusion.title) == harms
+        advice = " ".join(conclusion.next_steps)
+        assert ("lower --learning-rate" in advice) == harms and ("Train on that selection" in advice) != harms
+
+
+def test_one_held_out_row_asks_for_rows_and_not_for_seeds() -> None:
+    _, _, conclusion = concluded(runs_of(LEVELS, rows=1), held_out_rows=1)
+    assert "one held-out row cannot exclude chance" in conclusion.title
+    assert "Give more held-out rows by --eval (there is one)" in conclusion.next_steps[0]
+    assert not any("--seeds" in step for step in conclusion.next_steps)
+
+
+def test_equal_differences_of_few_seeds_ask_for_more() -> None:
+    def matched(name: str, hits: int) -> list[Run]:
+        row = tuple([True] * hits + [False] * (8 - hits))
+        return [made_run(name, s, [1.0] * 8, exact_match=hits / 8, row_matches=row) for s in range(3)]
+
+    runs = {("tracin", "5%"): matched("tracin", 4), ("full", "5%"): matched("full", 2)}
+    standings = standings_of(
+        runs, {one.name: one for one in CONTENDERS}, {}, metric="exact-match", task_of=["task"] * 8
+    )
+    pairs = compare_pairs(runs, CONTENDERS, budget="5%", metric="exact-match", content_of=np.arange(8))
+    assert pairs[0].over_seeds.std == 0 and pairs[0].seeds_p == 0.25
+    conclusion = conclude(standings, pairs, (), budget="5%", metric="exact-match", seeds=3, held_out_rows=8)
+    assert any("--seeds 6: all 3 differ by the same amount" in step for step in conclusion.next_steps)
+
+
+def test_a_metric_that_nobody_scores_on_is_said_to_tell_nothing() -> None:
+    def missed(name: str) -> list[Run]:
+        return [made_run(name, s, [1.0] * 4, exact_match=0.0, row_matches=(False,) * 4) for s in range(2)]
+
+    runs = {("tracin", "5%"): missed("tracin"), ("full", "5%"): missed("full")}
+    standings = standings_of(
+        runs, {one.name: one for one in CONTENDERS}, {}, metric="exact-match", task_of=["task"] * 4
+    )
+    pairs = compare_pairs(runs, CONTENDERS, budget="5%", metric="exact-match", content_of=np.arange(4))
+    conclusion = conclude(standings, pairs, (), budget="5%", metric="exact-match", seeds=2, held_out_rows=4)
+    assert "not" not in conclusion.warnings[0].split(",")[0] and "single right answer" in conclusion.warnings[0]
+
+
 def test_exact_match_counts_upwards() -> None:
     def matched(name: str, hits: list[bool]) -> list[Run]:
         share = sum(hits) / len(hits)
@@ -93,7 +163,7 @@ def test_exact_match_counts_upwards() -> None:
         ("tracin", "5%"): matched("tracin", [True, True, True, False]),
         ("full", "5%"): matched("full", [True] + [False] * 3),
     }
-    (difference,) = compare_pairs(runs, CONTENDERS, budget="5%", metric="exact-match")
+    (difference,) = compare_pairs(runs, CONTENDERS, budget="5%", metric="exact-match", content_of=np.arange(4))
     assert difference.gain == pytest.approx(0.5) and difference.relative == pytest.approx(2.0)
 
 
@@ -169,8 +239,10 @@ def test_a_share_of_nothing_has_no_relative_gain_and_equal_ends_are_called_level
         (runs, "by 0.25, which chance could explain"),
         ({**runs, ("tracin", "5%"): matched("tracin", [False] * 4)}, "end level"),
     ):
-        standings = standings_of(own, by_name, {}, metric="exact-match")
-        (difference,) = differences = compare_pairs(own, CONTENDERS, budget="5%", metric="exact-match")
+        standings = standings_of(own, by_name, {}, metric="exact-match", task_of=["task"] * 4)
+        (difference,) = differences = compare_pairs(
+            own, CONTENDERS, budget="5%", metric="exact-match", content_of=np.arange(4)
+        )
         assert difference.relative is None
         conclusion = conclude(standings, differences, (), budget="5%", metric="exact-match", seeds=2, held_out_rows=4)
         assert title in conclusion.title

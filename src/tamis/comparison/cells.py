@@ -18,7 +18,7 @@ from tamis.budget import parse_budget, rows_for, tokens_for
 from tamis.comparison.contenders import Contender, slug
 from tamis.corpus import Corpus
 from tamis.identity import fingerprint
-from tamis.model.flops import ModelShape, activation_backward_flops, forward_flops, weight_gradient_flops
+from tamis.model.flops import ModelShape, TrainedMatrices, training_flops
 from tamis.training.loop import TrainSettings, rows_of_step
 from tamis.types import IntArray
 
@@ -78,21 +78,15 @@ class Seen:
 
 @dataclass(frozen=True, kw_only=True)
 class Price:
-    """Operations of training: forward and backward through every block, with weight gradients where all is trained.
+    """Operations of training, by the count that online runs keep of themselves (``tamis.online.cost``)."""
 
-    The products of LoRA's own factors, a percent or two, are left out, as they are in what a selection is said to cost.
-    """
-
-    shape: ModelShape
-    trains_all: bool
+    shape: ModelShape  # of the model as it is trained, adapters included
+    trained: TrainedMatrices
 
     def tflops(self, seen: Seen) -> float:
         """Teraflops of training on ``seen``."""
         sizes = (seen.tokens, seen.supervised_tokens, seen.squared_tokens)
-        operations = forward_flops(self.shape, *sizes) + activation_backward_flops(self.shape, *sizes)
-        if self.trains_all:
-            operations += weight_gradient_flops(self.shape, seen.tokens)
-        return operations / 1e12
+        return training_flops(self.shape, self.trained, *sizes) / 1e12
 
 
 def seen_rows(corpus: Corpus, rows: IntArray) -> Seen:

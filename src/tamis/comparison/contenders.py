@@ -40,8 +40,8 @@ class Contender:
 def contenders_of(settings: CompareSettings) -> tuple[Contender, ...]:
     """All of them, the methods named first.
 
-    Random rows of the chosen sources are drawn beside every method named that selects. Every one that costs model
-    passes gets its own ``full`` at equal cost; which do is known once they have selected.
+    Random rows of the chosen sources are drawn beside every method named that selects. Every one gets its own ``full``
+    at equal cost, unless that turns out to be as many updates as all make.
     """
     named = [
         Contender(name=text.label, kind="online" if text.is_online else "selected", is_baseline=False, text=text)

@@ -19,6 +19,8 @@ from tamis.types import IntArray
 __all__ = ["Foretold", "foretell"]
 
 _RESAMPLES = 1000
+# Below so many, draws of the parts repeat the same few pairs: of three, every interval would be a single number.
+_FEWEST_FOR_AN_INTERVAL = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,7 @@ class Foretold:
 
     name: str
     correlation: float | None  # Spearman's; None where one of the two does not vary, or rows have no score
-    low: float | None  # 95 % interval, parts drawn again with replacement
+    low: float | None  # 95 % interval, parts drawn again with replacement; None below eight parts
     high: float | None
     parts: int
 
@@ -55,6 +57,8 @@ def foretell(
     correlation = None if np.isnan(foretold).any() or count < 3 else rank_correlation(foretold, gain)
     if correlation is None:
         return Foretold(name=name, correlation=None, low=None, high=None, parts=count)
+    if count < _FEWEST_FOR_AN_INTERVAL:
+        return Foretold(name=name, correlation=correlation, low=None, high=None, parts=count)
     drawn = (raw_words(child_seed(seed, "resampled parts"), _RESAMPLES * count) % np.uint64(count)).astype(np.int64)
     again = [rank_correlation(foretold[places], gain[places]) for places in drawn.reshape(_RESAMPLES, count)]
     low, high = np.quantile([found for found in again if found is not None], [0.025, 0.975]).tolist()

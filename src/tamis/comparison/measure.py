@@ -62,10 +62,11 @@ def written_answers(
     ``max_tokens`` tokens.
     """
     device = next(model.parameters()).device
-    prompts = [example.input_ids[: _answer_start(example)] for example in corpus.take(rows)]
+    examples = corpus.take(rows)
+    prompts = [example.input_ids[: _answer_start(example)] for example in examples]
     order = np.argsort([-len(prompt) for prompt in prompts], kind="stable")
     answers = [""] * len(rows)
-    ends = _end_tokens(model, tokenizer)
+    ends = _end_tokens(model, tokenizer, examples)
     for first in range(0, len(order), batch_rows):
         group = order[first : first + batch_rows]
         width = max(len(prompts[i]) for i in group)
@@ -113,8 +114,18 @@ def _answer_start(example: TokenizedExample) -> int:
     return max(1, int(marks[breaks[-1] + 1] if len(breaks) else marks[0]))
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> Sequence[int]:
-    """Ids that end an answer: the tokenizer's, and those of the model's generation settings."""
+def _end_tokens(model: Any, tokenizer: Any, examples: Sequence[TokenizedExample]) -> Sequence[int]:
+    """Ids that end an answer: the tokenizer's, those of the model's generation settings, and those of the rows.
+
+    A base model's tokenizer often ends texts by another token than the chat template ends turns by. A row's end is the
+    special token that its last answer ends in, or that follows it where the loss leaves it out.
+    """
     named = getattr(model.generation_config, "eos_token_id", None)
     found = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
+    special = {int(token) for token in tokenizer.all_special_ids}
+    special |= {int(token) for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    for example in examples:
+        last = int(np.flatnonzero(example.supervised)[-1])
+        closing = [int(token) for token in example.input_ids[last : last + 2] if int(token) in special]
+        found += closing[:1]
     return list(dict.fromkeys(int(token) for token in found if token is not None))

@@ -38,7 +38,6 @@ class Run:
     train_seconds: float
     measure_seconds: float
     loss: float  # mean over the held-out rows
-    loss_by_task: Mapping[str, float]
     exact_match: float | None  # share of the held-out rows; None where no answer was generated
     row_losses: tuple[float, ...]  # of each held-out row, in their order
     row_matches: tuple[bool, ...]
@@ -92,7 +91,7 @@ class Records:
 
     def write(self, run: Run) -> None:
         """Keep a finished run."""
-        values = {**vars(run), "loss_by_task": dict(run.loss_by_task), "spec": dict(run.spec)}
+        values = {**vars(run), "spec": dict(run.spec)}
         if not run.tasks:  # records of comparisons without tasks read as ever
             del values["tasks"]
         text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"

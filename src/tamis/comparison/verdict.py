@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from tamis.comparison.contenders import Contender, Kind
 from tamis.comparison.records import Run
@@ -81,6 +82,7 @@ def standings_of(
     spent: Mapping[tuple[str, str], tuple[float, float]],
     *,
     metric: str,
+    task_of: Sequence[str],
 ) -> list[Standing]:
     """How every (contender, budget) stands, best first within a budget.
 
@@ -89,8 +91,11 @@ def standings_of(
         contenders: by name.
         spent: TFLOPs and seconds of its selection, where it made one.
         metric: ``loss`` (lower is better) or ``exact-match`` (higher is).
+        task_of: of every held-out row, the task that it belongs to. A record does not know: the same rows may be
+            called otherwise in a later call.
     """
     found = []
+    tasks = {task: np.array([own == task for own in task_of]) for task in dict.fromkeys(task_of)}
     for (name, budget), own in runs.items():
         values = [run.value(metric) for run in own]
         tflops, seconds = spent.get((name, budget), (0.0, 0.0))
@@ -104,7 +109,10 @@ def standings_of(
                 std=float(np.std(values, ddof=1)) if len(values) > 1 else None,
                 values=tuple(values),
                 loss=float(np.mean([run.loss for run in own])),
-                by_task={task: float(np.mean([run.loss_by_task[task] for run in own])) for task in own[0].loss_by_task},
+                by_task={
+                    task: float(np.mean([run.row_values("loss")[rows].mean() for run in own]))
+                    for task, rows in tasks.items()
+                },
                 steps=float(np.mean([run.steps for run in own])),
                 rows=float(np.mean([run.rows for run in own])),
                 tokens=float(np.mean([run.tokens for run in own])),
@@ -128,15 +136,26 @@ def compare_pairs(
     *,
     budget: str,
     metric: str,
+    content_of: npt.NDArray[np.int64],
 ) -> list[Difference]:
-    """Every method named against its opponents at ``budget``; p-values are adjusted for all of them together."""
+    """Every method named against its opponents at ``budget``; p-values are adjusted for all of them together.
+
+    Args:
+        runs: by contender and budget.
+        contenders: all of them.
+        budget: the one to look at.
+        metric: ``loss`` or ``exact-match``.
+        content_of: a number for every held-out row, the same for rows that are copies of each other: they are one
+            observation of the test over rows.
+    """
     found: list[Difference] = []
     for contender in contenders:
         own = runs.get((contender.name, budget))
         if contender.is_baseline or not own:
             continue
         for against, opponent in _opponents(contender, contenders, runs, budget):
-            found.append(_difference(own, runs[opponent, budget], contender.name, opponent, against, budget, metric))
+            words = (contender.name, opponent, against, budget, metric)
+            found.append(_difference(own, runs[opponent, budget], *words, content_of=content_of))
     over_seeds = holm([difference.over_seeds.p for difference in found])
     over_rows = holm([difference.over_rows.p for difference in found])
     return [
@@ -148,7 +167,7 @@ def compare_pairs(
 def _opponents(
     contender: Contender, contenders: Sequence[Contender], runs: Mapping[tuple[str, str], Sequence[Run]], budget: str
 ) -> list[tuple[Against, str]]:
-    """What the contender has to beat, the hardest first. ``full`` is the equal at equal cost of a free selection."""
+    """What the contender has to beat, the hardest first. Without its own ``full``, plain ``full`` costs as much."""
     matched = next((c.name for c in contenders if c.kind == "equal-cost" and c.of == contender.name), None)
     pairs: list[tuple[Against, str]] = []
     if matched is not None and runs.get((matched, budget)):
@@ -160,6 +179,13 @@ def _opponents(
     return [(against, name) for against, name in pairs if runs.get((name, budget))]
 
 
+def _by_content(runs: Sequence[Run], metric: str, content_of: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """The mean of every distinct held-out row over its copies and ``runs``."""
+    values = np.mean([run.row_values(metric) for run in runs], axis=0)
+    sums: npt.NDArray[np.float64] = np.bincount(content_of, weights=values) / np.bincount(content_of)
+    return sums
+
+
 def _difference(
     own: Sequence[Run],
     others: Sequence[Run],
@@ -168,6 +194,8 @@ def _difference(
     against: Against,
     budget: str,
     metric: str,
+    *,
+    content_of: npt.NDArray[np.int64],
 ) -> Difference:
     by_seed = {run.seed: run for run in others}
     pairs = [(run, by_seed[run.seed]) for run in own if run.seed in by_seed]
@@ -175,9 +203,7 @@ def _difference(
     if metric == "loss":  # lower is better
         mine, theirs = theirs, mine
     over_seeds = paired_test([r.value(metric) for r in mine], [r.value(metric) for r in theirs])
-    over_rows = paired_test(
-        np.mean([r.row_values(metric) for r in mine], axis=0), np.mean([r.row_values(metric) for r in theirs], axis=0)
-    )
+    over_rows = paired_test(*(_by_content(runs, metric, content_of) for runs in (mine, theirs)))
     base = float(np.mean([run.value(metric) for _, run in pairs]))
     return Difference(
         contender=contender,

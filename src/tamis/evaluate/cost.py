@@ -108,7 +108,7 @@ def compare_with_run(plan: PlanResult, manifest: Mapping[str, Any]) -> tuple[Com
         pairs = (
             ("rows", sum(p.size.rows for p in passes), "rows"),
             ("tokens", sum(p.size.tokens for p in passes), "tokens"),
-            ("TFLOP", sum(p.tflops for p in passes), "tflops"),
+            ("TFLOP", sum(p.counted_tflops for p in passes), "tflops"),
         )
         for quantity, value, key in pairs:
             spent = float(sum(stage.get(key, 0) for stage in stages))

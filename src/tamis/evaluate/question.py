@@ -7,12 +7,19 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tamis.evaluate.inputs import CorpusSize
-from tamis.model.flops import FACTORIZED_SIDE, Matrix, ModelShape, feature_dim, feature_flops, stage_flops
+from tamis.model.flops import (
+    FACTORIZED_SIDE,
+    FEATURE_NUMBERS,
+    Matrix,
+    ModelShape,
+    feature_dim,
+    projected_flops,
+    stage_flops,
+)
 
 __all__ = ["BYTES_BESIDE", "FEATURE_BYTES", "MethodQuestion", "PassPlan", "total_size"]
 
 FEATURE_BYTES = {"float16": 2, "float32": 4}
-_DEFAULT_TOTAL_DIM = 8192  # numbers a row keeps under the projections that are not factorized
 BYTES_BESIDE = 16  # scale, loss and norm of a row, stored with its feature
 # Influence Distillation (2025), section 5.2, after Kaplan et al.: a forward pass costs 2 operations a parameter, a
 # backward pass 4, and a row is one token.
@@ -27,10 +34,16 @@ class PassPlan:
     stage: str  # of the run's account, to which other passes may belong too
     work: Literal["forward", "gradient"]
     size: CorpusSize
-    tflops: float  # of the model's passes, as a manifest counts them
-    feature_tflops: float = 0.0  # of turning them into features
+    tflops: float  # of the model's passes
+    feature_tflops: float = 0.0  # of turning them into features, or of comparing them as they pass
+    counts_features: bool = False  # whether the run's account has the latter, too
     paper_forwards: float = 0.0  # what the cost column of Influence Distillation counts for a row, in forward passes
     disk_bytes: float = 0.0
+
+    @property
+    def counted_tflops(self) -> float:
+        """What the manifest of a run says of this pass."""
+        return self.tflops + (self.feature_tflops if self.counts_features else 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,20 +109,19 @@ class MethodQuestion:
         stored = kept and (whole or projection != "none")  # otherwise exact gradients are compared as they pass
         entry = FEATURE_BYTES[self.values["feature_dtype"]]
         row_bytes = self.feature_numbers(shape) * entry if stored else 4 * max(1, self.target.rows)
-        flops = feature_flops(shape, projection, dim, rows=size.rows, tokens=size.tokens)
-        if self._has_head():  # whose gradient is taken at supervised positions only
-            head = replace(shape, gradient_matrices=(_head(shape),))
-            flops += feature_flops(head, projection, dim, rows=size.rows, tokens=size.supervised_tokens)
+        sizes = {"rows": size.rows, "tokens": size.tokens, "supervised_tokens": size.supervised_tokens}
+        flops = projected_flops(shape, projection, dim, include_head=self._has_head(), **sizes)
         return replace(
             self.model_pass(name, stage, "gradient", size, shape=shape),
             feature_tflops=flops / 1e12,
+            counts_features=True,
             disk_bytes=float(size.rows) * (row_bytes + BYTES_BESIDE),
         )
 
     def _dim(self) -> int:
         dim = self.values["projection_dim"]
         if dim is None:
-            return FACTORIZED_SIDE if self.values["projection"] == "factorized" else _DEFAULT_TOTAL_DIM
+            return FACTORIZED_SIDE if self.values["projection"] == "factorized" else FEATURE_NUMBERS
         return int(dim)
 
     def _has_head(self) -> bool:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -24,20 +25,25 @@ from tamis.model.targets import gradient_layers, input_embeddings, output_embedd
 
 __all__ = [
     "FACTORIZED_SIDE",
+    "FEATURE_NUMBERS",
     "HasTokens",
     "Matrix",
     "ModelShape",
+    "TrainedMatrices",
     "activation_backward_flops",
     "feature_dim",
     "feature_flops",
     "forward_flops",
     "hessian_flops",
+    "projected_flops",
     "stage_flops",
     "stage_tflops",
+    "training_flops",
     "weight_gradient_flops",
 ]
 
-FACTORIZED_SIDE = 16
+FACTORIZED_SIDE = 16  # of a layer, and the numbers of a whole feature: the projections' defaults
+FEATURE_NUMBERS = 8192
 
 
 class HasTokens(Protocol):
@@ -112,25 +118,11 @@ class ModelShape:
     @classmethod
     def from_model(cls, model: nn.Module) -> ModelShape:
         """The shape of a model, on any device (``meta`` too), adapters included."""
-        head, embedding = output_embeddings(model), input_embeddings(model)
-        config = model.config.get_text_config()  # type: ignore[union-attr, operator]  # every PreTrainedModel has one
-        routed = _routed_share(config)
+        embedding = input_embeddings(model)
+        config = _text_config(model)
         found: Counter[tuple[int, int, float]] = Counter()
-        for name, module in model.named_modules():
-            if module is head or module is embedding:
-                continue
-            active = routed if ".experts" in name else 1.0
-            weight = module._parameters.get("weight")
-            # Routers are matrices too, in classes of their own; an Embedding is looked up, not multiplied.
-            if weight is not None and weight.dim() == 2 and not isinstance(module, nn.Embedding):
-                rows, columns = weight.shape
-                if isinstance(module, Conv1D):
-                    rows, columns = columns, rows
-                found[(rows, columns, active)] += 1
-            elif name.endswith(".experts"):  # one tensor for all experts: (experts, in, out), in either order
-                for param in module.parameters(recurse=False):
-                    if param.dim() == 3:
-                        found[(param.shape[1], param.shape[2], active)] += param.shape[0]
+        for _, matrix in _block_matrices(model):
+            found[(matrix.out_features, matrix.in_features, matrix.active)] += matrix.count
         gradient: Counter[tuple[int, int]] = Counter(layer.shape for layer in gradient_layers(model))
         heads, head_size = _attention(config)
         table = embedding.weight
@@ -149,6 +141,51 @@ class ModelShape:
             ),
             attention_width=heads * head_size * _attention_layers(config),
         )
+
+
+def _block_matrices(model: nn.Module) -> Iterator[tuple[nn.Parameter, Matrix]]:
+    """Every weight matrix that tokens are multiplied by, but for the LM head."""
+    head, embedding = output_embeddings(model), input_embeddings(model)
+    routed = _routed_share(_text_config(model))
+    for name, module in model.named_modules():
+        if module is head or module is embedding:
+            continue
+        active = routed if ".experts" in name else 1.0
+        weight = module._parameters.get("weight")
+        # Routers are matrices too, in classes of their own; an Embedding is looked up, not multiplied.
+        if weight is not None and weight.dim() == 2 and not isinstance(module, nn.Embedding):
+            rows, columns = weight.shape
+            if isinstance(module, Conv1D):
+                rows, columns = columns, rows
+            yield weight, Matrix(out_features=rows, in_features=columns, count=1, active=active)
+        elif name.endswith(".experts"):  # one tensor for all experts: (experts, in, out), in either order
+            for param in module.parameters(recurse=False):
+                if param.dim() == 3:
+                    count, rows, columns = param.shape
+                    yield param, Matrix(out_features=rows, in_features=columns, count=count, active=active)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedMatrices:
+    """Multiplications that the gradients of what is trained cost: a product per matrix, as large as the matrix."""
+
+    body: float  # per token
+    head: float  # per supervised token: only there are logits formed
+
+    @classmethod
+    def of(cls, model: nn.Module) -> TrainedMatrices:
+        """Of the parameters of ``model`` that require gradients, adapters' factors among them."""
+        body = sum(matrix.per_token for weight, matrix in _block_matrices(model) if weight.requires_grad)
+        head: Any = output_embeddings(model).weight
+        return cls(body=body, head=float(head.numel()) if head.requires_grad else 0.0)
+
+
+def training_flops(
+    shape: ModelShape, trained: TrainedMatrices, tokens: float, supervised_tokens: float, sum_sq_len: float
+) -> float:
+    """Operations of forward, backward and the gradients of what is trained; ``shape`` has the adapters in it."""
+    products = 2.0 * (trained.body * tokens + trained.head * supervised_tokens)
+    return stage_flops(shape, "gradient", tokens, supervised_tokens, sum_sq_len) + products
 
 
 def forward_flops(shape: ModelShape, tokens: float, supervised_tokens: float, sum_sq_len: float) -> float:
@@ -238,6 +275,37 @@ def feature_flops(shape: ModelShape, projection: str, dim: int, *, rows: float, 
     raise InvalidSettings(f"projection={projection!r}: the cost of this projection is not known")
 
 
+def projected_flops(
+    shape: ModelShape,
+    projection: str,
+    dim: int | None,
+    *,
+    include_head: bool,
+    rows: float,
+    tokens: float,
+    supervised_tokens: float,
+) -> float:
+    """``feature_flops`` of the covered layers: of the head, if it is among them, at supervised positions only.
+
+    Args:
+        shape: the model.
+        projection: a name of ``tamis.projection.PROJECTIONS``.
+        dim: None for the default of ``projection``.
+        include_head: whether the LM head's gradient is projected, too.
+        rows: rows of the pass.
+        tokens: their tokens.
+        supervised_tokens: those that carry loss.
+    """
+    if dim is None:
+        dim = FACTORIZED_SIDE if projection == "factorized" else FEATURE_NUMBERS
+    flops = feature_flops(shape, projection, dim, rows=rows, tokens=tokens)
+    if include_head:
+        head = Matrix(out_features=shape.vocabulary, in_features=shape.hidden, count=1)
+        alone = replace(shape, gradient_matrices=(head,))
+        flops += feature_flops(alone, projection, dim, rows=rows, tokens=supervised_tokens)
+    return flops
+
+
 def stage_flops(shape: ModelShape, work: str, tokens: float, supervised_tokens: float, sum_sq_len: float) -> float:
     """Operations of rows that went through ``work``: ``none``, ``forward`` or ``gradient``.
 
@@ -259,8 +327,7 @@ def stage_flops(shape: ModelShape, work: str, tokens: float, supervised_tokens: 
 def stage_tflops(shape: ModelShape, cost: HasTokens) -> float:
     """Teraflops of a finished stage, from the tokens that it went through.
 
-    Projections and scores are left out: for the factorized form they are a few percent of a gradient pass, and a stage
-    does not say which form it used.
+    For stages that wrote no count of their own: projections are left out of it.
     """
     sizes = (cost.tokens, cost.supervised_tokens, cost.squared_tokens)
     return stage_flops(shape, cost.work, *sizes) / 1e12
@@ -271,6 +338,11 @@ def _factorized_products(matrix: Matrix, side: int) -> float:
     left = out_features * side if out_features > side else 0  # a side that is already small is left whole
     right = in_features * side if in_features > side else 0
     return left + right + min(side, out_features) * min(side, in_features)
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = model.config  # every PreTrainedModel has one
+    return config.get_text_config()
 
 
 def _attention(config: Any) -> tuple[int, int]:

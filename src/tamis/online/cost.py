@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tamis.gradients.parameters import ParamMatrix
-from tamis.model.flops import ModelShape, forward_flops, stage_flops
+from tamis.model.flops import ModelShape, TrainedMatrices, forward_flops, stage_flops, training_flops
 from tamis.online.together import add_up
 from tamis.types import Batch
 
@@ -63,7 +63,7 @@ class Counter:
         if work == "assembly":
             return products
         if work == "gradient":
-            return stage_flops(self._shape, "gradient", *sums) + products
+            return training_flops(self._shape, TrainedMatrices(body=self._body, head=self._head), *sums)
         if work == "alignment":
             narrow = 2.0 * (self._narrow_body * tokens + self._narrow_head * supervised)
             return stage_flops(self._shape, "gradient", *sums) + narrow

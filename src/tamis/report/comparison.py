@@ -94,7 +94,7 @@ def comparison_document(result: CompareResult) -> Document:
                 short_title="Verdict",
                 paragraphs=(
                     "The opponent that matters: the same model trained on the whole pool, for as many updates as the "
-                    "selection and its own training cost together.",
+                    "selection and its own training cost together (plain full where that is as many as all make).",
                 ),
                 figures=(gain_figure(at_cost, result.metric),),
             ),
@@ -153,6 +153,10 @@ def _findings(
             severity, verdict = ("passed", "better") if difference.gain > 0 else ("warning", "worse")
         opponent = result.standing(difference.opponent)
         shown = "" if opponent is None else f" ({mean_text(opponent)})"
+        runs = difference.over_seeds.n
+        if opponent is not None and len(opponent.values) > runs:  # uniform has more draws than the method has seeds
+            same = "draw of the same seed" if runs == 1 else f"{runs} draws of the same seeds"
+            shown = f" (of its {len(opponent.values)} draws, {mean_text(opponent)}, the {same})"
         found.append(
             Finding(
                 key=f"difference-{index}",

@@ -31,6 +31,12 @@ def conclude(
 ) -> Conclusion:
     """What the runs at ``budget`` say. ``warnings`` are what is known to be wrong with the data."""
     own = {standing.name: standing for standing in standings if standing.budget == budget}
+    if metric == "exact-match" and all(standing.mean == 0 for standing in own.values()):
+        warnings = [
+            "No contender wrote a single right answer, so this metric tells nothing apart. Read what they wrote "
+            "(records/*.json, answers), then set --answer-pattern or --answer-tokens, or use --metric loss.",
+            *warnings,
+        ]
     named = [standing for standing in own.values() if not standing.is_baseline]
     here = [difference for difference in differences if difference.budget == budget]
     found = [*warnings, *_warnings(own, here, [s for s in selections if s.budget == budget])]
@@ -45,6 +51,18 @@ def conclude(
         )
     best = named[0]
     key = next(d for d in here if d.contender == best.name and d.against == "full at equal cost")
+    untouched = next((standing for standing in own.values() if standing.kind == "untouched"), None)
+    if untouched is not None and _is_better(untouched, best, metric):
+        return Conclusion(
+            title=f"Training made the model worse: as it was, {metric} {number(untouched.mean)}; after {best.name}, "
+            f"{number(best.mean)}",
+            sentence=_sentence(best, own, key, metric),
+            next_steps=(
+                "Do not train on any of this yet: try a lower --learning-rate or fewer --epochs first, and look at the "
+                "loss mask and the chat template (tamis doctor). Runs that harm cannot tell which data are better.",
+            ),
+            warnings=tuple(found),
+        )
     return Conclusion(
         title=_title(best.name, key),
         sentence=_sentence(best, own, key, metric),
@@ -72,6 +90,10 @@ def p_text(p: float | None) -> str:
     if p is None:
         return "not known"
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _is_better(one: Standing, other: Standing, metric: str) -> bool:
+    return one.mean < other.mean if metric == "loss" else one.mean > other.mean
 
 
 def _title(name: str, key: Difference) -> str:
@@ -114,7 +136,17 @@ def _next_steps(
 ) -> list[str]:
     against = {d.against: d for d in here if d.contender == best.name}
     steps = []
-    if key.seeds_p is None or (key.seeds_p >= LEVEL and key.over_seeds.std):
+    one_row = key.over_rows.p is None
+    if (one_row or (key.rows_p is not None and key.rows_p >= LEVEL)) and held_out_rows < 200:
+        why = "one cannot show chance" if one_row else "the rows disagree with each other"
+        steps.append(f"Give more held-out rows by --eval (there {_are(held_out_rows)}): {why}.")
+    equal_runs = key.over_seeds.std == 0  # as shares of right answers may be; then each further run halves p
+    if not one_row and equal_runs and key.gain and key.seeds_p is not None and key.seeds_p >= LEVEL:
+        steps.append(
+            f"Run the same command with --seeds {seeds + 3}: all {seeds} differ by the same amount, which so few runs "
+            "may do by chance."
+        )
+    elif not one_row and (key.seeds_p is None or (key.seeds_p >= LEVEL and key.over_seeds.std)):
         needed = None if key.over_seeds.std is None else _seeds_needed(key, tests=len(here))
         if needed is None:
             steps.append("Run the same command with --seeds 5: the finished run is kept, and one cannot show chance.")
@@ -128,10 +160,6 @@ def _next_steps(
                 f"More seeds will hardly decide it: a difference this small beside its spread would need over "
                 f"{_MOST_SEEDS}. Take the cheaper of the two."
             )
-    if key.rows_p is not None and key.rows_p >= LEVEL and held_out_rows < 200:
-        steps.append(
-            f"Give more held-out rows by --eval (there are {held_out_rows}): the rows disagree with each other."
-        )
     equal_updates = against.get("full") or key
     if key.gain < 0 < equal_updates.gain and key.opponent != "full":
         shown = "" if equal_updates.is_sure else ", if at all (chance could explain that too)"
@@ -149,6 +177,10 @@ def _next_steps(
             else "Train on that selection: its selected.jsonl lies in the folder named below under Selections."
         )
     return steps
+
+
+def _are(rows: int) -> str:
+    return "is one" if rows == 1 else f"are {rows}"
 
 
 def _seeds_needed(key: Difference, *, tests: int) -> int:

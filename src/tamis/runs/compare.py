@@ -26,7 +26,7 @@ from tamis.corpora import Rendered, Sources, leaked_rows, model_settings, read_s
 from tamis.data.examples import Examples, read_examples
 from tamis.data.rows import Rows
 from tamis.disk import check_writable
-from tamis.model.flops import ModelShape
+from tamis.model.flops import ModelShape, TrainedMatrices
 from tamis.model.limits import skeleton
 from tamis.model.load import model_fingerprint, resolved_dtype, template_sha256
 from tamis.model.processes import barrier, is_main
@@ -44,8 +44,8 @@ from tamis.runs.compare_training import TrainingBench
 from tamis.runs.outputs import check_claim, claim_folder, write_json
 from tamis.runs.planted import PlantedResult, planted_from_settings
 from tamis.runs.train_rows import check_candidates
-from tamis.runs.train_setup import check_device, check_proxy_vocabulary, check_tuning, method_and_step
-from tamis.settings import SelectSettings
+from tamis.runs.train_setup import LORA_RANK, check_device, check_proxy_vocabulary, check_tuning, method_and_step
+from tamis.settings import SelectSettings, TrainRunSettings
 from tamis.settings.compare import CompareSettings, method_parts
 from tamis.values import to_dict
 from tamis.versions import releases, versions
@@ -134,7 +134,7 @@ def compare_from_settings(
         chosen=chosen,
         table=PoolTable.of(any_table, settings),
         pool=rendered.pool,
-        price=Price(shape=ModelShape.from_model(skeleton(model_settings(run))), trains_all=settings.tune == "full"),
+        price=_price(run),
         common=common_spec(
             settings,
             **content,
@@ -151,8 +151,6 @@ def compare_from_settings(
         settings=settings,
         rendered=rendered,
         held_out=rendered.target_rows,
-        task_of=rendered.target_group,
-        tasks=sources.target_names,
         price=grid.price,
         held=held,
         benchmarks=benchmarks,
@@ -168,6 +166,13 @@ def compare_from_settings(
         _write(result, rendered, [*_distinct(runs), *parts])
     barrier()
     return result
+
+
+def _price(run: TrainRunSettings) -> Price:
+    """What training costs: of the model with the adapter that its runs put on it."""
+    rank = None if run.tune == "full" else run.lora_rank or LORA_RANK
+    model = skeleton(model_settings(run), lora_rank=rank, lora_targets=run.lora_targets)
+    return Price(shape=ModelShape.from_model(model), trained=TrainedMatrices.of(model))
 
 
 def _measured_in_place_of_target(settings: CompareSettings) -> SelectSettings:
@@ -264,11 +269,15 @@ def _result(
 ) -> CompareResult:
     by_name = {contender.name: contender for contender in grid.contenders}
     spent = {key: (chosen.tflops, chosen.seconds) for key, chosen in grid.chosen.items()}
-    standings = standings_of(runs, by_name, spent, metric=settings.metric)
+    task_of = [sources.target_names[group] for group in rendered.target_group]
+    standings = standings_of(runs, by_name, spent, metric=settings.metric, task_of=task_of)
+    _, content_of = np.unique([sources.target.digests[row] for row in rendered.target_rows], return_inverse=True)
     differences = [
         difference
         for budget in settings.all_budgets
-        for difference in compare_pairs(runs, grid.contenders, budget=budget, metric=settings.metric)
+        for difference in compare_pairs(
+            runs, grid.contenders, budget=budget, metric=settings.metric, content_of=content_of
+        )
     ]
     selections = tuple(_facts(name, budget, chosen, grid.table) for (name, budget), chosen in grid.chosen.items())
     conclusion = conclude(
@@ -336,13 +345,19 @@ def _contamination(rendered: Rendered, sources: Sources, target_digests: Sequenc
     leaked = int((rendered.pool.usable & leaked_rows(sources)).sum())
     if leaked:
         found.append(
-            f"Of the pool, {counted(leaked, 'row')} (or the prompt) is held out, too: what trains on it is flattered. "
-            "Remove it from the pool."
+            f"The pool has {counted(leaked, 'row')} whose text or prompt is held out, too: what trains on such rows is "
+            "flattered. Remove them from the pool."
         )
-    shared = len({sources.target.digests[row] for row in rendered.target_rows} & set(target_digests))
+    digests = [sources.target.digests[row] for row in rendered.target_rows]
+    shared = len(set(digests) & set(target_digests))
     if shared:
         found.append(
-            f"Of the held-out rows, {counted(shared, 'row')} is in the target, too: methods see what measures them."
+            f"The target has {counted(shared, 'held-out row')}, too: methods see what measures them. Remove them there."
+        )
+    copies = len(digests) - len(set(digests))
+    if copies:
+        found.append(
+            f"Exact copies of other held-out rows: {copies}. Means count every one, tests over rows each text once."
         )
     return found
 

@@ -61,11 +61,9 @@ class Grid:
     def matched_cells(self, contender: Contender, budget: str, runs: Sequence[Run]) -> list[Cell]:
         """``full`` for as many updates as cost what the method's own ``runs`` and its selection did, seed by seed.
 
-        Empty for a method that selects without a model: ``full`` at equal updates is its equal.
+        Empty if that is as many as the method makes itself, at every seed: then plain ``full`` is its equal.
         """
         chosen = self.chosen.get((contender.of, budget))
-        if chosen is not None and not chosen.tflops:
-            return []
         cells = []
         for run in runs:
             steps = updates_at_cost(
@@ -77,7 +75,7 @@ class Grid:
                 seed=run.seed,
             )
             cells.append(self._make(contender, budget, run.seed, steps, rows=self.table.all_rows()))
-        return cells
+        return [] if all(cell.steps == run.steps for cell, run in zip(cells, runs, strict=True)) else cells
 
     def subset_cells(self) -> tuple[list[Cell], list[IntArray]]:
         """Runs on random parts of the pool, all with one start and order, and the rows of each."""
@@ -143,7 +141,7 @@ def common_spec(settings: CompareSettings, **content: Any) -> dict[str, Any]:
     lora = {name: getattr(settings, name) for name in ("lora_rank", "lora_alpha")}
     asked = {"pattern": settings.answer_pattern, "tokens": settings.answer_tokens}
     return {
-        "algorithm": "compare-v1",
+        "algorithm": "compare-v2",
         "training": training,
         "tune": settings.tune,
         **lora,

@@ -19,6 +19,7 @@ from tamis.comparison.measure import answer_of, held_out_losses, last_answer, wr
 from tamis.comparison.records import Run
 from tamis.corpora import Rendered, model_settings
 from tamis.data.rows import Rows
+from tamis.errors import NonFinite
 from tamis.model.load import load_model, no_progress_bars
 from tamis.model.processes import is_main
 from tamis.online.fate import read_candidates
@@ -53,8 +54,6 @@ class TrainingBench:
     settings: CompareSettings
     rendered: Rendered  # the pool, and the held-out rows in place of a target
     held_out: IntArray  # rows of ``rendered.target``
-    task_of: IntArray  # for each of them, which of ``tasks``
-    tasks: tuple[str, ...]
     price: Price
     held: Mapping[str, Rows]
     benchmarks: Benchmarks | None = None
@@ -69,17 +68,20 @@ class TrainingBench:
         seen = Seen(rows=0, tokens=0, supervised_tokens=0, squared_tokens=0)
         if cell.rows is not None and cell.steps:
             training = training_settings(self.settings, steps=cell.steps)
-            fine_tune(
-                opened.model,
-                self.rendered.pool,
-                cell.rows,
-                training,
-                seed=cell.seed,
-                folder=folder,
-                name_of=lambda row: self.rendered.pool.examples.ids[row],
-                advance=advance,
-                on_checkpoint=clock.add,
-            )
+            try:
+                fine_tune(
+                    opened.model,
+                    self.rendered.pool,
+                    cell.rows,
+                    training,
+                    seed=cell.seed,
+                    folder=folder,
+                    name_of=lambda row: self.rendered.pool.examples.ids[row],
+                    advance=advance,
+                    on_checkpoint=clock.add,
+                )
+            except NonFinite as error:
+                raise NonFinite(f"{cell.contender.name}, seed {cell.seed}: {error}", rows=error.rows) from error
             rows = rows_seen_in(training, cell.rows, steps=cell.steps, seed=cell.seed)
             seen = seen_rows(self.rendered.pool, rows)
         found = self._measured(
@@ -179,7 +181,6 @@ class TrainingBench:
             train_seconds=round(train_seconds, 3),
             measure_seconds=round(time.perf_counter() - started, 3),
             loss=float(losses.mean()),
-            loss_by_task={name: float(losses[self.task_of == i].mean()) for i, name in enumerate(self.tasks)},
             exact_match=float(np.mean(matches)) if matches else None,
             row_losses=tuple(losses.tolist()),
             row_matches=tuple(matches),

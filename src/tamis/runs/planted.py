@@ -211,7 +211,12 @@ def _conclusion(standings: Sequence[PlantedStanding], pool: PlantedPool) -> tupl
             "The method sees what is relevant here. Whether training gains by it: tamis compare without --planted."
         )
     auc = best.score.wrong_auc
-    if auc is not None and auc < 0.6:
+    if auc is not None and auc < 0.4:
+        steps.append(
+            f"{best.name} prefers wrong answers to right ones (AUC {auc:.2f}), as scores by difficulty may: do not "
+            "trust it on a pool with wrong answers; clean the pool of them by other means."
+        )
+    elif auc is not None and auc < 0.6:
         steps.append(
             f"{best.name} hardly tells wrong answers from right ones (AUC {auc:.2f}): clean the pool of them by other "
             "means, or leave out rows of high loss (--drop-flagged in tamis select)."

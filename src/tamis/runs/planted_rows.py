@@ -17,7 +17,7 @@ from tamis.data.examples import Examples
 from tamis.disk import make_folder, replace_atomically
 from tamis.errors import InvalidInput, InvalidSettings
 from tamis.model.processes import barrier, is_main
-from tamis.report.wording import percent
+from tamis.report.wording import counted, percent
 from tamis.runs.row_shapes import as_messages
 from tamis.seeds import child_seed, random_subset
 from tamis.settings import CompareSettings
@@ -52,7 +52,8 @@ def planted_rows(
         if not targets[-1]:
             raise InvalidInput(f"target '{name}' is plain text without turns; planting needs chats or instruction rows")
     if given is not None:
-        relevant = [("relevant", example) for example in given]
+        relevant, said = _distinct(given, beside=sources.target)
+        warnings += said
     chats = [(name, chat) for name, example in relevant if (chat := as_messages(example)) and answer(chat).strip()]
     if len(chats) > settings.planted_rows:
         kept_rows = random_subset(child_seed(settings.seed, "planted rows"), len(chats), settings.planted_rows)
@@ -71,6 +72,27 @@ def planted_rows(
             "their sources by --relevant-sources to leave them out."
         )
     return plant(chats, background, seed=settings.seed), targets, warnings
+
+
+def _distinct(given: Examples, *, beside: Examples) -> tuple[list[tuple[str, Example]], list[str]]:
+    """The relevant rows, each text once and without those of the target, which any method would find."""
+    shown, own, seen, copies = set(beside.digests), [], set[str](), 0
+    for row, digest in enumerate(given.digests):
+        if digest in shown:
+            continue
+        if digest in seen:
+            copies += 1
+            continue
+        seen.add(digest)
+        own.append(("relevant", given[row]))
+    said = []
+    if in_target := len(given) - len(own) - copies:
+        said.append(f"{counted(in_target, 'relevant row')} left out: the target has the same text, so it is no test.")
+    if copies:
+        said.append(f"{counted(copies, 'relevant row')} left out: copies of other relevant rows.")
+    if not own:
+        raise InvalidInput("relevant: every row is a row of the target; give other rows of the same task")
+    return own, said
 
 
 def _background(

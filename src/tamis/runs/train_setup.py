@@ -27,6 +27,7 @@ from tamis.training.lora import add_lora, train_adapter
 
 __all__ = [
     "LEARNING_RATES",
+    "LORA_RANK",
     "check_device",
     "check_proxy_vocabulary",
     "check_reports",
@@ -37,7 +38,7 @@ __all__ = [
     "training_arguments",
 ]
 
-_LORA_RANK = 16
+LORA_RANK = 16
 LEARNING_RATES = {"lora": 2e-4, "full": 2e-5}
 
 
@@ -155,7 +156,7 @@ def open_model(settings: TrainRunSettings, *, dtype: str) -> LoadedModel:
     if source.is_adapter:
         train_adapter(loaded.model, base=source.base)
     elif settings.tune == "lora":
-        rank = settings.lora_rank or _LORA_RANK
+        rank = settings.lora_rank or LORA_RANK
         alpha = 2.0 * rank if settings.lora_alpha is None else settings.lora_alpha
         loaded.model = add_lora(
             loaded.model,

@@ -53,6 +53,14 @@ class FeatureSpec:
     name: str  # of the stages: "gradients", "adam-directions"
     identity: Mapping[str, Any]  # projector, layers, and whatever else changes a number
     dtype: Literal["float16", "float32"]
+    # For the count of operations: what turns a gradient into a feature, None for its default.
+    projection: str
+    projection_dim: int | None
+    include_head: bool = False
+
+    def operations(self, task: Task) -> Callable[[float, float, float, float], float]:
+        """Of projecting the gradients of rows, from (rows, tokens, supervised tokens, squared tokens)."""
+        return task.projected_operations(self.projection, self.projection_dim, include_head=self.include_head)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +222,10 @@ def collect_features(
 
         return batch_columns
 
-    return task.map_rows(corpus, rows, name=spec.name, spec={**spec.identity, "dtype": spec.dtype}, start=begin)
+    identity = {**spec.identity, "dtype": spec.dtype}
+    return task.map_rows(
+        corpus, rows, name=spec.name, spec=identity, start=begin, extra_operations=spec.operations(task)
+    )
 
 
 def read_features(reader: StageReader, start: int, stop: int) -> Float[Tensor, "m K"]:
@@ -270,7 +281,8 @@ def _stream_scores(
         "columns": list(columns),
         "cosine": cosine,
     }
-    return task.map_rows(task.pool, task.rows, name=f"{spec.name}-scores", spec=identity, start=begin)
+    name, operations = f"{spec.name}-scores", spec.operations(task)
+    return task.map_rows(task.pool, task.rows, name=name, spec=identity, start=begin, extra_operations=operations)
 
 
 def _checked(compute: FeatureFunction, batch: Batch, corpus: Corpus) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,6 +10,7 @@ learning rate. Both vectors are of the LoRA factors, projected alike.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,13 +209,13 @@ class Less:
 
             return transformed_features(model, layers, projector, advance)
 
+        spec = functools.partial(
+            FeatureSpec, dtype=self.feature_dtype, projection=self.projection, projection_dim=self.projection_dim
+        )
         return scores_of_features(
             task,
-            pool=(
-                FeatureSpec(name="adam-directions", identity=direction, dtype=self.feature_dtype),
-                directions,
-            ),
-            target=(FeatureSpec(name="gradients", identity=gradient, dtype=self.feature_dtype), gradients),
+            pool=(spec(name="adam-directions", identity=direction), directions),
+            target=(spec(name="gradients", identity=gradient), gradients),
             cosine=True,
             keep_features=self.keep_features and not isinstance(projector, NoProjector),
             memory_bytes=int(self.memory_gb * 2**30),

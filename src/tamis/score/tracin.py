@@ -186,6 +186,9 @@ class TracIn:
             name="gradients",
             identity={"algorithm": "gradients-v1", "projection": projector.identity, "include_head": self.include_head},
             dtype=self.feature_dtype,
+            projection=self.projection,
+            projection_dim=self.projection_dim,
+            include_head=self.include_head,
         )
 
         def start() -> FeatureFunction:

@@ -148,6 +148,11 @@ class CompareSettings(LoadingSettings):
                 self.train_settings(out=self.out, steps=1, seed=self.seed, online=text)
             else:
                 self.select_settings(text, budget=self.budget, out=self.out)
+                if self.own_settings(text.label).get("weights", "none") != "none":
+                    raise InvalidSettings(
+                        f"{text.label} weights its rows, and runs of a comparison train on all rows alike; "
+                        f"leave --set {text.label}.weights out"
+                    )
         self.train_settings(out=self.out, steps=1 if self.steps is None else self.steps, seed=self.seed)
 
     @property

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,15 @@ def rows_of_step(settings: TrainSettings, step: int, rows: IntArray, *, seed: in
     """The rows of update ``step``: every epoch is a fresh permutation of ``rows``, cut into updates."""
     per_epoch = -(-len(rows) // settings.batch_rows)
     epoch, place = divmod(step, per_epoch)
-    order = random_permutation(child_seed(seed, "row order", epoch), len(rows))
+    order = _order_of_epoch(seed, epoch, len(rows))
     return rows[order[place * settings.batch_rows : (place + 1) * settings.batch_rows]]
+
+
+@lru_cache(maxsize=2)  # every update of an epoch asks for it, and drawing it takes as long as the pool is large
+def _order_of_epoch(seed: int, epoch: int, count: int) -> IntArray:
+    order = random_permutation(child_seed(seed, "row order", epoch), count)
+    order.setflags(write=False)
+    return order
 
 
 def rows_of_steps(steps: int, batch_rows: int, num_rows: int) -> int:

@@ -7,6 +7,7 @@ taken when they are asked for, since all rows may be landmarks.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,20 +104,21 @@ def landmark_gradients(
     shard_rows = min(task.collecting.shard_rows, max(1, _SHARD_NUMBERS // width))
     task = dataclasses.replace(task, collecting=dataclasses.replace(task.collecting, shard_rows=shard_rows))
     raw = {"algorithm": "gradients-v1", "projection": projector.identity, "include_head": False}
+    spec_of = functools.partial(FeatureSpec, dtype=dtype, projection=projection, projection_dim=projection_dim)
     target = collect_features(
         task,
         task.target,
         task.target_rows,
-        FeatureSpec(name="gradients", identity=raw, dtype=dtype),
+        spec_of(name="gradients", identity=raw),
         lambda: gradient_features(task, projector),
     )
     if form == "raw":
-        spec = FeatureSpec(name="gradients", identity=raw, dtype=dtype)
+        spec = spec_of(name="gradients", identity=raw)
         pool = collect_features(task, task.pool, rows, spec, lambda: gradient_features(task, projector))
     else:
         assert moments is not None
         scaled = {**raw, "algorithm": "adam-gradients-v1", "moments": moments_digest(moments)}
-        spec = FeatureSpec(name="adam-gradients", identity=scaled, dtype=dtype)
+        spec = spec_of(name="adam-gradients", identity=scaled)
         pool = collect_features(task, task.pool, rows, spec, lambda: _scaled(task, projector, moments))
     is_zero = pool.read("scale") == 0
     kept = np.flatnonzero(~is_zero)
