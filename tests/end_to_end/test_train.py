@@ -242,9 +242,24 @@ def test_training_stops_when_nothing_becomes_better_and_keeps_the_best(run: Tiny
     found = weights(out)
     (out / "manifest.json").unlink()  # as if killed between the last checkpoint and the end
     shutil.rmtree(out / "model")
-    resumed = train(run, out, **settings)
+    moved = shutil.move(out, tmp_path / "moved")
+    resumed = train(run, moved, **settings)
     assert resumed.summary()["steps"] == len(losses) and resumed.summary()["stopped_early"]
-    assert all(torch.equal(tensor, found[name]) for name, tensor in weights(out).items())
+    assert all(torch.equal(tensor, found[name]) for name, tensor in weights(moved).items())
+    costs = [{k: v for k, v in one.manifest["cost"].items() if k != "seconds"} for one in (result, resumed)]
+    assert costs[0] == costs[1] and costs[0]["total_tflops"] > 0
+
+
+def test_a_run_killed_after_its_last_update_ends_as_one_left_alone(run: TinyRun, tmp_path: Path) -> None:
+    whole = train(run, tmp_path / "out", **CHOOSING)
+    found = weights(tmp_path / "out")
+    (tmp_path / "out" / "manifest.json").unlink()
+    shutil.rmtree(tmp_path / "out" / "model")
+    again = train(run, tmp_path / "out", **CHOOSING)
+    assert all(torch.equal(tensor, found[name]) for name, tensor in weights(tmp_path / "out").items())
+    costs = [{k: v for k, v in one.manifest["cost"].items() if k != "seconds"} for one in (whole, again)]
+    assert costs[0] == costs[1] and min(costs[0]["tflops"].values()) > 0
+    assert whole.manifest["training"] == again.manifest["training"]
 
 
 @pytest.mark.slow

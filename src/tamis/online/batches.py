@@ -21,7 +21,8 @@ IGNORED_LABEL = -100
 def to_batches(inputs: Mapping[str, Any], rows: Tensor, *, most_rows: int) -> list[Batch]:
     """The rows with at least one supervised token, at most ``most_rows`` to a batch, padded columns cut on the right.
 
-    No batch at all if no row has any.
+    No batch at all if no row has any. A label counts wherever it stands, as in the Trainer: masks made by
+    ``ids != pad`` where ``pad`` is the end-of-text token are 0 at the label that ends a row.
     ``rows`` names each row of ``inputs`` (its position in the data set). Labels are the input ids themselves or -100.
 
     Raises:
@@ -52,13 +53,13 @@ def to_batches(inputs: Mapping[str, Any], rows: Tensor, *, most_rows: int) -> li
     if not len(usable):
         return batches
     for index in usable.split(most_rows):
-        width = int((mask[index] != 0).any(dim=0).nonzero().max()) + 1
+        width = _length((mask[index] != 0).any(dim=0) | supervised[index].any(dim=0))
         batches.append(
             Batch(
                 rows=rows.to(index.device)[index],
                 input_ids=ids[index, :width],
                 attention_mask=mask[index, :width],
-                supervised=supervised[index, :width] & (mask[index, :width] != 0),
+                supervised=supervised[index, :width],
             )
         )
     return batches
@@ -83,7 +84,7 @@ def regrouped(candidates: Sequence[Batch], coefficients: Vector) -> list[tuple[B
         at = used[first : first + most]
         batch_of = np.searchsorted(starts, at, side="right") - 1
         rows = [(candidates[b], int(i - starts[b])) for b, i in zip(batch_of, at, strict=True)]
-        width = max(int(batch.attention_mask[row].nonzero().max()) + 1 for batch, row in rows)
+        width = max(_length((batch.attention_mask[row] != 0) | batch.supervised[row]) for batch, row in rows)
         joined = Batch(
             rows=torch.stack([batch.rows[row] for batch, row in rows]),
             **{
@@ -93,6 +94,11 @@ def regrouped(candidates: Sequence[Batch], coefficients: Vector) -> list[tuple[B
         )
         found.append((joined, coefficients[at], at))
     return found
+
+
+def _length(used: Tensor) -> int:
+    """Columns up to the last one that is used."""
+    return int(used.nonzero().max()) + 1
 
 
 def _cut(row: Tensor, width: int) -> Tensor:

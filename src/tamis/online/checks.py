@@ -9,7 +9,10 @@ from torch.distributed.tensor import DTensor
 
 from tamis.errors import Unsupported
 
-__all__ = ["dropout_of", "refuse_settings", "refuse_sharded"]
+__all__ = ["dropout_of", "refuse_added_loss", "refuse_settings", "refuse_sharded"]
+
+# Configurations share these with models that classify; a causal language model has no such layer.
+_OF_CLASSIFIERS = ("summary_", "classifier_")
 
 
 def refuse_settings(args: Any, *, has_own_loss: bool) -> None:
@@ -61,13 +64,31 @@ def refuse_sharded(model: nn.Module) -> None:
             )
 
 
+def refuse_added_loss(model: nn.Module) -> None:
+    """Refuse a loss that the model adds to the cross-entropy: it is one of a whole batch, with no part of any row.
+
+    Raises:
+        Unsupported: naming the setting that asks for it.
+    """
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if getattr(config, "output_router_logits", False) or getattr(text, "output_router_logits", False):
+        raise Unsupported(
+            "the model's configuration has output_router_logits=True, by which the Trainer adds a load-balancing loss "
+            "of the routers; online selection trains on plain cross-entropy: set config.output_router_logits=False, "
+            "or train the model with the plain Trainer"
+        )
+
+
 def dropout_of(model: nn.Module) -> str | None:
-    """The first rate above 0, of a module or of the configuration, in words."""
+    """The first rate above 0 that a causal language model uses, of a module or of the configuration, in words."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and module.p > 0:
             return f"'{name}' has a dropout rate of {module.p}"
     config = getattr(model, "config", None)
     for name, value in (config.to_dict() if config is not None else {}).items():
+        if name.startswith(_OF_CLASSIFIERS):
+            continue
         if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float) and value > 0:
             return f"the model's configuration has {name}={value}"
     return None

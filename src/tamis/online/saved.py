@@ -2,34 +2,60 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tamis.errors import InvalidInput
+from tamis.errors import InvalidInput, InvalidSettings
+from tamis.online.methods.choice import Method
+from tamis.online.settings import StepSettings
 
-__all__ = ["load_selection", "save_selection"]
+__all__ = ["load_selection", "save_selection", "selection_settings"]
 
 _FILE = "tamis_selection.safetensors"
 _TARGET_SEEN = "target_seen"  # in that file, beside what the step keeps there
+_SETTINGS = "settings"  # in that file's metadata
+_METHOD = "selection"
 
 
-def save_selection(folder: Path, state: Mapping[str, Tensor], target_seen: npt.NDArray[np.bool_]) -> None:
-    """Write what the step remembers and which target rows choices have looked at."""
+def selection_settings(method: Method, settings: StepSettings, **others: int) -> dict[str, Any]:
+    """What a resumed run must have alike, by the name that the user knows; ``others`` stand beside the two."""
+    own = {f"{_METHOD}.{name}": value for name, value in _fields(method).items()}
+    steps = {f"step_settings.{name}": value for name, value in _fields(settings).items()}
+    found = {_METHOD: method.name, **own, **steps, **others}
+    found = {name: value.item() if isinstance(value, np.generic) else value for name, value in found.items()}
+    # What JSON gives back as it was; a method of the user's own may have other fields.
+    return {
+        name: value for name, value in found.items() if value is None or isinstance(value, bool | int | float | str)
+    }
+
+
+def save_selection(
+    folder: Path, state: Mapping[str, Tensor], target_seen: npt.NDArray[np.bool_], *, settings: Mapping[str, Any]
+) -> None:
+    """Write what the step remembers, which target rows choices have looked at, and by which settings."""
     tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
-    save_file({**tensors, _TARGET_SEEN: torch.from_numpy(target_seen)}, folder / _FILE)
+    tensors[_TARGET_SEEN] = torch.from_numpy(target_seen)
+    save_file(tensors, folder / _FILE, metadata={_SETTINGS: json.dumps(settings)})
 
 
-def load_selection(folder: Path, *, target_rows: int) -> tuple[dict[str, Tensor], npt.NDArray[np.bool_]]:
+def load_selection(
+    folder: Path, *, target_rows: int, settings: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], npt.NDArray[np.bool_]]:
     """The inverse of ``save_selection``.
 
     Raises:
         InvalidInput: the checkpoint has none, is of another version, or of a run with other target rows.
+        InvalidSettings: it is of a run with other ``settings``.
     """
     path = folder / _FILE
     if not path.is_file():
@@ -37,6 +63,7 @@ def load_selection(folder: Path, *, target_rows: int) -> tuple[dict[str, Tensor]
             f"{folder} has no {_FILE}, so it is no checkpoint of an online run; resume from one that has it, or start "
             "anew from its weights"
         )
+    _check_settings(path, settings)
     state = load_file(path)
     if _TARGET_SEEN not in state:
         raise InvalidInput(
@@ -50,3 +77,26 @@ def load_selection(folder: Path, *, target_rows: int) -> tuple[dict[str, Tensor]
             "same target_dataset"
         )
     return state, seen
+
+
+def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    with safe_open(path, framework="pt") as file:
+        found = (file.metadata() or {}).get(_SETTINGS)
+    if found is None:  # checkpoints of earlier versions do not say
+        return
+    there = json.loads(found)
+    # Settings that only one of two versions knows are at their defaults; those of two methods cannot be compared.
+    names = [name for name in settings if name in there and there[name] != settings[name]]
+    if _METHOD in names:
+        names = [name for name in names if not name.startswith(f"{_METHOD}.")]
+    if names:
+        differing = ", ".join(f"{name} was {there[name]!r} there and is {settings[name]!r} now" for name in names)
+        raise InvalidSettings(
+            f"{path.parent} is a checkpoint of another run: {differing}; resume with the settings it was made with, or "
+            "start anew from its weights"
+        )
+
+
+def _fields(of: Any) -> dict[str, Any]:
+    names = [field.name for field in dataclasses.fields(of)] if dataclasses.is_dataclass(of) else []
+    return {name: getattr(of, name) for name in names}

@@ -25,7 +25,8 @@ class StepSettings:
     * ``"exact"``: a forward and a backward pass of the trained model, whose gradients the update is then made of.
     * ``"reuse:K"``: the same, once for K choices. A window of ``keep * oversample`` candidates is scored at the first
       of them; each of the K choices is what the method makes of the kept ``b`` and ``G`` of those rows of the window
-      that no earlier one took. Rows taken later run forward and backward then, and no others.
+      that no earlier one took. Rows taken later run forward and backward then, and no others. A window of which
+      nothing usable is left before that is scored anew.
     * ``"sources:K"``: at one choice in K, ``source_rows`` candidates of every source run both ways. Every candidate has
       the mean ``b`` of its source, over all scorings so far, the last counting most (``source_memory``), and is drawn
       with a probability that grows with it (``source_temperature``; the method only says what ``b`` is). Only the

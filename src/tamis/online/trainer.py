@@ -22,7 +22,7 @@ from tamis.errors import InvalidInput, InvalidSettings, Unsupported
 from tamis.model.processes import counts_of_all, is_main, rank, world_size
 from tamis.online.ahead import Ahead
 from tamis.online.batches import to_batches
-from tamis.online.checks import dropout_of, refuse_settings, refuse_sharded
+from tamis.online.checks import dropout_of, refuse_added_loss, refuse_settings, refuse_sharded
 from tamis.online.fate import CandidateLog, refuse_earlier_parts
 from tamis.online.forecast import Forecaster, clip_factor
 from tamis.online.loader import candidate_loader
@@ -34,7 +34,7 @@ from tamis.online.numbered import ROWS
 from tamis.online.proposal import Proposal
 from tamis.online.proxy import check_proxy, load_proxy
 from tamis.online.recording import tell_recorders
-from tamis.online.saved import load_selection, save_selection
+from tamis.online.saved import load_selection, save_selection, selection_settings
 from tamis.online.settings import StepSettings, check_combination
 from tamis.online.source_means import said_of_many_sources, source_numbers
 from tamis.online.step import OnlineStep
@@ -77,9 +77,10 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
             start where an earlier one has left its own.
 
     Raises:
-        InvalidInput: no target rows, or one source only where sources are chosen.
+        InvalidInput: no target rows with a supervised token, or one source only where sources are chosen.
         InvalidSettings: sizes that do not fit.
-        Unsupported: a setting of the Trainer under which rows cannot be told apart or the gradient would be another.
+        Unsupported: a setting of the Trainer or the model under which rows cannot be told apart or the gradient would
+            be another.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         self._log_candidates = log_candidates
         refuse_settings(self.args, has_own_loss=self.compute_loss_func is not None)
         refuse_sharded(self.model)
+        refuse_added_loss(self.model)
         check_combination(selection, self._step_settings)
         self._proxy_name = check_proxy(self._step_settings.candidates, proxy_model)
         self._proxy = proxy_model
@@ -124,7 +126,8 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
             scored = min(candidates, sources * self._step_settings.source_rows)
             if said := said_of_many_sources(sources, candidates):
                 logger.warning("%s", said)
-        self._target_count = target_rows or max(1, min(len(self.target_dataset), scored // 2))
+        self._usable_target = self._find_usable_target()
+        self._target_count = target_rows or max(1, min(len(self._usable_target), scored // 2))
         if isinstance(selection, TargetOnly):
             logger.warning("target-only trains on the target rows themselves, which memorises small targets")
         self._step: OnlineStep | None = None
@@ -317,22 +320,54 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         refuse_earlier_parts(self._candidates_folder())
 
     def _target_places(self, number: int, *, looks: bool) -> IntArray:
-        """All target rows of a choice; choices that share a look share its rows, so that all have their turn."""
+        """All target rows of a choice; choices that share a look share its rows, so that all usable have their turn."""
         scorings = self._online_step().scorings
         if scorings is None:
             look = number // max(self._step_settings.target_every, self._step_settings.reuse)
         else:
             look = scorings if looks else max(0, scorings - 1)
-        return target_positions(look, count=self._target_count, total=len(self.target_dataset), seed=self.args.seed)
+        usable = self._usable_target
+        turn = target_positions(look, count=self._target_count, total=len(usable), seed=self.args.seed)
+        found: IntArray = usable[turn]
+        return found
 
     def _target_batches(self, places: IntArray) -> list[Batch]:
         """This process's share of the target rows of a choice."""
         positions = places[rank() :: world_size()]
         if not len(positions):
             return []
-        collate = self._get_collator_with_removed_columns(self.data_collator, description="target")
-        inputs = self._prepare_inputs(dict(collate([self.target_dataset[int(place)] for place in positions])))
+        inputs = self._prepare_inputs(self._collated_target(positions))
         return to_batches(inputs, torch.from_numpy(positions), most_rows=self.args.per_device_train_batch_size)
+
+    def _collated_target(self, positions: IntArray) -> dict[str, Any]:
+        collate = self._get_collator_with_removed_columns(self.data_collator, description="target")
+        return dict(collate([self.target_dataset[int(place)] for place in positions]))
+
+    def _find_usable_target(self) -> IntArray:
+        """Places of the target rows that have a loss; of all rows for a method that looks at none.
+
+        Raises:
+            InvalidInput: none has.
+        """
+        every, needs = np.arange(len(self.target_dataset)), self.selection.needs
+        if not needs.target_only and needs.alignment is None:
+            return every
+        most, found = self.args.per_device_train_batch_size, [np.zeros(0, dtype=np.int64)]
+        for first in range(0, len(every), most):
+            own = every[first : first + most]
+            batches = to_batches(self._collated_target(own), torch.from_numpy(own), most_rows=most)
+            found += [batch.rows.cpu().numpy() for batch in batches]
+        usable: IntArray = np.concatenate(found)
+        if not len(usable):
+            raise InvalidInput(
+                f"none of the {len(every)} rows of target_dataset has a supervised token (a label other than -100 "
+                "after the first token); give rows with answers, or see what the collator makes of their labels"
+            )
+        if len(usable) < len(every):
+            logger.warning(
+                "%d of %d target rows have no supervised token and are left out", len(every) - len(usable), len(every)
+            )
+        return usable
 
     def _online_step(self) -> OnlineStep:
         if self._step is None:
@@ -368,16 +403,33 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         state |= {} if self._ahead is None else self._ahead.state_dict()
         if self.args.should_save:
             folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-            save_selection(folder, state, self._target_seen)
+            save_selection(folder, state, self._target_seen, settings=self._settings_to_resume_with())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self._saved_state, self._target_seen = load_selection(
-                Path(checkpoint), target_rows=len(self.target_dataset)
-            )
-            if self._ahead is not None:
-                self._saved_state = self._ahead.load_state_dict(self._saved_state)
+            self.restore_selection(Path(checkpoint))
+
+    def restore_selection(self, checkpoint: Path) -> None:
+        """Go on with what the selection remembers in ``checkpoint``, the cost up to there included.
+
+        Raises:
+            InvalidInput: it has none, is of another version, or of a run with other target rows.
+            InvalidSettings: it is of a run that chose otherwise.
+        """
+        self._saved_state, self._target_seen = load_selection(
+            checkpoint, target_rows=len(self.target_dataset), settings=self._settings_to_resume_with()
+        )
+        if self._ahead is not None:
+            self._saved_state = self._ahead.load_state_dict(self._saved_state)
+
+    def _settings_to_resume_with(self) -> dict[str, Any]:
+        return selection_settings(
+            self.selection,
+            self._step_settings,
+            gradient_accumulation_steps=self.args.gradient_accumulation_steps,
+            target_rows=self._target_count,
+        )
 
     def _flush(self) -> None:
         if self._candidates is not None:

@@ -34,8 +34,12 @@ class Window:
         self.age = 0  # choices made since the one that scored it
 
     def holds(self, places: Tensor) -> bool:
-        """Whether these candidates (places in the data, of all processes) are scored, with choices left."""
-        return self._measured is not None and self.age + 1 < self._choices and torch.equal(self._places, places)
+        """Whether these candidates (places in the data, of all processes) are scored, with choices and rows left."""
+        found = self._measured
+        if found is None or self.age + 1 >= self._choices or not torch.equal(self._places, places):
+            return False
+        # Rows without labels or without a finite score make a window smaller than its choices want.
+        return bool((found.good & ~self._taken).any())
 
     def open(self, places: Tensor, measured: Measured) -> None:
         """Keep new scores; nothing is taken yet."""

@@ -305,7 +305,10 @@ class _Run:
             stopped = is_stopped(state["log_history"], self.settings.patience)
             if start.step >= total or stopped:  # killed after training: the Trainer would do one more update
                 best = state["best_model_checkpoint"] if self.settings.patience is not None else None
-                trainer._load_from_checkpoint(str(start.folder if best is None else best))
+                # By its name alone: the state has the path of the folder where the run began, which may have moved.
+                kept = start.folder if best is None else start.folder.with_name(Path(best).name)
+                trainer._load_from_checkpoint(str(kept))
+                trainer.restore_selection(start.folder)  # which has the cost of all updates, the best's may not
                 return start.step, start.step < total
         with no_progress_bars():
             trainer.train(resume_from_checkpoint=None if start is None else str(start.folder))
