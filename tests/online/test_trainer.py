@@ -17,11 +17,11 @@ from transformers import Trainer
 import tamis
 from online_runs import arguments, collate, rows_of
 from tamis.errors import InvalidInput, InvalidSettings, Unsupported
+from tamis.maths.clip import clip_factor
 from tamis.online import Anchored, FilterThenWeight, Full, StepSettings, TargetOnly, Tilt, TracIn, Uniform
 from tamis.online.adam_state import read_adam
 from tamis.online.batches import to_batches
 from tamis.online.fate import read_candidates
-from tamis.online.forecast import clip_factor
 from tamis.online.target_turns import target_positions
 from tamis.online.trainer import OnlineTrainer
 from tiny_models import tiny_model

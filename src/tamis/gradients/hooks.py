@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tamis.errors import Unsupported
+from tamis.maths.autocast import autocast_off
 from tamis.model.checkpointing import is_checkpointed
 from tamis.model.loss import SupervisedPositions
 from tamis.model.targets import input_embeddings, is_tied
@@ -170,7 +171,8 @@ class Capture:
 
     def keep(self, layer: LayerSpec, act: Tensor) -> tuple[Tensor, ...]:
         """What the consumer remembers of a layer's input, brought to ``(B, T, I)``."""
-        return self._consumer.keep(layer, self._by_row(layer, act))
+        with autocast_off():
+            return self._consumer.keep(layer, self._by_row(layer, act))
 
     def consume(self, layer: LayerSpec, kept: tuple[Tensor, ...], grad_out: Tensor) -> None:
         """Hand one layer to the consumer; uses of a shared layer are joined along the tokens, whose sum they are."""
@@ -205,7 +207,8 @@ class Capture:
             kept = tuple(torch.cat(parts, dim=1) for parts in zip(*(k for k, _ in arrived), strict=True))
             grad_out = torch.cat([g for _, g in arrived], dim=1)
             del self._arrived[layer.name]
-        self._consumer.consume(layer, kept, grad_out)
+        with autocast_off():
+            self._consumer.consume(layer, kept, grad_out)
         self._done.add(layer.name)
 
     def _by_row(self, layer: LayerSpec, x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from tamis.gradients.held import Factored, Held, Lookups, Materialised, material
 from tamis.gradients.layers import assembly_dtype, per_sample_gradient
 from tamis.gradients.parameters import ParamMatrix
 from tamis.gradients.per_sample import run_batch
+from tamis.maths.autocast import autocast_off
 from tamis.maths.low_rank import LowRank
 from tamis.types import Batch, LayerSpec
 
@@ -42,6 +43,7 @@ class RowGradients:
         """Memory held, at most: layers with the same input share it."""
         return sum(held.nbytes for one_pass in self._passes for held in one_pass.values())
 
+    @autocast_off()
     def dots(self, direction_of: Callable[[ParamMatrix], Tensor | LowRank]) -> Float[Tensor, " n"]:
         """``<grad l_i, M>`` with ``M`` given matrix by matrix, so that no more than one need exist at a time."""
         total: Tensor | None = None
@@ -52,6 +54,7 @@ class RowGradients:
         assert total is not None
         return total
 
+    @autocast_off()
     def weighted(self, coefficients: Float[Tensor, " n"]) -> dict[str, Tensor]:
         """``sum_i c_i grad l_i`` by parameter name, each in its parameter's shape."""
         if not self._passes:  # of several processes, one may have no row
@@ -68,6 +71,7 @@ class RowGradients:
             found.update(matrix.split(total))
         return found
 
+    @autocast_off()
     def rows_of(self, matrix: ParamMatrix, first: int, stop: int) -> Float[Tensor, "n R I"]:
         """Rows ``first`` to ``stop`` of the matrix's gradient, of every sample."""
         parts = [
@@ -78,6 +82,7 @@ class RowGradients:
             return param.new_zeros((0, stop - first, matrix.shape[1]), dtype=assembly_dtype(param.dtype))
         return torch.cat(parts)
 
+    @autocast_off()
     def sketches(self, matrix: ParamMatrix, left: Tensor | None, right: Tensor | None) -> Float[Tensor, "n K"]:
         """The matrix's gradient projected from both sides, of every sample."""
         return torch.cat(

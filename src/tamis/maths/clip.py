@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["CLIP_DELTA", "Clip", "clip_at"]
+__all__ = ["CLIP_DELTA", "Clip", "clip_at", "clip_factor", "clip_factors"]
 
 CLIP_DELTA = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm
 
@@ -51,3 +52,16 @@ def clip_at(gradient: Float[Tensor, " P"], most: float | None) -> Clip:
     norm = float(torch.linalg.vector_norm(gradient.double()))
     factor = min(1.0, most / (norm + CLIP_DELTA)) if most else 1.0
     return Clip(factor=factor, norm=norm, gradient=gradient)
+
+
+def clip_factor(gradient: Mapping[str, Tensor], most: float | None) -> float:
+    """What clipping to the norm ``most`` (None or 0: no clipping) will multiply a gradient by, given by parameter."""
+    if not most:
+        return 1.0
+    norm = torch.stack([grad.double().square().sum().cpu() for grad in gradient.values()]).sum().sqrt()
+    return float(clip_factors(norm, most))
+
+
+def clip_factors(norms: Float[Tensor, "*B"], most: float) -> Float[Tensor, "*B"]:
+    """The same for gradients of these norms."""
+    return (most / (norms + CLIP_DELTA)).clamp(max=1.0)

@@ -16,6 +16,8 @@ from torch import Tensor
 from tamis.errors import InvalidSettings, NonFinite
 from tamis.gradients.parameters import ParamMatrix
 from tamis.gradients.rows import RowGradients
+from tamis.maths.autocast import autocast_off
+from tamis.maths.clip import clip_factor
 from tamis.online.adam_state import AdamMoments
 from tamis.online.cost import Work
 from tamis.online.measure import exact_interactions, measure_alignments, measure_lengths, sketched_interactions
@@ -74,18 +76,22 @@ class Measurer:
         matrices: of the parameters that gradients are taken of.
         needs: of the method.
         settings: of the step.
+        clip: norm to which gradients are clipped before the optimizer sees them; None or 0: not at all.
 
     Raises:
         InvalidSettings: the method and the settings disagree on sketches.
     """
 
-    def __init__(self, matrices: Sequence[ParamMatrix], needs: Needs, settings: StepSettings) -> None:
-        self._matrices, self._needs = matrices, needs
+    def __init__(
+        self, matrices: Sequence[ParamMatrix], needs: Needs, settings: StepSettings, *, clip: float | None = None
+    ) -> None:
+        self._matrices, self._needs, self._clip = matrices, needs, clip
         self._rank = settings.target_rank
         self._projector = FactorizedProjector(dim=needs.sketch_dim or settings.sketch_dim, seed=settings.seed)
         self._exact = self._is_exact(settings)
         self._shadow: ShadowMoments | None = None
 
+    @autocast_off()
     def measure(
         self,
         rows: RowGradients,
@@ -109,8 +115,8 @@ class Measurer:
             target_rows: of the target, row by row, for token-level scores.
         """
         needs, start = self._needs, offset_of(counts)
-        b = as_first(gather_rows(self._alignments(rows, goal, moments, losses, start, target_rows)))
         size = torch.from_numpy(sizes)
+        b = as_first(gather_rows(self._alignments(rows, goal, moments, losses, size, start, target_rows)))
         b = b if needs.alignment == "cosine" else b * size
         good = torch.isfinite(losses) & torch.isfinite(b)
         gram, lengths = None, None
@@ -154,6 +160,7 @@ class Measurer:
         goal: Mapping[str, Tensor],
         moments: Moments | None,
         losses: Tensor,
+        size: Tensor,
         start: int,
         target_rows: RowGradients | None,
     ) -> Tensor:
@@ -165,12 +172,23 @@ class Measurer:
         if form == "projected":
             assert moments is not None
             return self.shadow.alignments(rows, goal, moments)
-        mean = None
-        if form == "jacobian":
-            finite = torch.isfinite(losses)
-            mine = finite[start:][: len(rows)].double() / max(int(finite.sum()), 1)
+        mean = self._mean_gradient(rows, goal, torch.isfinite(losses), size, start) if form == "jacobian" else None
+        return measure_alignments(form, rows, goal, moments, mean=mean, rank=self._rank, clip=self._clip)
+
+    def _mean_gradient(
+        self, rows: RowGradients, goal: Mapping[str, Tensor], good: Tensor, size: Tensor, start: int
+    ) -> Mapping[str, Tensor]:
+        """The gradient of an update on all candidates of all processes that are ``good``, as the optimizer gets it."""
+        for _ in range(2):
+            share = torch.where(good, size, 0.0)
+            mine = (share / share.sum().clamp_min(1e-300))[start:][: len(rows)]
             mean = {name: add_up(grad) for name, grad in rows.weighted(mine).items()}
-        return measure_alignments(form, rows, goal, moments, mean=mean, rank=self._rank)
+            if all(bool(torch.isfinite(grad).all()) for grad in mean.values()):
+                break
+            # A finite loss may have a gradient that is not: such a row is left out here, as it will be of the choice.
+            good = good & torch.isfinite(as_first(gather_rows(rows.dots(lambda matrix: matrix.joined(goal)))))
+        factor = clip_factor(mean, self._clip)
+        return {name: grad * factor for name, grad in mean.items()}
 
     def _interactions(self, form: InteractionForm, rows: RowGradients, moments: Moments | None) -> Tensor:
         projector = None if self._exact else self._projector

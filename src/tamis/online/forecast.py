@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from tamis.errors import Unsupported
 from tamis.maths.adam import adam_direction
+from tamis.maths.clip import clip_factor
 from tamis.model.loss import per_sample_losses
 from tamis.online.adam_state import AdamMoments, learning_rate, read_adam
 from tamis.online.together import add_up
 from tamis.types import Batch
 
-__all__ = ["Forecaster", "clip_factor", "predicted_drop"]
+__all__ = ["Forecaster", "predicted_drop"]
 
 
 class Forecaster:
@@ -86,14 +87,6 @@ class Forecaster:
             self._say_once("no forecast of the target loss: it is not defined for AMSGrad")
             return None
         return moments
-
-
-def clip_factor(gradient: Mapping[str, Tensor], most: float | None) -> float:
-    """What clipping to the norm ``most`` (None or 0: no clipping) will multiply ``gradient`` by, as PyTorch clips."""
-    if not most:
-        return 1.0
-    norm = float(torch.stack([grad.double().square().sum().cpu() for grad in gradient.values()]).sum().sqrt())
-    return min(1.0, most / (norm + 1e-6))
 
 
 def predicted_drop(

@@ -18,6 +18,7 @@ from tamis.gradients.layers import inner_products
 from tamis.gradients.parameters import ParamMatrix
 from tamis.gradients.rows import RowGradients
 from tamis.maths.adam import adam_direction, adam_jacobian, row_column
+from tamis.maths.clip import clip_factors
 from tamis.maths.low_rank import LowRank, cut_to_rank
 from tamis.online.adam_state import AdamMoments
 from tamis.online.methods.choice import AlignmentForm, InteractionForm
@@ -44,6 +45,7 @@ def measure_alignments(
     *,
     mean: Mapping[str, Tensor] | None = None,
     rank: int | None = None,
+    clip: float | None = None,
 ) -> Float[Tensor, " n"]:
     """``b`` of every row: positive means that the row's part of the update lowers the target loss.
 
@@ -52,12 +54,13 @@ def measure_alignments(
         rows: the candidates' gradients.
         target: the mean target gradient by parameter name.
         moments: Adam's state; None only for the raw form.
-        mean: the candidates' mean gradient, for the Jacobian.
+        mean: the candidates' mean gradient, clipped as the update's will be, for the Jacobian.
         rank: cut every matrix of the direction to it where that saves operations; not of ``"secant"``, ``"cosine"``.
+        clip: the norm to which a candidate's gradient would be clipped if it were the update's, for those two.
     """
     if form in ("secant", "cosine"):
         assert moments is not None, f"alignment {form!r} needs the optimizer's moments"
-        return _secants(rows, target, moments, unit=form == "cosine")
+        return _secants(rows, target, moments, unit=form == "cosine", clip=clip)
 
     def direction(matrix: ParamMatrix) -> Tensor:
         if form == "raw":
@@ -188,10 +191,13 @@ def _scaled(scale: Tensor, side: Tensor | None) -> Tensor:
     return torch.diag(scale) if side is None else scale[:, None] * side.to(scale)
 
 
-def _secants(rows: RowGradients, target: Mapping[str, Tensor], moments: Moments, *, unit: bool) -> Tensor:
+def _secants(
+    rows: RowGradients, target: Mapping[str, Tensor], moments: Moments, *, unit: bool, clip: float | None
+) -> Tensor:
     """``<Γ_i, grad t>``, over ``||Γ_i||`` if ``unit``; ``Γ_i`` is the step with candidate ``i`` as its gradient."""
     dots = torch.zeros(len(rows), dtype=torch.float64)
     squares = torch.zeros(len(rows), dtype=torch.float64)
+    factors = torch.ones(len(rows), dtype=torch.float64) if not clip else _clip_factors(rows, clip)
     for matrix in rows.matrices:
         state = _common_state(matrix, moments)
         goal = matrix.joined(target)
@@ -202,6 +208,8 @@ def _secants(rows: RowGradients, target: Mapping[str, Tensor], moments: Moments,
         for first in range(0, outs, step):
             part = slice(first, min(outs, first + step))
             grads = rows.rows_of(matrix, part.start, part.stop)
+            if clip:
+                grads = grads * factors.to(grads)[:, None, None]
             gamma = adam_direction(
                 grads, m[part].to(grads), v[part].to(grads), step=state.step, beta1=state.beta1, beta2=state.beta2,
                 eps=state.eps,
@@ -211,6 +219,15 @@ def _secants(rows: RowGradients, target: Mapping[str, Tensor], moments: Moments,
             if unit:
                 squares += gamma.double().square().sum(dim=1).cpu()
     return dots / squares.sqrt().clamp_min(1e-300) if unit else dots
+
+
+def _clip_factors(rows: RowGradients, clip: float) -> Tensor:
+    """What clipping to the norm ``clip`` multiplies every row's gradient by."""
+    squares = torch.zeros(len(rows), dtype=torch.float64)
+    for matrix in rows.matrices:
+        for block in _blocks("raw", matrix, rows, None, most=len(rows)):
+            squares += torch.linalg.vector_norm(block, dim=1, dtype=torch.float64).square().cpu()
+    return clip_factors(squares.sqrt(), clip)
 
 
 def _common_state(matrix: ParamMatrix, moments: Moments) -> AdamMoments:

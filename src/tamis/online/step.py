@@ -52,6 +52,7 @@ class OnlineStep:
         settings: how to measure.
         proxy: the model that scores candidates, for ``candidates="proxy"`` alone.
         sources: (N,) index of the source of every row of the data, for ``candidates="sources:K"`` alone.
+        clip: norm to which the update's gradient will be clipped, for alignments that are not linear in it.
 
     Raises:
         InvalidInput: the proxy has another vocabulary.
@@ -68,6 +69,7 @@ class OnlineStep:
         *,
         proxy: nn.Module | None = None,
         sources: IntArray | None = None,
+        clip: float | None = None,
     ) -> None:
         self.model, self.method = model, method
         self.settings = StepSettings() if settings is None else settings
@@ -77,7 +79,7 @@ class OnlineStep:
         self._params = {name: param for matrix in self.matrices for name, param in matrix.params}
         by_position = method.needs.token_level or method.needs.interactions == "token-level"
         self._passes = Passes(model, self.matrices, keep_factors=by_position, target_rank=self.settings.target_rank)
-        self._measurer = Measurer(self.matrices, method.needs, self.settings)
+        self._measurer = Measurer(self.matrices, method.needs, self.settings, clip=clip)
         self._target = TargetMemory(every=self.settings.target_every, ema=self.settings.target_ema)
         self._window = Window(self.settings.reuse) if self.settings.reuse > 1 else None
         assert (sources is not None) == (self.settings.candidates_kind == "sources")

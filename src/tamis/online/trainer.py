@@ -19,12 +19,13 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
 from tamis.errors import InvalidInput, InvalidSettings, Unsupported
+from tamis.maths.clip import clip_factor
 from tamis.model.processes import counts_of_all, is_main, rank, world_size
 from tamis.online.ahead import Ahead
 from tamis.online.batches import to_batches
 from tamis.online.checks import dropout_of, refuse_added_loss, refuse_settings, refuse_sharded
 from tamis.online.fate import CandidateLog, refuse_earlier_parts
-from tamis.online.forecast import Forecaster, clip_factor
+from tamis.online.forecast import Forecaster
 from tamis.online.loader import candidate_loader
 from tamis.online.meter import Meter
 from tamis.online.methods.baselines import TargetOnly
@@ -376,7 +377,12 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
                 self._proxy = load_proxy(self._proxy_name, self.args.device)
             proxy = None if self._proxy is None else self._proxy.to(self.args.device)
             self._step = OnlineStep(
-                model, self.selection, self._step_settings, proxy=proxy, sources=self._source_numbers
+                model,
+                self.selection,
+                self._step_settings,
+                proxy=proxy,
+                sources=self._source_numbers,
+                clip=self.args.max_grad_norm,
             )
             self._step.load_state_dict(self._saved_state)
             dropout = dropout_of(model)
