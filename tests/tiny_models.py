@@ -12,6 +12,8 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -95,6 +97,8 @@ def tiny_model(
                 eos_token_id=2,
             )
         )
+    elif family == "gpt_neox":
+        model = GPTNeoXForCausalLM(GPTNeoXConfig(**shared))
     else:
         raise ValueError(family)
     if lora:

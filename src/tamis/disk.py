@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from tamis.errors import InvalidInput
 
@@ -29,6 +32,9 @@ _FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 # What `os.link` says on file systems that know no hard links.
 _NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 
+# How the safetensors package, whose writer is no Python, spells an error of the operating system; 0.4 the second way.
+_OS_CODE = re.compile(r"os error (\d+)|Os \{ code: (\d+)")
+
 _OTHER_RUN = "another run may be working in the same folder; let it end, then run the same command again"
 _NO_FOLDERS = "no folder can be made there; choose another one"
 
@@ -48,6 +54,7 @@ def temporary_path(path: Path) -> Path:
 def disk_errors(path: Path, *, doing: str = "write", missing: str = _OTHER_RUN) -> Iterator[None]:
     """Turn an error of the operating system into one line that names the file and says what to do.
 
+    One that the safetensors package met counts; what else that package refuses is no matter of the disk and passes.
     ``missing`` is what to do where a file or folder is not there that should be.
 
     Raises:
@@ -55,19 +62,30 @@ def disk_errors(path: Path, *, doing: str = "write", missing: str = _OTHER_RUN) 
     """
     try:
         yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        if error.errno in _FULL:
+    except (OSError, SafetensorError) as error:
+        met = error if isinstance(error, OSError) else _met_by_safetensors(error)
+        if met is None:
+            raise
+        reason = met.strerror or str(met)
+        if met.errno in _FULL:
             todo = "free some space and run the same command again; everything written before is kept"
-        elif error.errno in _FORBIDDEN:
+        elif met.errno in _FORBIDDEN:
             todo = "make the folder writable or choose another one, then run the same command again"
-        elif error.errno in (errno.EEXIST, errno.ENOTDIR):
+        elif met.errno in (errno.EEXIST, errno.ENOTDIR):
             todo = "a file is in the way of a folder; remove it or choose another folder"
-        elif error.errno == errno.ENOENT:
+        elif met.errno == errno.ENOENT:
             todo = missing
         else:
             todo = "fix that and run the same command again; everything written before is kept"
         raise InvalidInput(f"cannot {doing} {path}: {reason}; {todo}") from error
+
+
+def _met_by_safetensors(error: SafetensorError) -> OSError | None:
+    found = _OS_CODE.search(str(error))
+    if found is None:
+        return None
+    code = int(found[1] or found[2])
+    return OSError(code, os.strerror(code))
 
 
 def make_folder(folder: Path) -> None:

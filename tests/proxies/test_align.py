@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tamis.proxies import align as align_module
 from tamis.proxies.align import Aligned, AlignSettings, align, learning_rate_at
 from tamis.proxies.assemble import proxy_of
 from tamis.proxies.objectives import factor_params, gradient_distance, mean_loss, output_divergence, target_gradients
+from tamis.proxies.rows import Row, batches_of
 from tiny_models import random_batch
 
 FAMILIES = ("llama", "qwen2", "gemma3", "gpt2")
@@ -143,6 +145,111 @@ def test_a_layer_without_target_gradient_is_left_out_of_the_mean() -> None:
     for name in wanted:
         wanted[name] = torch.zeros_like(wanted[name])
     assert distance() == 0
+
+
+def one_by_one(model: nn.Module, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and labels of a row's supervised tokens, from the row alone."""
+    ids = torch.from_numpy(row.tokens.input_ids.astype("int64"))[None]
+    predicting = torch.from_numpy(row.tokens.supervised[1:])
+    return model(input_ids=ids).logits[0, :-1][predicting], ids[0, 1:][predicting]
+
+
+def slow_divergence(model: nn.Module, proxy: nn.Module, rows: Sequence[Row], temperature: float) -> torch.Tensor:
+    """Equation 7, row by row."""
+    each = []
+    for row in rows:
+        with torch.no_grad():
+            theirs, _ = one_by_one(model, row)
+        ours, _ = one_by_one(proxy, row)
+        p, q = (torch.softmax(logits / temperature, dim=1) for logits in (theirs, ours))
+        each.append(temperature**2 * (p * (p / q).log()).sum(dim=1).mean())
+    return torch.stack(each).mean()
+
+
+def slow_distance(model: nn.Module, proxy: nn.Module, rows: Sequence[Row]) -> torch.Tensor:
+    """Equation 6 of the whole batch, whose loss is summed up row by row."""
+    losses = [
+        torch.stack([nn.functional.cross_entropy(*one_by_one(each, row)) for row in rows]).mean()
+        for each in (model, proxy)
+    ]
+    names = list(low_rank_layers(proxy))
+    found = torch.autograd.grad(losses[0], [model.get_parameter(f"{name}.weight") for name in names])
+    return gradient_distance(proxy, losses[1], dict(zip(names, found, strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("objective", "kl_weight", "temperature"),
+    [("kl", 0.3, 1.0), ("kl", 0.3, 2.0), ("align", 0.3, 2.0), ("align+kl", 0.3, 1.0), ("align+kl", 5.0, 2.0)],
+)
+@pytest.mark.parametrize("batch_tokens", [40, 10**6])
+def test_a_step_has_the_gradient_of_its_weighted_objective_whatever_the_batches(
+    objective: str, kl_weight: float, temperature: float, batch_tokens: int
+) -> None:
+    model, proxy = pair()
+    rows = proxy_case.rows(10, seed=4)
+    sizes = [len(batch.rows) for batch in batches_of(rows, batch_tokens=batch_tokens, pad_id=0)]
+    assert sizes == [10] or len(set(sizes)) > 1  # one batch, or uneven ones
+    options = settings(objective=objective, kl_weight=kl_weight, temperature=temperature)
+    found = align_module._step(proxy, model, rows, options, batch_tokens, 0)
+    params = list(factor_params(proxy).values())
+    grads = [param.grad for param in params]
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        divergence = slow_divergence(model, proxy, rows, temperature) if objective != "align" else None
+        distance = slow_distance(model, proxy, rows) if objective != "kl" else None
+        parts, weights = (divergence, distance), (1.0 if objective == "kl" else kl_weight, 1.0)
+        weighted = [weight * part for weight, part in zip(weights, parts, strict=True) if part is not None]
+        expected = torch.autograd.grad(torch.stack(weighted).sum(), params)
+    for value, part in zip(found, parts, strict=True):
+        assert value == (None if part is None else pytest.approx(float(part.detach()), rel=1e-8))
+    for grad, wanted in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-6)  # norms are in float32
+
+
+def test_the_updates_are_those_of_adamw_written_out(tmp_path: Path) -> None:
+    """Weight decay .01, gradients of all factors together clipped to length 1, and a rate that rises and falls."""
+    model, proxy = pair()
+    head = model.get_parameter("lm_head.weight")
+    head.data.mul_(10)  # both models' head: surer answers, and gradients that are long at first
+    rows, peak, steps = proxy_case.rows(10, seed=4), 0.03, 12
+    params = list(factor_params(proxy).values())
+    start = [param.detach().clone() for param in params]
+    values = iter([0.0, 1.0])  # what is left at the end is the last state
+    run(model, proxy, tmp_path, lambda proxy: next(values), steps=steps, measure_steps=steps, batch_rows=len(rows),
+        learning_rate=peak)  # fmt: skip
+    found = [param.detach().clone() for param in params]
+    for param, first in zip(params, start, strict=True):
+        param.data = first
+    means, squares = ([torch.zeros_like(param) for param in params] for _ in range(2))
+    lengths = []
+    for step in range(steps):
+        rate = peak * ((step + 1) / 10 if step < 10 else (steps - step) / 2)
+        grads = torch.autograd.grad(slow_divergence(model, proxy, rows, 1.0), params)
+        lengths.append(float(torch.cat([grad.flatten() for grad in grads]).norm()))
+        with torch.no_grad():
+            for param, grad, mean, square in zip(params, grads, means, squares, strict=True):
+                grad = grad / max(1.0, lengths[-1])
+                mean.mul_(0.9).add_(0.1 * grad)
+                square.mul_(0.999).add_(0.001 * grad**2)
+                param.mul_(1 - rate * 0.01)
+                average = mean / (1 - 0.9 ** (step + 1))
+                param.sub_(rate * average / ((square / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8))
+    assert max(lengths) > 2 and min(lengths) < 1
+    for param, trained in zip(params, found, strict=True):
+        torch.testing.assert_close(trained, param.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_rows_are_drawn_without_replacement_epoch_after_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[bytes] = []
+
+    def step(proxy: nn.Module, model: nn.Module, chosen: Sequence[Row], *others: Any) -> tuple[float, None]:
+        assert len(chosen) == 4
+        drawn.extend(row.tokens.input_ids.tobytes() for row in chosen)
+        return 0.0, None
+
+    monkeypatch.setattr(align_module, "_step", step)
+    run(*pair(), tmp_path, steps=5, measure_steps=5)  # twice the ten rows, four a step
+    every = sorted(row.tokens.input_ids.tobytes() for row in proxy_case.rows(10, seed=4))
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == every and drawn[:10] != drawn[10:]
 
 
 @pytest.mark.parametrize("objective", ["kl", "align", "align+kl"])

@@ -20,6 +20,7 @@ from tamis.proxies.compressible import find_compressible
 from tamis.proxies.decompose import Decomposed, decompose, factor_layer
 from tamis.proxies.probes import LayerProbes, collect_probes, count_probes, passes_within
 from tamis.proxies.rows import batches_of
+from tamis.seeds import child_seed, random_subset
 from tamis.settings.proxy import Recipe
 from tamis.types import LayerSpec
 from tiny_models import FAMILIES
@@ -61,6 +62,31 @@ def test_rows_give_the_same_number_of_tokens_and_short_ones_all() -> None:
     found = collect_probes(model, layers, batches, tokens_per_row=7, seed=0, advance=NOTHING)
     lengths = [len(row.tokens.input_ids) for row in proxy_case.roles().probe]
     assert len(found[layers[0].name].inputs) == sum(min(7, n) for n in lengths) == count_probes(batches, 7)
+
+
+def test_the_tokens_of_a_row_are_drawn_by_the_seed_and_the_rows_position() -> None:
+    model, rows = proxy_case.model(dtype=torch.float64), proxy_case.roles().probe
+    layer = gradient_layers(model)[0]
+    batches = batches_of(rows, batch_tokens=64, pad_id=0)
+    found, other = (
+        collect_probes(model, [layer], batches, tokens_per_row=3, seed=seed, advance=NOTHING)[layer.name]
+        for seed in (5, 6)
+    )
+    drawn, inputs, grads = [], [], []
+    for batch in batches:
+        consumer = Factors()
+        run_batch(model, batch, [layer], consumer)
+        act, grad = consumer.factors[layer.name]
+        for place, row in enumerate(batch.rows.tolist()):
+            length = len(rows[row].tokens.input_ids)
+            positions = random_subset(child_seed(5, "probe tokens", row), length, 3).tolist()
+            drawn.append((length, tuple(positions)))
+            inputs.append(act[place, positions])
+            grads.append(grad[place, positions])
+    torch.testing.assert_close(found.inputs, torch.cat(inputs), rtol=0, atol=0)
+    torch.testing.assert_close(found.grads, torch.cat(grads), rtol=0, atol=0)
+    assert not torch.equal(found.inputs, other.inputs)
+    assert len(set(drawn)) > len({length for length, _ in drawn})  # rows of one length give tokens of other places
 
 
 def test_passes_hold_what_fits_and_never_split_a_layer() -> None:
@@ -114,6 +140,38 @@ def test_the_stored_values_say_the_weighted_norm_of_what_is_left_out(
             kept = file.get_tensor("values")[: ranks[layer.name]].norm()
         found = (roots[0] @ (weight - left @ right) @ roots[1]).norm() / whole
         assert float(found) == pytest.approx(float((1 - (kept / whole) ** 2) ** 0.5), rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_gauge_is_the_one_that_was_asked_for(family: str, tmp_path: Path) -> None:
+    """Balanced: ``A^T A = B B^T``. As equation 14 leaves them: ``A^T C_d A = s = B C_h B^T``."""
+    model = proxy_case.model(family, dtype=torch.float64)
+    assert Recipe().gauge == "balanced"
+    balanced, weighted = (
+        decomposed(model, tmp_path / recipe.gauge, recipe)
+        for recipe in (Recipe(damping_input=0.1), Recipe(damping_input=0.1, gauge="weighted"))
+    )
+    ranks = balanced.ranks(0.5)
+    even, uneven = (done.factors(ranks) for done in (balanced, weighted))
+    batches = batches_of(proxy_case.roles().probe, batch_tokens=64, pad_id=0)
+    probes = collect_probes(model, weighted.layers, batches, tokens_per_row=16, seed=0, advance=NOTHING)
+    for index, layer in enumerate(weighted.layers):
+        left, right = (factor.double() for factor in even[layer.name])
+        grams = left.T @ left, right @ right.T
+        torch.testing.assert_close(*grams, rtol=0, atol=1e-5 * float(grams[0].norm()))  # they are stored in float32
+        a, b = (factor.double() for factor in uneven[layer.name])
+        assert float((a @ b - left @ right).norm()) < 1e-5 * float((a @ b).norm())
+        with safe_open(weighted.folder / f"{index:05d}.safetensors", framework="pt") as file:
+            values = file.get_tensor("values")[: ranks[layer.name]]
+        for factor, tokens, damping in (
+            (a, probes[layer.name].grads, 1.0),
+            (b.T, probes[layer.name].inputs, 0.1),
+        ):
+            moment = tokens.T @ tokens / len(tokens)
+            damped = moment + damping * moment.trace() / len(moment) * torch.eye(len(moment))
+            torch.testing.assert_close(
+                factor.T @ damped @ factor, torch.diag(values), rtol=0, atol=1e-5 * float(values[0])
+            )
 
 
 def test_the_inverse_weighting_is_another_proxy_of_the_same_ranks(tmp_path: Path) -> None:

@@ -18,7 +18,10 @@ from tamis.projection.factorized import FactorizedProjector
 from tamis.proxies.influence import (
     Agreement,
     Interval,
+    Measured,
+    _interval,
     agreement,
+    mean_correlation,
     mixed_scores,
     resampled_correlation,
     resampled_overlap,
@@ -49,6 +52,36 @@ def test_scores_are_mean_cosines_of_gradients() -> None:
     np.testing.assert_array_equal(again, found.scores)
 
 
+def test_mixed_scores_are_the_proxys_rows_against_the_full_models_targets() -> None:
+    draw, target = np.random.default_rng(0), proxy_case.roles().target  # two targets of three rows
+
+    def measured(size: int) -> Measured:
+        units, target_units = (
+            torch.nn.functional.normalize(torch.from_numpy(draw.normal(size=(rows, size))), dim=1) for rows in (20, 6)
+        )
+        losses, scores = np.zeros(20, dtype=np.float32), np.zeros((20, 2), dtype=np.float32)
+        return Measured(losses=losses, units=units, target_units=target_units, scores=scores)
+
+    proxy, full = measured(7), measured(7)
+    cosines = proxy.units.numpy() @ full.target_units.numpy().T
+    expected = np.stack([cosines[:, :3].mean(axis=1), cosines[:, 3:].mean(axis=1)], axis=1)
+    found = mixed_scores(proxy, full, target)
+    assert found is not None
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    assert mixed_scores(measured(8), full, target) is None  # features of another space do not compare
+
+
+def test_the_mean_correlation_is_over_all_targets() -> None:
+    full = np.stack([np.arange(6.0), np.arange(6.0)], axis=1)
+    assert mean_correlation(full * [1, -1], full) == pytest.approx(0)
+    assert mean_correlation(full * [1, 0], full) == pytest.approx(0.5)  # no ranking counts as none kept
+
+
+def test_the_interval_is_the_middle_95_percent_of_all_but_the_first_value() -> None:
+    found = _interval(np.array([-7.0, *range(1000)]))
+    assert (found.value, found.low, found.high) == pytest.approx((-7, 24.975, 974.025))  # 0.025 and 0.975 times 999
+
+
 def test_agreement_is_spearmans_and_the_interval_holds_it() -> None:
     draw = np.random.default_rng(0)
     full = draw.normal(size=(200, 2)).astype(np.float32)
@@ -70,6 +103,20 @@ def test_overlap_counts_the_best_rows() -> None:
     y[[39, 0]] = y[[0, 39]]
     found = [float(resampled_overlap(x, other, once)[0]) for other in (y, x, -x)]
     assert found == [0.5, 1, 0]
+
+
+def test_agreement_reports_the_overlap_beside_the_correlation() -> None:
+    full = np.repeat(np.arange(40, dtype=np.float32)[:, None], 2, axis=1)
+    ours = full.copy()
+    ours[[39, 0], 0] = ours[[0, 39], 0]  # the first target's best row and worst row change places
+    found = agreement(ours, full, ["a", "b"])
+    assert found.top_overlap.value == 0.75  # one of its best two, and both of the second target's
+    assert found.by_target == pytest.approx({"a": 1 - 6 * 2 * 39**2 / (40 * (40**2 - 1)), "b": 1})
+    assert found.spearman.value == pytest.approx(np.mean(list(found.by_target.values())))
+    turned = agreement(-full, full, ["a", "b"])  # whichever rows are drawn
+    assert turned.top_overlap == Interval(value=0.0, low=0.0, high=0.0)
+    spearman = turned.spearman
+    assert [spearman.value, spearman.low, spearman.high] == pytest.approx([-1, -1, -1])
 
 
 @given(seed=st.integers(0, 9999), ties=st.booleans())

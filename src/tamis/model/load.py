@@ -34,6 +34,7 @@ from tamis.model.targets import embedding_matrix
 __all__ = [
     "LoadedModel",
     "ModelSettings",
+    "check_loads",
     "load_model",
     "load_tokenizer",
     "model_fingerprint",
@@ -130,6 +131,17 @@ def load_model(settings: ModelSettings) -> LoadedModel:
     )
     loaded.description.update(_describe(settings, source, loaded, dtype))
     return loaded
+
+
+def check_loads(folder: Path) -> None:
+    """Refuse a folder whose weights are not those of its model, by their names and shapes; none is read.
+
+    Raises:
+        InvalidInput: some are missing or have another shape, or a file cannot be read.
+    """
+    # Weights have the same names whatever computes attention, and every family has this one.
+    settings = ModelSettings(name=str(folder), device_map="meta", attention="eager")
+    _load_weights(resolve_source(settings.name), settings, torch.float32)
 
 
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
@@ -295,11 +307,12 @@ def _dtype(settings: ModelSettings, device: torch.device) -> torch.dtype:
 def _describe(settings: ModelSettings, source: ModelSource, loaded: LoadedModel, dtype: torch.dtype) -> dict[str, Any]:
     model = loaded.model
     whole = model.get_base_model() if isinstance(model, PeftModel) else model
+    is_proxy = (source.base or source).proxy_layout() is not None
     return {
         "name": settings.name,
         "kind": "adapter" if source.is_adapter else source.kind,
         "base": source.base.name if source.base else None,
-        "class": type(whole).__name__,
+        "class": type(whole).__name__ + ("Proxy" if is_proxy else ""),
         "tokenizer": type(loaded.tokenizer).__name__,
         "parameters": sum(p.numel() for p in model.parameters()),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),

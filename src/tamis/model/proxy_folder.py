@@ -114,5 +114,16 @@ def proxy_class(config: Any, layout: ProxyLayout, name: str) -> type[Any]:
                     "the files do not belong together"
                 ) from error
 
-    _Proxy.__name__ = _Proxy.__qualname__ = f"{base.__name__}Proxy"
+        def initialize_weights(self) -> None:
+            # Some families start a layer from the module around it (GPT-2's MLP its ``c_proj.weight``), which factors
+            # do not have. A module whose own numbers were all read, or that has none, needs no start.
+            for module in self.modules():
+                own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+                if all(getattr(tensor, "_is_hf_initialized", False) for tensor in own):
+                    module._is_hf_initialized = True
+            super().initialize_weights()
+
+    # Transformers renames weights between file and model by the class's name, and never for a module outside its own
+    # package: a class of ours would not find again what the model itself has written (GPT-NeoX's head).
+    _Proxy.__name__, _Proxy.__qualname__, _Proxy.__module__ = base.__name__, base.__qualname__, base.__module__
     return _Proxy

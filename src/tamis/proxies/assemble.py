@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tamis.disk import disk_errors
-from tamis.model.load import no_progress_bars
+from tamis.errors import TamisError, Unsupported, first_line
+from tamis.model.load import check_loads, no_progress_bars
 from tamis.model.lowrank import LowRankLinear, Space
 from tamis.model.proxy_folder import ProxyLayout, write_layout
 
@@ -46,16 +47,32 @@ def proxy_of(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]], *, 
 
 
 def copy_with(model: nn.Module, replaced: Mapping[int, Any]) -> nn.Module:
-    """New modules around the same tensors; objects whose ``id`` is in ``replaced`` are replaced."""
+    """New modules around the same tensors; objects whose ``id`` is in ``replaced`` are replaced.
+
+    Raises:
+        Unsupported: a module holds something that cannot be copied.
+    """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, {**shared, **replaced})
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                # A state of the last pass (RecurrentGemma). PyTorch copies no tensor that has a graph behind it.
+                shared[id(value)] = value.detach()
+    try:
+        return copy.deepcopy(model, {**shared, **replaced})
+    except RuntimeError as error:
+        raise Unsupported(
+            f"{type(model).__name__} cannot be copied, and a proxy is made as a copy ({first_line(error)}); give a "
+            "model of another family"
+        ) from error
 
 
 def write_folder(model: nn.Module, tokenizer: Any, layout: ProxyLayout, folder: Path) -> None:
-    """Weights, config and tokenizer as Transformers writes them, and ``proxy.json``.
+    """Weights, config and tokenizer as Transformers writes them, and ``proxy.json``; then try whether they load.
 
     Raises:
         InvalidInput: the disk is full or may not be written.
+        Unsupported: what was written does not load.
     """
     saved: Any = model
     with disk_errors(folder), no_progress_bars():
@@ -63,3 +80,10 @@ def write_folder(model: nn.Module, tokenizer: Any, layout: ProxyLayout, folder: 
         saved.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_layout(layout, folder)  # last: without it the folder does not load
+    try:
+        check_loads(folder)
+    except TamisError as error:
+        raise Unsupported(
+            f"the proxy of {type(model).__name__} is written, but the installed Transformers cannot load it again "
+            f"({error}); delete {folder}, and give a model of another family or another preset"
+        ) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ def build_scorer(
     settings: ProxySettings,
     bench: Bench,
     *,
-    pool: Iterable[tuple[int, Row]],
+    pool: Sequence[tuple[int, Row]],
     out: Path,
     progress: Progress,
 ) -> Retention:
@@ -117,9 +117,8 @@ def build_scorer(
     full = bench.held_out(model)
     scores = head.predict(row_states(sibling.model, roles.held_out, **how))
     final = Kept(name="this head", loss=None, agreement=agreement(scores, full.scores, names, seed=bench.seed))
-    rows = list(pool)
-    with progress.stage("scores (pool)", len(rows), "rows") as advance:
-        predicted = head.predict(row_states(sibling.model, [row for _, row in rows], **how, advance=advance))
+    with progress.stage("scores (pool)", len(pool), "rows") as advance:
+        predicted = head.predict(row_states(sibling.model, [row for _, row in pool], **how, advance=advance))
     theirs = replace(bench, roles=roles, pad_id=sibling.pad_id)
     # The head needs a forward pass alone, and no logits.
     cost = replace(
@@ -135,11 +134,11 @@ def build_scorer(
     made = _retention(settings, bench, model, sibling.model, full, full, cost=cost, achieved=0.0, notes=(note,))
     achieved = _size_ratio(model, sibling.model)
     write_head(head, names, out / "scorer.safetensors")
-    _write_scores(rows, predicted, names, out / "scores.parquet")
+    _write_scores(pool, predicted, names, out / "scores.parquet")
     return replace(made, final=final, achieved=achieved, advice=made.advised(settings.keep, final))
 
 
-def _write_scores(rows: list[tuple[int, Row]], scores: FloatArray, names: Sequence[str], path: Path) -> None:
+def _write_scores(rows: Sequence[tuple[int, Row]], scores: FloatArray, names: Sequence[str], path: Path) -> None:
     columns = {
         "row": pa.array([index for index, _ in rows], type=pa.int64()),
         "id": pa.array([row.example.id for _, row in rows], type=pa.string()),

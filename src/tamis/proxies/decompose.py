@@ -146,7 +146,7 @@ def decompose(
         layers=tuple(layers),
         recipe=recipe,
         probes=probes,
-        seconds=sum(float(line) for line in (folder / _SECONDS).read_text().split()),
+        seconds=_seconds(folder),
         notes=tuple(said),
     )
 
@@ -217,6 +217,11 @@ def _write(path: Path, factors: WeightedFactors, notes: Sequence[str]) -> None:
     record = json.dumps({"energy": factors.energy, "notes": list(notes)})
     stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     replace_atomically(path, (save(stored, metadata={"record": record}),))
+
+
+def _seconds(folder: Path) -> float:
+    spent = folder / _SECONDS  # not there after a kill between the first layer's file and its line
+    return sum(float(line) for line in spent.read_text(encoding="utf-8").split()) if spent.exists() else 0.0
 
 
 def _notes(path: Path) -> list[str]:

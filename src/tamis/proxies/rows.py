@@ -63,15 +63,17 @@ class Roles:
     pool_rows: int
     mean_tokens: float  # of the rows drawn, for what a pass over the pool would cost
 
-    def check_drawn_rows(self, limits: ModelLimits, tokenizer: Any) -> list[str]:
+    def check_rows(self, limits: ModelLimits, tokenizer: Any, *, pool: Sequence[Row] | None = None) -> list[str]:
         """As ``row_limits.check_row_limits``, of the rows that were drawn and of the target's.
+
+        ``pool`` are all usable rows of the pool, for a model that is given more than the drawn ones.
 
         Raises:
             BadRow: the model cannot take a row.
         """
         said = []
         drawn = (*self.held_out, *self.validation, *self.probe, *self.align)
-        for kind, rows in (("pool", drawn), ("target", self.target.rows)):
+        for kind, rows in (("pool", drawn if pool is None else pool), ("target", self.target.rows)):
             said += check_row_limits(
                 limits,
                 tokenizer,

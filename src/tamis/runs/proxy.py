@@ -24,7 +24,7 @@ from tamis.data.render import Renderer
 from tamis.data.row_warnings import bad_row_warnings, row_warnings
 from tamis.data.rows import Rows
 from tamis.disk import check_writable, make_folder, replace_atomically
-from tamis.errors import InvalidSettings, TamisError
+from tamis.errors import InvalidSettings, TamisError, Unsupported
 from tamis.identity import file_sha256, text_sha256
 from tamis.model.limits import model_limits
 from tamis.model.load import (
@@ -39,6 +39,7 @@ from tamis.model.load import (
 from tamis.model.lowrank import low_rank_layers
 from tamis.model.memory import default_batch_tokens
 from tamis.model.processes import world_size
+from tamis.model.targets import input_embeddings, is_tied, output_embeddings
 from tamis.notation import target_parts
 from tamis.progress import NoProgress
 from tamis.projection.factorized import FactorizedProjector
@@ -67,6 +68,7 @@ _KNOWN_BY_CONTENT = ("model", "revision", "chat_template", "sibling")
 # Settings that are read when the factors are there, and change no row that made them.
 _AFTER_FACTORS = ("learning_rate", "temperature", "kl_weight", "measure_steps", "patience", "control")
 _MADE_BY = "made-by.txt"
+_NO_PART_OF_A_PROXY = {"identity.json", "run.yaml", "store"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,9 +137,11 @@ def proxy_from_settings(
             logger.warning("%s", sentence)
         if settings.is_low_rank:
             _keep_of(out / "store", identity)
-        retention = _build(settings, loaded, bench, pool, out, progress)
+        retention = _build(settings, loaded, bench, pool, out, progress, warnings)
     except TamisError:
-        free_claim(out, identity)
+        # Beside parts of a proxy, from a disk that was full, the claim says whose they are and lets the build go on.
+        if {path.name for path in out.iterdir()} <= _NO_PART_OF_A_PROXY:
+            free_claim(out, identity)
         raise
     check_claim(out, identity)
     manifest = {
@@ -217,7 +221,7 @@ def prepare(settings: ProxySettings, pool: Examples, target: Examples | None) ->
         if examples is not None:
             bad = [f"{row.file}, row {row.row} (0-based): {row.problem}" for row in examples.skipped]
             warnings += [*bad_row_warnings(bad, kind), *row_warnings(examples, renderer, kind)]
-    warnings += roles.check_drawn_rows(model_limits(loading), load_tokenizer(loading))
+    warnings += roles.check_rows(model_limits(loading), load_tokenizer(loading))
     loaded = _load(loading)
     bench = Bench(
         roles=roles,
@@ -230,18 +234,32 @@ def prepare(settings: ProxySettings, pool: Examples, target: Examples | None) ->
 
 
 def _build(
-    settings: ProxySettings, loaded: LoadedModel, bench: Bench, pool: Examples, out: Path, progress: Progress
+    settings: ProxySettings,
+    loaded: LoadedModel,
+    bench: Bench,
+    pool: Examples,
+    out: Path,
+    progress: Progress,
+    warnings: list[str],
 ) -> Retention:
+    """What ``settings.preset`` builds; ``warnings`` grow by those of the sibling."""
     if settings.is_low_rank:
         return build_low_rank(loaded, settings, bench, work=out / "store", out=out, progress=progress)
     if settings.preset == "layer-extraction":
         return build_extraction(loaded, settings, bench, out=out)
     loading = replace(_loading(settings), name=cast(str, settings.sibling), revision=None)
-    renderer = Renderer(load_tokenizer(loading), max_length=settings.max_length)
-    sibling, roles = _load(loading), bench.roles.rendered_by(renderer)
-    if settings.preset == "sibling":
+    tokenizer = load_tokenizer(loading)
+    renderer = Renderer(tokenizer, max_length=settings.max_length)
+    roles, rows = bench.roles.rendered_by(renderer), None
+    if settings.preset == "influence-scorer":
+        rows = list(usable_rows(pool, renderer, settings.on_bad_row))
+    given = None if rows is None else [row for _, row in rows]
+    for sentence in roles.check_rows(model_limits(loading), tokenizer, pool=given):
+        logger.warning("%s", sentence)
+        warnings.append(sentence)
+    sibling = _load(loading)
+    if rows is None:
         return build_sibling(loaded, sibling, roles, settings, bench, out=out)
-    rows = usable_rows(pool, renderer, settings.on_bad_row)
     return build_scorer(loaded, sibling, roles, settings, bench, pool=rows, out=out, progress=progress)
 
 
@@ -259,16 +277,39 @@ def _loading(settings: ProxySettings) -> ModelSettings:
 
 
 def _load(loading: ModelSettings) -> LoadedModel:
-    """The model whole: an adapter is merged into its base, because factors are of what the model computes."""
+    """The model whole: an adapter is merged into its base, because factors are of what the model computes.
+
+    Raises:
+        InvalidSettings: the model is a proxy.
+        Unsupported: merging would change what the model computes.
+    """
     loaded = load_model(loading)
     if low_rank_layers(loaded.model):
         raise InvalidSettings(f"'{loading.name}' is a proxy already; build from the model that it was made of")
     if isinstance(loaded.model, PeftModel):
-        loaded.model = cast(nn.Module, cast(Any, loaded.model).merge_and_unload())
+        _check_mergeable(loaded.model, loading.name)
+        model = cast(Any, loaded.model).merge_and_unload()
+        if not is_tied(model):  # an adapter may bring a head of its own, which Transformers 4 would tie when it loads
+            model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+        loaded.model = cast(nn.Module, model)
         loaded.description["merged_adapter"] = True
     for param in loaded.model.parameters():
         param.requires_grad_(True)
     return loaded
+
+
+def _check_mergeable(model: PeftModel, name: str) -> None:
+    """Refuse LoRA on one use of a matrix that has two: merged, it would change both."""
+    if not is_tied(model):
+        return
+    ends = {id(input_embeddings(model)), id(output_embeddings(model))}
+    for layer, module in model.get_base_model().named_modules():
+        if id(module) in ends and hasattr(module, "lora_A"):
+            raise Unsupported(
+                f"adapter '{name}' has LoRA on '{layer}', and the base model has one matrix as embedding and as LM "
+                "head, so merging would change both; train the adapter without that layer, or merge it into a base "
+                "whose matrices are apart (tie_word_embeddings=False)"
+            )
 
 
 def _of_target(target: Examples | None, index: int) -> list[Example]:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tamis.errors import InvalidSettings, Unsupported
+from tamis.model.lowrank import LowRankLinear
 from tamis.model.source import ModelSource
 from tamis.seeds import child_seed, random_uniform
 
@@ -32,11 +33,13 @@ def add_lora(
 
     ``A`` is uniform in ±1/√I, PEFT's own default, drawn from ``seed`` and the factor's name in place of PyTorch's
     generator, whose stream may change between versions and devices; ``B`` is zero. No dropout, scale ``alpha/rank``.
-    ``targets`` are ends of names of layers (``q_proj``), in place of all linear ones.
+    ``targets`` are ends of names of layers (``q_proj``), in place of all linear ones; a layer in factors has LoRA on
+    both.
     ``base`` and ``revision`` are what the saved adapter names as its base model.
 
     Raises:
-        InvalidSettings: the rank is below 1, the model carries an adapter already, or has no layer of such a name.
+        InvalidSettings: the rank is below 1, the model carries an adapter already, has no layer of such a name, or
+            one that is not linear.
     """
     if rank < 1:
         raise InvalidSettings(f"lora_rank must be at least 1, got {rank}")
@@ -49,15 +52,11 @@ def add_lora(
         lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
         lora_dropout=0.0,
         bias="none",
-        target_modules=list(targets) or "all-linear",
+        target_modules=_names_for_peft(model, targets) or "all-linear",
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2 stores W transposed
         task_type="CAUSAL_LM",
         revision=revision,
     )
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name, _ in model.named_modules()):
-            leaves = {name.rpartition(".")[2] for name, module in model.named_modules() if _takes_lora(module)}
-            raise InvalidSettings(f"lora_targets: no layer is called {target!r} (linear layers: {_listed(leaves)})")
     adapted = get_peft_model(model, config)
     config.base_model_name_or_path = base or config.base_model_name_or_path
     with torch.no_grad():
@@ -98,8 +97,32 @@ def train_adapter(model: nn.Module, *, base: ModelSource | None = None) -> None:
             param.data = param.data.float()
 
 
+def _names_for_peft(model: nn.Module, targets: Sequence[str]) -> list[str]:
+    """``targets`` themselves but for layers in factors: PEFT knows those by their factors alone."""
+    names: list[str] = []
+    for target in targets:
+        found = {
+            name: module for name, module in model.named_modules() if name == target or name.endswith(f".{target}")
+        }
+        leaves = {name.rpartition(".")[2] for name, module in model.named_modules() if _takes_lora(module)}
+        if not found:
+            raise InvalidSettings(f"lora_targets: no layer is called {target!r} (linear layers: {_listed(leaves)})")
+        for name, module in found.items():
+            if not _takes_lora(module):
+                raise InvalidSettings(
+                    f"lora_targets: expected the name of a linear layer, got {target!r}, which is '{name}', a "
+                    f"{type(module).__name__} (linear layers: {_listed(leaves)})"
+                )
+        if any(isinstance(module, LowRankLinear) for module in found.values()):
+            names += [f"{target}.A", f"{target}.B"]
+            names += [name for name, module in found.items() if not isinstance(module, LowRankLinear)]
+        else:
+            names.append(target)
+    return names
+
+
 def _takes_lora(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D))
+    return isinstance(module, (nn.Linear, Conv1D, LowRankLinear))
 
 
 def _listed(names: set[str]) -> str:
