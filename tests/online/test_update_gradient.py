@@ -1,0 +1,147 @@
+"""The gradient that the optimizer gets: put together in float32, clipped, without rows that are broken."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from online_steps import CANDIDATES, TARGET, autograd_rows, optimizer_of, split
+from tamis.maths.adam import adam_direction, adam_jacobian
+from tamis.maths.low_rank import cut_to_rank
+from tamis.model.loss import per_sample_losses
+from tamis.online import FilterThenWeight, Full, Tilt
+from tamis.online import measure as online_measure
+from tamis.online.adam_state import read_adam
+from tamis.online.step import OnlineStep, StepSettings
+from tiny_models import random_batch, tiny_model
+
+
+def _in_one(gradient: dict[str, Tensor], names: list[str]) -> Tensor:
+    return torch.cat([gradient[name].double().flatten() for name in names])
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_under_autocast_many_passes_add_up_as_well_as_ordinary_backward_passes(lora: bool) -> None:
+    """A pass a row: a running sum in bfloat16 would lose what every further row adds."""
+    model = tiny_model("llama", lora=lora, dtype=torch.float32)
+    names = [name for name, param in model.named_parameters() if param.requires_grad]
+    optimizer = optimizer_of(model)
+    batch = random_batch([12 + i % 5 for i in range(64)], seed=7)
+
+    def proposed() -> Tensor:
+        found = OnlineStep(model, Full(keep=16, oversample=4)).propose(split(batch, 1), [], optimizer)
+        assert {grad.dtype for grad in found.gradient.values()} == {torch.float32}
+        return _in_one(found.gradient, names) / found.divisor
+
+    exact = proposed()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = proposed()
+    for row in split(batch, 1):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = per_sample_losses(model, row).sum() / 64
+        loss.backward()
+    params = dict(model.named_parameters())
+    plain = torch.cat([params[name].grad.double().flatten() for name in names])  # type: ignore[union-attr]
+    assert 0 < (ours - exact).norm() <= 1.15 * (plain - exact).norm()
+
+
+def test_a_direction_is_cut_to_a_low_rank_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = tiny_model("llama", dtype=torch.float32), list[torch.dtype]()
+
+    def watched(whole: Tensor, *args: Any, **kwargs: Any) -> Any:
+        found = cut_to_rank(whole, *args, **kwargs)
+        seen.extend((found.left.dtype, found.right.dtype))
+        return found
+
+    monkeypatch.setattr(online_measure, "cut_to_rank", watched)
+    optimizer, method = optimizer_of(model), FilterThenWeight(keep=3, oversample=2, cold_start=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        OnlineStep(model, method, StepSettings(target_rank=1)).propose([CANDIDATES], [TARGET], optimizer)
+    assert seen and {*seen} == {torch.float32}
+
+
+@pytest.mark.parametrize("reduction", ["rows", "tokens"])
+@pytest.mark.parametrize("clip", [None, 0.05])
+@pytest.mark.parametrize("form", ["jacobian", "secant", "cosine"])
+def test_forms_that_are_not_linear_are_taken_at_the_gradient_that_the_optimizer_gets(
+    form: Any, clip: float | None, reduction: Any
+) -> None:
+    """K at the clipped mean of the rows, or of their tokens; the step of a candidate alone, clipped as it would be."""
+    model = tiny_model("gpt2", tied=True)
+    optimizer = optimizer_of(model)
+    moments = read_adam(optimizer, OnlineStep(model, Full()).params)
+    names = list(moments)
+    rows, goal = autograd_rows(model, CANDIDATES, names), autograd_rows(model, TARGET, names)
+    tokens = CANDIDATES.supervised[:, 1:].sum(dim=1).double()
+    size = tokens / tokens.mean() if reduction == "tokens" else torch.ones(6, dtype=torch.float64)
+    if form == "jacobian":
+        mean = {name: torch.tensordot(size / size.sum(), rows[name], dims=1) for name in names}
+        taken = {name: grad[None] for name, grad in _clipped(mean, clip).items()}
+    else:
+        alone = [_clipped({name: rows[name][row] for name in names}, clip) for row in range(6)]
+        taken = {name: torch.stack([one[name] for one in alone]) for name in names}
+    expected, squares = torch.zeros(6, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
+    for name, state in moments.items():
+        of = {"step": state.step, "beta1": state.beta1, "beta2": state.beta2, "eps": state.eps}
+        t = goal[name].mean(dim=0)
+        if form == "jacobian":
+            step = rows[name] * adam_jacobian(taken[name][0], state.exp_avg, state.exp_avg_sq, **of)
+        else:
+            step = adam_direction(taken[name], state.exp_avg, state.exp_avg_sq, **of)
+        expected += (step * t).flatten(1).sum(dim=1)
+        squares += step.square().flatten(1).sum(dim=1)
+    expected = expected / squares.sqrt() if form == "cosine" else expected * size
+    method = FilterThenWeight(keep=3, oversample=2, cold_start=1, alignment=form, filter="top", weights="none")
+    step = OnlineStep(model, method, StepSettings(reduction=reduction), clip=clip)
+    found = step.propose(split(CANDIDATES, 2), [TARGET], optimizer).alignments
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9 * float(expected.abs().max()))
+
+
+def _clipped(gradient: dict[str, Tensor], clip: float | None) -> dict[str, Tensor]:
+    """By PyTorch."""
+    params = [nn.Parameter(torch.zeros_like(grad)) for grad in gradient.values()]
+    for param, grad in zip(params, gradient.values(), strict=True):
+        param.grad = grad.clone()
+    if clip is not None:
+        assert float(torch.nn.utils.clip_grad_norm_(params, clip)) > 2 * clip, "the case must clip"
+    return {name: param.grad for name, param in zip(gradient, params, strict=True)}  # type: ignore[misc]
+
+
+class _Broken(torch.autograd.Function):
+    """The identity, whose gradient is NaN at some rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
+        ctx.rows = rows
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad.index_fill(0, ctx.rows, float("nan")), None
+
+
+@pytest.mark.parametrize("method", [FilterThenWeight, Tilt])
+@pytest.mark.parametrize("rows_of_a_pass", [2, 6])
+def test_a_row_with_a_finite_loss_and_a_broken_gradient_is_left_out_of_the_jacobians_mean(
+    method: Any, rows_of_a_pass: int
+) -> None:
+    model = tiny_model("llama", dtype=torch.float32)
+    optimizer = optimizer_of(model)
+    start, broken = CANDIDATES.input_ids[2, :4].clone(), dict[str, Tensor]()
+
+    def find(module: nn.Module, args: Any, kwargs: dict[str, Tensor]) -> None:
+        broken["rows"] = (kwargs["input_ids"][:, :4] == start).all(dim=1).nonzero()[:, 0]
+
+    model.register_forward_pre_hook(find, with_kwargs=True)
+    model.model.layers[0].register_forward_hook(  # type: ignore[union-attr, index]
+        lambda module, args, out: _Broken.apply(out, broken["rows"]) if out.requires_grad else out
+    )
+    chooses = method(keep=3, oversample=2, cold_start=1, alignment="jacobian")
+    proposal = OnlineStep(model, chooses).propose(split(CANDIDATES, rows_of_a_pass), split(TARGET, 3), optimizer)
+    assert list(proposal.dropped) == [2]
+    assert all(bool(torch.isfinite(grad).all()) for grad in proposal.gradient.values())
+    assert np.isfinite(np.delete(proposal.alignments, 2)).all()
