@@ -60,6 +60,27 @@ def test_gradients_under_dropout_are_those_of_the_parameters_given_with_checkpoi
     assert model.is_gradient_checkpointing and model.training  # as it was
 
 
+def collate_as_if_rows_ended_in_padding(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """What ``mask = ids != pad`` makes of rows that end in the padding token: the last label has the mask 0."""
+    batch = collate(rows)
+    last = batch["attention_mask"].sum(dim=1, keepdim=True) - 1
+    batch["labels"].scatter_(1, last, batch["input_ids"].gather(1, last))
+    batch["attention_mask"].scatter_(1, last, 0)
+    return batch
+
+
+def test_a_masked_label_at_the_end_of_a_row_is_replayed_as_it_was_learned(tmp_path: Path) -> None:
+    model = record(tmp_path, model_of(), collator=collate_as_if_rows_ended_in_padding).model
+    assert_replays(tmp_path, model)
+
+    def padding_learned_too(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = collate_as_if_rows_ended_in_padding(rows)
+        return {**batch, "labels": torch.where(batch["attention_mask"] == 0, batch["input_ids"], batch["labels"])}
+
+    with pytest.raises(Unsupported, match="labels behind a token with attention_mask 0"):
+        record(tmp_path / "other", model_of(), collator=padding_learned_too)
+
+
 def test_products_hold_what_squares_in_float32_cannot() -> None:
     rows = reference_rows(range(4))
     problem = Classifier(ReferenceNet().float())

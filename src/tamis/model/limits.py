@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -70,11 +70,10 @@ def _has_position_table(model: nn.Module, positions: int) -> bool:
     return any(table.shape[0] in sizes for table in (*learned, *computed) if id(table) not in words)
 
 
-def skeleton(settings: ModelSettings, *, lora_rank: int | None = None, lora_targets: Sequence[str] = ()) -> nn.Module:
+def skeleton(settings: ModelSettings, *, lora_rank: int | None = None) -> nn.Module:
     """The model with its adapter on PyTorch's ``meta`` device: every name and shape, no number, no download of weights.
 
-    ``lora_rank`` puts a fresh adapter on all its linear layers, or on ``lora_targets``, unless the model is an adapter
-    already.
+    ``lora_rank`` puts a fresh adapter on all its linear layers, unless the model is an adapter already.
 
     Raises:
         InvalidInput: the model's config cannot be read, or describes no causal language model.
@@ -93,7 +92,7 @@ def skeleton(settings: ModelSettings, *, lora_rank: int | None = None, lora_targ
             adapter = PeftConfig.from_pretrained(source.name, revision=source.revision)
             adapter.inference_mode = False
         elif lora_rank is not None:
-            adapter = LoraConfig(r=lora_rank, target_modules=list(lora_targets) or "all-linear", task_type="CAUSAL_LM")
+            adapter = LoraConfig(r=lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
         layout = base.proxy_layout()
         with torch.device("meta"):
             if layout is None:

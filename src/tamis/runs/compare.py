@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from peft import PeftModel
 
 from tamis.comparison.benchmarks import open_benchmarks
 from tamis.comparison.cells import Cell, Price
@@ -47,6 +48,7 @@ from tamis.runs.train_rows import check_candidates
 from tamis.runs.train_setup import LORA_RANK, check_device, check_proxy_vocabulary, check_tuning, method_and_step
 from tamis.settings import SelectSettings, TrainRunSettings
 from tamis.settings.compare import CompareSettings, method_parts
+from tamis.training.lora import add_lora
 from tamis.values import to_dict
 from tamis.versions import releases, versions
 
@@ -170,8 +172,9 @@ def compare_from_settings(
 
 def _price(run: TrainRunSettings) -> Price:
     """What training costs: of the model with the adapter that its runs put on it."""
-    rank = None if run.tune == "full" else run.lora_rank or LORA_RANK
-    model = skeleton(model_settings(run), lora_rank=rank, lora_targets=run.lora_targets)
+    model = skeleton(model_settings(run))
+    if run.tune == "lora" and not isinstance(model, PeftModel):
+        model = add_lora(model, rank=run.lora_rank or LORA_RANK, alpha=1.0, seed=0, targets=run.lora_targets)
     return Price(shape=ModelShape.from_model(model), trained=TrainedMatrices.of(model))
 
 

@@ -21,6 +21,7 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tamis.disk import disk_errors
 from tamis.errors import InvalidInput, StoreCorrupted, StoreMismatch, Unsupported
 from tamis.identity import file_sha256, first_difference
 from tamis.model.load import no_progress_bars
@@ -95,7 +96,7 @@ def save_checkpoint(
     rates = [record.learning_rate for record in history if record.step > since]
     folder = root / f"step-{step:06d}"
     partial = root / f"step-{step:06d}.partial"
-    try:
+    with disk_errors(folder, doing="write checkpoint"):
         shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
         partial.mkdir(parents=True)
         _save_params(model, partial)
@@ -116,11 +117,6 @@ def save_checkpoint(
             _sync(path)
         partial.rename(folder)
         _sync(root)
-    except OSError as error:
-        raise InvalidInput(
-            f"cannot write checkpoint {folder}: {error.strerror or error}; "
-            "free some space or choose another folder, then run the same command again"
-        ) from error
     return _checkpoint(folder, manifest)
 
 

@@ -78,7 +78,15 @@ def rows_of_inputs(inputs: Mapping[str, Any]) -> list[TokenRow | None]:
     mask = np.ones_like(ids) if mask is None else mask.detach().cpu().numpy()
     if mask.ndim != 2 or bool((np.diff(mask.astype(np.int64), axis=1) > 0).any()):
         raise Unsupported("rows are padded on the left or masked inside; pad them on the right, the replay does too")
-    supervised = (labels != IGNORED_LABEL) & (mask != 0)
+    supervised = labels != IGNORED_LABEL
+    # A mask made by ``ids != pad`` where ``pad`` is the end-of-text token hides the label that ends a row. The model
+    # learns it all the same, and no prediction attends to it; one behind it would.
+    later = np.flip(np.cumsum(np.flip(supervised, axis=1), axis=1), axis=1) - supervised
+    if bool(((mask == 0) & (later > 0)).any()):
+        raise Unsupported(
+            "a row has labels behind a token with attention_mask 0; set labels of padding to -100, or mask padding "
+            "alone"
+        )
     if bool((labels[supervised] != ids[supervised]).any()):
         raise Unsupported("labels differ from the input ids they stand at; a plain next-token loss expects them equal")
     return [
