@@ -1,15 +1,46 @@
-"""Which target rows a choice looks at: they take turns, so that all are looked at equally often."""
+"""Which target rows a choice looks at: those that have a loss take turns, so that all are looked at equally often."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Mapping
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
+import torch
 
+from tamis.errors import InvalidInput
+from tamis.online.batches import to_batches
 from tamis.seeds import child_seed, random_permutation
 from tamis.types import IntArray
 
-__all__ = ["target_positions"]
+__all__ = ["target_positions", "usable_target_rows"]
+
+logger = logging.getLogger(__name__)
+
+
+def usable_target_rows(collated: Callable[[IntArray], Mapping[str, Any]], total: int, *, most_rows: int) -> IntArray:
+    """Places, of ``total``, of the target rows that have a supervised token once they are ``collated``, so many a time.
+
+    Raises:
+        InvalidInput: none has.
+    """
+    found = [np.zeros(0, dtype=np.int64)]
+    for first in range(0, total, most_rows):
+        own = np.arange(first, min(total, first + most_rows))
+        found += [
+            batch.rows.cpu().numpy() for batch in to_batches(collated(own), torch.from_numpy(own), most_rows=most_rows)
+        ]
+    usable: IntArray = np.concatenate(found)
+    if not len(usable):
+        raise InvalidInput(
+            f"none of the {total} rows of target_dataset has a supervised token (a label other than -100 after the "
+            "first token); give rows with answers, or see what the collator makes of their labels"
+        )
+    if len(usable) < total:
+        logger.warning("%d of %d target rows have no supervised token and are left out", total - len(usable), total)
+    return usable
 
 
 def target_positions(number: int, *, count: int, total: int, seed: int) -> IntArray:

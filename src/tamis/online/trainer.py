@@ -39,7 +39,7 @@ from tamis.online.saved import load_selection, save_selection, selection_setting
 from tamis.online.settings import StepSettings, check_combination
 from tamis.online.source_means import said_of_many_sources, source_numbers
 from tamis.online.step import OnlineStep
-from tamis.online.target_turns import target_positions
+from tamis.online.target_turns import target_positions, usable_target_rows
 from tamis.online.together import add_up, gather_rows
 from tamis.seeds import child_seed
 from tamis.types import Batch, IntArray
@@ -127,7 +127,10 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
             scored = min(candidates, sources * self._step_settings.source_rows)
             if said := said_of_many_sources(sources, candidates):
                 logger.warning("%s", said)
-        self._usable_target = self._find_usable_target()
+        self._usable_target = np.arange(len(self.target_dataset))
+        if selection.needs.target_only or selection.needs.alignment is not None:
+            most = self.args.per_device_train_batch_size
+            self._usable_target = usable_target_rows(self._collated_target, len(self.target_dataset), most_rows=most)
         self._target_count = target_rows or max(1, min(len(self._usable_target), scored // 2))
         if isinstance(selection, TargetOnly):
             logger.warning("target-only trains on the target rows themselves, which memorises small targets")
@@ -343,32 +346,6 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
     def _collated_target(self, positions: IntArray) -> dict[str, Any]:
         collate = self._get_collator_with_removed_columns(self.data_collator, description="target")
         return dict(collate([self.target_dataset[int(place)] for place in positions]))
-
-    def _find_usable_target(self) -> IntArray:
-        """Places of the target rows that have a loss; of all rows for a method that looks at none.
-
-        Raises:
-            InvalidInput: none has.
-        """
-        every, needs = np.arange(len(self.target_dataset)), self.selection.needs
-        if not needs.target_only and needs.alignment is None:
-            return every
-        most, found = self.args.per_device_train_batch_size, [np.zeros(0, dtype=np.int64)]
-        for first in range(0, len(every), most):
-            own = every[first : first + most]
-            batches = to_batches(self._collated_target(own), torch.from_numpy(own), most_rows=most)
-            found += [batch.rows.cpu().numpy() for batch in batches]
-        usable: IntArray = np.concatenate(found)
-        if not len(usable):
-            raise InvalidInput(
-                f"none of the {len(every)} rows of target_dataset has a supervised token (a label other than -100 "
-                "after the first token); give rows with answers, or see what the collator makes of their labels"
-            )
-        if len(usable) < len(every):
-            logger.warning(
-                "%d of %d target rows have no supervised token and are left out", len(every) - len(usable), len(every)
-            )
-        return usable
 
     def _online_step(self) -> OnlineStep:
         if self._step is None:
