@@ -35,3 +35,11 @@ def test_true_effects_foretell_everything_and_their_opposite_the_reverse() -> No
 def test_scores_that_say_nothing_of_some_rows_or_the_same_of_all_have_none(score: np.ndarray) -> None:
     found = foretell("m", score, parts_of(10, 6), [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     assert found.correlation is None and found.low is None and found.parts == 6
+
+
+def test_no_interval_is_given_below_eight_parts() -> None:
+    draw = np.random.default_rng(3)
+    score, losses, parts = draw.normal(size=30), draw.normal(size=8).tolist(), parts_of(30, 8)
+    seven, eight = (foretell("m", score, parts[:count], losses[:count]) for count in (7, 8))
+    assert seven.correlation is not None and (seven.low, seven.high, seven.parts) == (None, None, 7)
+    assert eight.low is not None and eight.high is not None and eight.low < eight.high

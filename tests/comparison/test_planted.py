@@ -87,3 +87,33 @@ def test_a_selection_is_counted_by_hand() -> None:
 def test_a_perfect_selection_has_precision_and_recall_one() -> None:
     found = score_selection(hand_pool(), np.array([0, 1]), np.array([1.0, 1, 1, 0, 0, 0, 0]))
     assert found.precision == found.recall == found.wrong_auc == 1.0
+
+
+def unequal_groups() -> PlantedPool:
+    """Task a has one wrong answer, task b three; two sources of the pool likewise."""
+    kinds = ("relevant", "wrong answer", "relevant", "wrong answer", "wrong answer", "wrong answer")
+    pool = ("background", "background, wrong answer", "background", *["background, wrong answer"] * 3)
+    return PlantedPool(
+        rows=(), kinds=(*kinds, *pool), of=(0, 0, 1, 1, 1, 1, *[-1] * 6),
+        group=("a", "a", "b", "b", "b", "b", "x", "x", "y", "y", "y", "y"), relevant=2,
+    )  # fmt: skip
+
+
+def test_areas_of_groups_count_as_much_as_they_have_wrong_answers() -> None:
+    tasks = [0.5, 0.1, 0.2, 0.3, 0.4, 0.1]  # all right in a; one of three in b
+    sources = [0.1, 0.5, 0.9, 0.3, 0.4, 0.1]  # all wrong in x; all right in y
+    found = score_selection(unequal_groups(), np.array([0]), np.array([*tasks, *sources]))
+    assert found.wrong_auc == pytest.approx((1 * 1 + 3 * (1 / 3)) / 4)
+    assert found.source_auc == pytest.approx((1 * 0 + 3 * 1) / 4)
+
+
+def test_rows_that_were_not_scored_come_last_below_any_score() -> None:
+    """By hand, with scores below zero: an unscored wrong answer loses, an unscored right one does not win."""
+    lost = np.array([-1.0, np.nan, -1.0, np.nan, -2.0, -0.5, -1.0, np.nan, -1.0, -2.0, -2.0, np.nan])
+    found = score_selection(unequal_groups(), np.array([0]), lost)
+    assert found.wrong_auc == pytest.approx((1 + 3 * (2 / 3)) / 4)
+    assert found.source_auc == 1.0
+    unscored = np.where(np.arange(12) == 0, np.nan, -1.0)
+    found = score_selection(unequal_groups(), np.array([0]), unscored)
+    assert found.wrong_auc == pytest.approx((1 * 0 + 3 * 0.5) / 4)
+    assert found.background_auc == pytest.approx((0 + 0 + 0.5 + 0.5) / 4)

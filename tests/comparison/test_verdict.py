@@ -272,3 +272,40 @@ def test_warnings_of_spread_sources_and_tokens() -> None:
 def test_what_is_known_of_the_data_is_not_said_again_of_every_run() -> None:
     runs = [made_run("online:greats", seed, [1.0], warnings=("No template.", "It never starts.")) for seed in range(2)]
     assert _of_runs(runs, known=["No template."]) == ["online:greats: It never starts."]
+
+
+def test_supervised_tokens_a_row_are_of_rows_as_often_as_they_were_seen() -> None:
+    """Ten rows, four times each, with 200 supervised tokens in all of these forty."""
+    runs = {("tracin", "5%"): [made_run("tracin", seed, [1.0], rows=10, seen_rows=40) for seed in (0, 1)]}
+    runs["untouched", "5%"] = [made_run("untouched", 0, [1.0], rows=0, seen_rows=0, tokens=0, supervised_tokens=0)]
+    by_name = {"tracin": contender("tracin", "selected"), "untouched": contender("untouched", "untouched")}
+    standings = standings_of(runs, by_name, {}, metric="loss", task_of=["task"])
+    assert {s.name: (s.supervised_a_row, s.rows) for s in standings} == {"tracin": (5.0, 10), "untouched": (0.0, 0)}
+
+
+def test_the_most_answers_right_stand_first_within_each_budget() -> None:
+    shares = {"tracin": 0.25, "uniform": 0.75, "full": 0.5}
+    runs = {
+        (name, budget): [
+            made_run(name, 0, [2.0] * 4, exact_match=share, row_matches=tuple(i < 4 * share for i in range(4)))
+        ]
+        for budget in ("5%", "20%")
+        for name, share in shares.items()
+    }
+    by_name = {one.name: one for one in CONTENDERS}
+    standings = standings_of(runs, by_name, {}, metric="exact-match", task_of=["task"] * 4)
+    order = [(s.budget, s.name, s.mean) for s in standings]
+    best = [("uniform", 0.75), ("full", 0.5), ("tracin", 0.25)]
+    assert order == [(budget, name, share) for budget in ("5%", "20%") for name, share in best]
+    for share, gain in ((0.25, -0.5), (1.0, 0.25)):
+        own = [made_run("tracin", 0, [2.0] * 4, exact_match=share, row_matches=tuple(i < 4 * share for i in range(4)))]
+        pair = {("tracin", "5%"): own, ("uniform", "5%"): runs["uniform", "5%"]}
+        (found,) = compare_pairs(pair, CONTENDERS, budget="5%", metric="exact-match", content_of=np.arange(4))
+        assert (found.gain, found.over_rows.difference) == (gain, gain), "a gain is in favour of the method"
+
+
+def test_the_loss_by_task_is_the_mean_over_the_tasks_own_rows() -> None:
+    runs = {("tracin", "5%"): [made_run("tracin", 0, [1.0, 2.0, 6.0]), made_run("tracin", 1, [3.0, 4.0, 8.0])]}
+    by_name = {"tracin": contender("tracin", "selected")}
+    (standing,) = standings_of(runs, by_name, {}, metric="loss", task_of=["b", "b", "a"])
+    assert standing.by_task == {"b": 2.5, "a": 7.0}

@@ -25,6 +25,7 @@ from fake_task import random_tokens
 from score_task import file_bytes
 from tamis.errors import InvalidInput, InvalidSettings, NonFinite, StoreCorrupted, StoreMismatch, Unsupported
 from tamis.model.loss import per_sample_losses
+from tamis.seeds import child_seed, random_permutation
 from tamis.training import loop
 from tamis.training.checkpoints import complete_checkpoints, read_moments
 from tamis.training.loop import Spent, TrainSettings, fine_tune, learning_rate_at, num_steps, rows_of_step, run_identity
@@ -447,3 +448,32 @@ def test_lora_on_a_half_precision_base_trains() -> None:
 def test_settings_that_cannot_be_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(InvalidSettings, match=message):
         TrainSettings(**settings)
+
+
+@given(
+    count=st.integers(1, 20), update_rows=st.integers(1, 7), seed=st.integers(0, 3), steps=st.permutations(range(12))
+)
+def test_rows_of_an_update_are_those_of_the_epochs_permutation_drawn_anew(
+    count: int, update_rows: int, seed: int, steps: list[int]
+) -> None:
+    """Asked for in any order, and of several seeds in between, so that whatever is kept is not another's."""
+    settings, rows = TrainSettings(steps=1, batch_rows=update_rows), 100 + np.arange(count)[::-1]
+    per_epoch = -(-count // update_rows)
+    for step in steps:
+        for own in (seed, seed + 1, seed + 2):
+            epoch, place = divmod(step, per_epoch)
+            order = random_permutation(child_seed(own, "row order", epoch), count)
+            wanted = rows[order][place * update_rows : (place + 1) * update_rows]
+            assert rows_of_step(settings, step, rows, seed=own).tolist() == wanted.tolist()
+
+
+def test_rows_of_an_update_can_be_changed_without_changing_the_next_callers() -> None:
+    settings, rows = TrainSettings(steps=1, batch_rows=8), np.arange(8)
+    first = rows_of_step(settings, 0, rows, seed=5)
+    before = first.tolist()
+    first[:] = -1
+    rows_of_step(settings, 0, np.arange(8) * 3, seed=5).sort()
+    assert rows_of_step(settings, 0, rows, seed=5).tolist() == before != sorted(before)
+    kept = loop._order_of_epoch(5, 0, 8)
+    with pytest.raises(ValueError, match="read-only"):
+        kept[0] = 0

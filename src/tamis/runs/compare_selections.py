@@ -132,12 +132,13 @@ class PoolTable:
 
     def same_sources(self, rows: IntArray, *, seed: int) -> IntArray:
         """A blind draw with as many rows of each source as ``rows`` have; ascending."""
-        candidates = self.usable.copy()
-        if self.first_of is not None:
-            candidates &= self.first_of == np.arange(len(self.first_of))
-        drawn = []
+        first_of = np.arange(len(self.usable)) if self.first_of is None else self.first_of
+        candidates, drawn = self.usable.copy(), []
         for source in sorted(set(self.source[rows]), key=str):
             own = np.flatnonzero(candidates & (self.source == source))
+            _, places = np.unique(first_of[own], return_index=True)  # one of all copies that the source has
+            own = own[np.sort(places)]
             wanted = min(int((self.source[rows] == source).sum()), len(own))
             drawn.append(own[random_subset(child_seed(seed, "same sources", str(source)), len(own), wanted)])
+            candidates &= ~np.isin(first_of, first_of[drawn[-1]])  # other sources may have copies of these
         return np.sort(np.concatenate(drawn)).astype(np.int64)

@@ -65,7 +65,8 @@ def planted_rows(
         )
     background, left_out = _background(settings, sources, given)
     if left_out:
-        warnings.append(f"{left_out} rows of the pool have no turns or no answer and are not in the background.")
+        said = counted(left_out, "row")
+        warnings.append(f"Not in the background, for want of turns or of an answer: {said} of the pool.")
     if not settings.relevant_sources:
         warnings.append(
             "Rows of your pool that are of the target's kind count as background, so precision may be too low; name "
