@@ -65,8 +65,8 @@ def planted_rows(
         )
     background, left_out = _background(settings, sources, given)
     if left_out:
-        said = counted(left_out, "row")
-        warnings.append(f"Not in the background, for want of turns or of an answer: {said} of the pool.")
+        those = counted(left_out, "row")
+        warnings.append(f"Not in the background, for want of turns or of an answer: {those} of the pool.")
     if not settings.relevant_sources:
         warnings.append(
             "Rows of your pool that are of the target's kind count as background, so precision may be too low; name "
