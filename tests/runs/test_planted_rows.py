@@ -95,7 +95,7 @@ def test_background_has_no_row_of_the_target_and_none_that_is_planted(tmp_path: 
     pool, _, warnings = planted_rows(settings(), read, given(tmp_path, extra) if by_file else None)
     behind = texts(pool, "background") | texts(pool, "background, wrong answer")
     assert behind == prompts(talk(12))
-    assert not any(said.startswith("Not in the background") for said in warnings), "leaks are no rows that cannot be used"
+    assert not any(said.startswith("Not in the background") for said in warnings), "leaks could be used"
 
 
 def test_rows_without_turns_or_answer_are_no_background_and_counted_apart_from_leaks(tmp_path: Path) -> None:
