@@ -89,10 +89,13 @@ def test_a_direction_of_low_rank_is_the_direction_with_its_matrices_cut(
     moments = read_adam(optimizer, {name: param for matrix in matrices for name, param in matrix.params})
     names = [name for name, _ in model.named_parameters()]
     grads, goal = autograd_rows(model, CANDIDATES, names), target_mean(model, names)
+    tokens = CANDIDATES.supervised[:, 1:].sum(dim=1).double()
+    sizes = tokens if reduction == "tokens" else torch.ones(6).double()
+    shares = sizes / sizes.sum()  # of each row in the gradient of the update that everybody's mean makes
     if form == "adam":
         goal = {name: moments[name].diagonal() * grad for name, grad in goal.items()}
     elif form == "jacobian":
-        mean = {name: grad.mean(dim=0) for name, grad in grads.items()}
+        mean = {name: torch.tensordot(shares, grad, dims=1) for name, grad in grads.items()}
         goal = {name: _jacobian(moments[name], mean[name]) * grad for name, grad in goal.items()}
     cuts = 0
     for matrix in matrices:
@@ -100,8 +103,7 @@ def test_a_direction_of_low_rank_is_the_direction_with_its_matrices_cut(
             cuts += 1
             goal |= matrix.split(cut_to_rank(matrix.joined(goal), 2, seed=0).whole())
     assert 0 < cuts < len(matrices)  # norms, and biases, stay whole
-    tokens = CANDIDATES.supervised[:, 1:].sum(dim=1).double()
-    expected = dot(grads, goal) * (tokens / tokens.mean() if reduction == "tokens" else 1)
+    expected = dot(grads, goal) * 6 * shares
     np.testing.assert_allclose(found.alignments, expected, rtol=2e-5, atol=2e-5 * float(expected.abs().max()))
     assert not np.allclose(found.alignments, whole.alignments, rtol=1e-3)
 
