@@ -128,14 +128,15 @@ class Capture:
         """A forward hook for a module whose gradient is found by running it again on its one input.
 
         Raises (when the model runs):
-            Unsupported: the module is given more than one input, which would be missing when it runs again.
+            Unsupported: the module takes more than one input, which would be missing when it runs again, or gives more
+                than one output.
         """
         tap = self.tap(layer)
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
             if len(args) != 1 or kwargs or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
                 raise Unsupported(
-                    f"'{layer.name}' ({type(module).__name__}) trains parameters of its own and is called with more "
+                    f"'{layer.name}' ({type(module).__name__}) trains parameters of its own and takes or gives more "
                     "than one tensor, so their per-sample gradient cannot be captured; freeze them"
                 )
             return tap(module, args, output)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tamis.errors import InvalidSettings, Unsupported
+from tamis.model.linear import is_linear
 from tamis.model.lowrank import LowRankLinear
 from tamis.types import LayerSpec
 
@@ -209,14 +210,9 @@ def _spec(name: str, module: nn.Module) -> LayerSpec | None:
             has_bias=bias is not None and bias.requires_grad,
             kind="linear",
         )
-    if isinstance(module, nn.Linear):
-        out_features, in_features = module.weight.shape
-    elif isinstance(module, Conv1D):
-        in_features, out_features = module.weight.shape
-    else:
+    if not isinstance(module, (nn.Linear, Conv1D)) or not module.weight.requires_grad or not is_linear(module):
         return None
-    if not module.weight.requires_grad:
-        return None
+    out_features, in_features = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
     return LayerSpec(
         name=name,
         out_features=out_features,
@@ -227,7 +223,7 @@ def _spec(name: str, module: nn.Module) -> LayerSpec | None:
 
 
 def _head_spec(model: nn.Module, name: str, head: nn.Module) -> LayerSpec:
-    if not isinstance(head, nn.Linear):
+    if not isinstance(head, nn.Linear) or not is_linear(head):
         raise Unsupported(f"LM head '{name}' is a {type(head).__name__}, not a linear layer; leave the head out")
     if not head.weight.requires_grad:
         raise InvalidSettings(f"the LM head '{name}' is frozen (by the adapter), so it has no gradient to include")

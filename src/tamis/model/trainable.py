@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tamis.errors import Unsupported
+from tamis.model.linear import is_linear
 from tamis.model.targets import check_adapter, is_routed, output_embeddings
 from tamis.types import LayerSpec
 
@@ -53,7 +54,7 @@ def own_trainable(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _spec(name: str, module: nn.Module, own: dict[str, nn.Parameter], *, is_head: bool) -> LayerSpec:
-    if isinstance(module, (nn.Linear, Conv1D)) and "weight" in own:
+    if isinstance(module, (nn.Linear, Conv1D)) and "weight" in own and is_linear(module):
         rows, columns = module.weight.shape
         if isinstance(module, Conv1D):
             rows, columns = columns, rows

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tamis.errors import InvalidInput, InvalidSettings
+from tamis.disk import disk_errors
+from tamis.errors import InvalidInput, InvalidSettings, first_line
 from tamis.online.methods.choice import Method
 from tamis.online.settings import StepSettings
 
@@ -42,10 +43,16 @@ def selection_settings(method: Method, settings: StepSettings, **others: int) ->
 def save_selection(
     folder: Path, state: Mapping[str, Tensor], target_seen: npt.NDArray[np.bool_], *, settings: Mapping[str, Any]
 ) -> None:
-    """Write what the step remembers, which target rows choices have looked at, and by which settings."""
+    """Write what the step remembers, which target rows choices have looked at, and by which settings.
+
+    Raises:
+        InvalidInput: the file cannot be written.
+    """
     tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
     tensors[_TARGET_SEEN] = torch.from_numpy(target_seen)
-    save_file(tensors, folder / _FILE, metadata={_SETTINGS: json.dumps(settings)})
+    path = folder / _FILE
+    with disk_errors(path):
+        save_file(tensors, path, metadata={_SETTINGS: json.dumps(settings)})
 
 
 def load_selection(
@@ -54,7 +61,8 @@ def load_selection(
     """The inverse of ``save_selection``.
 
     Raises:
-        InvalidInput: the checkpoint has none, is of another version, or of a run with other target rows.
+        InvalidInput: the checkpoint has none, or a damaged one, is of another version, or of a run with other target
+            rows.
         InvalidSettings: it is of a run with other ``settings``.
     """
     path = folder / _FILE
@@ -63,8 +71,14 @@ def load_selection(
             f"{folder} has no {_FILE}, so it is no checkpoint of an online run; resume from one that has it, or start "
             "anew from its weights"
         )
-    _check_settings(path, settings)
-    state = load_file(path)
+    try:
+        with disk_errors(path, doing="read"):
+            _check_settings(path, settings)
+            state = load_file(path)
+    except SafetensorError as error:
+        raise InvalidInput(
+            f"{path} is damaged ({first_line(error)}); resume from another checkpoint of the run"
+        ) from error
     if _TARGET_SEEN not in state:
         raise InvalidInput(
             f"{path} does not say which target rows were looked at: an earlier version of tamis wrote it, and a run "
