@@ -163,7 +163,7 @@ def whole_gradients(model_name: str, pool: str, *, rows: int, dtype: str) -> lis
     renderer = Renderer(load_tokenizer(ModelSettings(name=model_name)), max_length=256)
     settings = ModelSettings(name=model_name, dtype=dtype, device="cpu", attention="eager")
     examples = []
-    for example in read_examples([pool], kind="pool"):
+    for example in read_examples([pool]):
         row = renderer.render(example)
         if row.num_supervised and not row.truncated:
             examples.append(row)

@@ -144,7 +144,7 @@ class Data:
                 own = own[: TARGET_ROWS + HELD_OUT_ROWS]
                 self._pool = [e for e in self._pool if not any(e is taken for taken in own)]
             else:
-                own = list(read_examples([where], kind="target"))
+                own = list(read_examples([where]))
             self._targets[name] = self._render(own)
             if len(self._targets[name]) < 16:
                 raise SystemExit(f"target {name}: {len(self._targets[name])} usable rows; at least 16 are needed")

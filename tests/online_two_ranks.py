@@ -29,7 +29,7 @@ def main(folder: Path, name: str, micro: int) -> None:
     model = tiny_model("gpt2", tied=True)
     settings = StepSettings(
         reduction="tokens",
-        interactions="sketch" if name == "sketched" else "exact",
+        gram="sketch" if name == "sketched" else "exact",
         sketch_dim=8,
         target_rank=2 if name == "sketched" else None,
         candidates=CANDIDATES.get(name, "exact"),

@@ -119,8 +119,7 @@ def _corpus(folder: Path, name: str, pairs: Sequence[tuple[str, str]], renderer:
         for i, (prompt, completion) in enumerate(pairs)
     ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    kind = "pool" if name == "pool" else "target"
-    examples = read_examples([str(path)], kind=kind)  # type: ignore[arg-type]
+    examples = read_examples([str(path)])
     return tokenize(name, examples, renderer, root=store, on_bad_row="fail", progress=NoProgress())
 
 

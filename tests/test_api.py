@@ -62,3 +62,31 @@ def test_a_target_name_that_would_be_taken_for_a_path_is_refused(name: str, tiny
         tamis.doctor(model=tiny.model, pool=tiny.pool, target={name: tiny.target})
     with pytest.raises(InvalidInput, match="the name in NAME=PATH has no slash and no wildcard"):
         tamis.doctor(model=tiny.model, pool=tiny.pool, target=f"a/b={tiny.target}")
+
+
+def test_methods_of_the_other_verb_are_sent_there_before_anything_is_read(tiny: TinyRun, tmp_path: Path) -> None:
+    """Both have a TracIn, a Less and a Uniform."""
+    given: dict[str, Any] = {"model": tiny.model, "pool": tiny.pool, "target": tiny.target, "out": tmp_path / "out"}
+    with pytest.raises(InvalidSettings, match=r"baselines.TracIn chooses while training, with tamis.train; expected"):
+        tamis.select(method=tamis.online.TracIn(), **given)
+    with pytest.raises(InvalidSettings, match=r"TracIn scores a pool, with tamis.select; expected one such as tamis"):
+        tamis.train(method=tamis.methods.TracIn(), steps=1, **given)
+    with pytest.raises(InvalidSettings, match=r"expected a name or a method object such as .*, got type"):
+        tamis.select(method=tamis.methods.TracIn, **given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_path_is_no_path_called_none(tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    given: dict[str, Any] = {"pool": tiny.pool, "target": tiny.target}
+    with pytest.raises(InvalidSettings, match="out: expected a text or a path, got NoneType"):
+        tamis.select(model=tiny.model, out=None, **given)
+    with pytest.raises(InvalidSettings, match="model: expected a text or a path, got NoneType"):
+        tamis.select(model=None, **given)
+    with pytest.raises(InvalidSettings, match="run: expected a text or a path, got NoneType"):
+        tamis.attribute(run=None, target=tiny.target)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_are_found_without_importing_them_by_name() -> None:
+    assert issubclass(tamis.errors.InvalidInput, tamis.TamisError)

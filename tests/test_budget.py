@@ -55,6 +55,8 @@ def test_budget_is_read_as_written(written, kind, value):
         ("2.5-rows", "not a whole number of rows"),
         ("1.0001k", "not a whole number of rows"),
         (True, "is not a number"),
+        (None, "budget: expected a number or a text, got None"),
+        ([1], "budget: expected a number or a text, got [1]"),
         ("", "cannot read the budget ''"),
         ("five", "cannot read the budget 'five'"),
         ("-5%", "cannot read the budget '-5%'"),

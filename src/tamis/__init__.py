@@ -37,6 +37,7 @@ __all__ = [
     "compare",
     "doctor",
     "embeddings",
+    "errors",
     "methods",
     "online",
     "plan",
@@ -47,7 +48,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from tamis import embeddings, methods, online
+    from tamis import embeddings, errors, methods, online
     from tamis.api import (
         Attribution,
         CompareResult,
@@ -116,7 +117,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("embeddings", "methods", "online"):
+    if name in ("embeddings", "errors", "methods", "online"):
         return importlib.import_module(f"tamis.{name}")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)

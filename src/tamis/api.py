@@ -12,6 +12,7 @@ from tamis.arguments import (
     as_module,
     check_method,
     data_values,
+    path_of,
     paths_of,
     plain_settings,
     refuse_out,
@@ -107,7 +108,7 @@ def select(
         Unsupported: the model has no layers that tamis can take gradients of.
     """
     held: dict[str, Rows] = {}
-    check_method(method, "tamis.methods.Less()")
+    check_method(method, "tamis.methods.Less()", does="score")
     name = method if isinstance(method, str) else method.name
     chosen: dict[str, Any] = {} if isinstance(method, str) else plain_settings(method)
     for name_of_setting in ("set", "projection", "projection_dim"):
@@ -117,7 +118,7 @@ def select(
         **data_values(model, pool, target, settings, held),
         "method": name,
         "budget": budget,
-        "out": str(out),
+        "out": path_of(out, "out"),
         **({"set": chosen} if chosen else {}),
     }
     return select_from_settings(
@@ -231,7 +232,7 @@ def train(
         Unsupported: the model has parameters whose gradients cannot be told apart by rows.
     """
     held: dict[str, Rows] = {}
-    check_method(method, "tamis.online.FilterThenWeight()")
+    check_method(method, "tamis.online.FilterThenWeight()", does="choose")
     chosen: dict[str, Any] = {"method": method}
     if not isinstance(method, str):
         for name in ("set", "keep", "oversample"):
@@ -243,7 +244,7 @@ def train(
         **data_values(model, pool, target, settings, held),
         "eval": targets_of(eval, "eval", held),
         "steps": steps,
-        "out": str(out),
+        "out": path_of(out, "out"),
         **chosen,
     }
     return train_from_settings(
@@ -304,7 +305,7 @@ def compare(
         "methods": [methods] if isinstance(methods, str) else list(methods),
         "budget": budget,
         "seeds": seeds,
-        "out": str(out),
+        "out": path_of(out, "out"),
     }
     return compare_from_settings(
         from_dict(CompareSettings, values, origin="tamis.compare"), progress=progress, held=held
@@ -344,7 +345,7 @@ def proxy(
         Unsupported: no layer of the model can be compressed, or its proxy could not be loaded again.
     """
     held: dict[str, Rows] = {}
-    values = {**data_values(model, pool, target, settings, held), "sparsity": sparsity, "out": str(out)}
+    values = {**data_values(model, pool, target, settings, held), "sparsity": sparsity, "out": path_of(out, "out")}
     return proxy_from_settings(from_dict(ProxySettings, values, origin="tamis.proxy"), progress=progress, held=held)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -19,6 +19,7 @@ __all__ = [
     "as_module",
     "check_method",
     "data_values",
+    "path_of",
     "paths_of",
     "plain",
     "plain_settings",
@@ -33,7 +34,7 @@ Values = dict[str, Any]
 def data_values(model: Any, pool: Any, target: Any, settings: Mapping[str, Any], held: dict[str, Rows]) -> Values:
     """Of a verb that reads a pool and a target."""
     return {
-        "model": str(model),
+        "model": path_of(model, "model"),
         "pool": paths_of(pool, "pool", held),
         "target": targets_of(target, "target", held),
         **plain(settings),
@@ -45,12 +46,23 @@ def trace_values(
 ) -> Values:
     """Of a verb that reads a recorded run; a model that is an object is no setting."""
     return {
-        "run": str(run),
+        "run": path_of(run, "run"),
         "target": targets_of(target, "target", held),
-        "out": str(out),
+        "out": path_of(out, "out"),
         **({"model": str(model)} if isinstance(model, str | Path) else {}),
         **plain(settings),
     }
+
+
+def path_of(value: Any, name: str) -> str:
+    """The name or path as text.
+
+    Raises:
+        InvalidSettings: it is neither: None, say, would be a folder of that name.
+    """
+    if not isinstance(value, (str, Path)):
+        raise InvalidSettings(f"{name}: expected a text or a path, got {type(value).__name__}")
+    return str(value)
 
 
 def plain(settings: Mapping[str, Any]) -> Values:
@@ -63,15 +75,22 @@ def as_module(model: Any) -> nn.Module | None:
     return None if model is None or isinstance(model, str | Path) else model
 
 
-def check_method(method: Any, example: str) -> None:
-    """Refuse a method that is neither a name nor an object.
+def check_method(method: Any, example: str, *, does: Literal["score", "choose"]) -> None:
+    """Refuse a method that is neither a name nor an object that ``does`` what the verb needs.
 
     Raises:
-        InvalidSettings: it is, say, a class.
+        InvalidSettings: it is, say, a class, or of the other verb: both have a ``TracIn``.
     """
-    if not isinstance(method, str) and (isinstance(method, type) or not dataclasses.is_dataclass(method)):
+    if isinstance(method, str):
+        return
+    if isinstance(method, type) or not dataclasses.is_dataclass(method):
         raise InvalidSettings(
             f"method: expected a name or a method object such as {example}, got {type(method).__name__}"
+        )
+    if not hasattr(method, does):
+        other = "chooses while training, with tamis.train" if does == "score" else "scores a pool, with tamis.select"
+        raise InvalidSettings(
+            f"method: {type(method).__module__}.{type(method).__name__} {other}; expected one such as {example}"
         )
 
 

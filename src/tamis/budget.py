@@ -45,6 +45,8 @@ def parse_budget(written: str | int | float | Budget) -> Budget:
         return _checked(Budget(kind="rows", value=float(int(written))), str(written))
     if isinstance(written, (float, np.floating)):
         return _checked(Budget(kind="share", value=float(written)), repr(float(written)))
+    if not isinstance(written, str):  # what YAML makes of an empty value, or of a list
+        raise InvalidSettings(f"budget: expected a number or a text, got {written!r}; {_FORMS}")
     return _checked(_read(written), written)
 
 

@@ -120,8 +120,8 @@ def read_sources(settings: SelectSettings | TrainRunSettings, held: Mapping[str,
     """
     targets = [target_parts(text) for text in settings.target]
     how: dict[str, Any] = {"row_format": settings.row_format, "on_bad_row": settings.on_bad_row, "held": held}
-    pool = read_examples(settings.pool, kind="pool", **how)
-    target = read_examples([path for _, path in targets], kind="target", **how)
+    pool = read_examples(settings.pool, **how)
+    target = read_examples([path for _, path in targets], **how)
     group = np.array(target.named_by, dtype=np.int64)[target.file_index]
     return Sources(pool=pool, target=target, target_names=tuple(name for name, _ in targets), target_group=group)
 

@@ -17,6 +17,7 @@ import tamis
 from tamis.cli.compare import compare
 from tamis.cli.main import run
 from tamis.config import config_text, read_config
+from tamis.errors import InvalidSettings
 from tamis.settings.compare import CompareSettings, MethodText, method_parts
 from tamis.values import from_dict
 
@@ -113,7 +114,8 @@ def test_methods_are_taken_apart(text: str, parts: MethodText) -> None:
         (["--metric", "bleu"], "expected one of loss, exact-match"),
         (["--answer-pattern", "x"], "add --metric exact-match"),
         (["--metric", "exact-match", "--answer-pattern", "("], "answer_pattern='('"),
-        (["--eval", "a=x.jsonl", "a=y.jsonl"], "two are called 'a'"),
+        (["--eval", "b=x.jsonl", "b=y.jsonl", "a=z.jsonl"], "eval: two are called 'b'; name them: --eval NAME=PATH"),
+        (["--methods", "a=online:less", "--set", "a.keep=3"], "write --update-rows 3"),
         (["--subsets", "2"], "at least 3"),
         (["--subset-share", "1"], "above 0 and below 1"),
         (["--relevant", "r.jsonl"], "belong to --planted"),
@@ -130,6 +132,20 @@ def test_wrong_settings_end_in_one_line_and_code_2(
     error = capsys.readouterr().err
     assert said in " ".join(error.split()) and "Traceback" not in error and error.count("\n") == 1
     assert seen == []
+
+
+def test_a_check_by_planted_rows_names_the_settings_that_only_runs_read() -> None:
+    given: dict[str, Any] = {"model": "m", "pool": ("p",), "target": ("t",), "planted": True}
+    assert CompareSettings(**given).of_runs == ()
+    of_both = CompareSettings(**given, planted_rows=20, max_length=64, seeds=3, eval=("e",), lora_targets=("q_proj",))
+    assert of_both.of_runs == ("eval", "seeds", "lora_targets")
+
+
+def test_budgets_of_a_file_are_a_list() -> None:
+    given: dict[str, Any] = {"model": "m", "pool": ("p",), "target": ("t",)}
+    assert CompareSettings(**given, budgets=0.1).budgets == ("10%",)
+    with pytest.raises(InvalidSettings, match="budgets: expected a list of budgets, got null"):
+        CompareSettings(**given, budgets=None)
 
 
 def test_settings_survive_their_file(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def _needs(preset: str) -> dict[str, str]:
     ("changes", "said"),
     [
         ({"pool": ()}, "pool: expected at least one file"),
-        ({"target": ("a/x.jsonl", "b/x.jsonl")}, "two targets are called 'x'"),
+        ({"target": ("a/x.jsonl", "b/x.jsonl")}, "target: two are called 'x'"),
         ({"keep": 0.0}, "keep=0.0: expected a rank correlation"),
         ({"damping_input": -1.0}, "damping_input=-1.0: expected at least 0"),
         ({"temperature": 0.0}, "temperature=0.0: expected a number above zero"),

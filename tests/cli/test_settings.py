@@ -46,7 +46,7 @@ def test_the_listed_methods_and_projections_are_those_that_exist() -> None:
         ("model", " ", "model=' ': expected a text that is not empty"),
         ("pool", (), "pool: expected at least one file"),
         ("target", ("=x",), "target='=x': expected a path or NAME=PATH"),
-        ("target", ("a/t.jsonl", "b/t.jsonl"), "two targets are called 't'"),
+        ("target", ("a/t.jsonl", "b/t.jsonl"), "target: two are called 't'"),
         ("method", "tracn", "unknown method 'tracn', did you mean 'tracin'? (methods: uniform"),
         ("set", {"two words": 1}, "'two words' is not the name of a method setting"),
         ("set", {"a": {"b": 1}}, "set.a={'b': 1}: expected a text"),
@@ -104,7 +104,7 @@ def test_a_wrong_value_is_refused_by_name(setting: str, value: Any, message: str
         ({"held_out": 0.0, "eval_steps": 5}, "eval_steps: no row measures; pass --eval, or --held-out"),
         ({"patience": 2}, "patience: counts measurements, and none is made on the way; pass --eval-steps"),
         ({"patience": 2, "eval_steps": 5, "save_steps": 10}, "but save_steps=10 and eval_steps=5"),
-        ({"eval": ("a/e.jsonl", "b/e.jsonl")}, "two targets are called 'e'"),
+        ({"eval": ("a/e.jsonl", "b/e.jsonl")}, "eval: two are called 'e'; name them: --eval NAME=PATH"),
         ({"learning_rate": 0}, "learning_rate=0.0: expected a number above zero"),
         ({"warmup_share": 1}, "warmup_share=1.0: expected at least 0 and below 1"),
         ({"beta2": 1.0}, "beta2=1.0: expected at least 0 and below 1"),
@@ -211,6 +211,10 @@ def test_plan_settings_name_the_method_they_are_for() -> None:
         PlanSettings(**REQUIRED, set={"lss.lora_rank": 4})
     with pytest.raises(InvalidSettings, match=r"utilisation=1\.5"):
         PlanSettings(**REQUIRED, utilisation=1.5)
+    with pytest.raises(InvalidSettings, match="utilisation: is assumed where nothing is measured; leave it or"):
+        PlanSettings(**REQUIRED, measure=True, utilisation=0.5)
+    with pytest.raises(InvalidSettings, match="assume_device: is assumed where nothing is measured"):
+        PlanSettings(**REQUIRED, measure=True, assume_device="a100")
 
 
 def test_nearest_is_silent_when_nothing_is_near() -> None:

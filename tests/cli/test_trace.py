@@ -89,6 +89,10 @@ def test_results_are_printed_or_given_as_json(seen: list[Any], capsys: pytest.Ca
 def test_contradictions_are_answered_at_once(seen: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["attribute", *ARGUMENTS, "--method", "adam-influence"]) == 2
     assert "did you mean" in capsys.readouterr().err.lower()
+    assert run(["attribute", *ARGUMENTS, "--error", "proxy", "--error-samples", "9"]) == 2
+    assert "error_samples: counts what --error exact computes" in capsys.readouterr().err
+    assert run(["attribute", *ARGUMENTS, "--store", "s"]) == 2
+    assert "store: keeps embeddings of --form matrix" in capsys.readouterr().err
     assert run(["verify", *ARGUMENTS, "--samples", "1"]) == 2
     assert "samples=1: expected at least 3" in capsys.readouterr().err
     assert seen == []

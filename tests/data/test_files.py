@@ -18,7 +18,7 @@ from tamis.errors import InvalidInput
 
 
 def open_one(path, **options):
-    opened, _ = open_files([str(path)], kind="pool")
+    opened, _ = open_files([str(path)])
     return opened[0]
 
 
@@ -98,14 +98,14 @@ def test_a_json_file_of_lines_is_read_as_lines(tmp_path):
 
 def test_missing_paths_folders_and_patterns_say_what_to_do(tmp_path):
     (tmp_path / "folder").mkdir()
-    with pytest.raises(InvalidInput, match=r"pool .*/none.jsonl does not exist; check the path"):
+    with pytest.raises(InvalidInput, match=r"^.*/none.jsonl does not exist; check the path"):
         open_one(tmp_path / "none.jsonl")
     with pytest.raises(InvalidInput, match=r"folder is a folder; name its files, for example '.*/folder/\*.jsonl'"):
         open_one(tmp_path / "folder")
     with pytest.raises(InvalidInput, match=r"\*.jsonl matches no file; check the pattern"):
         open_one(tmp_path / "*.jsonl")
-    with pytest.raises(InvalidInput, match="the target names no file; give at least one path, glob or hub id"):
-        open_files([], kind="target")
+    with pytest.raises(InvalidInput, match="no file is named; give at least one path, glob or hub id"):
+        open_files([])
 
 
 def test_patterns_cross_folders_in_sorted_order_and_keep_who_named_them(tmp_path, monkeypatch):
@@ -113,11 +113,11 @@ def test_patterns_cross_folders_in_sorted_order_and_keep_who_named_them(tmp_path
     for name in ("b.jsonl", "a.jsonl", "deep/er/c.jsonl", "literal[1].jsonl"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text('{"a": 1}\n')
-    opened, named_by = open_files(["literal[1].jsonl", "[ab].jsonl", "deep/**/*.jsonl"], kind="pool")
+    opened, named_by = open_files(["literal[1].jsonl", "[ab].jsonl", "deep/**/*.jsonl"])
     assert [file.name for file in opened] == ["literal[1].jsonl", "a.jsonl", "b.jsonl", "deep/er/c.jsonl"]
     assert named_by == [0, 1, 1, 2]
-    with pytest.raises(InvalidInput, match=r"pool \*.jsonl: the file a.jsonl was already named by a.jsonl"):
-        open_files(["a.jsonl", "*.jsonl"], kind="pool")
+    with pytest.raises(InvalidInput, match=r"^\*.jsonl: the file a.jsonl was already named by a.jsonl"):
+        open_files(["a.jsonl", "*.jsonl"])
 
 
 def test_hub_ids_pass_config_and_split_on(monkeypatch):

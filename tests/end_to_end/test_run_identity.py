@@ -170,7 +170,7 @@ def test_moments_may_move_but_not_change(run: TinyRun, tmp_path: Path) -> None:
 
 
 def test_embeddings_from_elsewhere_may_move_but_not_change(run: TinyRun, tmp_path: Path) -> None:
-    ids = [*read_examples([str(run.pool)], kind="pool").ids, *read_examples([str(run.target)], kind="target").ids]
+    ids = [*read_examples([str(run.pool)]).ids, *read_examples([str(run.target)]).ids]
     values = torch.randn(len(ids), 4, generator=torch.Generator().manual_seed(0)).numpy()
     save_embeddings(tmp_path / "here", ids, values)
 

@@ -164,6 +164,11 @@ def test_missing_folder_is_named(tmp_path: Path) -> None:
         load_model(settings(tmp_path / "nowhere"))
 
 
+def test_a_revision_of_what_lies_on_this_disk_is_refused(folder: Path) -> None:
+    with pytest.raises(InvalidSettings, match=r"revision='main': model '.*' is on this disk, and only the hub has rev"):
+        load_tokenizer(ModelSettings(name=str(folder), revision="main"))
+
+
 def test_hub_id_that_cannot_be_reached_is_refused_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
 

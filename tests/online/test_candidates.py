@@ -219,28 +219,34 @@ def test_a_window_survives_a_checkpoint() -> None:
     assert torch.equal(again.work(), step.work())
 
 
+@pytest.mark.parametrize("reduction", ["rows", "tokens"])
 @pytest.mark.parametrize(
     "method",
     [TracIn(keep=2, oversample=3), Greats(keep=2, oversample=3), FilterThenWeight(keep=2, oversample=3, **RAW)],
     ids=["tracin", "greats", "filter-then-weight"],
 )
-def test_a_proxys_own_gradients_choose_and_weight(method: Any) -> None:
+def test_a_proxys_own_gradients_choose_and_weight(method: Any, reduction: Any) -> None:
+    """By tokens, what a row adds to the update is its share of them, of the proxy's gradient and of the model's."""
     model, proxy = tiny_model("gpt2", lora=True), tiny_model("gpt2", seed=1, blocks=1)
     optimizer = optimizer_of(model)
     names = trainable(proxy)
     grads, goal = autograd_rows(proxy, CANDIDATES, names), target_mean(proxy, names)
-    flat = torch.cat([grads[n].flatten(1) for n in names], dim=1)
-    seen = Evidence(alignments=dot(grads, goal).numpy(), interactions=(flat @ flat.T).numpy(), learning_rate=1e-2)
+    tokens = CANDIDATES.supervised[:, 1:].sum(dim=1).double()
+    size = tokens if reduction == "tokens" else torch.ones(6).double()
+    flat = torch.cat([grads[n].flatten(1) for n in names], dim=1) * (size / size.mean())[:, None]
+    b = dot(grads, goal) * size / size.mean()
+    seen = Evidence(alignments=b.numpy(), interactions=(flat @ flat.T).numpy(), learning_rate=1e-2)
     expected = method.choose(seen)
-    step = OnlineStep(model, method, StepSettings(candidates="proxy"), proxy=proxy)
+    step = OnlineStep(model, method, StepSettings(candidates="proxy", reduction=reduction), proxy=proxy)
     with calls_of(model) as calls, calls_of(proxy) as proxy_calls:
         found = step.propose([CANDIDATES], [TARGET], optimizer)
     assert (calls, proxy_calls) == ([2], [3, 6])
+    np.testing.assert_allclose(found.alignments, b.numpy(), rtol=1e-9)
     assert found.choice.rows.tolist() == expected.rows.tolist()
     np.testing.assert_allclose(found.choice.weights, expected.weights, rtol=1e-8)
     own = autograd_rows(model, CANDIDATES, trainable(model))
     for name, grad in found.gradient.items():
-        total = sum(w * own[name][r] for r, w in zip(found.choice.rows, found.choice.weights, strict=True))
+        total = sum(w * size[r] * own[name][r] for r, w in zip(expected.rows, expected.weights, strict=True))
         torch.testing.assert_close(grad, total, rtol=1e-7, atol=1e-10)
     assert np.isfinite(found.losses).nonzero()[0].tolist() == sorted(expected.rows.tolist())
     assert all(param.grad is None for param in proxy.parameters())

@@ -92,6 +92,41 @@ def test_every_candidate_has_the_mean_of_the_scored_rows_of_its_source(method: A
     assert step.looks([CANDIDATES], cold=False)
 
 
+def test_who_is_scored_and_who_is_drawn_follow_the_seed() -> None:
+    """One row of each source is scored, which the source's mean gives away by autograd, and two rows are drawn evenly.
+
+    Another choice of the same rows by the same weights differs by its seed alone: in time all rows are scored, and
+    drawn, where sources were scored and where they were not.
+    """
+    model = tiny_model("gpt2", lora=True, blocks=1)
+    optimizer, count = optimizer_of(model), 24
+    b = alignments_of(model, optimizer, list(range(6)), adam=False).numpy()
+    settings = StepSettings(candidates="sources:2", source_rows=1, source_memory=0, source_temperature=1e9)
+
+    def proposed(count: int) -> tuple[list[list[int]], list[list[int]]]:
+        """The row that every candidate has the score of, at every other choice, and the rows drawn at each."""
+        step = OnlineStep(model, TracIn(keep=2, oversample=3), settings, sources=SOURCES)
+        scored, drawn = [], []
+        for seed in range(2 * count):
+            found = step.propose([CANDIDATES], [TARGET], optimizer, seed=seed)
+            assert found.alignments is not None
+            same = np.isclose(found.alignments[:, None], b, rtol=1e-9, atol=0)
+            assert (same.sum(axis=1) == 1).all()
+            scored.append(same.argmax(axis=1).tolist())
+            drawn.append(found.choice.rows.tolist())
+        assert scored[0::2] == scored[1::2]  # a choice that scores nobody goes by the scores of the last
+        return scored[0::2], drawn
+
+    scored, drawn = proposed(count)
+    assert proposed(3) == (scored[:3], drawn[:6])
+    for candidate, source in enumerate(SOURCES):
+        # By chance one in 10,000 misses one of three rows.
+        assert {rows[candidate] for rows in scored} == set(np.flatnonzero(source == SOURCES))
+    for part in (drawn[0::2], drawn[1::2]):
+        assert {row for rows in part for row in rows} == set(range(6))
+        assert len({tuple(sorted(rows)) for rows in part}) > 7  # of 15
+
+
 def test_scores_in_tokens_are_of_the_tokens_that_an_update_counts() -> None:
     model = tiny_model("gpt2", lora=True)
     optimizer = optimizer_of(model)

@@ -154,6 +154,25 @@ def test_weights_multiply_the_rows_and_their_sum_divides_them() -> None:
     assert_same_params(ours, plain, 1e-12)
 
 
+@pytest.mark.parametrize("reduction", ["rows", "tokens"])
+def test_published_weights_are_used_as_they_come_over_the_rows_kept_or_their_tokens(reduction: Any) -> None:
+    """Ordinary autograd on the rows times those weights, and the real AdamW's step."""
+    ours, plain = (tiny_model("gpt2") for _ in range(2))
+    our_optimizer, plain_optimizer = optimizer_of(ours), optimizer_of(plain)
+    method = FilterThenWeight.paper(keep=3, oversample=2, alignment="raw", projection_dim=None)
+    step = OnlineStep(ours, method, StepSettings(reduction=reduction))
+    proposal = step.propose([CANDIDATES], [TARGET], our_optimizer)
+    apply(step, [proposal], our_optimizer, clip=None)
+    rows, weights = proposal.choice.rows.tolist(), torch.from_numpy(proposal.choice.weights)
+    assert len(rows) == 3 and abs(float(weights.sum()) - 3) > 0.3
+    losses = torch.stack([ordinary_loss(plain, CANDIDATES, [row], "rows") for row in rows])
+    tokens = CANDIDATES.supervised[rows, 1:].sum(dim=1)
+    size = tokens if reduction == "tokens" else torch.ones_like(tokens)
+    ((weights * size * losses).sum() / size.sum()).backward()
+    plain_optimizer.step()
+    assert_same_params(ours, plain, 1e-12)
+
+
 @pytest.mark.parametrize("passes", [1, 3])
 @pytest.mark.parametrize("interactions", ["metric", "raw", "preconditioned"])
 @pytest.mark.parametrize(
@@ -239,9 +258,9 @@ def test_row_and_column_scales_stand_for_the_metric(lora: bool, least: float) ->
     """Wide enough a sketch leaves every side whole, so that only the rank-one form of ``D`` is left of the error."""
     model = tiny_model("llama", lora=lora)
     optimizer = optimizer_of(model, steps=12)
-    exact = _gram(model, optimizer, StepSettings(interactions="exact"), interactions="metric")
-    cheap = _gram(model, optimizer, StepSettings(interactions="sketch", sketch_dim=64), interactions="metric")
-    raw = _gram(model, optimizer, StepSettings(interactions="exact"))
+    exact = _gram(model, optimizer, StepSettings(gram="exact"), interactions="metric")
+    cheap = _gram(model, optimizer, StepSettings(gram="sketch", sketch_dim=64), interactions="metric")
+    raw = _gram(model, optimizer, StepSettings(gram="exact"))
     off = ~torch.eye(6, dtype=torch.bool)
     with_cheap, with_raw = (torch.corrcoef(torch.stack([exact[off], other[off]]))[0, 1] for other in (cheap, raw))
     assert with_cheap > least > with_raw
@@ -383,9 +402,9 @@ def test_what_cannot_be_done_is_refused_with_its_reason() -> None:
         OnlineStep(model, TracIn()).propose([CANDIDATES], [], sgd)
     with pytest.raises(InvalidInput, match="process 0 has no candidate"):
         OnlineStep(model, TracIn()).propose([], [TARGET], sgd)
-    with pytest.raises(InvalidSettings, match=r"projection_dim=256.*interactions='exact'"):
-        OnlineStep(model, FilterThenWeight.paper(), StepSettings(interactions="exact"))
-    with pytest.raises(InvalidSettings, match="reduction must be 'rows' or 'tokens', got 'mean'"):
+    with pytest.raises(InvalidSettings, match=r"projection_dim=256.*gram='exact'"):
+        OnlineStep(model, FilterThenWeight.paper(), StepSettings(gram="exact"))
+    with pytest.raises(InvalidSettings, match="reduction='mean': expected one of rows, tokens"):
         StepSettings(reduction="mean")  # type: ignore[arg-type]
 
 
@@ -464,7 +483,7 @@ def test_token_counts_scale_what_methods_see_and_leave_cosines_alone() -> None:
         assert evidence.lengths.aligned == pytest.approx(evidence.gram[np.ix_(inside, inside)].sum(), rel=1e-9)
 
 
-@pytest.mark.parametrize("settings", [StepSettings(), StepSettings(interactions="sketch", sketch_dim=4)])
+@pytest.mark.parametrize("settings", [StepSettings(), StepSettings(gram="sketch", sketch_dim=4)])
 def test_a_tilt_builds_no_interactions(settings: StepSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("gpt2", tied=True)
     optimizer = optimizer_of(model)

@@ -15,7 +15,8 @@ from torch import nn
 from transformers import Trainer
 
 import tamis
-from online_runs import arguments, collate, rows_of
+from online_runs import IGNORED, arguments, collate, rows_of
+from oracles import reference_loss
 from tamis.errors import InvalidInput, InvalidSettings, Unsupported
 from tamis.maths.clip import clip_factor
 from tamis.online import Anchored, FilterThenWeight, Full, StepSettings, TargetOnly, Tilt, TracIn, Uniform
@@ -79,18 +80,72 @@ def test_keeping_all_with_weight_one_is_the_plain_trainer(
     assert_close(ours, theirs, 1e-6)
 
 
-def test_logged_loss_is_the_plain_trainers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_logged_loss_is_the_plain_trainers(tmp_path: Path, accumulation: int) -> None:
+    shared = {"gradient_accumulation_steps": accumulation}
     ours = run(
         tmp_path / "a", tiny_model("gpt2"), Full(keep=4, oversample=2),
-        step_settings=StepSettings(reduction="tokens"), gradient_accumulation_steps=2,
+        step_settings=StepSettings(reduction="tokens"), **shared,
     )  # fmt: skip
-    theirs = plainly(tmp_path / "b", tiny_model("gpt2"), per_device_train_batch_size=8, gradient_accumulation_steps=2)
+    theirs = plainly(tmp_path / "b", tiny_model("gpt2"), per_device_train_batch_size=8, **shared)
     got, expected = ([e["loss"] for e in t.state.log_history if "loss" in e] for t in (ours, theirs))
     assert len(got) == len(expected) == 6
-    # The mean of two means where the other is one mean over all tokens: equal up to the lengths' spread.
-    np.testing.assert_allclose(got, expected, rtol=0.05)
+    # Accumulated, the mean of two means where the other is one over all tokens: equal up to the lengths' spread.
+    np.testing.assert_allclose(got, expected, rtol=1e-5 if accumulation == 1 else 0.05)
     norms, others = ([e["grad_norm"] for e in t.state.log_history if "loss" in e] for t in (ours, theirs))
     np.testing.assert_allclose(norms, others, rtol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["rows", "tokens"])
+def test_accumulated_updates_are_those_of_adamw_on_the_rows_that_were_logged(tmp_path: Path, reduction: Any) -> None:
+    """Six choices an epoch in updates of four: every other one is of two. Repeated by PyTorch's, without clipping."""
+    ours, plain = (tiny_model("gpt2", lora=True) for _ in range(2))
+    constant = {"max_grad_norm": 0.0, "lr_scheduler_type": "constant", "warmup_steps": 0}
+    run(
+        tmp_path, ours, Uniform(keep=2, oversample=4), step_settings=StepSettings(reduction=reduction),
+        gradient_accumulation_steps=4, max_steps=4, **constant,
+    )  # fmt: skip
+    table = read_candidates(tmp_path / "candidates").to_pandas()
+    assert table.groupby("step")["choice"].nunique().tolist() == [4, 2, 4, 2]
+    optimizer = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    for _, update in table[table["kept"]].groupby("step"):
+        losses, sizes = [], []
+        for row in update["row"]:
+            ids, supervised = torch.tensor(POOL[row]["input_ids"]), torch.tensor(POOL[row]["labels"]) != IGNORED
+            losses.append(reference_loss(plain, ids, supervised))
+            sizes.append(int(supervised[1:].sum()) if reduction == "tokens" else 1)
+        optimizer.zero_grad()
+        (torch.stack(losses) @ torch.tensor(sizes).double() / sum(sizes)).backward()
+        optimizer.step()
+    assert_close(ours, plain, 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("selection", "settings"),
+    [
+        (Uniform(keep=6, oversample=2), StepSettings()),
+        # So hot that draws by source are even, too, and differ by what is drawn alone.
+        (TracIn(keep=6, oversample=2), StepSettings(candidates="sources:2", source_temperature=1e9)),
+    ],
+    ids=["uniform", "sources"],
+)
+def test_draws_are_the_seeds_of_the_run_and_new_at_every_choice(
+    tmp_path: Path, selection: Any, settings: StepSettings
+) -> None:
+    """Runs that are given the same candidates in the same order draw others of them with another seed alone."""
+
+    def drawn(name: str, seed: int) -> tuple[list[int], list[tuple[int, ...]]]:
+        run(
+            tmp_path / name, tiny_model("gpt2", lora=True, blocks=1), selection, step_settings=settings, seed=seed,
+            data_seed=5, max_steps=2, gradient_accumulation_steps=2, forecast_every=0,
+        )  # fmt: skip
+        table = read_candidates(tmp_path / name / "candidates").to_pandas()
+        choices = [tuple(np.flatnonzero(part["kept"])) for _, part in table.groupby("choice")]
+        return table["row"].tolist(), choices
+
+    (rows, first), again, (same, other) = drawn("first", 3), drawn("again", 3), drawn("other", 4)
+    assert again == (rows, first) and same == rows
+    assert len({*first, *other}) == len(first) + len(other) == 8  # of 924 that there are
 
 
 @pytest.mark.parametrize(

@@ -129,16 +129,30 @@ def _clipped(gradient: dict[str, Tensor], clip: float | None) -> dict[str, Tenso
 
 
 class _Broken(torch.autograd.Function):
-    """The identity, whose gradient is NaN at some rows."""
+    """The identity, whose gradient is multiplied by ``factor`` at some rows."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
-        ctx.rows = rows
+    def forward(ctx: Any, x: Tensor, rows: Tensor, factor: float) -> Tensor:
+        ctx.rows, ctx.factor = rows, factor
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad.index_fill(0, ctx.rows, float("nan")), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        scale = torch.ones_like(grad).index_fill(0, ctx.rows, ctx.factor)
+        return grad * scale, None, None
+
+
+def _break_gradient(model: nn.Module, row: int, factor: float) -> None:
+    """From now on that of a row of ``CANDIDATES``, behind the first block; its loss stays as it is."""
+    start, broken = CANDIDATES.input_ids[row, :4].clone(), dict[str, Tensor]()
+
+    def find(module: nn.Module, args: Any, kwargs: dict[str, Tensor]) -> None:
+        broken["rows"] = (kwargs["input_ids"][:, :4] == start).all(dim=1).nonzero()[:, 0]
+
+    model.register_forward_pre_hook(find, with_kwargs=True)
+    model.model.layers[0].register_forward_hook(  # type: ignore[union-attr, index]
+        lambda module, args, out: _Broken.apply(out, broken["rows"], factor) if out.requires_grad else out
+    )
 
 
 @pytest.mark.parametrize("method", [FilterThenWeight, Tilt])
@@ -148,15 +162,7 @@ def test_a_row_with_a_finite_loss_and_a_broken_gradient_is_left_out_of_the_jacob
 ) -> None:
     model = tiny_model("llama", dtype=torch.float32)
     optimizer = optimizer_of(model)
-    start, broken = CANDIDATES.input_ids[2, :4].clone(), dict[str, Tensor]()
-
-    def find(module: nn.Module, args: Any, kwargs: dict[str, Tensor]) -> None:
-        broken["rows"] = (kwargs["input_ids"][:, :4] == start).all(dim=1).nonzero()[:, 0]
-
-    model.register_forward_pre_hook(find, with_kwargs=True)
-    model.model.layers[0].register_forward_hook(  # type: ignore[union-attr, index]
-        lambda module, args, out: _Broken.apply(out, broken["rows"]) if out.requires_grad else out
-    )
+    _break_gradient(model, 2, float("nan"))
     chooses = method(keep=3, oversample=2, cold_start=1, alignment="jacobian")
     proposal = OnlineStep(model, chooses).propose(split(CANDIDATES, rows_of_a_pass), split(TARGET, 3), optimizer)
     assert list(proposal.dropped) == [2]
@@ -164,3 +170,26 @@ def test_a_row_with_a_finite_loss_and_a_broken_gradient_is_left_out_of_the_jacob
     kept = [batch for batch in split(CANDIDATES, 1) if int(batch.rows[0]) != int(CANDIDATES.rows[2])]
     without = OnlineStep(model, chooses).propose(kept, split(TARGET, 3), optimizer)
     np.testing.assert_allclose(np.delete(proposal.alignments, 2), without.alignments, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dim", [None, 4], ids=["exact", "sketched"])
+def test_a_row_whose_product_with_itself_alone_overflows_is_left_out(dim: int | None) -> None:
+    """A gradient of 1e25 has a finite product with the target and none with itself in float32; without the row the
+    same is chosen and weighted.
+    """
+    model = tiny_model("llama", dtype=torch.float32)
+    optimizer = optimizer_of(model)
+    _break_gradient(model, 2, 1e25)
+    chooses = FilterThenWeight(keep=3, oversample=2, projection_dim=dim)
+    proposal = OnlineStep(model, chooses).propose([CANDIDATES], [TARGET], optimizer)
+    plain = FilterThenWeight(keep=3, oversample=2, filter="top", weights="none")  # looks at no pairs
+    aligned = OnlineStep(model, plain).propose([CANDIDATES], [TARGET], optimizer)
+    assert not len(aligned.dropped) and abs(aligned.alignments[2]) > 1e20  # type: ignore[index]
+    assert list(proposal.dropped) == [2]
+    others = np.array([0, 1, 3, 4, 5])
+    kept = [batch for batch in split(CANDIDATES, 1) if int(batch.rows[0]) in others]
+    without = OnlineStep(model, chooses).propose(kept, [TARGET], optimizer)
+    assert proposal.choice.rows.tolist() == others[without.choice.rows].tolist()
+    np.testing.assert_allclose(proposal.choice.weights, without.choice.weights, rtol=1e-3)
+    for name, grad in without.gradient.items():
+        torch.testing.assert_close(proposal.gradient[name], grad, rtol=1e-3, atol=1e-5)

@@ -120,13 +120,14 @@ def test_forward_only_scores_under_autocast_keep_bf16s_digits(tmp_path: Path) ->
     assert np.abs(seen[0] - seen[1]).max() < 0.05 * np.abs(seen[0]).max()
 
 
-def test_the_logged_loss_is_of_the_rows_that_were_run(tmp_path: Path) -> None:
-    """Weights may be zero, and rows of weight zero are not run when the choice came by another way."""
+@pytest.mark.parametrize("reduction", ["rows", "tokens"])
+def test_the_logged_loss_is_of_the_rows_that_were_run(tmp_path: Path, reduction: Any) -> None:
+    """Their weighted mean, times their tokens if those count alike. Rows of weight zero are not run by the model."""
     proxy = tiny_model("gpt2", seed=1, blocks=1)
     method = FilterThenWeight(
         keep=6, oversample=1, alignment="raw", interactions="raw", filter="top", weights="nnls", cold_start=0
     )
-    settings = StepSettings(candidates="proxy")
+    settings = StepSettings(candidates="proxy", reduction=reduction)
     trainer = made(tmp_path, tiny_model("gpt2", lora=True), method, settings, proxy_model=proxy, max_steps=5)
     trainer.train()
     seen = read_candidates(tmp_path / "candidates").to_pandas()
@@ -134,7 +135,8 @@ def test_the_logged_loss_is_of_the_rows_that_were_run(tmp_path: Path) -> None:
     for entry in trainer.state.log_history:
         if "selection/effective_size" in entry:
             own = seen[(seen["step"] == entry["step"]) & (seen["weight"] > 0)]
-            assert entry["loss"] == pytest.approx(np.average(own["loss"], weights=own["weight"]), rel=1e-5)
+            weights = own["weight"] * (own["tokens"] if reduction == "tokens" else 1)
+            assert entry["loss"] == pytest.approx(np.average(own["loss"], weights=weights), rel=1e-5)
 
 
 def test_a_look_serves_two_choices_and_all_target_rows_have_their_turn(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def sums(numbers: Sequence[int]) -> list[Any]:
 
 def sources(folder: Path, *pools: Sequence[Any], target: Sequence[Any]) -> Sources:
     paths = [str(write_rows(folder / f"pool-{place}.jsonl", rows)) for place, rows in enumerate(pools)]
-    shown = read_examples([str(write_rows(folder / "target.jsonl", target))], kind="target")
+    shown = read_examples([str(write_rows(folder / "target.jsonl", target))])
     return Sources(
         pool=read_examples(paths), target=shown, target_names=("sums",),
         target_group=np.zeros(len(shown), dtype=np.int64),
@@ -49,7 +49,7 @@ def sources(folder: Path, *pools: Sequence[Any], target: Sequence[Any]) -> Sourc
 
 
 def given(folder: Path, rows: Sequence[Any]) -> Any:
-    return read_examples([str(write_rows(folder / "relevant.jsonl", rows))], kind="target")
+    return read_examples([str(write_rows(folder / "relevant.jsonl", rows))])
 
 
 def texts(pool: PlantedPool, kind: str) -> set[str]:

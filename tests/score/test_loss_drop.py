@@ -32,7 +32,7 @@ def make_task(folder, *, model=None):
     store = folder / "store"
     corpora = []
     for name, paths in (("pool", [run.pool]), ("target", [run.target, talk])):
-        examples = read_examples([str(path) for path in paths], kind=name)
+        examples = read_examples([str(path) for path in paths])
         corpora.append(tokenize(name, examples, renderer, root=store, on_bad_row="fail", progress=NoProgress()))
     pool, target = corpora
     task = Task(

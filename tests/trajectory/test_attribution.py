@@ -219,6 +219,10 @@ def test_settings_that_contradict_each_other_are_refused(recorded: Recorded, tmp
         tamis.verify(run=recorded.folder, target=TARGET, model=recorded.model, processes=2, out=tmp_path / "v")
     with pytest.raises(InvalidInput, match="holds no recorded run"):
         tamis.attribute(run=tmp_path / "nothing", target=TARGET, out=tmp_path / "o", model=recorded.model)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "manifest.json").write_text('{"command": "tamis train --config run.yaml"}')
+    with pytest.raises(InvalidInput, match=r"run holds no recorded run: .*give the folder that `tamis train` was"):
+        tamis.attribute(run=tmp_path / "run", target=TARGET, out=tmp_path / "o", model=recorded.model)
     assert not list(tmp_path.glob("never*"))
     assert tuple(tamis.settings.trace.TRACE_METHODS) == sweep.METHODS  # type: ignore[attr-defined]
 

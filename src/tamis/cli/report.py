@@ -47,8 +47,8 @@ def report(
     """Write one offline page about a training run: whether choices did what they promised, and what was trained on.
 
     It has forecasts and outcomes of updates, held-out loss, alignment, weights, sources, what happened to candidates,
-    with the text of the best and worst rows, and the cost. Other commands write their page
-    themselves: the path of that page is printed, and with --out it is copied.
+    with the text of the best and worst rows, and the cost. `tamis select --report`,
+    `tamis compare` and `tamis proxy` write their page themselves: its path is printed, and with --out it is copied.
     """
     with clean_output(quiet=quiet or as_json):
         from tamis.runs.report import write_report  # imports PyTorch; help must not wait for it

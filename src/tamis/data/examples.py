@@ -213,7 +213,6 @@ def read_examples(
     *,
     row_format: RowFormat | None = None,
     on_bad_row: Literal["fail", "skip"] = "fail",
-    kind: Literal["pool", "target"] = "pool",
     held: Mapping[str, Rows] | None = None,
 ) -> Examples:
     """Check every row that ``paths`` name and return them as ``Examples``.
@@ -227,7 +226,7 @@ def read_examples(
         BadRow: a row cannot be used; names file, row and field.
         InvalidInput: a path names nothing readable, or nothing usable is left.
     """
-    files, named_by = open_files(paths, kind=kind, held=held)
+    files, named_by = open_files(paths, held=held)
     labels = _labels([file.name for file in files])
     scan = _Scan()
     for file_index, file in enumerate(files):

@@ -39,9 +39,7 @@ _FILE_ENDINGS = (
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.:%+\[\]-]+))?")
 
 
-def open_files(
-    paths: Sequence[str], *, kind: str, held: Mapping[str, Rows] | None = None
-) -> tuple[list[RowFile], list[int]]:
+def open_files(paths: Sequence[str], *, held: Mapping[str, Rows] | None = None) -> tuple[list[RowFile], list[int]]:
     """The files that ``paths`` name, in order, and for each the index of the path that named it.
 
     A path is a file, a glob (``**`` crosses folders; matches come sorted), a hub id ``org/name[:config][@split]``, or
@@ -51,7 +49,7 @@ def open_files(
         InvalidInput: a path names nothing, a folder, a file named before, or a file of an unknown kind.
     """
     if not paths:
-        raise InvalidInput(f"the {kind} names no file; give at least one path, glob or hub id")
+        raise InvalidInput("no file is named; give at least one path, glob or hub id")
     files: list[RowFile] = []
     named_by: list[int] = []
     seen: dict[Path, str] = {}
@@ -60,14 +58,14 @@ def open_files(
             files.append(_held_rows(text, held or {}))
             named_by.append(index)
             continue
-        for path in _matches(text, kind):
+        for path in _matches(text):
             if path is None:
-                files.append(_open_hub(text, kind))
+                files.append(_open_hub(text))
             else:
                 real = path.resolve()
                 if real in seen:
                     raise InvalidInput(
-                        f"{kind} {text}: the file {path} was already named by {seen[real]}; name each file once"
+                        f"{text}: the file {path} was already named by {seen[real]}; name each file once"
                     )
                 seen[real] = text
                 files.append(_open_path(path, str(path) if glob.has_magic(text) and str(path) != text else text))
@@ -84,11 +82,11 @@ def _held_rows(name: str, held: Mapping[str, Rows]) -> RowFile:
     return ListedRows(held[name], name, name.removesuffix(IN_MEMORY).split()[-1])
 
 
-def _matches(text: str, kind: str) -> list[Path | None]:
+def _matches(text: str) -> list[Path | None]:
     """Local files that ``text`` names; a single None stands for a hub id."""
     path = Path(text).expanduser()
     if path.is_dir():
-        raise InvalidInput(f"{kind} {text} is a folder; name its files, for example '{text.rstrip('/')}/*.jsonl'")
+        raise InvalidInput(f"{text} is a folder; name its files, for example '{text.rstrip('/')}/*.jsonl'")
     if path.exists():
         return [path]
     if _names_hub(text):
@@ -100,13 +98,11 @@ def _matches(text: str, kind: str) -> list[Path | None]:
             if Path(match).is_file()
         ]
         if not found:
-            raise InvalidInput(
-                f"{kind} {text} matches no file; check the pattern (quote it, so that the shell leaves it)"
-            )
+            raise InvalidInput(f"{text} matches no file; check the pattern (quote it, so that the shell leaves it)")
         return found
-    named = "; the name in NAME=PATH has no slash and no wildcard" if kind == "target" and "=" in text else ""
+    named = "; the name in NAME=PATH has no slash and no wildcard" if "=" in text else ""
     raise InvalidInput(
-        f"{kind} {text} does not exist; check the path (a hub dataset is written org/name[:config][@split]){named}"
+        f"{text} does not exist; check the path (a hub dataset is written org/name[:config][@split]){named}"
     )
 
 
@@ -160,7 +156,7 @@ def _read_json_list(path: Path, name: str) -> list[Any]:
     return value
 
 
-def _open_hub(text: str, kind: str) -> RowFile:
+def _open_hub(text: str) -> RowFile:
     match = _HUB_ID.fullmatch(text)
     assert match is not None
     wanted = match["split"] or "train"
@@ -168,7 +164,7 @@ def _open_hub(text: str, kind: str) -> RowFile:
         rows = datasets.load_dataset(match["name"], match["config"], split=wanted)
     except Exception as error:  # the hub client raises its own, requests', OSError and ValueError
         raise InvalidInput(
-            f"{kind} {text}: no local file, and not loadable as the hub dataset '{match['name']}', "
+            f"{text}: no local file, and not loadable as the hub dataset '{match['name']}', "
             f"config {match['config'] or 'default'}, split '{wanted}' ({first_line(error)}); "
             "check the id, or write org/name:config@split"
         ) from error

@@ -143,7 +143,7 @@ def read_sample(
         BadRow: a row cannot be used and ``on_bad_row`` is "fail".
         InvalidInput: a file cannot be used.
     """
-    examples = read_examples(paths, row_format=row_format, on_bad_row=on_bad_row, kind=kind, held=held)
+    examples = read_examples(paths, row_format=row_format, on_bad_row=on_bad_row, held=held)
     count = min(sample, len(examples)) if sample else len(examples)
     rows = np.linspace(0, len(examples) - 1, count).round().astype(np.int64)
     tokenized: list[TokenizedExample | None] = []

@@ -19,7 +19,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import cached_file, extract_commit_hash
 
-from tamis.errors import InvalidInput, Unsupported, first_line
+from tamis.errors import InvalidInput, InvalidSettings, Unsupported, first_line
 from tamis.identity import file_sha256
 from tamis.model.proxy_folder import PROXY_FILE, ProxyLayout, read_layout
 
@@ -77,9 +77,12 @@ def resolve_source(name: str, revision: str | None = None) -> ModelSource:
 
     Raises:
         InvalidInput: nothing is there, or what is there is no model; says what to give instead.
+        InvalidSettings: a file or folder is there, and a revision, which only the hub has, is asked for.
         Unsupported: an adapter that is not of PEFT's LoRA kind.
     """
     path = Path(name).expanduser()
+    if revision is not None and path.exists():
+        raise InvalidSettings(f"revision={revision!r}: model '{name}' is on this disk, and only the hub has revisions")
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise InvalidInput(f"model '{name}' is a file; give a folder, a hub id or a .gguf file")
@@ -149,7 +152,7 @@ def _base_of_adapter(source: ModelSource, typed: str) -> ModelSource:
     if source.kind == "folder" and not Path(base).expanduser().exists() and beside.exists():
         base = str(beside)  # a relative path, meant from the adapter's own folder
     try:
-        return resolve_source(base, config.get("revision"))
+        return resolve_source(base, None if Path(base).expanduser().exists() else config.get("revision"))
     except InvalidInput as error:
         raise InvalidInput(f"adapter '{typed}' names a base that cannot be read: {error}") from error
 

@@ -217,16 +217,16 @@ class Measurer:
 
     def _is_exact(self, settings: StepSettings) -> bool:
         total = sum(param.numel() for matrix in self._matrices for _, param in matrix.params)
-        if settings.interactions == "auto":
+        if settings.gram == "auto":
             exact = total <= _EXACT_UP_TO
         else:
-            exact = settings.interactions == "exact"
+            exact = settings.gram == "exact"
         needs = self._needs
         if needs.sketch_dim is not None:
-            if settings.interactions == "exact":
+            if settings.gram == "exact":
                 raise InvalidSettings(
-                    f"the method sketches (projection_dim={needs.sketch_dim}) but StepSettings(interactions='exact'); "
-                    "set projection_dim=None or leave interactions='auto'"
+                    f"the method sketches (projection_dim={needs.sketch_dim}) but StepSettings(gram='exact'); "
+                    "set projection_dim=None or leave gram='auto'"
                 )
             exact = False
         if (needs.interactions or needs.lengths) is not None and not exact:

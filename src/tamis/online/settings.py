@@ -8,6 +8,7 @@ from typing import Literal
 from tamis.errors import InvalidSettings
 from tamis.notation import candidates_parts
 from tamis.online.methods.choice import Method
+from tamis.values import check_types
 
 __all__ = ["StepSettings", "check_combination"]
 
@@ -47,7 +48,7 @@ class StepSettings:
     """
 
     reduction: Literal["rows", "tokens"] = "rows"  # every row counts alike, or every supervised token (as in Trainer)
-    interactions: Literal["auto", "exact", "sketch"] = "auto"  # auto: exact up to 8 million trainable numbers
+    gram: Literal["auto", "exact", "sketch"] = "auto"  # pairs; auto: exact up to 8 million numbers trained
     sketch_dim: int = 64  # numbers per side of a layer's sketch
     seed: int = 0  # of sketches
     candidates: str = "exact"  # or "reuse:K", "sources:K", "jvp", "proxy:MODEL", "proxy": a model given to the trainer
@@ -59,24 +60,17 @@ class StepSettings:
     target_ema: float = 0.0  # share of the earlier target gradients in their running mean
 
     def __post_init__(self) -> None:
-        if self.reduction not in ("rows", "tokens"):
-            raise InvalidSettings(f"reduction must be 'rows' or 'tokens', got {self.reduction!r}")
-        if self.interactions not in ("auto", "exact", "sketch"):
-            raise InvalidSettings(f"interactions must be 'auto', 'exact' or 'sketch', got {self.interactions!r}")
-        if self.sketch_dim < 1:
-            raise InvalidSettings(f"sketch_dim must be at least 1, got {self.sketch_dim}")
-        if self.target_rank is not None and (not isinstance(self.target_rank, int) or self.target_rank < 1):
-            raise InvalidSettings(f"target_rank must be at least 1, a whole number, got {self.target_rank}")
-        if self.target_every < 1:
-            raise InvalidSettings(f"target_every must be at least 1, got {self.target_every}")
+        check_types(self)
+        for name in ("sketch_dim", "target_rank", "target_every", "source_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidSettings(f"{name}={value}: expected at least 1")
         if not 0 <= self.target_ema < 1:
-            raise InvalidSettings(f"target_ema must be at least 0 and below 1, got {self.target_ema}")
-        if self.source_rows < 1 or self.source_rows != int(self.source_rows):
-            raise InvalidSettings(f"source_rows must be at least 1, a whole number, got {self.source_rows}")
-        if not 0 <= self.source_temperature < float("inf"):
-            raise InvalidSettings(f"source_temperature must be at least 0, got {self.source_temperature}")
+            raise InvalidSettings(f"target_ema={self.target_ema}: expected at least 0 and below 1")
+        if self.source_temperature < 0:
+            raise InvalidSettings(f"source_temperature={self.source_temperature}: expected at least 0")
         if not 0 <= self.source_memory <= 1:
-            raise InvalidSettings(f"source_memory must be at least 0 and at most 1, got {self.source_memory}")
+            raise InvalidSettings(f"source_memory={self.source_memory}: expected at least 0 and at most 1")
         if self.candidates_kind in ("reuse", "sources", "proxy") and self.target_every > 1:
             raise InvalidSettings(
                 f"target_every={self.target_every} with candidates={self.candidates!r}: scores that are re-used look "
@@ -143,7 +137,8 @@ def check_combination(method: Method, settings: StepSettings) -> None:
     if kind == "exact":
         asked = f"target_every={settings.target_every}, target_ema={settings.target_ema:g}"
     fits = {
-        "reuse": "it goes with methods that keep some of the candidates: filter-then-weight, tracin, less, greats",
+        "reuse": "it goes with methods that keep some of the candidates: filter-then-weight, tracin, less, greats, "
+        "grad-match",
         "sources": "it goes with tracin, less and filter-then-weight (filter='top', weights='none')",
         "jvp": "it goes with tracin and filter-then-weight (filter='top', weights='none')",
         "proxy": "it goes with tracin, greats, grad-match and filter-then-weight (alignment='raw', interactions='raw')",

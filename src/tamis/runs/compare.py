@@ -187,7 +187,6 @@ def _measured_in_place_of_target(settings: CompareSettings) -> SelectSettings:
 def _read_target(settings: CompareSettings, held: Mapping[str, Rows]) -> Examples:
     return read_examples(
         [path for _, path in map(target_parts, settings.target)],
-        kind="target",
         row_format=settings.row_format,
         on_bad_row=settings.on_bad_row,
         held=held,

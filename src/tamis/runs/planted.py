@@ -92,7 +92,7 @@ def planted_from_settings(settings: CompareSettings, *, progress: Progress, held
     sources = read_sources(plain, held)
     given = None
     if settings.relevant:
-        given = read_examples(settings.relevant, kind="target", on_bad_row=settings.on_bad_row, held=held)
+        given = read_examples(settings.relevant, on_bad_row=settings.on_bad_row, held=held)
     choices = {
         name: getattr(settings, name) for name in ("planted_rows", "background_rows", "relevant_sources", "seed")
     }
@@ -114,8 +114,9 @@ def planted_from_settings(settings: CompareSettings, *, progress: Progress, held
         write_config("compare", settings, out / "run.yaml", held=list(held))
     barrier()
     pool, targets, warnings = planted_rows(settings, sources, given)
-    if settings.eval:
-        warnings.append("The held-out rows (--eval) were not used: nothing is trained, so nothing is measured.")
+    unread = [f"--{name.replace('_', '-')}" for name in settings.of_runs]
+    if unread:
+        warnings.append(f"Nothing is trained or measured in this check, so it did not use {', '.join(unread)}.")
     files = write_planted(out / "planted", pool, targets, sources.target_names)
     standings = _standings(settings, pool, files, progress)
     title, sentence, steps = _conclusion(standings, pool)

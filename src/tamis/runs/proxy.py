@@ -196,10 +196,10 @@ def read_rows(settings: ProxySettings, held: Mapping[str, Rows] | None = None) -
         InvalidInput: a file cannot be used.
     """
     how: dict[str, Any] = {"row_format": settings.row_format, "on_bad_row": settings.on_bad_row, "held": held}
-    pool = read_examples(settings.pool, kind="pool", **how)
+    pool = read_examples(settings.pool, **how)
     if not settings.target:
         return pool, None
-    return pool, read_examples([target_parts(text)[1] for text in settings.target], kind="target", **how)
+    return pool, read_examples([target_parts(text)[1] for text in settings.target], **how)
 
 
 def prepare(settings: ProxySettings, pool: Examples, target: Examples | None) -> tuple[LoadedModel, Bench, list[str]]:

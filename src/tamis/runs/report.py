@@ -51,7 +51,8 @@ def write_report(folder: str | Path, *, out: str | Path | None = None) -> Path:
     else:
         raise InvalidInput(
             f"{folder} holds neither a training run with choices (run.yaml, candidates/) nor a page (report.html); "
-            "give the --out folder of a command that has come to its end, or that of `tamis train`"
+            "give the --out folder of `tamis train`, or of a finished `tamis select --report`, `tamis compare` or "
+            "`tamis proxy`"
         )
     try:
         write_text(page, path)
@@ -79,7 +80,7 @@ def _inputs(folder: Path) -> TrainingInputs:
 def _texts(settings: TrainRunSettings, described: Mapping[str, Any]) -> tuple[Callable[[int], Example] | None, str]:
     """The pool's rows, if they are what the run read; else why they cannot be shown, which the page says."""
     try:
-        pool = read_examples(settings.pool, kind="pool", row_format=settings.row_format, on_bad_row=settings.on_bad_row)
+        pool = read_examples(settings.pool, row_format=settings.row_format, on_bad_row=settings.on_bad_row)
     except TamisError as error:
         return None, f"the pool cannot be read from here ({error})"
     if pool.identity != described["data"]["pool"]:

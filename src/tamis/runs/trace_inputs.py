@@ -102,9 +102,7 @@ def read_target(
         found = [(f"{path}:{n}", _of_tokens(row)) for path in paths for n, row in enumerate(held[path])]
         rows, ids = [row for _, row in found if row is not None], [name for name, row in found if row is not None]
     else:
-        examples = read_examples(
-            paths, kind="target", row_format=settings.row_format, on_bad_row=settings.on_bad_row, held=held
-        )
+        examples = read_examples(paths, row_format=settings.row_format, on_bad_row=settings.on_bad_row, held=held)
         renderer = Renderer(load_tokenizer(_model_settings(settings)), max_length=settings.max_length)
         corpus = tokenize("target", examples, renderer, root=store, on_bad_row=settings.on_bad_row, progress=progress)
         for sentence in tool_warnings(examples, renderer, "target"):

@@ -35,15 +35,15 @@ def check_sources(name: str, paths: tuple[str, ...]) -> None:
         raise InvalidSettings(f"{name}: expected at least one file, glob or hub id, got {list(paths)!r}; pass --{name}")
 
 
-def check_targets(texts: tuple[str, ...], *, required: bool) -> list[str]:
+def check_targets(texts: tuple[str, ...], *, required: bool, setting: str = "target") -> list[str]:
     """The targets' names; refuses two of one name, and none where one is required."""
     if required:
-        check_sources("target", texts)
+        check_sources(setting, texts)
     names: list[str] = []
     for text in texts:
         name, _ = target_parts(text)
         if name in names:
-            raise InvalidSettings(f"two targets are called {name!r}; name them: --target NAME=PATH ({text!r} is one)")
+            raise InvalidSettings(f"{setting}: two are called {name!r}; name them: --{setting} NAME=PATH")
         names.append(name)
     return names
 

@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 from tamis.budget import describe_budget, parse_budget
 from tamis.errors import InvalidSettings
-from tamis.notation import check_method, check_online_method, parse_shortlist, target_parts
-from tamis.settings.checks import check_at_least
+from tamis.notation import check_method, check_online_method, parse_shortlist
+from tamis.settings.checks import check_at_least, check_targets
 from tamis.settings.select import SelectSettings
 from tamis.settings.shared import LoadingSettings
-from tamis.settings.train import TrainRunSettings
+from tamis.settings.train import STEP_SETTINGS, TrainRunSettings
 from tamis.values import check_plain, nearest
 
 __all__ = ["BASELINES", "ONLINE", "CompareSettings", "MethodText", "method_parts"]
@@ -26,12 +26,12 @@ ONLINE = "online:"
 BASELINES = ("uniform", "bm25", "length", "full")  # always compared with, whatever is named
 # Settings of a selection, not of a method, that --set may change for one method.
 _OF_THE_SELECTION = ("aggregate", "drop_flagged")
-# Settings of an online method's step, likewise.
-_OF_A_STEP = frozenset(
-    (
-        *("oversample", "source_memory", "source_rows", "source_temperature"),
-        *("target_ema", "target_every", "target_rank", "target_rows"),
-    )
+# Settings that a check by planted rows, which trains nothing, does not read.
+_OF_RUNS = (
+    *("eval", "budget", "budgets", "seeds", "metric", "answer_pattern", "answer_tokens"),
+    *("task_folder", "task_limit", "task_shots", "subsets", "subset_share", "steps", "epochs", "update_rows"),
+    *("learning_rate", "warmup_share", "weight_decay", "clip", "tune", "lora_rank", "lora_alpha", "lora_targets"),
+    *("oversample", "save_steps"),
 )
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
@@ -131,6 +131,8 @@ class CompareSettings(LoadingSettings):
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", describe_budget(parse_budget(self.budget)))
         written: Any = self.budgets  # YAML and Python also write numbers, or a single one
+        if written is None:
+            raise InvalidSettings("budgets: expected a list of budgets, got null; leave it out for none")
         given = [written] if isinstance(written, (str, int, float)) else list(written)
         object.__setattr__(self, "budgets", tuple(describe_budget(parse_budget(text)) for text in given))
         super().__post_init__()
@@ -162,6 +164,12 @@ class CompareSettings(LoadingSettings):
         return tuple(text for text in parts if text.label not in BASELINES)
 
     @property
+    def of_runs(self) -> tuple[str, ...]:
+        """Settings that were given and that only training runs read, and the measuring after them."""
+        own = {entry.name: entry for entry in fields(self)}
+        return tuple(name for name in _OF_RUNS if getattr(self, name) != own[name].default)
+
+    @property
     def all_budgets(self) -> tuple[str, ...]:
         """The verdict's budget first."""
         return tuple(dict.fromkeys([self.budget, *self.budgets]))
@@ -184,7 +192,7 @@ class CompareSettings(LoadingSettings):
     def train_settings(self, *, out: str, steps: int, seed: int, online: MethodText | None = None) -> TrainRunSettings:
         """Of a training run: an online method's, or one on given rows, which takes only its model from here."""
         own = self.own_settings(online.label) if online else {}
-        of_step = {name: own.pop(name) for name in _OF_A_STEP if name in own}
+        of_step = {name: own.pop(name) for name in STEP_SETTINGS if name in own}
         return TrainRunSettings(
             model=self.model, pool=self.pool, target=self.target, method=online.method if online else "full",
             candidates=online.candidates if online else "exact", set=own, keep=self.update_rows,
@@ -221,6 +229,10 @@ class CompareSettings(LoadingSettings):
                 )
             if name == "candidates":
                 raise InvalidSettings(f"set.{key}: it is part of the method's name; write online:METHOD@{value}")
+            if name == "keep":
+                raise InvalidSettings(
+                    f"set.{key}: every contender has the same rows in an update; write --update-rows {value}"
+                )
             check_plain(f"set.{key}", value)
 
     def _check_measuring(self) -> None:
@@ -249,9 +261,7 @@ class CompareSettings(LoadingSettings):
             return
         if self.relevant or self.relevant_sources:
             raise InvalidSettings("relevant, relevant_sources: they belong to --planted; add it, or leave them out")
-        names = [target_parts(text)[0] for text in self.eval]
-        if len(frozenset(names)) < len(names):
-            raise InvalidSettings(f"eval: two are called {sorted(names)[0]!r}; name them: --eval NAME=PATH")
+        check_targets(self.eval, required=False, setting="eval")
         if self.metric == "loss" and self.answer_pattern is not None:
             raise InvalidSettings("answer_pattern: it reads generated answers; add --metric exact-match")
         if self.answer_pattern is not None:

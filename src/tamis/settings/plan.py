@@ -59,5 +59,9 @@ class PlanSettings(LoadingSettings):
             check_plain(f"set.{key}", value)
         check_at_least(self, 0, "sample")
         check_at_least(self, 1, "projection_dim", "batch_tokens")
+        if self.measure:
+            for name in ("assume_device", "utilisation"):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise InvalidSettings(f"{name}: is assumed where nothing is measured; leave it or --measure out")
         if self.utilisation is not None and not 0 < self.utilisation <= 1:
             raise InvalidSettings(f"utilisation={self.utilisation}: expected a part of the peak, above 0 and at most 1")

@@ -69,6 +69,10 @@ class AttributeSettings(_TraceSettings):
             for name, off in (("secant", 0), ("error", "none"), ("form", "adjoint")):
                 if getattr(self, name) != off:
                     raise InvalidSettings(f"{name}: is of adamw-influence; {self.method} has none, leave it out")
+        if self.error != "exact" and self.error_samples != type(self).error_samples:
+            raise InvalidSettings("error_samples: counts what --error exact computes; pass that too, or leave it out")
+        if self.form != "matrix" and self.store is not None:
+            raise InvalidSettings("store: keeps embeddings of --form matrix; pass that too, or leave it out")
         if self.error != "none" and self.removal != "subtract":
             raise InvalidSettings("error: is that of --removal subtract; leave one of the two out")
         if self.form == "matrix":

@@ -19,14 +19,14 @@ from tamis.settings.checks import (
 from tamis.settings.shared import LoadingSettings
 from tamis.values import nearest
 
-__all__ = ["TrainRunSettings"]
+__all__ = ["STEP_SETTINGS", "TrainRunSettings"]
 
-
-# Settings that are no field of a method.
-_OF_EVERY_METHOD = (
-    *("keep", "oversample", "candidates", "reduction"),
-    *("source_rows", "source_temperature", "source_memory", "target_rows", "target_rank", "target_every", "target_ema"),
+# Settings of a choice that are no field of a method; a comparison can have them differ between its methods.
+STEP_SETTINGS = (
+    *("oversample", "reduction", "source_rows", "source_temperature", "source_memory"),
+    *("target_rows", "target_rank", "target_every", "target_ema"),
 )
+_OF_EVERY_METHOD = ("keep", "candidates", *STEP_SETTINGS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ class TrainRunSettings(LoadingSettings):
         super().__post_init__()
         check_sources("pool", self.pool)
         check_targets(self.target, required=True)
-        check_targets(self.eval, required=False)
+        check_targets(self.eval, required=False, setting="eval")
         check_online_method(self.method)
         check_method_settings(self.set)
         for name in self.set:

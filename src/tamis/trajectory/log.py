@@ -277,7 +277,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InvalidInput(f"{folder} holds no recorded run ({_MANIFEST}: {error}); record one first") from error
-    if found.get("version") != LOG_VERSION or "trained" not in found:
+    if "trained" not in found:
+        raise InvalidInput(
+            f"{folder} holds no recorded run: its {_MANIFEST} is of something else; give the folder that `tamis train` "
+            "was given as --record, not its --out"
+        )
+    if found.get("version") != LOG_VERSION:
         raise InvalidInput(
             f"{path} is of version {found.get('version')!r} and this tamis reads recorded runs of version {LOG_VERSION}"
         )

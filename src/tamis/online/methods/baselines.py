@@ -11,7 +11,7 @@ from tamis.online.methods.choice import (
     Choice,
     Evidence,
     Needs,
-    check_sizes,
+    check_settings,
     everything,
     top_choice,
     unweighted,
@@ -37,7 +37,7 @@ class TracIn:
     cold_start: int = 0  # uniform updates before the method starts
 
     def __post_init__(self) -> None:
-        check_sizes(self.keep, self.oversample, self.cold_start)
+        check_settings(self)
 
     def choose(self, evidence: Evidence) -> Choice:
         """Weight 1 for the best."""
@@ -56,7 +56,7 @@ class Less:
     cold_start: int = 0  # uniform updates before the method starts
 
     def __post_init__(self) -> None:
-        check_sizes(self.keep, self.oversample, self.cold_start)
+        check_settings(self)
 
     def choose(self, evidence: Evidence) -> Choice:
         """Weight 1 for the best."""
@@ -75,7 +75,7 @@ class Greats:
     cold_start: int = 0  # uniform updates before the method starts
 
     def __post_init__(self) -> None:
-        check_sizes(self.keep, self.oversample, self.cold_start)
+        check_settings(self)
 
     def choose(self, evidence: Evidence) -> Choice:
         """Weight 1 for those chosen; at small learning rates the choice is TracIn's."""
@@ -100,7 +100,7 @@ class GradMatch:
     cold_start: int = 0  # uniform updates before the method starts
 
     def __post_init__(self) -> None:
-        check_sizes(self.keep, self.oversample, self.cold_start)
+        check_settings(self)
         check_ridge(self.ridge)
 
     def choose(self, evidence: Evidence) -> Choice:
@@ -127,7 +127,7 @@ class Uniform:
     cold_start: int = 0  # uniform updates before the method starts
 
     def __post_init__(self) -> None:
-        check_sizes(self.keep, self.oversample, self.cold_start)
+        check_settings(self)
 
     def choose(self, evidence: Evidence) -> Choice:
         """Weight 1 for the candidates given: the draw happened before they were computed."""
@@ -146,7 +146,7 @@ class Full:
     cold_start: int = 0  # of no effect: all candidates are taken from the first update on
 
     def __post_init__(self) -> None:
-        check_sizes(self.keep, self.oversample, self.cold_start)
+        check_settings(self)
 
     def choose(self, evidence: Evidence) -> Choice:
         """Weight 1 for all."""
@@ -165,7 +165,7 @@ class TargetOnly:
     cold_start: int = 0  # of no effect: the target is all there is from the first update on
 
     def __post_init__(self) -> None:
-        check_sizes(self.keep, self.oversample, self.cold_start)
+        check_settings(self)
 
     def choose(self, evidence: Evidence) -> Choice:
         """No candidate."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +11,7 @@ import numpy.typing as npt
 from tamis.errors import InvalidSettings
 from tamis.solve.greedy import top
 from tamis.types import IntArray
+from tamis.values import check_types
 
 __all__ = [
     "AlignmentForm",
@@ -21,8 +22,8 @@ __all__ = [
     "Method",
     "Needs",
     "Vector",
-    "check_forms",
-    "check_sizes",
+    "check_settings",
+    "check_start",
     "cold_updates",
     "everything",
     "top_choice",
@@ -196,29 +197,25 @@ def weighted(rows: IntArray, weights: Vector, *, scale: float | None, normalise:
     return Choice(rows=rows, weights=weights, normalised=normalise, weight_sum=total, scale=scale)
 
 
-def check_sizes(keep: int, oversample: int, cold_start: int | None) -> None:
-    """Refuse sizes that mean nothing.
-
-    Raises:
-        InvalidSettings: naming the setting.
-    """
-    for name, value, least in (("keep", keep, 1), ("oversample", oversample, 1), ("cold_start", cold_start, 0)):
-        if value is not None and (value < least or value != int(value)):
-            raise InvalidSettings(f"{name} must be at least {least}, a whole number, got {value}")
-
-
-def check_forms(alignment: str, interactions: str, cold_start: int | None) -> None:
-    """Refuse unknown forms, and a start without the second moments that a form divides by.
+def check_settings(method: Any) -> None:
+    """Refuse settings of a wrong type, and sizes that mean nothing. For a method's ``__post_init__``.
 
     Raises:
         InvalidSettings: naming the setting and what it may be.
     """
-    if alignment not in get_args(AlignmentForm):
-        raise InvalidSettings(f"alignment={alignment!r} is unknown; choose one of {', '.join(get_args(AlignmentForm))}")
-    if interactions not in get_args(InteractionForm):
-        raise InvalidSettings(
-            f"interactions={interactions!r} is unknown; choose one of {', '.join(get_args(InteractionForm))}"
-        )
+    check_types(method)
+    for name, least in (("keep", 1), ("oversample", 1), ("cold_start", 0)):
+        value = getattr(method, name)
+        if value is not None and value < least:
+            raise InvalidSettings(f"{name}={value}: expected at least {least}")
+
+
+def check_start(alignment: AlignmentForm, interactions: InteractionForm, cold_start: int | None) -> None:
+    """Refuse a start without the second moments that a form divides by.
+
+    Raises:
+        InvalidSettings: that is so.
+    """
     divides = alignment in ("adam", "jacobian", "projected") or interactions in ("metric", "preconditioned")
     if divides and cold_start is not None and cold_start < 1:
         raise InvalidSettings(

@@ -15,8 +15,8 @@ from tamis.online.methods.choice import (
     InteractionForm,
     Needs,
     Vector,
-    check_forms,
-    check_sizes,
+    check_settings,
+    check_start,
     unweighted,
     weighted,
 )
@@ -65,14 +65,10 @@ class FilterThenWeight:
     cold_start: int | None = None  # updates before the method starts; None: 1 for the Jacobian, 10 otherwise
 
     def __post_init__(self) -> None:
-        check_sizes(self.keep, self.oversample, self.cold_start)
-        check_forms(self.alignment, self.interactions, self.cold_start)
-        if self.scale != "target" and not (isinstance(self.scale, (int, float)) and 0 < self.scale < float("inf")):
-            raise InvalidSettings(f"scale must be 'target' or a positive number, got {self.scale!r}")
-        if self.filter not in ("greedy", "top", "none"):
-            raise InvalidSettings(f"filter must be 'greedy', 'top' or 'none', got {self.filter!r}")
-        if self.weights not in ("anchored", "nnls", "unbounded", "none"):
-            raise InvalidSettings(f"weights must be 'anchored', 'nnls', 'unbounded' or 'none', got {self.weights!r}")
+        check_settings(self)
+        check_start(self.alignment, self.interactions, self.cold_start)
+        if self.scale != "target" and self.scale <= 0:
+            raise InvalidSettings(f"scale={self.scale}: expected 'target' or a number above zero")
         if self.projection_dim is not None and self.projection_dim < 1:
             raise InvalidSettings(f"projection_dim must be at least 1, got {self.projection_dim}")
         check_ridge(self.ridge)

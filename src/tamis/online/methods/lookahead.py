@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from tamis.errors import InvalidSettings
-from tamis.online.methods.choice import Choice, Evidence, Needs, check_sizes, top_choice
+from tamis.online.methods.choice import Choice, Evidence, Needs, check_settings, top_choice
 from tamis.trajectory.adjoint import steps_back
 
 __all__ = ["Lookahead"]
@@ -55,13 +55,9 @@ class Lookahead:
     cold_start: int = 1
 
     def __post_init__(self) -> None:
-        check_sizes(self.keep, self.oversample, self.cold_start)
+        check_settings(self)
         if self.horizon < 1:
             raise InvalidSettings(f"horizon must be at least 1 update, got {self.horizon}")
-        if self.form not in ("rehearsal", "frozen"):
-            raise InvalidSettings(f"form must be 'rehearsal' or 'frozen', got {self.form!r}")
-        if self.curvature not in ("exact", "ggn", "fisher", "none"):
-            raise InvalidSettings(f"curvature must be exact, ggn, fisher or none, got {self.curvature!r}")
 
     @property
     def block(self) -> int:

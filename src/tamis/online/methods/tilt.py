@@ -14,8 +14,8 @@ from tamis.online.methods.choice import (
     Evidence,
     InteractionForm,
     Needs,
-    check_forms,
-    check_sizes,
+    check_settings,
+    check_start,
     everything,
     unweighted,
     weighted,
@@ -44,8 +44,8 @@ class Anchored:
     cold_start: int | None = None  # updates before the method starts; None: 1 for the Jacobian, 10 otherwise
 
     def __post_init__(self) -> None:
-        check_sizes(self.keep, self.oversample, self.cold_start)
-        check_forms(self.alignment, self.interactions, self.cold_start)
+        check_settings(self)
+        check_start(self.alignment, self.interactions, self.cold_start)
         check_ridge(self.ridge)
 
     @property
@@ -83,8 +83,8 @@ class Tilt:
     cold_start: int | None = None  # updates before the method starts; None: 1 for the Jacobian, 10 otherwise
 
     def __post_init__(self) -> None:
-        check_sizes(self.keep, self.oversample, self.cold_start)
-        check_forms(self.alignment, self.interactions, self.cold_start)
+        check_settings(self)
+        check_start(self.alignment, self.interactions, self.cold_start)
         check_ridge(self.ridge)
         if self.interactions == "token-level":
             raise InvalidSettings("interactions='token-level' is about pairs, of which a tilt sees none; use 'raw'")
