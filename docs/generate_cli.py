@@ -22,7 +22,7 @@ that says what to do (`TAMIS_DEBUG=1` adds the traceback); 130 interrupted, with
 
 Every verb takes `--config FILE`. Flags replace what the file says, and the resolved settings are written beside each
 result, so that `tamis select --config DIR/run.yaml` repeats it. Relative paths, in the file too, are relative to the
-current directory. `--pool` and `--target` take several values after one flag: `--pool a.jsonl b.jsonl`.
+current directory. Flags that may be repeated take several values at once, too: `--pool a.jsonl b.jsonl`.
 """
 
 
@@ -31,7 +31,12 @@ def page() -> str:
     group: Any = typer.main.get_command(app)
     parts = [_INTRODUCTION]
     for name, command in group.commands.items():
-        parts.append(f"## tamis {name}\n\n{_markdown(command.help)}\n")
+        usage = (
+            f"```text\ntamis {name} {command.options_metavar}\n```\n\n"
+            if command.options_metavar != "[OPTIONS]"
+            else ""
+        )
+        parts.append(f"## tamis {name}\n\n{usage}{_markdown(command.help)}\n")
         panels: dict[str, list[str]] = {}
         for parameter in command.params:
             panels.setdefault(parameter.rich_help_panel, []).append(_row(parameter))

@@ -16,7 +16,16 @@ from typing import Any, Literal, TypeVar
 
 from tamis.errors import InvalidSettings
 
-__all__ = ["changed_values", "check_plain", "check_types", "from_dict", "method_from_dict", "nearest", "to_dict"]
+__all__ = [
+    "changed_values",
+    "check_plain",
+    "check_types",
+    "from_dict",
+    "method_from_dict",
+    "nearest",
+    "required_names",
+    "to_dict",
+]
 
 T = TypeVar("T")
 
@@ -98,6 +107,11 @@ def check_types(settings: Any) -> None:
     for entry in fields(settings):
         value = _checked(entry.name, getattr(settings, entry.name), hints[entry.name])
         object.__setattr__(settings, entry.name, value)
+
+
+def required_names(cls: type[Any]) -> list[str]:
+    """The settings that have no default, in their order."""
+    return [entry.name for entry in fields(cls) if _is_required(entry)]
 
 
 def _in_order(cls: type[Any]) -> list[Field[Any]]:

@@ -107,6 +107,25 @@ def test_several_values_may_follow_pool_and_target(seen: list[SelectSettings]) -
     assert seen[0].seed == 1
 
 
+def test_several_pairs_may_follow_a_flag_and_a_switch_takes_none(seen: list[SelectSettings]) -> None:
+    line = "--target u.jsonl --share t=2 u=3 --set a=1 b=x --quiet --set c=[1]"
+    assert run(["select", *ARGUMENTS, *line.split()]) == 0
+    assert (dict(seen[0].share), dict(seen[0].set)) == ({"t": 2.0, "u": 3.0}, {"a": 1, "b": "x", "c": [1]})
+
+
+@pytest.mark.parametrize("verb", ["select", "doctor", "plan", "proxy", "train", "compare", "attribute", "verify"])
+def test_help_begins_with_what_a_verb_must_be_given_and_shows_no_value_of_a_switch(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([verb, "--help"]) == 0
+    printed = capsys.readouterr().out
+    first = " ".join(printed.split("[OPTIONS]")[0].split())
+    needed = ["--run RUN"] if verb in ("attribute", "verify") else ["--model MODEL", "--pool POOL"]
+    assert first.startswith(f"Usage: tamis {verb} ") and all(flag in first for flag in needed)
+    assert ("--target TARGET" in first) is (verb not in ("doctor", "plan", "proxy"))
+    assert "<bool>" not in printed
+
+
 def test_only_typed_flags_override_the_file(seen: list[SelectSettings], tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text("model: m\npool: p.jsonl\ntarget: t.jsonl\nseed: 5\nbudget: 7\ndrop_leaks: true\n")

@@ -11,23 +11,20 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import typer
 from rich.console import Console
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from tamis.cli.config import merge_settings, parse_pairs
 from tamis.cli.output import clean_output, print_json, print_warnings
 from tamis.cli.progress import choose_progress, is_main_rank
+from tamis.values import required_names
 
 if TYPE_CHECKING:  # imports PyTorch
     from tamis.protocols import Progress as ProgressProtocol
 
-__all__ = ["UserInterruptError", "VerbCommand", "Work", "typed_flags", "work"]
+__all__ = ["UserInterruptError", "VerbCommand", "VerbGroup", "Work", "typed_flags", "usage", "work"]
 
 S = TypeVar("S")
 
-_SEVERAL = (
-    *("--pool", "--target", "--lora-targets", "--report-to", "--tasks"),
-    *("--eval", "--methods", "--budgets", "--relevant", "--relevant-sources"),
-)
 _PAIRS = {"set_": ("set", "--set"), "share": ("share", "--share")}  # parameter -> setting, flag
 
 
@@ -35,16 +32,34 @@ class UserInterruptError(Exception):
     """Control-C reached a verb. Typer versions differ in what they make of ``KeyboardInterrupt``; this they pass on."""
 
 
+class VerbGroup(TyperGroup):
+    """The verbs together."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """With switches as switches."""
+        return _as_switches(super().get_params(ctx))
+
+
 class VerbCommand(TyperCommand):
     """A command without arguments, so that ``--pool a b c`` (what a shell makes of a glob) can mean three pools."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Paragraphs of the help fill their lines, wherever the source breaks them."""
+        super().__init__(*args, **kwargs)
+        self.help = "\n\n".join(" ".join(part.split()) for part in (self.help or "").split("\n\n"))
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """With switches as switches."""
+        return _as_switches(super().get_params(ctx))
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Repeat the flag before each further value, then parse as usual."""
+        several = {flag for param in self.params if getattr(param, "multiple", False) for flag in param.opts}
         spread: list[str] = []
         flag, values = "", 0
         for word in args:
             if word.startswith("-") and word != "-":
-                flag, values = (word, 0) if word in _SEVERAL else ("", 0)
+                flag, values = (word, 0) if word in several else ("", 0)
             elif flag:
                 values += 1
                 if values > 1:
@@ -63,6 +78,20 @@ class VerbCommand(TyperCommand):
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
             raise UserInterruptError from error
+
+
+def usage(settings: type[Any], *more: str) -> str:
+    """What follows the verb's name at least, by what its settings require; and ``more`` of it."""
+    words = [f"--{name} {name.upper()}" for name in required_names(settings)]
+    return " ".join([*words, *more, "[OPTIONS]"])
+
+
+def _as_switches(params: list[Any]) -> list[Any]:
+    """Without a value's place in the help: ``--quiet true`` would be an error."""
+    for param in params:
+        if getattr(param, "is_flag", False):
+            param.metavar = ""
+    return params
 
 
 def typed_flags(ctx: typer.Context) -> dict[str, Any]:

@@ -19,14 +19,25 @@ from rich.text import Text
 
 from tamis import __version__
 from tamis.cli import attribute, compare, doctor, plan, proxy, report, select, train, verify
-from tamis.cli.command import UserInterruptError, VerbCommand
+from tamis.cli.command import UserInterruptError, VerbCommand, VerbGroup, usage
 from tamis.errors import TamisError
 from tamis.report.wording import visible
+from tamis.settings import (
+    AttributeSettings,
+    CompareSettings,
+    DoctorSettings,
+    PlanSettings,
+    ProxySettings,
+    SelectSettings,
+    TrainRunSettings,
+    VerifySettings,
+)
 
 __all__ = ["app", "main", "run"]
 
 app = typer.Typer(
     name="tamis",
+    cls=VerbGroup,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -54,14 +65,18 @@ def _tamis(
     """
 
 
-app.command("select", cls=VerbCommand, epilog=select.EPILOG)(select.select)
-app.command("doctor", cls=VerbCommand, epilog=doctor.EPILOG)(doctor.doctor)
-app.command("plan", cls=VerbCommand, epilog=plan.EPILOG)(plan.plan)
-app.command("proxy", cls=VerbCommand, epilog=proxy.EPILOG)(proxy.proxy)
-app.command("train", cls=VerbCommand, epilog=train.EPILOG)(train.train)
-app.command("compare", cls=VerbCommand, epilog=compare.EPILOG)(compare.compare)
-app.command("attribute", cls=VerbCommand, epilog=attribute.EPILOG)(attribute.attribute)
-app.command("verify", cls=VerbCommand, epilog=verify.EPILOG)(verify.verify)
+app.command("select", cls=VerbCommand, epilog=select.EPILOG, options_metavar=usage(SelectSettings))(select.select)
+app.command("doctor", cls=VerbCommand, epilog=doctor.EPILOG, options_metavar=usage(DoctorSettings))(doctor.doctor)
+app.command("plan", cls=VerbCommand, epilog=plan.EPILOG, options_metavar=usage(PlanSettings))(plan.plan)
+app.command("proxy", cls=VerbCommand, epilog=proxy.EPILOG, options_metavar=usage(ProxySettings))(proxy.proxy)
+app.command("train", cls=VerbCommand, epilog=train.EPILOG, options_metavar=usage(TrainRunSettings, "--steps STEPS"))(
+    train.train
+)
+app.command("compare", cls=VerbCommand, epilog=compare.EPILOG, options_metavar=usage(CompareSettings))(compare.compare)
+app.command("attribute", cls=VerbCommand, epilog=attribute.EPILOG, options_metavar=usage(AttributeSettings))(
+    attribute.attribute
+)
+app.command("verify", cls=VerbCommand, epilog=verify.EPILOG, options_metavar=usage(VerifySettings))(verify.verify)
 app.command("report", cls=VerbCommand, epilog=report.EPILOG)(report.report)
 
 

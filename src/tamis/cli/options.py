@@ -272,7 +272,7 @@ def method_setting(of: str, metavar: str, panel: str, *, more: str = "") -> Any:
     """``--set``: of the one method, or of one of several."""
     return typer.Option(
         "--set",
-        help=f"A setting of {of}, read as YAML{more}. Repeat for several.",
+        help=f"A setting of {of}, read as YAML{more}. Repeat for several. A wrong name lists those there are.",
         metavar=metavar,
         rich_help_panel=panel,
         show_default=False,

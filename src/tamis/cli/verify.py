@@ -59,10 +59,6 @@ def verify(
         ),
     ] = VerifySettings.per_row,
     out: opt.Out = VerifySettings.out,
-    processes: Annotated[
-        int,
-        typer.Option(help="Retrainings that run at the same time, each with its own model.", rich_help_panel=opt.RUN),
-    ] = VerifySettings.processes,
     model: opt.RunModel = None,
     revision: opt.Revision = None,
     device: opt.Device = VerifySettings.device,
@@ -71,6 +67,10 @@ def verify(
     max_length: opt.MaxLength = VerifySettings.max_length,
     row_format: opt.RowFormat = None,
     on_bad_row: opt.OnBadRow = VerifySettings.on_bad_row,
+    processes: Annotated[
+        int,
+        typer.Option(help="Retrainings that run at the same time, each with its own model.", rich_help_panel=opt.RUN),
+    ] = VerifySettings.processes,
     batch_rows: opt.TargetBatchRows = VerifySettings.batch_rows,
     tolerance: opt.Tolerance = None,
     seed: opt.Seed = VerifySettings.seed,
