@@ -95,7 +95,9 @@ def main() -> None:
         "tracin": "tracin",
         # LESS's own 5 % of a pool this small would be 16 rows; a fifth gives 16 updates, and two checkpoints
         # in place of four halve the scoring.
-        "less": tamis.methods.Less(warmup_share=0.2, warmup_epochs=2, warmup_batch_rows=8, warmup_learning_rate=1e-3),
+        "less": tamis.methods.Less(
+            warmup_pool_share=0.2, warmup_epochs=2, warmup_update_rows=8, warmup_learning_rate=1e-3
+        ),
     }
     table = Table(title=f"The {budget} rows that each method takes")
     for column in ("method", "precision", "wrong", "look-alikes", "copies", "above", "seconds"):

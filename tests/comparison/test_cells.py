@@ -63,7 +63,7 @@ def test_cost_of_training_by_hand() -> None:
 )
 def test_updates_at_cost_are_the_nearest_of_all(lengths: list[int], update_rows: int, times: float, seed: int) -> None:
     pool, rows = corpus(lengths), np.arange(len(lengths))
-    settings, price = TrainSettings(steps=1, batch_rows=update_rows), PRICE
+    settings, price = TrainSettings(steps=1, update_rows=update_rows), PRICE
     wanted = times * price.tflops(seen_rows(pool, rows))
     found = updates_at_cost(wanted, price, pool, rows, settings, seed=seed)
 

@@ -19,9 +19,9 @@ from tamis.notation import PROJECTION_NAMES
 from tiny_run import TinyRun, make_run
 
 QUICK: dict[str, dict[str, Any]] = {
-    "less": {"warmup_epochs": 1, "warmup_share": 0.3, "warmup_batch_rows": 2, "lora_rank": 2},
+    "less": {"warmup_epochs": 1, "warmup_pool_share": 0.3, "warmup_update_rows": 2, "lora_rank": 2},
     "loss-drop": {"warmup_steps": 1, "lora_rank": 2},
-    "influence-distillation": {"landmarks": 6, "warmup_epochs": 1, "warmup_batch_rows": 2, "lora_rank": 2,
+    "influence-distillation": {"landmarks": 6, "warmup_epochs": 1, "warmup_update_rows": 2, "lora_rank": 2,
                                "embedding": "error"},
     "influence-function": {"factor_rows": 6},
     "adamw-influence": {"update_rows": 8, "lora_rank": 2, "curvature": "none"},

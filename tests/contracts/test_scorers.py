@@ -14,7 +14,7 @@ from tamis.score import METHODS
 from tamis.types import TargetScores
 
 QUICK = {
-    "less": {"warmup_epochs": 1, "warmup_share": 0.5},
+    "less": {"warmup_epochs": 1, "warmup_pool_share": 0.5},
     "loss-drop": {"warmup_steps": 2},
     "influence-distillation": {"landmarks": 4, "warmup_epochs": 1},
     "adamw-influence": {"update_rows": 4},
@@ -75,7 +75,7 @@ def test_settings_are_frozen_documented_and_named_by_the_user_s_word(name: str) 
         ("tracin", {"normalize": "l2"}),
         ("tracin", {"memory_gb": 0.0}),
         ("less", {"form": "adamw"}),
-        ("less", {"warmup_share": 0.0}),
+        ("less", {"warmup_pool_share": 0.0}),
         ("bm25", {"b": 2.0}),
         ("length", {"order": "middle"}),
         ("rds+", {"positions": "first"}),

@@ -17,10 +17,10 @@ from tiny_run import TinyRun, make_run
 
 SETTINGS = {
     "tracin": {"method": "tracin"},
-    "less": {"method": "less", "set": ["warmup_epochs=2", "warmup_share=0.3"]},
+    "less": {"method": "less", "set": ["warmup_epochs=2", "warmup_pool_share=0.3"]},
     "influence-distillation": {
         "method": "influence-distillation",
-        "set": ["landmarks=20", "warmup_epochs=2", "warmup_batch_rows=4", "embedding_budget=0.5"],
+        "set": ["landmarks=20", "warmup_epochs=2", "warmup_update_rows=4", "embedding_budget=0.5"],
     },
 }
 

@@ -150,7 +150,7 @@ def test_checkpoints_may_move_but_not_change(run: TinyRun, tmp_path: Path) -> No
 
 
 def test_moments_may_move_but_not_change(run: TinyRun, tmp_path: Path) -> None:
-    warmed = {"warmup_epochs": 1, "warmup_share": 0.2, "lora_rank": 2}
+    warmed = {"warmup_epochs": 1, "warmup_pool_share": 0.2, "lora_rank": 2}
     select(run, tmp_path / "warm", method="less", set=warmed)
     made = next((tmp_path / "warm" / "store").glob("less-warm-up-*/step-*"))
     adapter = shutil.copytree(made, tmp_path / "adapter")

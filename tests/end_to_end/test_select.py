@@ -25,7 +25,7 @@ from tiny_run import TinyRun, chat, make_run, write_rows
 
 METHODS = ["uniform", "length", "bm25", "mid-ppl", "rds+", "tracin", "less", "loss-drop", "influence-distillation"]
 QUICK = {
-    "less": {"warmup_epochs": 1, "warmup_share": 0.3},
+    "less": {"warmup_epochs": 1, "warmup_pool_share": 0.3},
     "loss-drop": {"warmup_steps": 2},
     "influence-distillation": {"landmarks": 24, "warmup_epochs": 1},
 }

@@ -62,7 +62,7 @@ def select(run: TinyRun, out: Path, **settings: object) -> tamis.Selection:
         {"projection": "mask", "projection_dim": 500},
         {"set": {"normalize": "dot"}},
         {"aggregate": "mean"},
-        {"method": "less", "set": {"warmup_epochs": 1, "warmup_share": 0.3}},
+        {"method": "less", "set": {"warmup_epochs": 1, "warmup_pool_share": 0.3}},
     ],
     ids=["tracin", "exact", "mask", "dot", "mean", "less"],
 )

@@ -89,7 +89,7 @@ def test_the_plan_agrees_with_what_a_run_has_spent(
 
 def test_a_warmup_is_planned_too(tiny: TinyRun, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    chosen = {"warmup_epochs": 2, "warmup_share": 0.3, "warmup_batch_rows": 4}
+    chosen = {"warmup_epochs": 2, "warmup_pool_share": 0.3, "warmup_update_rows": 4}
     tamis.select(
         model=tiny.model,
         pool=tiny.pool,

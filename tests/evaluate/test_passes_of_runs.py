@@ -68,7 +68,7 @@ RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "words": ("bm25", {}, {}),
     "losses": ("mid-ppl", {}, {"drop_flagged": True}),
     "states": ("rds+", {}, {"drop_flagged": True}),
-    "a warm-up per target": ("loss-drop", {"warmup_steps": 3, "warmup_batch_rows": 2}, {"drawn": True}),
+    "a warm-up per target": ("loss-drop", {"warmup_steps": 3, "warmup_update_rows": 2}, {"drawn": True}),
     "features": ("tracin", {}, {"drop_flagged": True}),
     "features in float64, by the mean": ("tracin", {}, {"dtype": "float64", "aggregate": "mean"}),
     "features with the head": ("tracin", {"include_head": True}, {}),
@@ -78,7 +78,7 @@ RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "exact with the head": ("tracin", {"projection": "none", "memory_gb": TWO_VECTORS_GB, "include_head": True}, {}),
     "exact, by the mean": ("tracin", {"projection": "none"}, {"aggregate": "mean"}),
     "exact dot, by the mean": ("tracin", {"projection": "none", "normalize": "dot"}, {"aggregate": "mean"}),
-    "adam": ("less", {"warmup_epochs": 1, "warmup_batch_rows": 4}, {"drawn": True}),
+    "adam": ("less", {"warmup_epochs": 1, "warmup_update_rows": 4}, {"drawn": True}),
     "adam that passes": ("less", {"warmup_epochs": 1, "keep_features": False, "memory_gb": ONE_FEATURE_GB}, {}),
     "exact adam": ("less", {"warmup_epochs": 2, "projection": "none"}, {"aggregate": "mean"}),
     "ekfac": ("influence-function", {"memory_gb": TWO_VECTORS_GB}, {}),
@@ -115,7 +115,7 @@ def few_compared(monkeypatch: pytest.MonkeyPatch) -> None:
 
 HIDDEN: dict[str, Any] = {"warmup": "none", "landmarks": 8, "embedding": "hidden-error"}
 SECOND: dict[str, Any] = {"weights": "second-order", "eta": 0.1}
-SMALL_WARMUP: dict[str, Any] = {"warmup": "lora", "warmup_epochs": 1, "warmup_batch_rows": 2, "lora_rank": 2}
+SMALL_WARMUP: dict[str, Any] = {"warmup": "lora", "warmup_epochs": 1, "warmup_update_rows": 2, "lora_rank": 2}
 
 DISTILLATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "all rows by default": ({"warmup": "none"}, {}),
@@ -166,7 +166,7 @@ DISTILLATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"aggregate": "mean"},
     ),
     "as published": (
-        {"preset": "paper", "landmarks": 8, "warmup_rows": 6, "warmup_batch_rows": 3, "projection_dim": 512},
+        {"preset": "paper", "landmarks": 8, "warmup_rows": 6, "warmup_update_rows": 3, "projection_dim": 512},
         {},
     ),
 }

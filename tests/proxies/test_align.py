@@ -42,7 +42,7 @@ def pair(family: str = "llama", *, dtype: torch.dtype = torch.float64, rank: int
 
 def settings(**changes: Any) -> AlignSettings:
     values: dict[str, Any] = {
-        "objective": "kl", "steps": 6, "batch_rows": 4, "learning_rate": 3e-3, "kl_weight": 0.1, "temperature": 1.0,
+        "objective": "kl", "steps": 6, "update_rows": 4, "learning_rate": 3e-3, "kl_weight": 0.1, "temperature": 1.0,
         "measure_steps": 2, "patience": 9, "seed": 0, **changes,
     }  # fmt: skip
     return AlignSettings(**values)
@@ -214,7 +214,7 @@ def test_the_updates_are_those_of_adamw_written_out(tmp_path: Path) -> None:
     params = list(factor_params(proxy).values())
     start = [param.detach().clone() for param in params]
     values = iter([0.0, 1.0])  # what is left at the end is the last state
-    run(model, proxy, tmp_path, lambda proxy: next(values), steps=steps, measure_steps=steps, batch_rows=len(rows),
+    run(model, proxy, tmp_path, lambda proxy: next(values), steps=steps, measure_steps=steps, update_rows=len(rows),
         learning_rate=peak)  # fmt: skip
     found = [param.detach().clone() for param in params]
     for param, first in zip(params, start, strict=True):

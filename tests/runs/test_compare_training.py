@@ -76,7 +76,7 @@ def test_every_setting_of_training_is_passed_on() -> None:
         batch_tokens=333, epochs=5,
     )  # fmt: skip
     assert training_settings(own, steps=9) == TrainSettings(
-        steps=9, save_steps=17, batch_rows=3, learning_rate=3e-3, lr_warmup_share=0.2, weight_decay=0.07, clip=0.4,
+        steps=9, save_steps=17, update_rows=3, learning_rate=3e-3, lr_warmup_share=0.2, weight_decay=0.07, clip=0.4,
         batch_tokens=333,
     )  # fmt: skip
 

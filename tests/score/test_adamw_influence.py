@@ -103,7 +103,7 @@ def test_exact_copies_of_a_row_share_what_they_did_together(tmp_path: Path) -> N
 def test_an_interrupted_reference_run_goes_on_at_its_last_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows, settings = rows_of_tokens(24), ReferenceSettings(batch_rows=2, learning_rate=1e-2)
+    rows, settings = rows_of_tokens(24), ReferenceSettings(update_rows=2, learning_rate=1e-2)
 
     def train(folder: Path) -> bytes:
         model = tiny_model("llama", dtype=torch.float32, lora=True)

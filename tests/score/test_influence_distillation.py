@@ -58,7 +58,7 @@ def random_pool(rows: int = 60) -> list[tuple[str, str]]:
 
 POOL = random_pool()
 COLD = {"warmup": "none", "projection": "none", "feature_dtype": "float32"}
-WARM = {"warmup_rows": 8, "warmup_batch_rows": 4, "warmup_epochs": 2, "lora_rank": 2, "warmup_learning_rate": 5e-3}
+WARM = {"warmup_rows": 8, "warmup_update_rows": 4, "warmup_epochs": 2, "lora_rank": 2, "warmup_learning_rate": 5e-3}
 WARM_FULL = {name: value for name, value in WARM.items() if name != "lora_rank"}
 
 
@@ -554,7 +554,7 @@ def test_the_paper_s_preset_is_what_sections_4_and_5_publish() -> None:
         "warmup": "full",
         "warmup_rows": 10_000,
         "warmup_epochs": 2,
-        "warmup_batch_rows": 128,
+        "warmup_update_rows": 128,
         "warmup_learning_rate": 2e-5,
     }
 
@@ -575,7 +575,7 @@ def test_a_setting_beside_a_preset_wins_even_where_it_is_the_default(name: str) 
 
 def test_the_paper_s_preset_runs(tmp_path: Path, llama: Path) -> None:
     task = make_task(tmp_path, llama, pool=POOL)
-    few = InfluenceDistillation(preset="paper", landmarks=20, warmup_rows=12, warmup_batch_rows=4)
+    few = InfluenceDistillation(preset="paper", landmarks=20, warmup_rows=12, warmup_update_rows=4)
     assert few.landmarks == 20 and few.damping == 0.01
     scores = few.score(task)
     assert np.isfinite(scores.values).all()
@@ -640,7 +640,7 @@ def test_weights_are_asked_of_the_choice(tmp_path: Path, llama: Path) -> None:
         ({"form": "adam", "warmup": "none"}, "form=adam needs Adam's moments"),
         ({"moments": "run"}, "moments are read for form=adam only"),
         ({"warmup": "short"}, "warmup='short': expected one of lora, full, none"),
-        ({"warmup_share": 0.0}, "warmup_share must be above 0"),
+        ({"warmup_pool_share": 0.0}, "warmup_pool_share must be above 0"),
         ({"warmup_epochs": 0}, "^warmup_epochs must be at least 1"),
         ({"projection": "pca"}, "projection 'pca' is unknown"),
         ({"weights": "third-order"}, "weights='third-order': expected one of none, first-order, second-order"),
@@ -676,7 +676,7 @@ def test_weights_are_asked_of_the_choice(tmp_path: Path, llama: Path) -> None:
         ({"warmup": "none", "lora_rank": 4}, "lora_rank=4 would change nothing.*there is no warm-up"),
         ({"moments": "m", "form": "adam", "warmup_epochs": 3}, "warmup_epochs=3 would change nothing.*with moments"),
         ({"moments": "m", "form": "adam", "warmup": "full"}, "warmup='full' would change nothing.*take its place"),
-        ({"warmup_rows": 10, "warmup_share": 0.5}, "warmup_share=0.5 would change nothing.*warmup_rows"),
+        ({"warmup_rows": 10, "warmup_pool_share": 0.5}, "warmup_pool_share=0.5 would change nothing.*warmup_rows"),
         ({"landmarks": "all", "damping": 0.1}, "damping=0.1 would change nothing.*landmarks=all"),
     ],
 )

@@ -102,7 +102,7 @@ def test_scores_are_those_of_dense_matrices_built_token_by_token(tmp_path: Path,
 
 def test_of_an_adapter_the_factors_alone_count(tmp_path: Path, llama: Path) -> None:
     task = make_task(tmp_path, llama)
-    training = warmup_training(epochs=1, batch_rows=3, learning_rate=1e-2)
+    training = warmup_training(epochs=1, update_rows=3, learning_rate=1e-2)
     (point,) = warmup_points(task, task.pool, task.rows, training, method="test", lora_rank=2, lora_alpha=4.0)
     adapted = make_task(tmp_path / "adapted", point.folder)
     found = InfluenceFunction(**OWN_LABELS, strategy="kfac", factor_rows=None).score(adapted)

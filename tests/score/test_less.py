@@ -26,7 +26,7 @@ from tamis.training.lora import add_lora
 
 SHORT = {
     "warmup_epochs": 2,
-    "warmup_batch_rows": 2,
+    "warmup_update_rows": 2,
     "warmup_learning_rate": 5e-3,
     "lora_rank": 2,
     "feature_dtype": "float32",
@@ -73,7 +73,7 @@ def slow_less(task, settings: Less, *, projector=None) -> np.ndarray:
             features = project_gradients(projector, features, layers)
             target = project_gradients(projector, target, layers)
         updates = settings.warmup_settings()
-        last = 2 * -(-len(settings.warmup_rows(task)) // updates.batch_rows)
+        last = 2 * -(-len(settings.warmup_rows(task)) // updates.update_rows)
         rate = np.mean([learning_rate_at(updates, s, last) for s in range(step - last // 2, step)])
         total = total + rate * (unit(features) @ unit(target).T).numpy()
         rates += rate
@@ -126,7 +126,7 @@ def test_streamed_scores_equal_those_of_stored_features(tmp_path: Path, llama: P
 
 
 def test_the_warmup_is_plain_fine_tuning_of_a_random_part_of_the_pool(tmp_path: Path, llama: Path) -> None:
-    settings = Less(**{**SHORT, "warmup_batch_rows": 1}, warmup_share=0.2)
+    settings = Less(**{**SHORT, "warmup_update_rows": 1}, warmup_pool_share=0.2)
     task = make_task(tmp_path, llama)
     settings.score(task)
     rows = settings.warmup_rows(task)
@@ -285,7 +285,7 @@ def test_a_row_without_gradient_does_not_inherit_the_momentum_s_direction(
     ("settings", "message"),
     [
         ({"form": "adamw"}, "form='adamw': expected one of adam, less-code, uncorrected"),
-        ({"warmup_share": 0.0}, "warmup_share must be above 0 and at most 1"),
+        ({"warmup_pool_share": 0.0}, "warmup_pool_share must be above 0 and at most 1"),
         ({"lora_rank": 0}, "lora_rank must be at least 1"),
         ({"lora_alpha": -1.0}, "lora_alpha must be positive"),
         ({"warmup_epochs": 0}, "epochs must be at least 1"),

@@ -20,7 +20,7 @@ from tamis.progress import NoProgress
 from tamis.score.loss_drop import LossDrop, relative_drops
 from tiny_run import chat, make_run, write_rows
 
-SETTINGS = LossDrop(warmup_steps=10, warmup_batch_rows=4, warmup_learning_rate=0.02, lora_rank=4)
+SETTINGS = LossDrop(warmup_steps=10, warmup_update_rows=4, warmup_learning_rate=0.02, lora_rank=4)
 
 
 def make_task(folder, *, model=None):
@@ -151,7 +151,7 @@ def test_relative_drop_by_hand():
     ("settings", "problem"),
     [
         ({"warmup_steps": 0}, "warmup_steps must be at least 1, got 0"),
-        ({"warmup_batch_rows": 0}, "warmup_batch_rows must be at least 1, got 0"),
+        ({"warmup_update_rows": 0}, "warmup_update_rows must be at least 1, got 0"),
         ({"warmup_learning_rate": -1.0}, "warmup_learning_rate must be a positive number, got -1.0"),
         ({"lora_rank": 0}, "lora_rank must be at least 1, got 0"),
         ({"length_power": float("nan")}, "length_power=nan: expected a finite number"),

@@ -74,7 +74,7 @@ def test_learning_rates_come_from_the_trainer_s_log(tmp_path: Path) -> None:
 
 def test_our_own_moments_come_back_by_name(tmp_path: Path) -> None:
     model = add_lora(tiny_model("llama", dtype=torch.float32), rank=2, alpha=4, seed=0)
-    settings = TrainSettings(epochs=1, batch_rows=4, beta1=0.8, eps=1e-6, clip=None)
+    settings = TrainSettings(epochs=1, update_rows=4, beta1=0.8, eps=1e-6, clip=None)
     (point,) = fine_tune(model, TOKENS, np.arange(4), settings, seed=0, folder=tmp_path)
     moments = read_moments(point.folder, model)
     assert (moments.step, moments.beta1, moments.beta2, moments.eps) == (1, 0.8, 0.999, 1e-6)

@@ -37,7 +37,7 @@ TOKENS = random_tokens([9, 5, 12, 7, 4, 10, 6], seed=1)
 ROWS = np.array([0, 1, 2, 4, 5, 6])  # row 3 is not trained on
 # eps: with 1e-8 Adam makes whole steps of gradients that are zero but for rounding (GPT-2's key biases).
 SETTINGS = TrainSettings(
-    epochs=2, batch_rows=4, learning_rate=5e-3, lr_warmup_share=0.4, clip=0.5, weight_decay=0.1, eps=1e-5
+    epochs=2, update_rows=4, learning_rate=5e-3, lr_warmup_share=0.4, clip=0.5, weight_decay=0.1, eps=1e-5
 )
 
 # Float32 gradients differ by about 1e-6 of their layer's norm; eps = 1e-5 turns that into at most a tenth of a step.
@@ -218,7 +218,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
 
 
 def test_training_lowers_the_loss(tmp_path: Path) -> None:
-    settings = TrainSettings(epochs=12, batch_rows=6, learning_rate=1e-2)
+    settings = TrainSettings(epochs=12, update_rows=6, learning_rate=1e-2)
     (*_, last) = fine_tune(full_model(), TOKENS, ROWS, settings, seed=0, folder=tmp_path)
     losses = [record.loss for record in last.history]
     assert losses[-1] < losses[0] - 1
@@ -230,9 +230,9 @@ def test_learning_rate_of_ten_updates_by_hand() -> None:
     np.testing.assert_allclose(rates, [0.5, 1, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
 
 
-@given(num_rows=st.integers(1, 40), batch_rows=st.integers(1, 9), epochs=st.integers(1, 4), seed=st.integers(0, 99))
-def test_every_epoch_has_every_row_once(num_rows: int, batch_rows: int, epochs: int, seed: int) -> None:
-    settings = TrainSettings(epochs=epochs, batch_rows=batch_rows)
+@given(num_rows=st.integers(1, 40), update_rows=st.integers(1, 9), epochs=st.integers(1, 4), seed=st.integers(0, 99))
+def test_every_epoch_has_every_row_once(num_rows: int, update_rows: int, epochs: int, seed: int) -> None:
+    settings = TrainSettings(epochs=epochs, update_rows=update_rows)
     rows = np.arange(num_rows) * 3
     steps = [rows_of_step(settings, step, rows, seed=seed) for step in range(num_steps(settings, num_rows))]
     assert sum(len(step) for step in steps) == epochs * num_rows
@@ -304,7 +304,7 @@ from tiny_models import tiny_model
 
 folder, pause = Path(sys.argv[1]), float(sys.argv[2])
 model = add_lora(tiny_model("llama", dtype=torch.float32), rank=2, alpha=4, seed=7)
-settings = TrainSettings(epochs=12, batch_rows=4, learning_rate=5e-3)
+settings = TrainSettings(epochs=12, update_rows=4, learning_rate=5e-3)
 fine_tune(
     model, random_tokens([9, 5, 12, 7, 4, 10, 6], seed=1), np.arange(7), settings, seed=0, folder=folder,
     advance=lambda steps: time.sleep(pause),
@@ -333,7 +333,7 @@ def test_a_run_killed_for_real_ends_with_identical_bytes(tmp_path: Path) -> None
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the other process: the order of sums may depend on it
     try:
-        settings = TrainSettings(epochs=12, batch_rows=4, learning_rate=5e-3)
+        settings = TrainSettings(epochs=12, update_rows=4, learning_rate=5e-3)
         fine_tune(lora_model(), TOKENS, np.arange(7), settings, seed=0, folder=tmp_path / "whole")
     finally:
         torch.set_num_threads(threads)
@@ -438,7 +438,7 @@ def test_lora_on_a_half_precision_base_trains() -> None:
     ("settings", "message"),
     [
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
-        ({"batch_rows": 0}, "batch_rows must be at least 1"),
+        ({"update_rows": 0}, "update_rows must be at least 1"),
         ({"learning_rate": 0.0}, "learning_rate must be a positive number"),
         ({"learning_rate": float("nan")}, "learning_rate must be a positive number"),
         ({"beta2": 1.0}, "beta2 must be at least 0 and below 1"),
@@ -457,7 +457,7 @@ def test_rows_of_an_update_are_those_of_the_epochs_permutation_drawn_anew(
     count: int, update_rows: int, seed: int, steps: list[int]
 ) -> None:
     """Asked for in any order, and of several seeds in between, so that whatever is kept is not another's."""
-    settings, rows = TrainSettings(steps=1, batch_rows=update_rows), 100 + np.arange(count)[::-1]
+    settings, rows = TrainSettings(steps=1, update_rows=update_rows), 100 + np.arange(count)[::-1]
     per_epoch = -(-count // update_rows)
     for step in steps:
         for own in (seed, seed + 1, seed + 2):
@@ -468,7 +468,7 @@ def test_rows_of_an_update_are_those_of_the_epochs_permutation_drawn_anew(
 
 
 def test_rows_of_an_update_can_be_changed_without_changing_the_next_callers() -> None:
-    settings, rows = TrainSettings(steps=1, batch_rows=8), np.arange(8)
+    settings, rows = TrainSettings(steps=1, update_rows=8), np.arange(8)
     first = rows_of_step(settings, 0, rows, seed=5)
     before = first.tolist()
     first[:] = -1

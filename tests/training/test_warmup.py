@@ -22,7 +22,7 @@ from tiny_models import tiny_model
 
 TOKENS = random_tokens([9, 5, 12, 7, 4, 10, 6], seed=1)
 ROWS = np.arange(7)
-SETTINGS = TrainSettings(epochs=2, batch_rows=4, learning_rate=5e-3)
+SETTINGS = TrainSettings(epochs=2, update_rows=4, learning_rate=5e-3)
 
 
 def open_model() -> nn.Module:

@@ -31,7 +31,7 @@ EPILOG = f"""
 
 [cyan]tamis select --model M --pool P --target T --method tracin --shortlist bm25:5x --out run1[/cyan]
 
-[cyan]tamis select --model M --pool P --target T --method less --set warmup_share=0.05 --seed 1[/cyan]
+[cyan]tamis select --model M --pool P --target T --method less --set warmup_pool_share=0.05 --seed 1[/cyan]
 
 [cyan]tamis select --config run1/run.yaml[/cyan]   repeats that run; more flags change it
 

@@ -122,7 +122,7 @@ def updates_at_cost(
     tflops: float, price: Price, corpus: Corpus, rows: IntArray, settings: TrainSettings, *, seed: int
 ) -> int:
     """Updates on ``rows``, in the order of ``seed``, whose cost is nearest to ``tflops``; at least one."""
-    per_epoch = -(-len(rows) // settings.batch_rows)
+    per_epoch = -(-len(rows) // settings.update_rows)
     epoch = price.tflops(seen_rows(corpus, rows))
     whole = int(tflops / epoch) if epoch else 0  # every epoch has the same rows, in another order
     spent, steps = whole * epoch, whole * per_epoch

@@ -152,7 +152,7 @@ def _choose(embedded: _Embedded, method: InfluenceDistillation, landmarks: Corpu
 
 def _warm_up(question: MethodQuestion, method: InfluenceDistillation, shape: ModelShape) -> PassPlan:
     pool = question.pool
-    share = warmup_rows(method.warmup_share, method.warmup_batch_rows, pool.rows)
+    share = warmup_rows(method.warmup_pool_share, method.warmup_update_rows, pool.rows)
     rows = share if method.warmup_rows is None else min(method.warmup_rows, pool.rows)
     seen = pool.times(rows * method.warmup_epochs / pool.rows)
     sizes = (seen.tokens, seen.supervised_tokens, seen.squared_tokens)

@@ -68,7 +68,7 @@ def _loss_drop(question: MethodQuestion) -> list[PassPlan]:
     adapted = question.with_lora(int(values["lora_rank"]))
     passes = [_losses(question)]
     for target in question.targets:
-        rows = rows_of_steps(int(values["warmup_steps"]), int(values["warmup_batch_rows"]), target.rows)
+        rows = rows_of_steps(int(values["warmup_steps"]), int(values["warmup_update_rows"]), target.rows)
         seen = target.times(rows / target.rows)
         passes += [
             question.model_pass("warm-up on a target", "loss-drop-warm-up", "gradient", seen, shape=adapted),
@@ -94,7 +94,7 @@ def _less(question: MethodQuestion) -> list[PassPlan]:
     adapted = question.with_lora(int(values["lora_rank"])) if values["moments"] is None else question.shape
     passes = []
     if values["moments"] is None:
-        rows = warmup_rows(values["warmup_share"], int(values["warmup_batch_rows"]), question.pool.rows)
+        rows = warmup_rows(values["warmup_pool_share"], int(values["warmup_update_rows"]), question.pool.rows)
         seen = question.pool.times(rows * values["warmup_epochs"] / question.pool.rows)
         passes.append(question.model_pass("warm-up (LoRA)", "less-warm-up", "gradient", seen, shape=adapted))
     kept = bool(values["keep_features"]) and values["projection"] != "none"

@@ -49,7 +49,7 @@ class AlignSettings:
 
     objective: Literal["kl", "align", "align+kl"]
     steps: int
-    batch_rows: int
+    update_rows: int
     learning_rate: float
     kl_weight: float
     temperature: float
@@ -206,9 +206,9 @@ def _step(
 
 
 def _rows_of_step(rows: Sequence[Row], step: int, settings: AlignSettings) -> list[Row]:
-    first = step * settings.batch_rows
+    first = step * settings.update_rows
     chosen = []
-    for number in range(first, first + settings.batch_rows):
+    for number in range(first, first + settings.update_rows):
         epoch, place = divmod(number, len(rows))
         order = random_permutation(child_seed(settings.seed, "alignment rows", epoch), len(rows))
         chosen.append(rows[int(order[place])])

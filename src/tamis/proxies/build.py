@@ -187,7 +187,7 @@ def align_settings(settings: ProxySettings, recipe: Recipe, model: nn.Module) ->
     return AlignSettings(
         objective=recipe.objective,
         steps=settings.steps,
-        batch_rows=settings.update_rows,
+        update_rows=settings.update_rows,
         learning_rate=settings.learning_rate or (1e-3 if hidden <= _TINY_HIDDEN else 1e-4),
         kl_weight=recipe.kl_weight,
         temperature=settings.temperature,

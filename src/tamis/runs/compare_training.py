@@ -38,7 +38,7 @@ def training_settings(settings: CompareSettings, *, steps: int) -> TrainSettings
     return TrainSettings(
         steps=steps,
         save_steps=settings.save_steps,
-        batch_rows=settings.update_rows,
+        update_rows=settings.update_rows,
         learning_rate=settings.learning_rate or LEARNING_RATES[settings.tune],
         lr_warmup_share=settings.warmup_share,
         weight_decay=settings.weight_decay,

@@ -84,7 +84,7 @@ class AdamwInfluence:
     def reference_settings(self) -> ReferenceSettings:
         """The run that is attributed."""
         return ReferenceSettings(
-            epochs=self.epochs, batch_rows=self.update_rows, learning_rate=self.learning_rate, clip=self.clip
+            epochs=self.epochs, update_rows=self.update_rows, learning_rate=self.learning_rate, clip=self.clip
         )
 
     def score(self, task: Task) -> TargetScores:

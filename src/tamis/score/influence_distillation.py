@@ -83,10 +83,10 @@ class InfluenceDistillation:
         residual: carry only what the embedding's own cosine with the target leaves; "auto": if that is no worse.
         form: gradients of landmarks "raw", or "adam": times Adam's preconditioner at the end of the warm-up.
         warmup: "lora", "full" (all weights, in float32) or "none".
-        warmup_share: share of the pool's usable rows, though never fewer than four updates' worth.
+        warmup_pool_share: share of the pool's usable rows, though never fewer than four updates' worth.
         warmup_rows: their number, in place of the share.
         warmup_epochs: epochs; only the end counts.
-        warmup_batch_rows: rows of one update.
+        warmup_update_rows: rows of one update.
         warmup_learning_rate: the peak; None: 2e-4 for LoRA, 2e-5 for all weights.
         lora_rank: rank of the adapter.
         lora_alpha: its scale is ``lora_alpha / lora_rank``; None: twice the rank.
@@ -133,10 +133,10 @@ class InfluenceDistillation:
     residual: bool | Literal["auto"] = "auto"
     form: Literal["raw", "adam"] = "raw"
     warmup: Literal["lora", "full", "none"] = "lora"
-    warmup_share: float = 0.05
+    warmup_pool_share: float = 0.05
     warmup_rows: int | None = None
     warmup_epochs: int = 2
-    warmup_batch_rows: int = 16
+    warmup_update_rows: int = 16
     warmup_learning_rate: float | None = None
     lora_rank: int = 8
     lora_alpha: float | None = None
@@ -174,7 +174,7 @@ class InfluenceDistillation:
         rate = self.warmup_learning_rate
         return warmup_training(
             epochs=self.warmup_epochs,
-            batch_rows=self.warmup_batch_rows,
+            update_rows=self.warmup_update_rows,
             learning_rate=(2e-5 if self.warmup == "full" else 2e-4) if rate is None else rate,
         )
 
@@ -185,7 +185,7 @@ class InfluenceDistillation:
             InvalidInput: the pool has no usable row.
         """
         return random_warmup_rows(
-            task, self.name, share=self.warmup_share, batch_rows=self.warmup_batch_rows, rows=self.warmup_rows
+            task, self.name, share=self.warmup_pool_share, update_rows=self.warmup_update_rows, rows=self.warmup_rows
         )
 
     def by_content(self, model: ModelSettings) -> dict[str, Any]:

@@ -63,9 +63,9 @@ class Less:
     Args:
         form: "adam", Adam's own update; "less-code", ``m'/sqrt(v'+eps)`` as the authors' code computes it; or
             "uncorrected", ``m'/(sqrt(v')+eps)``.
-        warmup_share: share of the pool's usable rows, though never fewer than four updates' worth while there are any.
+        warmup_pool_share: share of the pool's usable rows, though never fewer than four updates' worth.
         warmup_epochs: epochs, each with a checkpoint at its end.
-        warmup_batch_rows: rows of one update.
+        warmup_update_rows: rows of one update.
         warmup_learning_rate: the peak.
         lora_rank: rank of the adapter.
         lora_alpha: its scale is ``lora_alpha / lora_rank``; None: twice the rank.
@@ -84,9 +84,9 @@ class Less:
     name: ClassVar[str] = "less"
 
     form: AdamForm = "adam"
-    warmup_share: float = 0.05
+    warmup_pool_share: float = 0.05
     warmup_epochs: int = 4
-    warmup_batch_rows: int = 16
+    warmup_update_rows: int = 16
     warmup_learning_rate: float = 2e-4
     lora_rank: int = 8
     lora_alpha: float | None = None
@@ -99,8 +99,8 @@ class Less:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if not 0 < self.warmup_share <= 1:
-            raise InvalidSettings(f"warmup_share must be above 0 and at most 1, got {self.warmup_share}")
+        if not 0 < self.warmup_pool_share <= 1:
+            raise InvalidSettings(f"warmup_pool_share must be above 0 and at most 1, got {self.warmup_pool_share}")
         if self.lora_rank < 1:
             raise InvalidSettings(f"lora_rank must be at least 1, got {self.lora_rank}")
         if self.lora_alpha is not None and not self.lora_alpha > 0:
@@ -113,7 +113,7 @@ class Less:
         """The fine-tuning run whose checkpoints are used."""
         return warmup_training(
             epochs=self.warmup_epochs,
-            batch_rows=self.warmup_batch_rows,
+            update_rows=self.warmup_update_rows,
             learning_rate=self.warmup_learning_rate,
         )
 
@@ -127,7 +127,7 @@ class Less:
         Raises:
             InvalidInput: the pool has no usable row.
         """
-        return random_warmup_rows(task, self.name, share=self.warmup_share, batch_rows=self.warmup_batch_rows)
+        return random_warmup_rows(task, self.name, share=self.warmup_pool_share, update_rows=self.warmup_update_rows)
 
     def score(self, task: Task) -> TargetScores:
         """Scores of ``task.rows``, one column per target row that has a gradient.

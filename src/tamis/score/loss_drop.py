@@ -38,7 +38,7 @@ class LossDrop:
 
     Args:
         warmup_steps: updates of the warm-up.
-        warmup_batch_rows: target rows of one update.
+        warmup_update_rows: target rows of one update.
         warmup_learning_rate: the peak.
         lora_rank: rank of the copy's adapter; its scale is 2.
         length_power: the drop is multiplied by this power of the row's supervised tokens; 0 is the authors' form.
@@ -50,7 +50,7 @@ class LossDrop:
     name: ClassVar[str] = "loss-drop"
 
     warmup_steps: int = 8
-    warmup_batch_rows: int = 8
+    warmup_update_rows: int = 8
     warmup_learning_rate: float = 1e-3
     lora_rank: int = 8
     length_power: float = 0.0
@@ -66,7 +66,7 @@ class LossDrop:
         return warmup_training(
             steps=self.warmup_steps,
             save_steps=self.warmup_steps,
-            batch_rows=self.warmup_batch_rows,
+            update_rows=self.warmup_update_rows,
             learning_rate=self.warmup_learning_rate,
         )
 

@@ -42,13 +42,13 @@ class WarmupPoint:
     learning_rate: float  # mean over the updates since the checkpoint before it
 
 
-def warmup_rows(share: float, batch_rows: int, usable: int) -> int:
+def warmup_rows(share: float, update_rows: int, usable: int) -> int:
     """How many of ``usable`` rows a share of them is, though never fewer than four updates' worth while there are any.
 
     >>> warmup_rows(0.05, 32, 10_000), warmup_rows(0.05, 32, 1_000), warmup_rows(0.05, 32, 100)
     (500, 128, 100)
     """
-    return min(max(math.ceil(share * usable), _FEWEST_BATCHES * batch_rows), usable)
+    return min(max(math.ceil(share * usable), _FEWEST_BATCHES * update_rows), usable)
 
 
 def warmup_flops(
@@ -62,14 +62,14 @@ def warmup_flops(
     return operations + (weight_gradient_flops(shape, tokens) if full else 0.0)
 
 
-def random_warmup_rows(task: Task, method: str, *, share: float, batch_rows: int, rows: int | None = None) -> IntArray:
+def random_warmup_rows(task: Task, method: str, *, share: float, update_rows: int, rows: int | None = None) -> IntArray:
     """A random part of the pool's usable rows for a warm-up, ascending; it does not depend on the target.
 
     Args:
         task: its whole pool counts, not only a shortlist.
         method: names the random stream.
         share: of the usable rows, as ``warmup_rows`` counts them.
-        batch_rows: rows of one update.
+        update_rows: rows of one update.
         rows: their number, in place of the share; all if there are fewer.
 
     Raises:
@@ -78,7 +78,7 @@ def random_warmup_rows(task: Task, method: str, *, share: float, batch_rows: int
     usable = np.flatnonzero(task.pool.usable)
     if not len(usable):
         raise InvalidInput("no row of the pool has a supervised token, so there is nothing to warm up on")
-    count = warmup_rows(share, batch_rows, len(usable)) if rows is None else min(rows, len(usable))
+    count = warmup_rows(share, update_rows, len(usable)) if rows is None else min(rows, len(usable))
     chosen = random_subset(child_seed(task.seed, f"{method} warm-up"), len(usable), count)
     return usable[chosen].astype(np.int64)
 

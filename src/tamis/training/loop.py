@@ -54,7 +54,7 @@ class TrainSettings:
     epochs: int = 4
     steps: int | None = None  # updates in all, in place of epochs
     save_steps: int | None = None  # updates between checkpoints; None: one at the end of every epoch
-    batch_rows: int = 16  # rows of one update
+    update_rows: int = 16  # rows of one update
     learning_rate: float = 2e-4  # the peak, from which it falls linearly
     lr_warmup_share: float = 0.03  # of the updates, rising linearly to the peak
     weight_decay: float = 0.0  # on matrices only
@@ -67,7 +67,7 @@ class TrainSettings:
     batch_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "steps", "save_steps", "batch_rows", "batch_tokens"):
+        for name in ("epochs", "steps", "save_steps", "update_rows", "batch_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidSettings(f"{name} must be at least 1, got {value}")
@@ -96,7 +96,7 @@ class Spent:
 
 def num_steps(settings: TrainSettings, num_rows: int) -> int:
     """Updates of the whole run. The last update of an epoch takes the rows that are left."""
-    return settings.steps or settings.epochs * -(-num_rows // settings.batch_rows)
+    return settings.steps or settings.epochs * -(-num_rows // settings.update_rows)
 
 
 def learning_rate_at(settings: TrainSettings, step: int, total: int) -> float:
@@ -106,10 +106,10 @@ def learning_rate_at(settings: TrainSettings, step: int, total: int) -> float:
 
 def rows_of_step(settings: TrainSettings, step: int, rows: IntArray, *, seed: int) -> IntArray:
     """The rows of update ``step``: every epoch is a fresh permutation of ``rows``, cut into updates."""
-    per_epoch = -(-len(rows) // settings.batch_rows)
+    per_epoch = -(-len(rows) // settings.update_rows)
     epoch, place = divmod(step, per_epoch)
     order = _order_of_epoch(seed, epoch, len(rows))
-    return rows[order[place * settings.batch_rows : (place + 1) * settings.batch_rows]]
+    return rows[order[place * settings.update_rows : (place + 1) * settings.update_rows]]
 
 
 @lru_cache(maxsize=2)  # every update of an epoch asks for it, and drawing it takes as long as the pool is large
@@ -119,14 +119,14 @@ def _order_of_epoch(seed: int, epoch: int, count: int) -> IntArray:
     return order
 
 
-def rows_of_steps(steps: int, batch_rows: int, num_rows: int) -> int:
+def rows_of_steps(steps: int, update_rows: int, num_rows: int) -> int:
     """How many rows the first ``steps`` updates take, a row counted as often as it is taken.
 
     >>> rows_of_steps(8, 8, 64), rows_of_steps(8, 8, 4), rows_of_steps(3, 8, 20)
     (64, 32, 20)
     """
-    epochs, rest = divmod(steps, -(-num_rows // batch_rows))
-    return epochs * num_rows + min(rest * batch_rows, num_rows)
+    epochs, rest = divmod(steps, -(-num_rows // update_rows))
+    return epochs * num_rows + min(rest * update_rows, num_rows)
 
 
 def fine_tune(
@@ -298,7 +298,7 @@ def _adamw(trainable: dict[str, nn.Parameter], settings: TrainSettings) -> torch
 
 
 def _is_saved(done: int, total: int, settings: TrainSettings, num_rows: int) -> bool:
-    every = settings.save_steps or -(-num_rows // settings.batch_rows)
+    every = settings.save_steps or -(-num_rows // settings.update_rows)
     return done == total or done % every == 0
 
 

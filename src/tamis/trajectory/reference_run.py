@@ -36,14 +36,14 @@ class ReferenceSettings:
     """
 
     epochs: int = 1
-    batch_rows: int = 16
+    update_rows: int = 16
     learning_rate: float = 2e-4
     warmup_share: float = 0.03
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_rows < 1:
-            raise InvalidSettings(f"epochs={self.epochs}, batch_rows={self.batch_rows}: expected at least 1 of each")
+        if self.epochs < 1 or self.update_rows < 1:
+            raise InvalidSettings(f"epochs={self.epochs}, update_rows={self.update_rows}: expected at least 1 of each")
         if not self.learning_rate > 0 or not 0 <= self.warmup_share < 1 or self.clip < 0:
             raise InvalidSettings(
                 f"learning_rate={self.learning_rate}, warmup_share={self.warmup_share}, clip={self.clip}: expected a "
@@ -77,7 +77,7 @@ def reference_run(
     params = [param for param in model.parameters() if param.requires_grad]
     live = live_optimizer(torch.optim.AdamW(params, weight_decay=0.0), model)
     rule, problem = live.rule(settings.clip or None), CausalProblem(model, live.shapes)
-    per_epoch = -(-len(rows) // settings.batch_rows)
+    per_epoch = -(-len(rows) // settings.update_rows)
     total = per_epoch * settings.epochs
     every = max(10, int(total**0.5))
     manifest: dict[str, Any] = {
@@ -100,7 +100,7 @@ def reference_run(
     advance(first)
     logged: list[LoggedStep] = []
     for index in range(first, total):
-        chosen = _rows_of(index, per_epoch, settings.batch_rows, len(rows), seed)
+        chosen = _rows_of(index, per_epoch, settings.update_rows, len(rows), seed)
         batch = collate_rows([rows[i] for i in chosen], [numbers[i] for i in chosen], device=problem.device)
         weights = torch.full((len(chosen),), 1 / len(chosen), dtype=torch.float64, device=problem.device)
         rates = (settings.rate(index, total),) * len(rule.groups)
@@ -143,9 +143,9 @@ def _open(folder: Path, manifest: Mapping[str, Any], fresh: Any) -> tuple[LogWri
     return writer, last, type(found)(theta=found.theta.to(device), moments=moments, count=found.count)
 
 
-def _rows_of(step: int, per_epoch: int, batch_rows: int, count: int, seed: int) -> list[int]:
+def _rows_of(step: int, per_epoch: int, update_rows: int, count: int, seed: int) -> list[int]:
     """Every epoch is a fresh permutation, cut into updates."""
     epoch, place = divmod(step, per_epoch)
     order = random_permutation(child_seed(seed, "row order", epoch), count)
-    found: list[int] = order[place * batch_rows : (place + 1) * batch_rows].tolist()
+    found: list[int] = order[place * update_rows : (place + 1) * update_rows].tolist()
     return found

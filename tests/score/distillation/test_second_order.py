@@ -32,7 +32,7 @@ from tamis.store.reader import StageReader
 from tamis.types import Curvature, LayerSpec, TargetScores
 
 COLD = {"warmup": "none", "projection": "none", "feature_dtype": "float32", "weights": "second-order"}
-WARM = {"warmup_rows": 6, "warmup_batch_rows": 3, "warmup_epochs": 1, "lora_rank": 2, "warmup_learning_rate": 5e-3}
+WARM = {"warmup_rows": 6, "warmup_update_rows": 3, "warmup_epochs": 1, "lora_rank": 2, "warmup_learning_rate": 5e-3}
 
 
 @pytest.fixture(scope="module")

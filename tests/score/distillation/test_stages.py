@@ -62,7 +62,7 @@ def drawn_by_leverage(task: Task) -> None:
 
 
 def warmed_up(task: Task, *, rank: int | None = None, alpha: float = 1.0) -> None:
-    training = warmup_training(epochs=1, batch_rows=3, learning_rate=1e-3)
+    training = warmup_training(epochs=1, update_rows=3, learning_rate=1e-3)
     warmup_points(task, task.pool, ROWS, training, method="m", lora_rank=rank, lora_alpha=alpha)
 
 

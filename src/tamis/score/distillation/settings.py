@@ -34,7 +34,7 @@ _PAPER: dict[str, Any] = {
     "warmup": "full",
     "warmup_rows": 10_000,
     "warmup_epochs": 2,
-    "warmup_batch_rows": 128,
+    "warmup_update_rows": 128,
     "warmup_learning_rate": 2e-5,
     "projection": "hadamard",
     "projection_dim": 131_072,
@@ -61,7 +61,7 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "tail_blocks": ("tail-gradient",),
 }
 
-_OF_WARM_UP = ("warmup_share", "warmup_rows", "warmup_epochs", "warmup_batch_rows", "warmup_learning_rate")
+_OF_WARM_UP = ("warmup_pool_share", "warmup_rows", "warmup_epochs", "warmup_update_rows", "warmup_learning_rate")
 _OF_ADAPTER = ("lora_rank", "lora_alpha")  # of the warm-up
 _OF_TRANSFER = (
     *("landmark_rule", "embedding", "given", "keep_embeddings", *_READ_BY),
@@ -132,8 +132,8 @@ def check_distillation(chosen: Any) -> None:
         )
     if chosen.embedding_budget < 0:
         raise InvalidSettings(f"embedding_budget must be at least 0, got {chosen.embedding_budget}")
-    if not 0 < chosen.warmup_share <= 1:
-        raise InvalidSettings(f"warmup_share must be above 0 and at most 1, got {chosen.warmup_share}")
+    if not 0 < chosen.warmup_pool_share <= 1:
+        raise InvalidSettings(f"warmup_pool_share must be above 0 and at most 1, got {chosen.warmup_pool_share}")
     if chosen.embedding == "given" and not chosen.given:
         raise InvalidSettings("embedding=given needs given, the folder of the embeddings")
     if chosen.given and chosen.embedding not in ("given", "auto"):
@@ -173,7 +173,7 @@ def _check_read(chosen: Any) -> None:
         ((*_OF_WARM_UP, *_OF_ADAPTER), warms_up, no_warm_up),
         (("warmup",), chosen.moments is None, "of no use with moments, which take its place"),
         (_OF_ADAPTER, chosen.warmup != "full", "of no use with warmup=full, which trains no adapter"),
-        (("warmup_share",), chosen.warmup_rows is None, "of no use with warmup_rows, which say how many"),
+        (("warmup_pool_share",), chosen.warmup_rows is None, "of no use with warmup_rows, which say how many"),
         (_OF_TRANSFER, carries, "of no use with landmarks=all, which leave no row to be carried to"),
         (
             ("hessian_landmarks", "memory_gb"),
