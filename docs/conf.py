@@ -3,6 +3,7 @@
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from sphinx.application import Sphinx
 
@@ -30,13 +31,19 @@ html_title = "tamis"
 
 # The tables of settings, methods and combinations are made from the code anew for every build.
 sys.path.insert(0, str(Path(__file__).parent))
+from api_fields import explain  # noqa: E402
 from generate_tables import fill  # noqa: E402
 
 
 def setup(app: Sphinx) -> None:
-    """Fill the generated parts of every page before it is read."""
+    """Fill the generated parts of every page before it is read, and explain the fields of every class."""
 
     def fresh(app: Sphinx, name: str, source: list[str]) -> None:
         source[0] = fill(source[0])
 
+    def explained(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+        if what == "class":
+            lines[:] = explain(thing, lines)
+
     app.connect("source-read", fresh)
+    app.connect("autodoc-process-docstring", explained)

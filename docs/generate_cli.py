@@ -47,6 +47,12 @@ def page() -> str:
     return "\n".join(parts)
 
 
+def flag_meanings(verb: str) -> dict[str, str]:
+    """What the flags of a verb say, by the names of the settings."""
+    group: Any = typer.main.get_command(app)
+    return {parameter.name: _markdown(parameter.help) for parameter in group.commands[verb].params}
+
+
 def _row(parameter: Any) -> str:
     flags = ", ".join(f"`{flag}`" for flag in [*parameter.opts, *parameter.secondary_opts])
     if parameter.param_type_name == "argument":

@@ -67,7 +67,7 @@ def _online_settings(name: str) -> str:
 
 def _settings_table(kind: type) -> str:
     """Every field of a settings class: its default, and what it does."""
-    meanings = {**_comments(kind), **_arguments(kind)}
+    meanings = {name: re.sub(r"\bNone\b", "null", meaning) for name, meaning in field_meanings(kind).items()}
     hints = get_type_hints(kind)
     rows = []
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
@@ -82,6 +82,14 @@ def _settings_table(kind: type) -> str:
             )
         )
     return _table(("setting", "default", "meaning"), rows) if rows else "It has no settings."
+
+
+def field_meanings(kind: type) -> dict[str, str]:
+    """What the docstring or a comment says of each field, in the class or in those that it inherits from."""
+    found: dict[str, str] = {}
+    for base in reversed([base for base in kind.__mro__ if dataclasses.is_dataclass(base)]):
+        found |= {**_comments(base), **_arguments(base)}
+    return found
 
 
 def _default(value: Any) -> str:
@@ -118,8 +126,7 @@ def _comments(kind: type) -> dict[str, str]:
 
 
 def _plain(text: str) -> str:
-    text = re.sub(r"``(.*?)``", r"`\1`", " ".join(text.split())).rstrip(".")
-    return re.sub(r"\bNone\b", "null", text)
+    return re.sub(r"``(.*?)``", r"`\1`", " ".join(text.split())).rstrip(".")
 
 
 def _methods(which: str) -> str:
@@ -192,7 +199,7 @@ def _pairs(down: str, rows: Any, across: str, columns: Any) -> str:
 
 
 def _online_candidates() -> str:
-    kinds = ("exact", "reuse:2", "jvp", "proxy")
+    kinds = ("exact", "reuse:2", "sources:2", "jvp", "proxy")
     lines = []
     for name, kind in ONLINE.items():
         cells = []
@@ -200,7 +207,7 @@ def _online_candidates() -> str:
             marks = {_goes(method, candidates) for method in _variants(kind)}
             cells.append("yes" if marks == {True} else "–" if marks == {False} else "some forms")
         lines.append((f"`{name}`", *cells))
-    return _table(("method", *(f"`{kind}`" for kind in kinds)), lines)
+    return _table(("method", *(f"`{kind.replace('2', 'K')}`" for kind in kinds)), lines)
 
 
 def _variants(kind: Any) -> list[Any]:

@@ -371,7 +371,8 @@ def attribute(
         settings: any other field of ``tamis.AttributeSettings``.
 
     Returns:
-        The scores. Positive: removing the sample raises the target loss, so training on it lowered it.
+        The scores. A positive score means that removing the sample raises the target loss, so training on it
+        lowered it.
 
     Raises:
         InvalidInput: the run did not come to its end, or the target cannot be used.

@@ -51,3 +51,12 @@ def test_every_verb_takes_config_quiet_and_json(name: str) -> None:
         {"--quiet", "--json"} if name == "report" else {"--config", "--quiet", "--json"}
     )  # a report has no settings
     assert wanted <= flags
+
+
+@pytest.mark.parametrize(
+    ("name", "is_pooled"), [("select", False), ("train", True), ("attribute", True), ("verify", True)]
+)
+def test_help_says_whether_several_targets_are_one(name: str, is_pooled: bool) -> None:
+    helps = {parameter.name: parameter.help for parameter in COMMANDS[name].params}
+    assert ("outweighs" in helps["target"]) == is_pooled
+    assert ("each TARGET is one task" in helps["target"]) == (not is_pooled)

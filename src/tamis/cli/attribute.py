@@ -42,7 +42,7 @@ Interrupted attributions resume with the same command. Ask [cyan]tamis verify[/c
 def attribute(
     ctx: typer.Context,
     run: opt.Run = None,
-    target: opt.Target = None,
+    target: opt.PooledTarget = None,
     method: Annotated[str, opt.method(TRACE_METHODS, opt.SCORE)] = AttributeSettings.method,
     curvature: opt.Curvature = AttributeSettings.curvature,
     secant: Annotated[

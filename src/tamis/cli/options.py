@@ -35,6 +35,7 @@ __all__ = [
     "OnBadRow",
     "Out",
     "Pool",
+    "PooledTarget",
     "PrintedOut",
     "Quiet",
     "Removal",
@@ -94,6 +95,16 @@ Target = Annotated[
     typer.Option(
         help="Rows of the task to improve, in the same formats; each TARGET is one task. NAME=PATH names it; without "
         "NAME it has the file's stem.",
+        metavar="TARGET...",
+        rich_help_panel=WHAT,
+        show_default=False,
+    ),
+]
+PooledTarget = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Rows of the task to improve, in the same formats; the rows of several TARGETs count alike, so that a "
+        "large TARGET outweighs a small one. NAME=PATH names it; without NAME it has the file's stem.",
         metavar="TARGET...",
         rich_help_panel=WHAT,
         show_default=False,
@@ -263,9 +274,7 @@ Tolerance = Annotated[
 def method(names: Iterable[str], panel: str) -> Any:
     """``--method``, completed by the shell from ``names``."""
     known = list(names)
-    return typer.Option(
-        help="One of the methods below.", metavar="METHOD", rich_help_panel=panel, autocompletion=lambda: known
-    )
+    return typer.Option(help="Name of a method.", metavar="METHOD", rich_help_panel=panel, autocompletion=lambda: known)
 
 
 def method_setting(of: str, metavar: str, panel: str, *, more: str = "") -> Any:

@@ -53,7 +53,7 @@ def proxy(
     preset: Annotated[
         str,
         typer.Option(
-            help="One of the presets below; single settings change it.",
+            help="Name of a preset; single settings change it.",
             metavar="PRESET",
             rich_help_panel=HOW,
             autocompletion=lambda: list(PROXY_SUMMARIES),

@@ -43,7 +43,7 @@ def train(
     ctx: typer.Context,
     model: opt.Model = None,
     pool: opt.Pool = None,
-    target: opt.Target = None,
+    target: opt.PooledTarget = None,
     steps: Annotated[
         int | None,
         typer.Option(help="Updates.", rich_help_panel=opt.WHAT, show_default=False),

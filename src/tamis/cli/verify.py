@@ -31,7 +31,7 @@ command. Read the interval, not the number alone: below 30 samples it is wide.
 def verify(
     ctx: typer.Context,
     run: opt.Run = None,
-    target: opt.Target = None,
+    target: opt.PooledTarget = None,
     samples: Annotated[
         int, typer.Option(help="How many samples to leave out; each takes one retraining.", rich_help_panel=opt.SCORE)
     ] = VerifySettings.samples,

@@ -42,18 +42,18 @@ class Conclusion:
 class CompareResult:
     """What was compared, also on disk under ``out``."""
 
-    out: Path
-    metric: str
-    budget: str  # the verdict's
-    seeds: int
-    held_out_rows: int
-    tasks: tuple[str, ...]
-    standings: tuple[Standing, ...]  # best first within a budget
-    differences: tuple[Difference, ...]
-    selections: tuple[SelectionFacts, ...]
+    out: Path  # folder of the result
+    metric: str  # "loss" or "exact-match"
+    budget: str  # that of the verdict
+    seeds: int  # training runs of every contender
+    held_out_rows: int  # rows that only measured
+    tasks: tuple[str, ...]  # names of the targets
+    standings: tuple[Standing, ...]  # every contender at every budget, best first within a budget
+    differences: tuple[Difference, ...]  # contenders against opponents, with both tests
+    selections: tuple[SelectionFacts, ...]  # what is known of every method's selection before anything is trained on it
     foretold: tuple[Foretold, ...]  # the linear datamodelling score of each method; empty unless asked for
-    conclusion: Conclusion
-    manifest: Mapping[str, Any]
+    conclusion: Conclusion  # the verdict in words: title, sentence, next steps, warnings
+    manifest: Mapping[str, Any]  # what determined the result and what it cost, as manifest.json
 
     def at(self, budget: str) -> list[Standing]:
         """The standings at one budget, best first."""

@@ -61,21 +61,21 @@ class Comparison:
 class PlanResult:
     """What ``tamis plan`` found."""
 
-    model: str
-    params: int
-    dtype: str
-    pool: CorpusSize
-    target: CorpusSize
-    targets: int
-    sampled_rows: int
-    budget_rows: int
+    model: str  # name of the model
+    params: int  # numbers in its weights
+    dtype: str  # type in which it would compute
+    pool: CorpusSize  # rows and tokens
+    target: CorpusSize  # rows and tokens, of all targets
+    targets: int  # how many targets
+    sampled_rows: int  # rows that were tokenized to estimate the sizes
+    budget_rows: int  # rows that the budget selects
     device: str  # on which this machine would run the model: not that of ``rate``, if it is assumed
-    rate: Rate
+    rate: Rate  # operations per second, and whether they are assumed or measured
     tokenize_seconds: float  # on one core, before any method starts
-    methods: tuple[MethodPlan, ...]
+    methods: tuple[MethodPlan, ...]  # cost of each method
     landmark_tflops: float  # for comparison: what 4,096 landmarks with embeddings of 4 blocks would cost
-    comparisons: tuple[Comparison, ...] = ()
-    notes: tuple[str, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()  # the plan beside a finished run, where one was named
+    notes: tuple[str, ...] = ()  # what the plan had to assume
 
 
 def compare_with_run(plan: PlanResult, manifest: Mapping[str, Any]) -> tuple[Comparison, ...]:

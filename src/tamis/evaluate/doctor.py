@@ -86,20 +86,20 @@ class LeakReport:
 class DoctorResult:
     """All that ``tamis doctor`` found."""
 
-    model: dict[str, Any]
-    coverage: Coverage
-    template: TemplateReport
-    pool: CorpusReport
-    target: CorpusReport | None
-    leaks: LeakReport | None
-    batch_check: BatchCheck | None
-    sign_check: SignCheck | None
-    sign_convention: str
+    model: dict[str, Any]  # the model as it was loaded
+    coverage: Coverage  # every parameter, by whether its gradient takes part in the scores
+    template: TemplateReport  # how chats are rendered
+    pool: CorpusReport  # rows and tokens of the pool, copies, bad rows, and some rows with their loss mask
+    target: CorpusReport | None  # the same of the target; None without one
+    leaks: LeakReport | None  # pool rows that are also in the target; None without one
+    batch_check: BatchCheck | None  # single rows against the same in a padded batch; None if not run
+    sign_check: SignCheck | None  # predicted against measured change of the target loss; None if not run
+    sign_convention: str  # what a positive score means
     projection: dict[str, Any] | None  # what the distortion was measured for
     distortion: tuple[LengthDistortion, ...]  # by length, shortest rows first
     failures: tuple[str, ...]  # checks that failed, in sentences; they are among the warnings too
     passed: bool  # no check failed; checks that did not run fail nothing
-    warnings: tuple[str, ...]
+    warnings: tuple[str, ...]  # what to know before going on
 
 
 def examine(

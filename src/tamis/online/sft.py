@@ -22,7 +22,7 @@ __all__ = ["OnlineSFTTrainer"]
 
 
 class OnlineSFTTrainer(OnlineMixin, SFTTrainer):  # type: ignore[misc]  # trl has no types here
-    """``trl.SFTTrainer`` that chooses and weights its training data at every step; see ``OnlineMixin``.
+    """``trl.SFTTrainer`` that chooses and weights its training data at every step.
 
     The target rows go through the same preparation as the training rows. What ``SFTTrainer`` logs from the training
     pass's own outputs (``entropy``, ``mean_token_accuracy``, ``num_tokens``) is logged at evaluation only.

@@ -58,31 +58,7 @@ _CANDIDATES = "candidates"
 
 
 class OnlineMixin(_TrainerLike):  # type: ignore[misc]
-    """What makes a Trainer choose its data at every step; put it before a Trainer class.
-
-    A choice looks at ``selection.keep * selection.oversample`` candidates, of all processes together. They run through
-    the model ``per_device_train_batch_size`` rows at a time, so that argument says what fits in memory. With
-    gradient accumulation every accumulated step makes a choice of its own, and one update is made of all of them.
-
-    Args:
-        target_dataset: rows of the task that training should help, in the same form as ``train_dataset``.
-        selection: the method, such as ``tamis.online.FilterThenWeight(keep=8, oversample=4)``.
-        step_settings: how to measure and how to score candidates; whether every row or every token counts alike.
-        proxy_model: a smaller model with the same vocabulary that scores candidates, for
-            ``StepSettings(candidates="proxy")``; its trainable parameters are those whose gradients count.
-        target_rows: target rows looked at per choice, fresh ones every time; None: half as many as candidates are
-            scored, at most all there are.
-        forecast_every: updates between comparisons of predicted and realised drop of the target loss, each of which
-            costs a forward pass over the target rows; 0 for never.
-        log_candidates: write the fate of every candidate to ``candidates/`` in the output folder. A new run refuses to
-            start where an earlier one has left its own.
-
-    Raises:
-        InvalidInput: no target rows with a supervised token, or one source only where sources are chosen.
-        InvalidSettings: sizes that do not fit.
-        Unsupported: a setting of the Trainer or the model under which rows cannot be told apart or the gradient would
-            be another.
-    """
+    """What makes a Trainer choose its data at every step; put it before a Trainer class."""
 
     def __init__(
         self,
@@ -96,6 +72,34 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         log_candidates: bool = True,
         **kwargs: Any,
     ) -> None:
+        """Take the Trainer's arguments and those of the choice.
+
+        A choice looks at ``selection.keep * selection.oversample`` candidates, of all processes together. They run
+        through the model ``per_device_train_batch_size`` rows at a time, so that argument says what fits in memory.
+        With gradient accumulation every accumulated step makes a choice of its own, and one update is made of all of
+        them.
+
+        Args:
+            *args: the Trainer's own arguments.
+            target_dataset: rows of the task that training should help, in the same form as ``train_dataset``.
+            selection: the method, such as ``tamis.online.FilterThenWeight(keep=8, oversample=4)``.
+            step_settings: how to measure and how to score candidates; whether every row or every token counts alike.
+            proxy_model: a smaller model with the same vocabulary that scores candidates, for
+                ``StepSettings(candidates="proxy")``; its trainable parameters are those whose gradients count.
+            target_rows: target rows looked at per choice, fresh ones every time; None: half as many as candidates are
+                scored, at most all there are.
+            forecast_every: updates between comparisons of predicted and realised drop of the target loss, each of
+                which costs a forward pass over the target rows; 0 for never.
+            log_candidates: write the fate of every candidate to ``candidates/`` in the output folder. A new run
+                refuses to start where an earlier one has left its own.
+            **kwargs: the Trainer's own arguments.
+
+        Raises:
+            InvalidInput: no target rows with a supervised token, or one source only where sources are chosen.
+            InvalidSettings: sizes that do not fit.
+            Unsupported: a setting of the Trainer or the model under which rows cannot be told apart or the gradient
+                would be another.
+        """
         super().__init__(*args, **kwargs)
         self.selection = selection
         self.target_dataset = self._prepared_target(target_dataset)
@@ -420,7 +424,7 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
 
 
 class OnlineTrainer(OnlineMixin, Trainer):  # type: ignore[misc]  # transformers has no types here
-    """``transformers.Trainer`` that chooses and weights its training data at every step; see ``OnlineMixin``."""
+    """``transformers.Trainer`` that chooses and weights its training data at every step."""
 
 
 class _Hooks(TrainerCallback):  # type: ignore[misc]  # transformers has no types here

@@ -46,10 +46,10 @@ ENOUGH, TOO_LITTLE = 0.99, 0.9  # agreement of scores without curvature with tho
 class Attribution:
     """Scores of a run's samples, also on disk under ``out``. Positive: the sample lowered the final target loss."""
 
-    out: Path
-    uses: pa.Table  # one line per sample and step: step, row, place in the batch, weight, score, ...
-    samples: pa.Table  # one line per recorded row: row, its uses, the sum of their scores, ...
-    manifest: Mapping[str, Any]
+    out: Path  # folder of the result
+    uses: pa.Table  # one line per sample and step: step, row, place in the batch, weight, score
+    samples: pa.Table  # one line per recorded row: row, its uses, the sum of their scores
+    manifest: Mapping[str, Any]  # what determined the result, as manifest.json
 
     def summary(self) -> dict[str, Any]:
         """The result in a few plain values, as ``tamis attribute --json`` prints it."""

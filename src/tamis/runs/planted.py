@@ -51,15 +51,15 @@ class PlantedStanding:
 class PlantedResult:
     """What every method found, also on disk under ``out``."""
 
-    out: Path
-    standings: tuple[PlantedStanding, ...]  # best first
+    out: Path  # folder of the result
+    standings: tuple[PlantedStanding, ...]  # every method, best first
     counts: Mapping[str, int]  # rows of the pool by kind
-    relevant: int
-    title: str
-    sentence: str
-    next_steps: tuple[str, ...]
-    warnings: tuple[str, ...]
-    manifest: Mapping[str, Any]
+    relevant: int  # rows that a good method takes; copies count once
+    title: str  # the finding in a line
+    sentence: str  # and in some more words
+    next_steps: tuple[str, ...]  # what to run now
+    warnings: tuple[str, ...]  # what to know before believing it
+    manifest: Mapping[str, Any]  # what determined the result and what it cost, as manifest.json
 
     def summary(self) -> dict[str, Any]:
         """The result in a few plain values, as ``tamis compare --planted --json`` prints it."""

@@ -75,11 +75,11 @@ _NO_PART_OF_A_PROXY = {"identity.json", "run.yaml", "store"}
 class ProxyResult:
     """What was built, also on disk under ``out``, which loads wherever a model is taken."""
 
-    out: Path
-    retention: Mapping[str, Any]  # as in retention.json
-    warnings: tuple[str, ...]
-    manifest: Mapping[str, Any]
-    was_finished: bool  # before this call, which built nothing
+    out: Path  # folder of the proxy, which is a model folder
+    retention: Mapping[str, Any]  # how far the proxy ranks rows as the model does, and the advice, as in retention.json
+    warnings: tuple[str, ...]  # what to know before selecting with it
+    manifest: Mapping[str, Any]  # what determined the result and what it cost, as manifest.json
+    was_finished: bool  # the folder had a finished build: this call built nothing
 
     def summary(self) -> dict[str, Any]:
         """The result in a few plain values, as ``tamis proxy --json`` prints it."""

@@ -71,11 +71,11 @@ BoolArray = npt.NDArray[np.bool_]
 class Selection:
     """What was selected, also on disk under ``out``."""
 
-    out: Path
+    out: Path  # folder of the result
     table: pa.Table  # as scores.parquet: one row per pool row, in pool order
     order: IntArray  # selected pool rows, best first
     warnings: tuple[str, ...]  # what to know before training on them
-    manifest: Mapping[str, Any]
+    manifest: Mapping[str, Any]  # what determined the result and what it cost, as manifest.json
 
     def __len__(self) -> int:
         return len(self.order)

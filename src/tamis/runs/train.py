@@ -75,12 +75,12 @@ _OF_SOURCES = ("source_rows", "source_temperature", "source_memory")
 class TrainResult:
     """What was trained, also on disk under ``out``."""
 
-    out: Path
+    out: Path  # folder of the result
     model: Path  # folder of the trained model, or of its adapter
     log: tuple[Mapping[str, Any], ...]  # every entry of log.jsonl
-    warnings: tuple[str, ...]
-    manifest: Mapping[str, Any]
-    was_finished: bool  # before this call, which trained nothing
+    warnings: tuple[str, ...]  # what to know before using the model
+    manifest: Mapping[str, Any]  # what determined the result, what the run did and what it cost, as manifest.json
+    was_finished: bool  # the folder had a finished run: this call trained nothing
 
     def summary(self) -> dict[str, Any]:
         """The result in a few plain values, as ``tamis train --json`` prints it."""

@@ -50,9 +50,10 @@ Use = tuple[int, int]  # step and place in its batch
 class Verification:
     """How well each method's scores agree with retraining, also on disk under ``out``."""
 
-    out: Path
-    methods: Mapping[str, Mapping[str, Any]]  # spearman, low, high, samples, relative_error
-    manifest: Mapping[str, Any]
+    out: Path  # folder of the result
+    # of each method: spearman, low, high (its interval), samples, relative_error
+    methods: Mapping[str, Mapping[str, Any]]
+    manifest: Mapping[str, Any]  # what determined the result, as manifest.json
 
     def summary(self) -> dict[str, Any]:
         """The result in a few plain values, as ``tamis verify --json`` prints it."""

@@ -32,7 +32,7 @@ class Lookahead:
     Args:
         keep: candidates kept.
         oversample: candidates looked at per candidate kept.
-        horizon: k. Tune it with the learning rate: the smaller the rate, the longer.
+        horizon: k; tune it with the learning rate: the smaller the rate, the longer.
         form: "rehearsal" or "frozen", as above.
         curvature: what stands for the Hessian on the way back; "exact", "ggn", "fisher" or "none".
         secant: remove a candidate from its own update exactly instead of to first order; needs every candidate's

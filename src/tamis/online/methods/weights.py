@@ -31,8 +31,8 @@ def target_scale(b: Vector, gram: Vector, rows: npt.NDArray[np.int64]) -> float 
     """``c = (1_T^T G 1_T) / (1_T^T b)`` over ``rows`` = T: the length the target must have to be matched by T's sum.
 
     Without it a sum of noisy gradients never has the length of one mean gradient, and the filter's choice depends on
-    the unit of the loss (specification of the method, section 4). None where numerator or denominator is not
-    positive: no scale makes that target look like that sum.
+    the unit of the loss: a loss times κ multiplies the published ``b`` by κ, since ``D`` takes one κ away, and its raw
+    ``G`` by κ². None where numerator or denominator is not positive: no scale makes that target look like that sum.
     """
     return _ratio(float(gram[np.ix_(rows, rows)].sum()), float(b[rows].sum()))
 
