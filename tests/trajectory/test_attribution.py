@@ -23,7 +23,7 @@ from tamis.cli.main import run as run_command
 from tamis.errors import InvalidInput, InvalidSettings, StoreCorrupted
 from tamis.maths.ranks import rank_correlation
 from tamis.trajectory import segment_store, sweep
-from tamis.trajectory.fidelity import agreement
+from tamis.trajectory.fidelity import fidelity
 from tamis.trajectory.leave_out import leave_out_effect
 from tamis.trajectory.open_run import open_run
 from tamis.trajectory.sweep import SweepSettings, run_sweep
@@ -199,10 +199,19 @@ def test_the_interval_of_an_agreement_holds_the_truth_about_as_often_as_it_says(
     for seed in range(40):
         truth = rng.standard_normal((60, 1))
         scores = truth + rng.standard_normal((60, 1))
-        found = agreement(scores, truth, seed=seed)
+        found = fidelity(scores, truth, seed=seed)
         inside.append(found.low <= 6 / np.pi * np.arcsin(np.sqrt(0.5) / 2) <= found.high)  # Spearman of Gaussians
     assert sum(inside) >= 33  # 38 expected; 33 or fewer of 40 at 95 % has probability 0.3 %, and this seed is fixed
-    assert agreement(np.zeros((5, 1)), np.ones((5, 1))).spearman is None
+    assert fidelity(np.zeros((5, 1)), np.ones((5, 1))).spearman is None
+
+
+def test_no_interval_is_given_below_eight_samples() -> None:
+    truth = np.arange(8.0)[:, None]
+    for count in (3, 7):
+        found = fidelity(truth[:count], truth[:count])
+        assert found.spearman == 1 and (found.low, found.high, found.samples) == (None, None, count)
+    eight = fidelity(truth, truth)
+    assert (eight.low, eight.high) == (1, 1)
 
 
 def test_settings_that_contradict_each_other_are_refused(recorded: Recorded, tmp_path: Path) -> None:
