@@ -27,6 +27,7 @@ from tamis.trajectory.fidelity import fidelity
 from tamis.trajectory.leave_out import leave_out_effect
 from tamis.trajectory.open_run import open_run
 from tamis.trajectory.sweep import SweepSettings, run_sweep
+from tamis.versions import releases
 from tiny_models import tiny_model
 from tiny_run import make_run
 
@@ -126,6 +127,38 @@ def test_a_killed_attribution_goes_on_and_ends_in_the_same_bytes(recorded: Recor
     assert (tmp_path / "whole/samples.parquet").read_bytes() == (tmp_path / "cut/samples.parquet").read_bytes()
 
 
+def under_another_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = releases("torch")["torch"]
+    monkeypatch.setattr("tamis.runs.manifest.releases", lambda *names: {**releases(*names), "torch": f"{now}.post1"})
+
+
+def test_a_run_is_not_resumed_under_another_release(
+    recorded: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attributed() -> tamis.Attribution:
+        return attribute(recorded, tmp_path / "a", method="tracin", diagnose=False)
+
+    def verified() -> tamis.Verification:
+        return tamis.verify(
+            run=recorded.folder, target=TARGET, out=tmp_path / "v", model=recorded.model, samples=3, methods=["tracin"]
+        )
+
+    assert attributed().manifest["libraries"] == releases("torch", "transformers", "peft", "tokenizers")
+    assert verified().manifest["tamis"] == tamis.__version__
+    for again in (attributed, verified):
+        with monkeypatch.context() as patch:
+            under_another_torch(patch)
+            with pytest.raises(
+                InvalidSettings, match=r'holds another run: libraries\.torch was ".*" there and is ".*post1'
+            ):
+                again()
+        with monkeypatch.context() as patch:
+            patch.setattr("tamis.runs.manifest.__version__", "99.0")
+            with pytest.raises(InvalidSettings, match=r'holds another run: tamis was ".*" there and is "99\.0" now'):
+                again()
+        again()
+
+
 def test_embeddings_serve_a_target_that_comes_later(
     recorded: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,6 +180,9 @@ def test_embeddings_serve_a_target_that_comes_later(
         **shared,  # type: ignore[arg-type]
     )
     assert len(other.uses) == len(first.uses)
+    under_another_torch(monkeypatch)  # the store is shared, and these embeddings are another torch's
+    with pytest.raises(pytest.fail.Exception, match="replayed again"):
+        attribute(recorded, tmp_path / "d", **shared)
 
 
 @pytest.mark.parametrize("form", ["adjoint", "matrix"])

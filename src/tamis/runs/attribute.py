@@ -159,7 +159,12 @@ def _scores(
             )
         theta = trajectory.state(trajectory.num_steps).theta
         masks = draw_masks(len(theta), count=settings.masks, seed=settings.seed)
-        known = {"run": identity["run"], "masks": settings.masks, "seed": settings.seed, "form": "embeddings-v1"}
+        known = {
+            **{name: identity[name] for name in ("run", "libraries")},
+            "masks": settings.masks,
+            "seed": settings.seed,
+            "form": "embeddings-v1",
+        }
         store = Path(settings.store) if settings.store is not None else out / "store"
         folder = store / f"embeddings-{fingerprint(known)[:12]}"
         embeddings = run_embeddings(trajectory, masks, folder=folder, tolerance=settings.tolerance, advance=advance)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,7 @@ from tamis.runs.compare_grid import Grid, common_spec, make_missing
 from tamis.runs.compare_halves import half_files, halves_of, said_of_halves, write_halves
 from tamis.runs.compare_selections import Chosen, PoolTable, select_rows
 from tamis.runs.compare_training import TrainingBench
+from tamis.runs.manifest import TRAINER, base_identity
 from tamis.runs.outputs import check_claim, claim_folder, write_json
 from tamis.runs.planted import PlantedResult, planted_from_settings
 from tamis.runs.train_rows import check_candidates
@@ -50,7 +50,7 @@ from tamis.settings import SelectSettings, TrainRunSettings
 from tamis.settings.compare import CompareSettings, method_parts
 from tamis.training.lora import add_lora
 from tamis.values import to_dict
-from tamis.versions import releases, versions
+from tamis.versions import versions
 
 __all__ = ["CompareResult", "PlantedResult", "compare_from_settings"]
 
@@ -90,12 +90,8 @@ def compare_from_settings(
     target = _read_target(settings, held) if settings.eval else sources.target
     halves = None if settings.eval else halves_of(sources, seed=settings.seed)
     template = template_sha256(settings.chat_template)
-    content = {
-        "tamis": metadata.version("tamis"),
-        "model": model,
-        "chat_template": template,
-        "libraries": releases("torch", "transformers", "peft", "tokenizers"),
-    }
+    # Of the Trainer too where no contender is online yet: one may be added to a finished comparison.
+    content = base_identity(model=model, chat_template=template, libraries=TRAINER)
     identity = {
         **content,
         "data": {
