@@ -67,13 +67,8 @@ def test_one_process_with_several_gpus_is_told_how_to_start(monkeypatch: pytest.
     check_device(settings())
 
 
-def test_settings_without_effect_are_no_part_of_a_run() -> None:
-    """A run from before there was such a setting goes on."""
-    plain = settings()
-    kept = _settings_identity(plain)["settings"]
-    assert not kept.keys() & {"target_rank", "source_rows", "source_temperature", "source_memory"}
-    assert _settings_identity(replace(plain, target_rank=4))["settings"] == {**kept, "target_rank": 4}
-    by_source = _settings_identity(replace(plain, candidates="sources:3"))["settings"]
-    assert by_source == {
-        **kept, "candidates": "sources:3", "source_rows": 2, "source_temperature": 0.5, "source_memory": 0.5
-    }  # fmt: skip
+def test_settings_of_a_step_are_part_of_a_run() -> None:
+    plain = replace(settings(), candidates="sources:3")
+    known = _settings_identity(plain)["settings"]
+    for changed in ({"target_rank": 4}, {"source_rows": 3}, {"source_temperature": 1.0}, {"source_memory": 0.0}):
+        assert _settings_identity(replace(plain, **changed))["settings"] == {**known, **changed}

@@ -140,8 +140,7 @@ def compare_from_settings(
             attention=settings.attention,
             pool=rendered.pool.identity,
             eval=rendered.target.identity,
-            # Runs without tasks keep the names that they had before there were any.
-            **({"tasks": benchmarks.identity} if benchmarks is not None else {}),
+            tasks=None if benchmarks is None else benchmarks.identity,
         ),
         target=target.identity["content"],
     )

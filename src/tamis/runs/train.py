@@ -67,7 +67,6 @@ _FREE_SETTINGS = (
 )
 _KNOWN_BY_CONTENT = ("model", "revision", "chat_template")
 _SOURCES_NAMED = 8  # in a run's summary
-_OF_SOURCES = ("source_rows", "source_temperature", "source_memory")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,10 +349,7 @@ def _largest(shares: Mapping[str, float]) -> dict[str, float]:
 def _settings_identity(settings: TrainRunSettings) -> dict[str, Any]:
     """``settings`` as far as they can change the weights, and what the files hold that they name."""
     kind, proxy = candidates_parts(settings.candidates)
-    # What is not used is left out, so that runs from before there was such a setting go on.
-    without_effect: list[str] = [] if kind == "sources" else [*_OF_SOURCES]
-    without_effect += [] if settings.target_rank is not None else ["target_rank"]
-    plain = identity_settings(settings, (*_FREE_SETTINGS, *_KNOWN_BY_CONTENT, *without_effect))
+    plain = identity_settings(settings, (*_FREE_SETTINGS, *_KNOWN_BY_CONTENT))
     inputs: dict[str, Any] = {}
     if kind == "proxy":
         inputs["proxy"] = model_fingerprint(ModelSettings(name=proxy))
