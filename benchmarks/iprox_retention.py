@@ -24,7 +24,7 @@ from typing import Any
 from torch import nn
 
 from tamis.model.load import LoadedModel
-from tamis.model.lowrank import set_space
+from tamis.model.low_rank_linear import set_space
 from tamis.model.targets import embedding_matrix
 from tamis.proxies.align import align
 from tamis.proxies.assemble import proxy_of

@@ -10,7 +10,7 @@ from torch import nn
 
 from tamis.errors import Unsupported
 from tamis.model.load import LoadedModel
-from tamis.model.lowrank import low_rank_layers, set_space
+from tamis.model.low_rank_linear import low_rank_layers, set_space
 from tamis.model.proxy_folder import ProxyLayout, has_own_class
 from tamis.model.targets import embedding_matrix
 from tamis.protocols import Progress

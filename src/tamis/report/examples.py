@@ -18,8 +18,8 @@ __all__ = [
     "Turn",
     "card",
     "copies",
-    "flagged_rows",
-    "leaked_rows",
+    "flagged_examples",
+    "leaked_examples",
     "target_examples",
 ]
 
@@ -120,14 +120,14 @@ def target_examples(
     return tuple(result)
 
 
-def flagged_rows(columns: Columns, read_example: ReadExample, limit: int = 5) -> tuple[ExampleCard, ...]:
+def flagged_examples(columns: Columns, read_example: ReadExample, limit: int = 5) -> tuple[ExampleCard, ...]:
     """Selected rows with an unusually high loss, highest first."""
     rows = np.flatnonzero(columns.flagged & columns.selected)
     loss = np.nan_to_num(columns.loss[rows], nan=-np.inf)
     return _cards(columns, rows[np.argsort(-loss, kind="stable")[:limit]], read_example, columns.score)
 
 
-def leaked_rows(columns: Columns, read_example: ReadExample, limit: int = 3) -> tuple[ExampleCard, ...]:
+def leaked_examples(columns: Columns, read_example: ReadExample, limit: int = 3) -> tuple[ExampleCard, ...]:
     """Pool rows that equal a target row, selected ones first."""
     rows = np.flatnonzero(columns.leaked)
     return _cards(

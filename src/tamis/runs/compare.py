@@ -19,7 +19,7 @@ from tamis.comparison.cells import Cell, Price
 from tamis.comparison.contenders import Contender, contenders_of
 from tamis.comparison.datamodel import Foretold, foretell
 from tamis.comparison.records import Records, Run, write_rows, write_runs
-from tamis.comparison.result import CompareResult, SelectionFacts, source_shares
+from tamis.comparison.result import CompareResult, SelectionFacts, largest_source
 from tamis.comparison.verdict import compare_pairs, standings_of
 from tamis.config import write_config
 from tamis.corpora import Rendered, Sources, leaked_rows, model_settings, read_sources, render_corpora, write_skipped
@@ -322,7 +322,7 @@ def _result(
 
 
 def _facts(name: str, budget: str, chosen: Chosen, table: PoolTable) -> SelectionFacts:
-    source, share = source_shares([str(source) for source in table.source[chosen.rows]])
+    source, share = largest_source([str(source) for source in table.source[chosen.rows]])
     usable = table.source[table.usable]
     return SelectionFacts(
         name=name,

@@ -35,7 +35,7 @@ from tamis.model.load import (
     resolved_dtype,
     template_sha256,
 )
-from tamis.model.lowrank import low_rank_layers
+from tamis.model.low_rank_linear import low_rank_layers
 from tamis.model.memory import default_batch_tokens
 from tamis.model.processes import world_size
 from tamis.model.targets import input_embeddings, is_tied, output_embeddings
