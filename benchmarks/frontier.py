@@ -218,7 +218,7 @@ def agreement(
     rows = embeddings.of(choice.embedding, task.pool, task.rows)(0, len(task.rows))
     target = embeddings.of(choice.embedding, task.target, task.target_rows)(0, exact.shape[1])
     known, unseen = torch.from_numpy(chosen), torch.from_numpy(np.setdiff1d(np.arange(len(gram)), chosen))
-    basis = candidate_basis(choice.candidate, rows[known], mean=rows[known].double().mean(0).float())
+    basis = candidate_basis(choice.candidate, rows[known])
     directions = basis.transform.apply(target) if choice.residual else None
     predicted = fit_kernel_ridge(basis, exact[known], directions=directions).predict(rows[unseen])
     mapped = basis.transform.apply(rows[unseen]).double()

@@ -24,7 +24,7 @@ from typing import Any
 from torch import nn
 
 from tamis.model.load import LoadedModel
-from tamis.model.lowrank import set_space
+from tamis.model.low_rank_linear import set_space
 from tamis.model.targets import embedding_matrix
 from tamis.proxies.align import align
 from tamis.proxies.assemble import proxy_of
@@ -32,7 +32,7 @@ from tamis.proxies.bench import Bench
 from tamis.proxies.build import achieved_sparsity, align_settings, validation_retention
 from tamis.proxies.compressible import Compressible, find_compressible
 from tamis.proxies.decompose import Decomposed, decompose
-from tamis.proxies.influence import Measured, agreement, mixed_scores
+from tamis.proxies.influence import Measured, mixed_scores, model_agreement
 from tamis.proxies.layer_extraction import block_importance, blocks_to_keep, extract_blocks
 from tamis.proxies.objectives import factor_params
 from tamis.proxies.rows import batches_of
@@ -107,7 +107,7 @@ class Case:
         loss, loss_full = float(product.losses.mean()), float(self.full.losses.mean())
         lines = []
         for space, found in scores.items():
-            both = agreement(found, self.full.scores, names, seed=seed)
+            both = model_agreement(found, self.full.scores, names, seed=seed)
             lines.append(
                 {
                     **key, "space": space, **more,

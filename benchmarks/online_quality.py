@@ -62,7 +62,7 @@ from tamis.errors import BadRow
 from tamis.model.load import ModelSettings, load_model, load_tokenizer
 from tamis.online import StepSettings
 from tamis.online.cost import as_plain
-from tamis.online.methods.by_name import make_method
+from tamis.online.methods.by_name import make_online_method
 from tamis.online.methods.choice import Method, cold_updates
 from tamis.online.settings import check_combination
 from tamis.types import Example
@@ -117,7 +117,7 @@ def online(text: str, keep: int, oversample: int) -> Online:
     keep, oversample = values.pop("keep", keep), values.pop("oversample", oversample)
     of_step = {field.name: values.pop(field.name) for field in fields(StepSettings) if field.name in values}
     settings = StepSettings(candidates=candidates or "exact", **of_step)
-    selection = make_method(name, values, keep=keep, oversample=oversample)
+    selection = make_online_method(name, values, keep=keep, oversample=oversample)
     check_combination(selection, settings)
     return Online(selection=selection, settings=settings, target_rows=target_rows)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tamis.model.loss import evaluation_mode
-from tamis.model.lowrank import LowRankLinear, moved_products
+from tamis.model.low_rank_linear import LowRankLinear, moved_products
 from tamis.types import Batch, LayerSpec
 
 

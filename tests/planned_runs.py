@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import tamis
-from tamis.evaluate.cost import estimate_plan
 from tamis.evaluate.passes import MethodPlan
+from tamis.evaluate.plan import estimate_plan
 from tamis.settings import PlanSettings
 
 SHARED = ("aggregate", "drop_flagged", "batch_invariant", "dtype", "projection", "projection_dim", "max_length")

@@ -21,9 +21,9 @@ from tamis.arguments import (
 )
 from tamis.data.rows import Rows, are_rows
 from tamis.errors import InvalidSettings
-from tamis.evaluate.cost import PlanResult, estimate_plan
 from tamis.evaluate.doctor import DoctorResult, examine
-from tamis.online.methods.by_name import plain_settings as online_settings
+from tamis.evaluate.plan import PlanResult, estimate_plan
+from tamis.online.methods.by_name import online_settings
 from tamis.online.methods.choice import Method as OnlineMethod
 from tamis.protocols import Method, Progress
 from tamis.runs.attribute import Attribution, attribute_from_settings

@@ -5,6 +5,8 @@ from __future__ import annotations
 import platform
 from importlib import metadata
 
+from tamis import __version__
+
 __all__ = ["releases", "versions"]
 
 
@@ -15,11 +17,11 @@ def releases(*names: str) -> dict[str, str]:
 
 def versions() -> dict[str, str]:
     """Releases of Python, the platform and the libraries, as far as they are installed."""
-    names = ("tamis", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "safetensors")
+    names = ("torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "safetensors")
     found = {}
     for name in names:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return {"python": platform.python_version(), "platform": platform.platform(), **found}
+    return {"python": platform.python_version(), "platform": platform.platform(), "tamis": __version__, **found}

@@ -306,6 +306,8 @@ def test_an_online_method_scores_its_candidates_as_told_and_may_look_at_more_of_
     assert record.spec["online"]["candidates"] == "sources:2"
     manifest = json.loads((whole.out / "online" / online.keys[0] / "manifest.json").read_text())
     assert manifest["training"]["candidates"] == 4 * 5 * online.steps
+    assert manifest["libraries"] == whole.manifest["libraries"]  # the Trainer's accelerate too
+    assert "accelerate" in manifest["libraries"]
     with pytest.raises(InvalidSettings, match="'greats' compares candidates with each other"):
         compare(run, whole.out, methods=["online:greats@sources:2"])
 

@@ -17,9 +17,9 @@ import pytest
 
 from tamis import online, score
 from tamis.errors import InvalidSettings
-from tamis.evaluate.cost import _values as planned_values
-from tamis.online.methods.by_name import make_method as make_online
-from tamis.runs.select import make_method as make_offline
+from tamis.evaluate.plan import _values as planned_values
+from tamis.online.methods.by_name import make_online_method
+from tamis.runs.select import make_method
 from tamis.settings import SelectSettings
 from tamis.settings.proxy import ProxySettings, Recipe
 from tamis.values import from_dict, method_from_dict
@@ -40,7 +40,7 @@ WRITTEN: dict[str, Any] = {
 
 
 def offline(name: str) -> Make:
-    return lambda values: make_offline(SelectSettings(**FILES, method=name, set=values))
+    return lambda values: make_method(SelectSettings(**FILES, method=name, set=values))
 
 
 def planned(name: str) -> Make:
@@ -48,7 +48,7 @@ def planned(name: str) -> Make:
 
 
 def trained(name: str) -> Make:
-    return lambda values: make_online(name, values, keep=4, oversample=2)
+    return lambda values: make_online_method(name, values, keep=4, oversample=2)
 
 
 def proxy(values: Mapping[str, Any]) -> Any:

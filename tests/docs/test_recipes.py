@@ -12,7 +12,7 @@ import pytest
 
 from tamis.cli.config import merge_settings
 from tamis.notation import METHOD_SUMMARIES, ONLINE_SUMMARIES, target_parts
-from tamis.online.methods.by_name import make_method as make_online_method
+from tamis.online.methods.by_name import make_online_method
 from tamis.online.settings import StepSettings, check_combination
 from tamis.runs.select import make_method
 from tamis.settings import CompareSettings, SelectSettings, TrainRunSettings

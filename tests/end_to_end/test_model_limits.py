@@ -14,8 +14,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import tamis
 from tamis.errors import BadRow
-from tamis.evaluate.cost import estimate_plan
 from tamis.evaluate.doctor import examine
+from tamis.evaluate.plan import estimate_plan
 from tamis.settings import DoctorSettings, PlanSettings
 from tiny_run import TinyRun, byte_tokenizer, chat, make_run, write_rows
 

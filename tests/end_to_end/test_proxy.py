@@ -21,7 +21,7 @@ from proxy_case import SETTINGS, UNALIGNED
 from tamis.cli.main import run as tamis_command
 from tamis.errors import InvalidInput, InvalidSettings, Unsupported
 from tamis.model.load import ModelSettings, load_model
-from tamis.model.lowrank import low_rank_layers
+from tamis.model.low_rank_linear import low_rank_layers
 from tamis.model.source import resolve_source
 from tiny_run import TinyRun, chat, make_run, write_rows
 

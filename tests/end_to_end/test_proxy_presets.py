@@ -17,7 +17,7 @@ import tamis
 from tamis.cli.main import run as tamis_command
 from tamis.errors import InvalidInput, InvalidSettings
 from tamis.model.load import ModelSettings, load_model
-from tamis.model.lowrank import low_rank_layers
+from tamis.model.low_rank_linear import low_rank_layers
 from tamis.notation import PROXY_SUMMARIES
 from tamis.proxies.decompose import decompose
 from tiny_run import TinyRun, make_run, save_model

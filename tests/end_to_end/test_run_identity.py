@@ -19,6 +19,7 @@ from tamis.cli.main import app
 from tamis.data.examples import read_examples
 from tamis.embeddings import save_embeddings
 from tamis.errors import InvalidInput, InvalidSettings
+from tamis.versions import releases
 from tiny_run import CHATML, TinyRun, make_run
 
 Rows = list[dict[str, Any]]
@@ -102,6 +103,24 @@ def test_a_model_folder_may_move_but_not_change(run: TinyRun, tmp_path: Path) ->
     scale_weights(tmp_path / "there", 1.5)
     with pytest.raises(InvalidSettings, match="holds another run: model was"):
         select(run, tmp_path / "out", method="tracin", model=tmp_path / "there")
+
+
+def test_a_run_is_not_resumed_under_another_release(
+    run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    select(run, tmp_path / "out")
+    before = results(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr("tamis.runs.manifest.releases", lambda *names: {**releases(*names), "peft": "0.0.1"})
+        with pytest.raises(
+            InvalidSettings, match=r'holds another run: libraries\.peft was ".*" there and is "0\.0\.1"'
+        ):
+            select(run, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr("tamis.runs.manifest.__version__", "99.0")
+        with pytest.raises(InvalidSettings, match=r'holds another run: tamis was ".*" there and is "99\.0" now'):
+            select(run, tmp_path / "out")
+    assert results(tmp_path / "out") == before
 
 
 def test_a_chat_template_file_may_move_but_not_change(run: TinyRun, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tamis.errors import InvalidInput, InvalidSettings
 from tamis.gradients.jvp import loss_tangents
 from tamis.gradients.parameters import param_matrices
 from tamis.maths.low_rank import cut_to_rank
-from tamis.model.lowrank import Space, put_low_rank_layers
+from tamis.model.low_rank_linear import Space, put_low_rank_layers
 from tamis.model.proxy_folder import ProxyLayout, layout_of, write_layout
 from tamis.model.targets import gradient_layers
 from tamis.model.trainable import trainable_layers

@@ -9,13 +9,12 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM, Trainer
 
 from online_runs import IGNORED, arguments, collate, rows_of
 from tamis.errors import InvalidInput, InvalidSettings, Unsupported
-from tamis.online import FilterThenWeight, Full, Greats, Lookahead, StepSettings, TargetOnly, Tilt, TracIn, Uniform
+from tamis.online import Full, Greats, Lookahead, StepSettings, TargetOnly, Tilt, TracIn, Uniform
 from tamis.online.batches import regrouped, to_batches
 from tamis.online.checks import dropout_of, refuse_added_loss
 from tamis.online.evidence import Measured
@@ -240,17 +239,6 @@ def test_a_run_that_chooses_otherwise_than_the_checkpoints_is_refused_by_what_di
     with pytest.raises(InvalidSettings) as refused:
         made(tmp_path, second, step_settings=as_second, **saving, **changes).train(checkpoint)
     assert f"checkpoint-2 is a checkpoint of another run: {message}; resume with" in str(refused.value)
-
-
-def test_a_checkpoint_that_does_not_name_its_settings_goes_on(tmp_path: Path) -> None:
-    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
-    method = FilterThenWeight(**SIZES)
-    made(tmp_path, method, **saving).train()
-    path = tmp_path / "checkpoint-2" / "tamis_selection.safetensors"
-    save_file(load_file(path), path)  # as earlier versions wrote it
-    trainer = made(tmp_path, method, **saving)
-    trainer.train(str(path.parent))
-    assert trainer.state.global_step == 4
 
 
 def test_a_number_of_numpys_is_the_number_that_it_is(tmp_path: Path) -> None:

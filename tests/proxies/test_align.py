@@ -15,7 +15,7 @@ import proxy_case
 from oracles import reference_gradients
 from tamis.errors import NonFinite
 from tamis.model.loss import supervised_logits, supervised_positions
-from tamis.model.lowrank import low_rank_layers
+from tamis.model.low_rank_linear import low_rank_layers
 from tamis.model.targets import gradient_layers
 from tamis.proxies import align as align_module
 from tamis.proxies.align import Aligned, AlignSettings, align, learning_rate_at

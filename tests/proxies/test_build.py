@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import proxy_case
 from tamis.model.load import LoadedModel, ModelSettings, load_model
-from tamis.model.lowrank import low_rank_layers, set_space
+from tamis.model.low_rank_linear import low_rank_layers, set_space
 from tamis.progress import NoProgress
 from tamis.proxies.build import align_settings, build_low_rank
 from tamis.proxies.compressible import find_compressible

@@ -13,7 +13,7 @@ from torch import nn
 import proxy_case
 from tamis.errors import InvalidSettings
 from tamis.gradients.per_sample import Factors, run_batch
-from tamis.model.lowrank import low_rank_layers
+from tamis.model.low_rank_linear import low_rank_layers
 from tamis.model.targets import gradient_layers
 from tamis.proxies.assemble import proxy_of
 from tamis.proxies.compressible import find_compressible

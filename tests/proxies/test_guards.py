@@ -23,7 +23,7 @@ from tamis.disk import disk_errors
 from tamis.errors import BadRow, InvalidInput, InvalidSettings, Unsupported
 from tamis.model.load import ModelSettings, load_model
 from tamis.model.loss import per_sample_losses
-from tamis.model.lowrank import put_low_rank_layers
+from tamis.model.low_rank_linear import put_low_rank_layers
 from tamis.model.proxy_folder import ProxyLayout, proxy_class
 from tamis.proxies.assemble import copy_with, proxy_of, write_folder
 from tamis.proxies.bench import Bench

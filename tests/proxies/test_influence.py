@@ -16,14 +16,12 @@ from tamis.gradients.per_sample import MaterialisedGradients, run_batch
 from tamis.model.targets import gradient_layers
 from tamis.projection.factorized import FactorizedProjector
 from tamis.proxies.influence import (
-    Agreement,
     Interval,
     Measured,
-    _interval,
-    agreement,
+    ModelAgreement,
     mean_correlation,
     mixed_scores,
-    resampled_correlation,
+    model_agreement,
     resampled_overlap,
 )
 from tamis.proxies.retention import Kept, SweepPoint, advise
@@ -77,23 +75,19 @@ def test_the_mean_correlation_is_over_all_targets() -> None:
     assert mean_correlation(full * [1, 0], full) == pytest.approx(0.5)  # no ranking counts as none kept
 
 
-def test_the_interval_is_the_middle_95_percent_of_all_but_the_first_value() -> None:
-    found = _interval(np.array([-7.0, *range(1000)]))
-    assert (found.value, found.low, found.high) == pytest.approx((-7, 24.975, 974.025))  # 0.025 and 0.975 times 999
-
-
 def test_agreement_is_spearmans_and_the_interval_holds_it() -> None:
     draw = np.random.default_rng(0)
     full = draw.normal(size=(200, 2)).astype(np.float32)
     ours = (full + draw.normal(size=(200, 2))).astype(np.float32)
-    found = agreement(ours, full, ["a", "b"])
+    found = model_agreement(ours, full, ["a", "b"])
     expected = [spearmanr(ours[:, j], full[:, j]).statistic for j in range(2)]
     assert found.by_target == pytest.approx({"a": expected[0], "b": expected[1]}, abs=1e-9)
     assert found.spearman.value == pytest.approx(np.mean(expected), abs=1e-9)
+    assert found.spearman.low is not None and found.spearman.high is not None
     assert found.spearman.low < found.spearman.value < found.spearman.high
     assert found.spearman.high - found.spearman.low < 0.25
-    assert agreement(full, full, ["a", "b"]).spearman == Interval(value=1.0, low=1.0, high=1.0)
-    assert agreement(ours, full, ["a", "b"]) == found  # the same rows are drawn again
+    assert model_agreement(full, full, ["a", "b"]).spearman == Interval(value=1.0, low=1.0, high=1.0)
+    assert model_agreement(ours, full, ["a", "b"]) == found  # the same rows are drawn again
 
 
 def test_overlap_counts_the_best_rows() -> None:
@@ -109,34 +103,49 @@ def test_agreement_reports_the_overlap_beside_the_correlation() -> None:
     full = np.repeat(np.arange(40, dtype=np.float32)[:, None], 2, axis=1)
     ours = full.copy()
     ours[[39, 0], 0] = ours[[0, 39], 0]  # the first target's best row and worst row change places
-    found = agreement(ours, full, ["a", "b"])
+    found = model_agreement(ours, full, ["a", "b"])
     assert found.top_overlap.value == 0.75  # one of its best two, and both of the second target's
     assert found.by_target == pytest.approx({"a": 1 - 6 * 2 * 39**2 / (40 * (40**2 - 1)), "b": 1})
     assert found.spearman.value == pytest.approx(np.mean(list(found.by_target.values())))
-    turned = agreement(-full, full, ["a", "b"])  # whichever rows are drawn
+    turned = model_agreement(-full, full, ["a", "b"])  # whichever rows are drawn
     assert turned.top_overlap == Interval(value=0.0, low=0.0, high=0.0)
     spearman = turned.spearman
     assert [spearman.value, spearman.low, spearman.high] == pytest.approx([-1, -1, -1])
 
 
+def test_a_target_without_a_ranking_counts_as_none_kept_in_the_interval_too() -> None:
+    draw = np.random.default_rng(0)
+    full = draw.normal(size=(50, 2)).astype(np.float32)
+    ours = full + draw.normal(size=(50, 2)).astype(np.float32)
+    one, blank = model_agreement(ours[:, :1], full[:, :1], ["a"]).spearman, ours * np.array([1, 0], dtype=np.float32)
+    both = model_agreement(blank, full, ["a", "b"])
+    assert both.by_target["b"] == 0
+    assert both.spearman == Interval(value=one.value / 2, low=one.low / 2, high=one.high / 2)  # type: ignore[operator]
+    none = model_agreement(0 * ours, full, ["a", "b"])
+    assert none.spearman == Interval(value=0.0, low=None, high=None)
+
+
+def test_too_few_rows_have_no_interval() -> None:
+    full = np.arange(7, dtype=np.float32)[:, None]
+    found = model_agreement(full, full, ["a"])
+    assert found.spearman == found.top_overlap == Interval(value=1.0, low=None, high=None)
+
+
 @given(seed=st.integers(0, 9999), ties=st.booleans())
-def test_resampled_measures_are_those_of_the_rows_written_out(seed: int, ties: bool) -> None:
+def test_the_resampled_overlap_is_that_of_the_rows_written_out(seed: int, ties: bool) -> None:
     draw = np.random.default_rng(seed)
     x, y = (draw.normal(size=30).astype(np.float32) for _ in range(2))
     if ties:
         x, y = np.round(x), np.round(y)
-    sample = draw.integers(0, 30, 30)
-    counts = np.bincount(sample, minlength=30)[None]
+    counts = np.bincount(draw.integers(0, 30, 30), minlength=30)[None]
     written = np.repeat(np.arange(30), counts[0])
-    expected = spearmanr(x[written], y[written]).statistic
-    assert resampled_correlation(x, y, counts)[0] == pytest.approx(expected, abs=1e-9)
     best = [set(np.argsort(-scores[written], kind="stable")[:3].tolist()) for scores in (x, y)]
     assert resampled_overlap(x, y, counts, share=0.1)[0] == pytest.approx(len(best[0] & best[1]) / 3)
 
 
 def at(value: float, *, name: str = "x", width: float = 0.1) -> Kept:
     interval = Interval(value=value, low=value - width / 2, high=value + width / 2)
-    return Kept(name=name, loss=1.0, agreement=Agreement(spearman=interval, top_overlap=interval, by_target={}))
+    return Kept(name=name, loss=1.0, agreement=ModelAgreement(spearman=interval, top_overlap=interval, by_target={}))
 
 
 @pytest.mark.parametrize(
@@ -166,6 +175,13 @@ def test_advice_says_when_alignment_or_rows_were_not_enough() -> None:
     said = " ".join(found.sentences)
     assert "did not raise the agreement" in said and "--objective kl" in said and "raise --held-out-rows" in said
     assert "took 1.30 times as long as one of the full model" in said
+
+
+def test_advice_says_that_there_is_no_interval() -> None:
+    none = Interval(value=0.95, low=None, high=None)
+    final = replace(at(0.95), agreement=ModelAgreement(spearman=none, top_overlap=none, by_target={}))
+    found = advise(keep=0.9, sparsity=0.5, before=None, final=final, sweep=(), control=None, seconds_ratio=0.5)
+    assert "too little for an interval: raise --held-out-rows" in found.sentences[-1]
 
 
 def test_advice_never_names_what_was_done_or_what_a_baseline_cannot_do() -> None:

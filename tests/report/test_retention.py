@@ -12,7 +12,7 @@ from page_visits import check_widths, open_page
 from planted_reports import ATTACKS
 from tamis.proxies.align import Aligned, CurvePoint
 from tamis.proxies.compressible import LeftOut
-from tamis.proxies.influence import Agreement, Interval
+from tamis.proxies.influence import Interval, ModelAgreement
 from tamis.proxies.retention import BEFORE, CONTROL, Advice, Cost, Kept, Retention, SweepPoint
 from tamis.report.document import Document, Section, render_document, write_document
 from tamis.report.retention import retention_document
@@ -22,7 +22,7 @@ SWEEP = ((0.1, 0.99, 1.6), (0.5, 0.78, 2.4), (0.9, -0.11, 2.95))  # sparsity, ra
 
 
 def kept(name: str, value: float, loss: float | None, targets: tuple[str, ...]) -> Kept:
-    agreement = Agreement(
+    agreement = ModelAgreement(
         spearman=Interval(value=value, low=value - 0.05, high=value + 0.01),
         top_overlap=Interval(value=0.5, low=0.4, high=0.6),
         by_target=dict.fromkeys(targets, value),
@@ -115,6 +115,18 @@ def test_tables_hold_what_is_drawn_and_measured() -> None:
     ]
     assert [row[3] for row in by_label["Cost of scoring"].rows] == ["60%", "47%", "55%", "64%"]
     assert by_label["Layers that stay as they are"].rows == (("a model", "1,234", "tied a model"),)
+
+
+def test_a_measurement_without_an_interval_says_so_and_is_read_back() -> None:
+    none = Interval(value=0.87, low=None, high=None)
+    found = planted()
+    agreement = replace(found.final.agreement, spearman=none, top_overlap=replace(none, value=0.5))
+    found = replace(found, final=replace(found.final, agreement=agreement))
+    assert Retention.from_json(found.to_json()).final == found.final
+    document = retention_document(found, MANIFEST)
+    assert [entry.detail for entry in document.numbers[:2]] == ["rank correlation, –", "–"]
+    table = next(table for part in document.sections for table in part.tables if "full model" in table.label)
+    assert table.rows[0][1:3] == ("0.87 (–)", "50% (–)")
 
 
 @pytest.mark.parametrize(("final", "severity"), [(0.87, "warning"), (0.95, "passed")])

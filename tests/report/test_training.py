@@ -16,11 +16,12 @@ from page_visits import check_widths, open_page
 from planted_reports import ATTACKS
 from tamis.cli.main import run
 from tamis.errors import InvalidInput
+from tamis.online.account import forecast_pairs
 from tamis.online.fate import _SCHEMA
 from tamis.report.curves import effective_sizes, fates, shares_by_source
 from tamis.report.document import Document, Section, render_document, write_document
 from tamis.report.training import TrainingInputs, training_document
-from tamis.report.training_findings import forecast_pairs, held_out_losses
+from tamis.report.training_findings import held_out_losses
 from tamis.runs.report import write_report
 from tamis.types import Example
 

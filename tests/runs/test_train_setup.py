@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tamis.errors import InvalidSettings
+from tamis.online.settings import StepSettings
 from tamis.runs.train import _settings_identity
-from tamis.runs.train_setup import check_device, training_arguments
+from tamis.runs.train_setup import check_device, method_and_step, training_arguments
 from tamis.settings import TrainRunSettings
 
 
@@ -27,6 +28,14 @@ def test_arguments_say_what_the_settings_say(tmp_path: Path) -> None:
     assert (args.weight_decay, args.bf16, args.report_to, args.disable_tqdm) == (0.2, False, [], True)
     assert (args.learning_rate, args.save_steps, args.load_best_model_at_end) == (2e-4, 100, False)
     assert training_arguments(given, total=50, dtype="bfloat16", out=tmp_path).bf16
+
+
+def test_a_step_has_the_same_defaults_from_the_command_line_as_from_the_library() -> None:
+    common = {field.name for field in fields(StepSettings)} & {field.name for field in fields(TrainRunSettings)}
+    assert len(common) > 5
+    library, verb = StepSettings(), settings()
+    assert {name: getattr(verb, name) for name in common} == {name: getattr(library, name) for name in common}
+    assert method_and_step(verb)[1] == library
 
 
 def test_full_fine_tuning_has_a_smaller_rate_and_a_constant_one_may_warm_up(tmp_path: Path) -> None:
@@ -58,13 +67,8 @@ def test_one_process_with_several_gpus_is_told_how_to_start(monkeypatch: pytest.
     check_device(settings())
 
 
-def test_settings_without_effect_are_no_part_of_a_run() -> None:
-    """A run from before there was such a setting goes on."""
-    plain = settings()
-    kept = _settings_identity(plain)["settings"]
-    assert not kept.keys() & {"target_rank", "source_rows", "source_temperature", "source_memory"}
-    assert _settings_identity(replace(plain, target_rank=4))["settings"] == {**kept, "target_rank": 4}
-    by_source = _settings_identity(replace(plain, candidates="sources:3"))["settings"]
-    assert by_source == {
-        **kept, "candidates": "sources:3", "source_rows": 2, "source_temperature": 0.5, "source_memory": 0.5
-    }  # fmt: skip
+def test_settings_of_a_step_are_part_of_a_run() -> None:
+    plain = replace(settings(), candidates="sources:3")
+    known = _settings_identity(plain)["settings"]
+    for changed in ({"target_rank": 4}, {"source_rows": 3}, {"source_temperature": 1.0}, {"source_memory": 0.0}):
+        assert _settings_identity(replace(plain, **changed))["settings"] == {**known, **changed}

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -6,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tamis.errors import InvalidInput
-from tamis.solve.kernel_ridge import damped_cholesky, fit_kernel_ridge, landmark_kernel, mean_directions
-from tamis.solve.kernels import EmbeddingMap, Kernel, kernel_matrix, median_squared_distance
+from tamis.solve.kernel_ridge import damped_cholesky, fit_kernel_ridge, kernel_among, landmark_kernel, mean_directions
+from tamis.solve.kernels import EmbeddingMap, Kernel, embedding_map, kernel_matrix, median_squared_distance
 from tamis.solve.leave_one_out import (
     Candidate,
     candidate_basis,
@@ -67,14 +69,16 @@ def test_scores_in_residual_form_are_those_of_refitting_line_and_kernel(count: i
     scores = normal(seed + 1, count, 2) + offset
     directions = mean_directions(EmbeddingMap(), [normal(seed + 2, 3, 4), normal(seed + 3, 2, 4)])
     whole = landmark_kernel(e, transform=EmbeddingMap(), kernel=Kernel())
-    direct = whole.landmarks @ directions.T
+    among, direct = kernel_among(whole.landmarks, whole.kernel, whole.median), whole.landmarks @ directions.T
     found = leave_one_out_scores(leave_one_out_coefficients(whole.factor), scores, direct)
     plain = leave_one_out_scores(leave_one_out_coefficients(whole.factor), scores)
     for left in range(count):
         others = [i for i in range(count) if i != left]
-        basis = landmark_kernel(e[others], transform=EmbeddingMap(), kernel=Kernel(), median=whole.median)
+        smaller = replace(
+            whole, landmarks=whole.landmarks[others], factor=damped_cholesky(among[others][:, others], 0.1)[0]
+        )
         for values, wanted in ((found, directions), (plain, None)):
-            refitted = fit_kernel_ridge(basis, scores[others], directions=wanted).predict(e[left : left + 1])[0]
+            refitted = fit_kernel_ridge(smaller, scores[others], directions=wanted).predict(e[left : left + 1])[0]
             torch.testing.assert_close(values[left], refitted, rtol=1e-6, atol=1e-6)
 
 
@@ -131,7 +135,7 @@ def flattery(landmarks: int, *, half_whitened: bool, numbers: int = 100) -> floa
         known, unseen = slice(0, landmarks), slice(landmarks, None)
         candidate, gram = Candidate(half_whitened=half_whitened), gradients[known] @ gradients[known].T
         foretold = try_candidates(rows[known], gram=gram, grid=[candidate])[0].recovery
-        basis = candidate_basis(candidate, rows[known], mean=rows[known].mean(0))
+        basis = candidate_basis(candidate, rows[known])
         kernel = kernel_matrix(basis.transform.apply(rows[unseen]), basis.landmarks, basis.kernel, basis.median)
         coefficients = torch.cholesky_solve(kernel.T.contiguous(), basis.factor).T
         products = gradients[unseen] @ gradients[known].T
@@ -177,12 +181,11 @@ def test_the_grid_is_the_documented_one_with_the_default_first() -> None:
 
 @pytest.mark.parametrize("with_targets", [False, True])
 def test_every_row_of_the_table_is_what_a_fit_of_that_candidate_gives(with_targets: bool) -> None:
-    embeddings, mean, gradients = normal(0, 12, 5), normal(1, 5), normal(2, 12, 40)
+    embeddings, gradients = normal(0, 12, 5), normal(2, 12, 40)
     scores, targets = normal(3, 12, 2), [normal(4, 3, 5), normal(5, 4, 5)]
     sample, gram = normal(6, 30, 5), gradients @ gradients.T
     table = try_candidates(
         embeddings,
-        mean=mean,
         gram=gram,
         scores=scores,
         targets=targets if with_targets else None,
@@ -192,7 +195,10 @@ def test_every_row_of_the_table_is_what_a_fit_of_that_candidate_gives(with_targe
     assert [row.recovery for row in table] == sorted((row.recovery for row in table), reverse=True)
     assert {row.candidate for row in table} == set(candidate_grid(half_whitening=True))
     for row in table:
-        basis = candidate_basis(row.candidate, embeddings, mean=mean, sample=sample)
+        tried = row.candidate
+        mean = embeddings.mean(0) if tried.centred else None
+        transform = embedding_map(sample, mean=mean, half_whitened=tried.half_whitened)
+        basis = landmark_kernel(embeddings, transform=transform, kernel=tried.kernel, damping=tried.damping)
         assert (row.damping, row.times_raised) == (row.candidate.damping, 0)
         assert row.recovery == pytest.approx(float(recovery(basis.factor, gram).mean()), rel=1e-9)
         direct = basis.landmarks @ mean_directions(basis.transform, targets).T if with_targets else None

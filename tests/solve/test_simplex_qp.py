@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from solver_oracles import (
 from tamis.errors import InvalidInput, NonFinite
 from tamis.solve import simplex_qp
 from tamis.solve.quadratic import DenseQuadratic, LowRankQuadratic
+from tamis.solve.simplex_active_set import primal_active_set
 from tamis.solve.simplex_closed_form import weights_for_count
 from tamis.solve.simplex_qp import solve_simplex_qp, solve_simplex_qp_for_count
 from tamis.solve.solution import Status
@@ -208,15 +211,19 @@ def test_one_row_gets_the_whole_weight() -> None:
         assert solve_simplex_qp_for_count(one, LowRankQuadratic(torch.ones(1, 1, dtype=F64)), 1).value.tolist() == [1.0]
 
 
+def stopped_at_once(*problem: Any, max_solves: int, tolerance: float) -> Any:
+    return primal_active_set(*problem, max_solves=0, tolerance=tolerance)
+
+
 def test_what_is_stopped_too_early_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simplex_qp, "_PLAIN_SOLVES", 1)
     monkeypatch.setattr(simplex_qp, "_GRADIENT_STEPS", 1)
     p, u, _ = random_problem("rank-deficient", 3)
     r = u @ u.T + 1e-4 * np.eye(len(p))
     start = torch.ones(len(p), dtype=torch.bool)
-    solution = solve_simplex_qp(
-        torch.from_numpy(p), LowRankQuadratic(torch.from_numpy(u)), 1e-4, start=start, primal_solves=0
-    )
+    with monkeypatch.context() as patch:
+        patch.setattr(simplex_qp, "primal_active_set", stopped_at_once)
+        solution = solve_simplex_qp(torch.from_numpy(p), LowRankQuadratic(torch.from_numpy(u)), 1e-4, start=start)
     assert solution.status is Status.INACCURATE and "the gap bounds what is missing" in str(solution.status)
     w = solution.value.numpy()
     best = objective(

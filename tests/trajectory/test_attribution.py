@@ -23,10 +23,11 @@ from tamis.cli.main import run as run_command
 from tamis.errors import InvalidInput, InvalidSettings, StoreCorrupted
 from tamis.maths.ranks import rank_correlation
 from tamis.trajectory import segment_store, sweep
-from tamis.trajectory.fidelity import agreement
+from tamis.trajectory.fidelity import fidelity
 from tamis.trajectory.leave_out import leave_out_effect
 from tamis.trajectory.open_run import open_run
 from tamis.trajectory.sweep import SweepSettings, run_sweep
+from tamis.versions import releases
 from tiny_models import tiny_model
 from tiny_run import make_run
 
@@ -126,6 +127,38 @@ def test_a_killed_attribution_goes_on_and_ends_in_the_same_bytes(recorded: Recor
     assert (tmp_path / "whole/samples.parquet").read_bytes() == (tmp_path / "cut/samples.parquet").read_bytes()
 
 
+def under_another_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = releases("torch")["torch"]
+    monkeypatch.setattr("tamis.runs.manifest.releases", lambda *names: {**releases(*names), "torch": f"{now}.post1"})
+
+
+def test_a_run_is_not_resumed_under_another_release(
+    recorded: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attributed() -> tamis.Attribution:
+        return attribute(recorded, tmp_path / "a", method="tracin", diagnose=False)
+
+    def verified() -> tamis.Verification:
+        return tamis.verify(
+            run=recorded.folder, target=TARGET, out=tmp_path / "v", model=recorded.model, samples=3, methods=["tracin"]
+        )
+
+    assert attributed().manifest["libraries"] == releases("torch", "transformers", "peft", "tokenizers")
+    assert verified().manifest["tamis"] == tamis.__version__
+    for again in (attributed, verified):
+        with monkeypatch.context() as patch:
+            under_another_torch(patch)
+            with pytest.raises(
+                InvalidSettings, match=r'holds another run: libraries\.torch was ".*" there and is ".*post1'
+            ):
+                again()
+        with monkeypatch.context() as patch:
+            patch.setattr("tamis.runs.manifest.__version__", "99.0")
+            with pytest.raises(InvalidSettings, match=r'holds another run: tamis was ".*" there and is "99\.0" now'):
+                again()
+        again()
+
+
 def test_embeddings_serve_a_target_that_comes_later(
     recorded: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,6 +180,9 @@ def test_embeddings_serve_a_target_that_comes_later(
         **shared,  # type: ignore[arg-type]
     )
     assert len(other.uses) == len(first.uses)
+    under_another_torch(monkeypatch)  # the store is shared, and these embeddings are another torch's
+    with pytest.raises(pytest.fail.Exception, match="replayed again"):
+        attribute(recorded, tmp_path / "d", **shared)
 
 
 @pytest.mark.parametrize("form", ["adjoint", "matrix"])
@@ -200,10 +236,19 @@ def test_the_interval_of_an_agreement_holds_the_truth_about_as_often_as_it_says(
     for seed in range(40):
         truth = rng.standard_normal((60, 1))
         scores = truth + rng.standard_normal((60, 1))
-        found = agreement(scores, truth, seed=seed)
+        found = fidelity(scores, truth, seed=seed)
         inside.append(found.low <= 6 / np.pi * np.arcsin(np.sqrt(0.5) / 2) <= found.high)  # Spearman of Gaussians
     assert sum(inside) >= 33  # 38 expected; 33 or fewer of 40 at 95 % has probability 0.3 %, and this seed is fixed
-    assert agreement(np.zeros((5, 1)), np.ones((5, 1))).spearman is None
+    assert fidelity(np.zeros((5, 1)), np.ones((5, 1))).spearman is None
+
+
+def test_no_interval_is_given_below_eight_samples() -> None:
+    truth = np.arange(8.0)[:, None]
+    for count in (3, 7):
+        found = fidelity(truth[:count], truth[:count])
+        assert found.spearman == 1 and (found.low, found.high, found.samples) == (None, None, count)
+    eight = fidelity(truth, truth)
+    assert (eight.low, eight.high) == (1, 1)
 
 
 def test_settings_that_contradict_each_other_are_refused(recorded: Recorded, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from classifier import Classifier
 from online_runs import arguments, collate, rows_of
 from tamis.errors import InvalidSettings, NonFinite, StoreMismatch, Unsupported
 from tamis.gradients.functional import products, weighted_gradient
-from tamis.trajectory.fidelity import agreement
+from tamis.trajectory.fidelity import fidelity
 from tamis.trajectory.open_run import open_run
 from tamis.trajectory.replay import play_segment, segments
 from tamis.trajectory.run import HeldTrajectory, Step
@@ -107,7 +107,7 @@ def test_scores_that_overflow_on_the_way_back_are_no_result(monkeypatch: pytest.
     with pytest.raises(NonFinite, match="update 5: its scores are not finite"):
         run_sweep(reference_run(), REFERENCE_TARGET, SweepSettings())
     with pytest.raises(AssertionError, match="NaN has no rank"):
-        agreement(np.ones((3, 1)), np.array([[1.0], [np.nan], [2.0]]))
+        fidelity(np.ones((3, 1)), np.array([[1.0], [np.nan], [2.0]]))
 
 
 @pytest.mark.parametrize("settings", [{}, {"method": "tracin"}, {"secant": 2}])

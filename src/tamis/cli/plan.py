@@ -18,7 +18,7 @@ from tamis.report.wording import visible
 from tamis.settings import PlanSettings
 
 if TYPE_CHECKING:  # imports PyTorch
-    from tamis.evaluate.cost import PlanResult
+    from tamis.evaluate.plan import PlanResult
 
 __all__ = ["EPILOG", "plan", "print_plan"]
 

@@ -12,15 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tamis.maths.ranks import rank_correlation
-from tamis.seeds import child_seed, raw_words
+from tamis.maths.bootstrap import rank_agreement
 from tamis.types import IntArray
 
 __all__ = ["Foretold", "foretell"]
-
-_RESAMPLES = 1000
-# Below so many, draws of the parts repeat the same few pairs: of three, every interval would be a single number.
-_FEWEST_FOR_AN_INTERVAL = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +48,8 @@ def foretell(
     """
     foretold = np.array([float(score[rows].sum()) for rows in parts])
     gain = -np.asarray(losses, dtype=np.float64)
-    count = len(parts)
-    correlation = None if np.isnan(foretold).any() or count < 3 else rank_correlation(foretold, gain)
-    if correlation is None:
-        return Foretold(name=name, correlation=None, low=None, high=None, parts=count)
-    if count < _FEWEST_FOR_AN_INTERVAL:
-        return Foretold(name=name, correlation=correlation, low=None, high=None, parts=count)
-    drawn = (raw_words(child_seed(seed, "resampled parts"), _RESAMPLES * count) % np.uint64(count)).astype(np.int64)
-    again = [rank_correlation(foretold[places], gain[places]) for places in drawn.reshape(_RESAMPLES, count)]
-    low, high = np.quantile([found for found in again if found is not None], [0.025, 0.975]).tolist()
-    return Foretold(name=name, correlation=correlation, low=low, high=high, parts=count)
+    if np.isnan(foretold).any() or len(parts) < 3:
+        return Foretold(name=name, correlation=None, low=None, high=None, parts=len(parts))
+    found = rank_agreement(foretold[:, None], gain[:, None], seed=seed)
+    low, high = found.middle or (None, None)
+    return Foretold(name=name, correlation=found.mean, low=low, high=high, parts=len(parts))

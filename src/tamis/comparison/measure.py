@@ -19,6 +19,8 @@ from tamis.types import IntArray, TokenizedExample
 
 __all__ = ["answer_of", "held_out_losses", "last_answer", "written_answers"]
 
+_BATCH_ROWS = 16  # that answers are written for together
+
 
 def held_out_losses(model: Any, corpus: Corpus, rows: IntArray, *, batch_tokens: int | None) -> npt.NDArray[np.float64]:
     """Mean cross-entropy of each of ``rows`` over its supervised tokens, in their order.
@@ -53,9 +55,7 @@ def held_out_losses(model: Any, corpus: Corpus, rows: IntArray, *, batch_tokens:
     return losses
 
 
-def written_answers(
-    model: Any, tokenizer: Any, corpus: Corpus, rows: IntArray, *, max_tokens: int, batch_rows: int = 16
-) -> list[str]:
+def written_answers(model: Any, tokenizer: Any, corpus: Corpus, rows: IntArray, *, max_tokens: int) -> list[str]:
     """What the model writes, greedily, in place of each row's last answer.
 
     Rows that are generated together are padded on the left; the answer ends at the end of the turn, or after
@@ -67,8 +67,8 @@ def written_answers(
     order = np.argsort([-len(prompt) for prompt in prompts], kind="stable")
     answers = [""] * len(rows)
     ends = _end_tokens(model, tokenizer, examples)
-    for first in range(0, len(order), batch_rows):
-        group = order[first : first + batch_rows]
+    for first in range(0, len(order), _BATCH_ROWS):
+        group = order[first : first + _BATCH_ROWS]
         width = max(len(prompts[i]) for i in group)
         ids = np.zeros((len(group), width), dtype=np.int64)
         mask = np.zeros((len(group), width), dtype=np.int64)

@@ -10,7 +10,7 @@ from typing import Any
 from tamis.comparison.datamodel import Foretold
 from tamis.comparison.verdict import Difference, Standing
 
-__all__ = ["CompareResult", "Conclusion", "SelectionFacts", "source_shares"]
+__all__ = ["CompareResult", "Conclusion", "SelectionFacts", "largest_source"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ def _plain_difference(difference: Difference) -> dict[str, Any]:
     return {**asdict(difference), "p": difference.p, "is_sure": difference.is_sure}
 
 
-def source_shares(sources: Sequence[str]) -> tuple[str, float]:
+def largest_source(sources: Sequence[str]) -> tuple[str, float]:
     """The most frequent of ``sources`` and its share; an empty name where there is none."""
     counts = {name: sources.count(name) for name in dict.fromkeys(sources)}
     top = max(counts, key=lambda name: counts[name], default="")

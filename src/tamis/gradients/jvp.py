@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tamis.errors import Unsupported, first_line
 from tamis.model.blocks import causal_model
 from tamis.model.loss import evaluation_mode, gathered_before_head, supervised_positions
-from tamis.model.lowrank import LowRankLinear, moved_products
+from tamis.model.low_rank_linear import LowRankLinear, moved_products
 from tamis.model.states import mean_by_row, states_before_head
 from tamis.seeds import child_seed, random_normal
 from tamis.types import Batch, LayerSpec

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from tamis.errors import InvalidInput, Unsupported
-from tamis.model.lowrank import Space, low_rank_layers, put_low_rank_layers
+from tamis.model.low_rank_linear import Space, low_rank_layers, put_low_rank_layers
 
 __all__ = [
     "PROXY_FILE",

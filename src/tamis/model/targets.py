@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tamis.errors import InvalidSettings, Unsupported
 from tamis.model.linear import is_linear
-from tamis.model.lowrank import LowRankLinear
+from tamis.model.low_rank_linear import LowRankLinear
 from tamis.types import LayerSpec
 
 __all__ = [

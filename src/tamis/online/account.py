@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from tamis.online.fate import read_candidates
 
-__all__ = ["Account", "fallback_share", "forecast_correlation", "read_account"]
+__all__ = ["Account", "fallback_share", "forecast_correlation", "forecast_pairs", "read_account"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,16 +49,22 @@ def read_account(folder: Path) -> Account:
     )
 
 
+def forecast_pairs(log: Sequence[Mapping[str, Any]]) -> npt.NDArray[np.float64]:
+    """(pairs, 2): predicted and realised drop of the target loss, of the entries that have both."""
+    keys = ("selection/predicted_drop", "selection/realised_drop")
+    pairs = [[entry[key] for key in keys] for entry in log if all(entry.get(key) is not None for key in keys)]
+    return np.array(pairs, dtype=np.float64).reshape(-1, 2)
+
+
 def forecast_correlation(log: Sequence[Mapping[str, Any]]) -> tuple[float | None, int]:
     """Pearson's correlation of predicted and realised drop of the target loss, and of how many pairs.
 
     None where there are fewer than three pairs, or no spread in one of the two.
     """
-    keys = ("selection/predicted_drop", "selection/realised_drop")
-    pairs = [[entry[key] for key in keys] for entry in log if all(entry.get(key) is not None for key in keys)]
-    if len(pairs) < 3 or not all(np.ptp(column) > 0 for column in np.array(pairs).T):
+    pairs = forecast_pairs(log)
+    if len(pairs) < 3 or not all(np.ptp(column) > 0 for column in pairs.T):
         return None, len(pairs)
-    return float(np.corrcoef(np.array(pairs).T)[0, 1]), len(pairs)
+    return float(np.corrcoef(pairs.T)[0, 1]), len(pairs)
 
 
 def fallback_share(log: Sequence[Mapping[str, Any]]) -> float:

@@ -15,7 +15,7 @@ from tamis.errors import InvalidInput, InvalidSettings
 from tamis.gradients.parameters import param_matrices
 from tamis.gradients.rows import RowGradients, hold_gradients, summed_gradient, zero_gradient
 from tamis.model.load import ModelSettings, load_model
-from tamis.model.lowrank import set_space
+from tamis.model.low_rank_linear import set_space
 from tamis.model.processes import counts_of_all
 from tamis.model.targets import embedding_matrix, gradient_layers
 from tamis.model.trainable import trainable_layers

@@ -26,6 +26,7 @@ _FILE = "tamis_selection.safetensors"
 _TARGET_SEEN = "target_seen"  # in that file, beside what the step keeps there
 _SETTINGS = "settings"  # in that file's metadata
 _METHOD = "selection"
+_ABSENT = "(absent)"
 
 
 def selection_settings(method: Method, settings: StepSettings, **others: int) -> dict[str, Any]:
@@ -61,8 +62,7 @@ def load_selection(
     """The inverse of ``save_selection``.
 
     Raises:
-        InvalidInput: the checkpoint has none, or a damaged one, is of another version, or of a run with other target
-            rows.
+        InvalidInput: the checkpoint has none, or a damaged one, or is of a run with other target rows.
         InvalidSettings: it is of a run with other ``settings``.
     """
     path = folder / _FILE
@@ -80,10 +80,7 @@ def load_selection(
             f"{path} is damaged ({first_line(error)}); resume from another checkpoint of the run"
         ) from error
     if _TARGET_SEEN not in state:
-        raise InvalidInput(
-            f"{path} does not say which target rows were looked at: an earlier version of tamis wrote it, and a run "
-            "cannot go on exactly from there; resume with that version, or start anew from the checkpoint's weights"
-        )
+        raise _incomplete(path, "which target rows were looked at")
     seen: npt.NDArray[np.bool_] = state.pop(_TARGET_SEEN).numpy()
     if len(seen) != target_rows:
         raise InvalidInput(
@@ -96,19 +93,26 @@ def load_selection(
 def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     with safe_open(path, framework="pt") as file:
         found = (file.metadata() or {}).get(_SETTINGS)
-    if found is None:  # checkpoints of earlier versions do not say
-        return
+    if found is None:
+        raise _incomplete(path, "by which settings it was made")
     there = json.loads(found)
-    # Settings that only one of two versions knows are at their defaults; those of two methods cannot be compared.
-    names = [name for name in settings if name in there and there[name] != settings[name]]
-    if _METHOD in names:
+    pairs = {name: (there.get(name, _ABSENT), settings.get(name, _ABSENT)) for name in {**settings, **there}}
+    names = [name for name, (was, now) in pairs.items() if was != now]
+    if _METHOD in names:  # settings of two methods cannot be compared
         names = [name for name in names if not name.startswith(f"{_METHOD}.")]
     if names:
-        differing = ", ".join(f"{name} was {there[name]!r} there and is {settings[name]!r} now" for name in names)
+        differing = ", ".join(f"{name} was {pairs[name][0]!r} there and is {pairs[name][1]!r} now" for name in names)
         raise InvalidSettings(
             f"{path.parent} is a checkpoint of another run: {differing}; resume with the settings it was made with, or "
             "start anew from its weights"
         )
+
+
+def _incomplete(path: Path, what: str) -> InvalidInput:
+    return InvalidInput(
+        f"{path} is damaged, or another program wrote it: it does not say {what}; resume from another checkpoint of "
+        "the run, or start anew from this one's weights"
+    )
 
 
 def _fields(of: Any) -> dict[str, Any]:

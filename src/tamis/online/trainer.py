@@ -401,7 +401,7 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         """Go on with what the selection remembers in ``checkpoint``, the cost up to there included.
 
         Raises:
-            InvalidInput: it has none, is of another version, or of a run with other target rows.
+            InvalidInput: it has none, a damaged one, or is of a run with other target rows.
             InvalidSettings: it is of a run that chose otherwise.
         """
         self._saved_state, self._target_seen = load_selection(

@@ -26,7 +26,7 @@ from tamis.errors import NonFinite
 from tamis.gradients.hooks import frozen
 from tamis.maths.schedule import linear_rate
 from tamis.model.loss import supervised_logits, supervised_positions
-from tamis.model.lowrank import low_rank_layers
+from tamis.model.low_rank_linear import low_rank_layers
 from tamis.model.targets import embedding_matrix
 from tamis.proxies.objectives import (
     factor_params,

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from tamis.disk import disk_errors
 from tamis.errors import TamisError, Unsupported, first_line
 from tamis.model.load import check_loads, no_progress_bars
-from tamis.model.lowrank import LowRankLinear, Space
+from tamis.model.low_rank_linear import LowRankLinear, Space
 from tamis.model.proxy_folder import ProxyLayout, write_layout
 
 __all__ = ["copy_with", "proxy_of", "write_folder"]

@@ -20,7 +20,7 @@ from tamis.protocols import Progress
 from tamis.proxies.assemble import write_folder
 from tamis.proxies.bench import Bench
 from tamis.proxies.build import require_own_class
-from tamis.proxies.influence import Measured, agreement
+from tamis.proxies.influence import Measured, model_agreement
 from tamis.proxies.influence_scorer import fit_head, row_states, states_of, write_head
 from tamis.proxies.layer_extraction import block_importance, blocks_to_keep, extract_blocks
 from tamis.proxies.retention import Cost, Kept, Retention, advise, block_tflops
@@ -116,7 +116,7 @@ def build_scorer(
     fit_seconds = time.perf_counter() - started
     full = bench.held_out(model)
     scores = head.predict(row_states(sibling.model, roles.held_out, **how))
-    final = Kept(name="this head", loss=None, agreement=agreement(scores, full.scores, names, seed=bench.seed))
+    final = Kept(name="this head", loss=None, agreement=model_agreement(scores, full.scores, names, seed=bench.seed))
     with progress.stage("scores (pool)", len(pool), "rows") as advance:
         predicted = head.predict(row_states(sibling.model, [row for _, row in pool], **how, advance=advance))
     theirs = replace(bench, roles=roles, pad_id=sibling.pad_id)

@@ -10,7 +10,7 @@ from torch import nn
 
 from tamis.errors import Unsupported
 from tamis.model.load import LoadedModel
-from tamis.model.lowrank import low_rank_layers, set_space
+from tamis.model.low_rank_linear import low_rank_layers, set_space
 from tamis.model.proxy_folder import ProxyLayout, has_own_class
 from tamis.model.targets import embedding_matrix
 from tamis.protocols import Progress
@@ -19,7 +19,7 @@ from tamis.proxies.assemble import proxy_of, write_folder
 from tamis.proxies.bench import Bench
 from tamis.proxies.compressible import Compressible, find_compressible
 from tamis.proxies.decompose import Decomposed, decompose
-from tamis.proxies.influence import Measured, agreement, mean_correlation, mixed_scores
+from tamis.proxies.influence import Measured, mean_correlation, mixed_scores, model_agreement
 from tamis.proxies.objectives import factor_params
 from tamis.proxies.retention import BEFORE, CONTROL, Kept, Retention, SweepPoint, advise
 from tamis.proxies.rows import batches_of
@@ -253,7 +253,7 @@ def _other_spaces(proxy: nn.Module, recipe: Recipe, ours: Measured, full: Measur
             Kept(
                 name="rows by the proxy, targets by the full model",
                 loss=float(ours.losses.mean()),
-                agreement=agreement(mixed, full.scores, names, seed=bench.seed),
+                agreement=model_agreement(mixed, full.scores, names, seed=bench.seed),
             )
         )
     return found

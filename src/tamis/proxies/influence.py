@@ -15,28 +15,26 @@ import torch
 from torch import Tensor, nn
 
 from tamis.gradients.per_sample import per_sample_features
+from tamis.maths.bootstrap import draw_rows, middle, rank_agreement
 from tamis.maths.ranks import rank_correlation
 from tamis.maths.similarity import unit_rows
 from tamis.model.targets import gradient_layers
 from tamis.projection.factorized import FactorizedProjector
 from tamis.proxies.rows import Row, TargetRows, batches_of
-from tamis.seeds import child_seed, random_uniform
 from tamis.types import FloatArray
 
 __all__ = [
-    "Agreement",
     "Interval",
     "Measured",
-    "agreement",
+    "ModelAgreement",
     "mean_correlation",
     "measure",
     "mixed_scores",
-    "resampled_correlation",
+    "model_agreement",
     "resampled_overlap",
 ]
 
 TOP_SHARE = 0.05
-_RESAMPLES = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +52,12 @@ class Interval:
     """An estimate and the middle 95 % of it over resampled rows."""
 
     value: float
-    low: float
-    high: float
+    low: float | None  # None where the rows are too few, or too alike, to tell
+    high: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Agreement:
+class ModelAgreement:
     """How two models rank the same rows, as means over the targets."""
 
     spearman: Interval
@@ -98,38 +96,24 @@ def mixed_scores(proxy: Measured, full: Measured, target: TargetRows) -> FloatAr
     return _scores(proxy.units, full.target_units, target)
 
 
-def agreement(ours: FloatArray, full: FloatArray, names: Sequence[str], *, seed: int = 0) -> Agreement:
+def model_agreement(ours: FloatArray, full: FloatArray, names: Sequence[str], *, seed: int = 0) -> ModelAgreement:
     """Of ``(n, G)`` scores with those of the full model; rows are resampled for the intervals, with a fixed seed.
 
     A target whose scores are all equal on one side has no ranking to agree on and counts as 0.
     """
-    counts = _resampled_counts(len(full), seed)
-    pairs = [(ours[:, j], full[:, j]) for j in range(full.shape[1])]
-    by_target = {name: float(resampled_correlation(x, y, counts)[0]) for name, (x, y) in zip(names, pairs, strict=True)}
-    return Agreement(
-        spearman=_interval(np.mean([resampled_correlation(x, y, counts) for x, y in pairs], axis=0)),
-        top_overlap=_interval(np.mean([resampled_overlap(x, y, counts) for x, y in pairs], axis=0)),
+    found = rank_agreement(ours, full, seed=seed)
+    by_target = {name: value or 0.0 for name, value in zip(names, found.columns, strict=True)}
+    ranked = sum(value is not None for value in found.columns) / len(found.columns)
+    low, high = found.middle or (None, None)
+    return ModelAgreement(
+        spearman=Interval(
+            value=float(np.mean(list(by_target.values()))),
+            low=None if low is None else ranked * low,
+            high=None if high is None else ranked * high,
+        ),
+        top_overlap=_overlap(ours, full, seed),
         by_target=by_target,
     )
-
-
-def resampled_correlation(x: FloatArray, y: FloatArray, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Spearman's correlation of the rows as often as ``counts`` (R, n) has them: (R,); ties at their mean rank.
-
-    A row that is there ``c`` times is ``c`` equal rows, so its mean rank follows from how many rows are below it.
-    """
-    ranks = []
-    for values in (x, y):
-        _, place = np.unique(values, return_inverse=True)
-        together = np.zeros((len(counts), place.max() + 1))
-        np.add.at(together.T, place, counts.T)  # rows of one score are one
-        ranks.append((np.cumsum(together, axis=1) - (together - 1) / 2)[:, place])
-    total = counts.sum(axis=1, keepdims=True)
-    centred = [rank - (counts * rank).sum(axis=1, keepdims=True) / total for rank in ranks]
-    of_both, of_x, of_y = ((counts * centred[a] * centred[b]).sum(axis=1) for a, b in ((0, 1), (0, 0), (1, 1)))
-    scale = np.sqrt(of_x * of_y)
-    found: npt.NDArray[np.float64] = np.divide(of_both, scale, out=np.zeros_like(scale), where=scale > 0)
-    return found
 
 
 def resampled_overlap(
@@ -173,16 +157,14 @@ def _scores(units: Tensor, target_units: Tensor, target: TargetRows) -> FloatArr
     return scores
 
 
-def _resampled_counts(rows: int, seed: int) -> npt.NDArray[np.int64]:
-    """How often each row is drawn: once in the first line, with replacement in the others."""
-    drawn = (random_uniform(child_seed(seed, "resampled rows"), _RESAMPLES * rows) * rows).astype(np.int64)
-    counts = np.ones((_RESAMPLES + 1, rows), dtype=np.int64)
-    for line, sample in enumerate(drawn.reshape(_RESAMPLES, rows), start=1):
-        counts[line] = np.bincount(sample, minlength=rows)
-    return counts
+def _overlap(ours: FloatArray, full: FloatArray, seed: int) -> Interval:
+    """The mean over the targets of how much of the best rows both share; the same rows are drawn as for the ranking."""
 
+    def mean(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        columns = [resampled_overlap(ours[:, j], full[:, j], counts) for j in range(full.shape[1])]
+        found: npt.NDArray[np.float64] = np.mean(columns, axis=0)
+        return found
 
-def _interval(values: npt.NDArray[np.float64]) -> Interval:
-    """The first value is of all rows, the others are of resampled ones."""
-    low, high = np.quantile(values[1:], [0.025, 0.975])
-    return Interval(value=float(values[0]), low=float(low), high=float(high))
+    rows = len(full)
+    low, high = middle(mean(draw_rows(rows, seed)), rows=rows) or (None, None)
+    return Interval(value=float(mean(np.ones((1, rows), dtype=np.int64))[0]), low=low, high=high)

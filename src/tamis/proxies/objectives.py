@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from tamis.gradients.per_sample import WeightedGradient, run_batch
 from tamis.model.loss import SupervisedPositions
-from tamis.model.lowrank import low_rank_layers
+from tamis.model.low_rank_linear import low_rank_layers
 from tamis.model.targets import gradient_layers
 from tamis.types import Batch
 

@@ -12,7 +12,7 @@ from torch import nn
 from tamis.model.flops import ModelShape, stage_flops
 from tamis.proxies.align import Aligned, CurvePoint
 from tamis.proxies.compressible import LeftOut
-from tamis.proxies.influence import Agreement, Interval, Measured, agreement
+from tamis.proxies.influence import Interval, Measured, ModelAgreement, model_agreement
 from tamis.proxies.rows import Row
 
 __all__ = [
@@ -39,7 +39,7 @@ class Kept:
 
     name: str
     loss: float | None  # mean over the rows; None where the scores do not come from a language model's loss
-    agreement: Agreement
+    agreement: ModelAgreement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,16 +172,14 @@ class Retention:
 def _kept_from(found: Mapping[str, Any]) -> Kept:
     said = found["agreement"]
     intervals = {name: Interval(**said[name]) for name in ("spearman", "top_overlap")}
-    return Kept(
-        name=found["name"], loss=found["loss"], agreement=Agreement(**intervals, by_target=dict(said["by_target"]))
-    )
+    agreement = ModelAgreement(**intervals, by_target=dict(said["by_target"]))
+    return Kept(name=found["name"], loss=found["loss"], agreement=agreement)
 
 
 def kept(name: str, ours: Measured, full: Measured, targets: Sequence[str], *, seed: int) -> Kept:
     """How a measured proxy agrees with the measured full model."""
-    return Kept(
-        name=name, loss=float(ours.losses.mean()), agreement=agreement(ours.scores, full.scores, targets, seed=seed)
-    )
+    found = model_agreement(ours.scores, full.scores, targets, seed=seed)
+    return Kept(name=name, loss=float(ours.losses.mean()), agreement=found)
 
 
 def advise(
@@ -252,7 +250,9 @@ def advise(
             "machine."
         )
     low, high = final.agreement.spearman.low, final.agreement.spearman.high
-    if high - low > 0.2:
+    if low is None or high is None:
+        sentences.append("The scores vary too little for an interval: raise --held-out-rows before you decide.")
+    elif high - low > 0.2:
         sentences.append(f"The interval is wide ({low:.2f} to {high:.2f}): raise --held-out-rows before you decide.")
     return Advice(keep=keep, sparsity=best, sentences=tuple(sentences))
 

@@ -202,8 +202,8 @@ def build_content(inputs: ReportInputs) -> ReportContent:
             columns, inputs.read_example, inputs.read_target, inputs.target_group, max_targets=MAX_TARGETS_DRAWN
         ),
         targets_not_shown=max(0, len(columns.target_names) - MAX_TARGETS_DRAWN),
-        flagged=examples.flagged_rows(columns, inputs.read_example),
-        leaked=examples.leaked_rows(columns, inputs.read_example),
+        flagged=examples.flagged_examples(columns, inputs.read_example),
+        leaked=examples.leaked_examples(columns, inputs.read_example),
         pairs=(
             *examples.copies(columns, inputs.read_example, kind="near", limit=4),
             *examples.copies(columns, inputs.read_example, kind="exact", limit=2),

@@ -18,8 +18,8 @@ __all__ = [
     "Turn",
     "card",
     "copies",
-    "flagged_rows",
-    "leaked_rows",
+    "flagged_examples",
+    "leaked_examples",
     "target_examples",
 ]
 
@@ -28,6 +28,7 @@ ReadExample = Callable[[int], Example]
 _TURN_CHARACTERS = 3000
 _MAX_TURNS = 8
 _PREVIEW = 150
+_BEST, _LAST, _WORST, _OF_TARGET = 5, 2, 3, 2  # rows shown for each target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +89,6 @@ def target_examples(
     target_group: IntArray,
     *,
     max_targets: int,
-    num_best: int = 5,
-    num_last: int = 2,
-    num_worst: int = 3,
-    num_target: int = 2,
 ) -> tuple[TargetExamples, ...]:
     """Best, last and worst rows for each of the first ``max_targets`` targets.
 
@@ -105,16 +102,16 @@ def target_examples(
         mine = chosen[columns.picked_for[chosen] == index]
         if len(mine) == 0 and (columns.picked_for[chosen] < 0).all():
             mine = chosen if len(columns.target_names) == 1 else _by_score(chosen, score)
-        best = mine[:num_best]
-        last = mine[num_best:][-num_last:]
+        best = mine[:_BEST]
+        last = mine[_BEST:][-_LAST:]
         scored = np.flatnonzero(np.isfinite(score) & ~columns.selected)
-        worst = scored[np.argsort(score[scored], kind="stable")[:num_worst]]
+        worst = scored[np.argsort(score[scored], kind="stable")[:_WORST]]
         members = np.flatnonzero(target_group == index)
         result.append(
             TargetExamples(
                 name=name,
                 target_rows=len(members),
-                shown=tuple(card(read_target(int(row))) for row in members[:num_target]),
+                shown=tuple(card(read_target(int(row))) for row in members[:_OF_TARGET]),
                 best=_cards(columns, best, read_example, score),
                 last=_cards(columns, last, read_example, score),
                 worst=_cards(columns, worst, read_example, score),
@@ -123,14 +120,14 @@ def target_examples(
     return tuple(result)
 
 
-def flagged_rows(columns: Columns, read_example: ReadExample, limit: int = 5) -> tuple[ExampleCard, ...]:
+def flagged_examples(columns: Columns, read_example: ReadExample, limit: int = 5) -> tuple[ExampleCard, ...]:
     """Selected rows with an unusually high loss, highest first."""
     rows = np.flatnonzero(columns.flagged & columns.selected)
     loss = np.nan_to_num(columns.loss[rows], nan=-np.inf)
     return _cards(columns, rows[np.argsort(-loss, kind="stable")[:limit]], read_example, columns.score)
 
 
-def leaked_rows(columns: Columns, read_example: ReadExample, limit: int = 3) -> tuple[ExampleCard, ...]:
+def leaked_examples(columns: Columns, read_example: ReadExample, limit: int = 3) -> tuple[ExampleCard, ...]:
     """Pool rows that equal a target row, selected ones first."""
     rows = np.flatnonzero(columns.leaked)
     return _cards(

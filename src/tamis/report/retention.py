@@ -67,11 +67,9 @@ def _numbers(found: Retention) -> tuple[KeyNumber, ...]:
         KeyNumber(
             value=_correlation(ranking.value),
             label="ranking kept",
-            detail=f"rank correlation, {_correlation(ranking.low)} to {_correlation(ranking.high)}",
+            detail=f"rank correlation, {_range(ranking, _correlation)}",
         ),
-        KeyNumber(
-            value=percent(best.value), label="best 5% kept", detail=f"{percent(best.low)} to {percent(best.high)}"
-        ),
+        KeyNumber(value=percent(best.value), label="best 5% kept", detail=_range(best, percent)),
         KeyNumber(value=number(found.final.loss), label="loss", detail=f"full model: {number(found.loss_full)}"),
         KeyNumber(
             value=percent(found.cost.seconds_ratio), label="time of a pass", detail="of the full model's, measured"
@@ -282,7 +280,11 @@ def _kept(kept: Kept) -> tuple[str, str, str]:
 
 
 def _interval(found: Interval, written: Callable[[float], str]) -> str:
-    return f"{written(found.value)} ({written(found.low)} to {written(found.high)})"
+    return f"{written(found.value)} ({_range(found, written)})"
+
+
+def _range(found: Interval, written: Callable[[float], str]) -> str:
+    return "–" if found.low is None or found.high is None else f"{written(found.low)} to {written(found.high)}"
 
 
 def _correlation(value: float) -> str:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from tamis.notation import candidates_parts
+from tamis.online.account import forecast_pairs
 from tamis.report.curves import Curve, Fate, effective_sizes, fates, shares_by_source, steps_of, thinned
 from tamis.report.document import Cards, Document, KeyNumber, Section, Table
 from tamis.report.examples import ExampleCard, card
@@ -23,7 +24,7 @@ from tamis.report.training_figures import (
     source_figure,
     times_figure,
 )
-from tamis.report.training_findings import find, forecast_pairs, held_out_losses, lost_at
+from tamis.report.training_findings import find, held_out_losses, lost_at
 from tamis.report.wording import count, counted, joined, number, one_line, percent, seconds
 from tamis.types import Example
 

@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from tamis.online.account import fallback_share, forecast_correlation
+from tamis.online.account import fallback_share, forecast_correlation, forecast_pairs
 from tamis.report.curves import Curve, steps_of
 from tamis.report.finding import SEVERITIES, Finding, Severity
 from tamis.report.wording import count, counted, number, one_line, percent
 
-__all__ = ["find", "forecast_pairs", "held_out_losses", "lost_at"]
+__all__ = ["find", "held_out_losses", "lost_at"]
 
 _HOLDS, _LOOSE = 0.7, 0.3  # correlations from which forecasts are believed, and half believed
 _FEW_PAIRS = 8
@@ -36,13 +35,6 @@ def find(
         ),
     ]
     return tuple(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)))
-
-
-def forecast_pairs(log: Sequence[Mapping[str, Any]]) -> npt.NDArray[np.float64]:
-    """(pairs, 2): predicted and realised drop of the target loss."""
-    keys = ("selection/predicted_drop", "selection/realised_drop")
-    pairs = [[entry[key] for key in keys] for entry in log if all(entry.get(key) is not None for key in keys)]
-    return np.array(pairs, dtype=np.float64).reshape(-1, 2)
 
 
 def held_out_losses(log: Sequence[Mapping[str, Any]]) -> tuple[Curve, ...]:
@@ -81,15 +73,14 @@ def _unfinished(is_finished: bool) -> list[Finding]:
 
 def _forecasts(log: Sequence[Mapping[str, Any]], method: str) -> Finding:
     title = "Do choices do what they promise?"
-    forecasts = forecast_pairs(log)
-    pairs = len(forecasts)
-    correlation, _ = forecast_correlation(log)
+    correlation, pairs = forecast_correlation(log)
     if correlation is None:
         why = f"There {'is' if pairs == 1 else 'are'} {counted(pairs, 'comparison')} of forecast and outcome."
         advice = "Give --forecast-every, and train longer, for a few dozen."
         if method in ("uniform", "full"):
             why, advice = f"The method {method} looks at no target and promises nothing.", ""
         return Finding(key="forecasts", severity="unmeasured", title=title, sentence=why, advice=advice)
+    forecasts = forecast_pairs(log)
     predicted, realised = forecasts.mean(axis=0)
     same = float((np.sign(forecasts[:, 0]) == np.sign(forecasts[:, 1])).mean())
     said = (

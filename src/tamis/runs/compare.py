@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from tamis.comparison.cells import Cell, Price
 from tamis.comparison.contenders import Contender, contenders_of
 from tamis.comparison.datamodel import Foretold, foretell
 from tamis.comparison.records import Records, Run, write_rows, write_runs
-from tamis.comparison.result import CompareResult, SelectionFacts, source_shares
+from tamis.comparison.result import CompareResult, SelectionFacts, largest_source
 from tamis.comparison.verdict import compare_pairs, standings_of
 from tamis.config import write_config
 from tamis.corpora import Rendered, Sources, leaked_rows, model_settings, read_sources, render_corpora, write_skipped
@@ -42,6 +41,7 @@ from tamis.runs.compare_grid import Grid, common_spec, make_missing
 from tamis.runs.compare_halves import half_files, halves_of, said_of_halves, write_halves
 from tamis.runs.compare_selections import Chosen, PoolTable, select_rows
 from tamis.runs.compare_training import TrainingBench
+from tamis.runs.manifest import TRAINER, base_identity
 from tamis.runs.outputs import check_claim, claim_folder, write_json
 from tamis.runs.planted import PlantedResult, planted_from_settings
 from tamis.runs.train_rows import check_candidates
@@ -50,7 +50,7 @@ from tamis.settings import SelectSettings, TrainRunSettings
 from tamis.settings.compare import CompareSettings, method_parts
 from tamis.training.lora import add_lora
 from tamis.values import to_dict
-from tamis.versions import releases, versions
+from tamis.versions import versions
 
 __all__ = ["CompareResult", "PlantedResult", "compare_from_settings"]
 
@@ -90,12 +90,8 @@ def compare_from_settings(
     target = _read_target(settings, held) if settings.eval else sources.target
     halves = None if settings.eval else halves_of(sources, seed=settings.seed)
     template = template_sha256(settings.chat_template)
-    content = {
-        "tamis": metadata.version("tamis"),
-        "model": model,
-        "chat_template": template,
-        "libraries": releases("torch", "transformers", "peft", "tokenizers"),
-    }
+    # Of the Trainer too where no contender is online yet: one may be added to a finished comparison.
+    content = base_identity(model=model, chat_template=template, libraries=TRAINER)
     identity = {
         **content,
         "data": {
@@ -144,8 +140,7 @@ def compare_from_settings(
             attention=settings.attention,
             pool=rendered.pool.identity,
             eval=rendered.target.identity,
-            # Runs without tasks keep the names that they had before there were any.
-            **({"tasks": benchmarks.identity} if benchmarks is not None else {}),
+            tasks=None if benchmarks is None else benchmarks.identity,
         ),
         target=target.identity["content"],
     )
@@ -326,7 +321,7 @@ def _result(
 
 
 def _facts(name: str, budget: str, chosen: Chosen, table: PoolTable) -> SelectionFacts:
-    source, share = source_shares([str(source) for source in table.source[chosen.rows]])
+    source, share = largest_source([str(source) for source in table.source[chosen.rows]])
     usable = table.source[table.usable]
     return SelectionFacts(
         name=name,

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tamis import __version__
 from tamis.collect import Task
 from tamis.corpora import Corpora
 from tamis.model.flops import ModelShape, stage_tflops
 from tamis.model.limits import skeleton
 from tamis.values import to_dict
+from tamis.versions import releases
 
-__all__ = ["costs", "describe_data", "identity_settings", "repeat_command"]
+__all__ = ["COMPUTING", "TRAINER", "base_identity", "costs", "describe_data", "identity_settings", "repeat_command"]
+
+COMPUTING = ("torch", "transformers", "peft", "tokenizers")
+TRAINER = (*COMPUTING, "accelerate")  # of verbs that train with the Trainer
 
 
 def repeat_command(verb: str, out: Path, held: Collection[str]) -> str:
@@ -22,6 +27,16 @@ def repeat_command(verb: str, out: Path, held: Collection[str]) -> str:
     if held:
         return f"tamis.{verb}(...) in Python with the same rows: run.yaml cannot bring back {' and '.join(held)}"
     return f"tamis {verb} --config {out / 'run.yaml'}"
+
+
+def base_identity(*, libraries: Sequence[str] = COMPUTING, **inputs: Any) -> dict[str, Any]:
+    """What every verb's identity begins with: another release of a library or of our own may give other numbers.
+
+    Args:
+        libraries: those that the verb computes with.
+        inputs: what its model and files hold.
+    """
+    return {"tamis": __version__, **inputs, "libraries": releases(*libraries)}
 
 
 def identity_settings(settings: Any, leave_out: Collection[str]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,13 @@ from tamis.protocols import Progress
 from tamis.report.document import write_document
 from tamis.report.planted import planted_document
 from tamis.runs.compare_selections import Chosen, PoolTable, select_rows
+from tamis.runs.manifest import base_identity
 from tamis.runs.outputs import check_claim, claim_folder, write_json
 from tamis.runs.planted_rows import planted_rows, write_planted
 from tamis.settings import SelectSettings
 from tamis.settings.compare import CompareSettings, MethodText, method_parts
 from tamis.values import to_dict
-from tamis.versions import releases, versions
+from tamis.versions import versions
 
 __all__ = ["PlantedResult", "PlantedStanding", "planted_from_settings"]
 
@@ -96,17 +96,14 @@ def planted_from_settings(settings: CompareSettings, *, progress: Progress, held
     choices = {
         name: getattr(settings, name) for name in ("planted_rows", "background_rows", "relevant_sources", "seed")
     }
+    data = {
+        "pool": sources.pool.identity,
+        "target": sources.target.identity,
+        "relevant": None if given is None else given.identity,
+    }
     identity = {
         "check": "planted",  # so that a folder of a comparison is told apart by this field
-        "tamis": metadata.version("tamis"),
-        "model": model,
-        "chat_template": template_sha256(settings.chat_template),
-        "libraries": releases("torch", "transformers", "peft", "tokenizers"),
-        "data": {
-            "pool": sources.pool.identity,
-            "target": sources.target.identity,
-            "relevant": None if given is None else given.identity,
-        },
+        **base_identity(model=model, data=data, chat_template=template_sha256(settings.chat_template)),
         "planted": {**choices, "relevant_sources": list(settings.relevant_sources)},
     }
     if is_main():

@@ -11,7 +11,6 @@ import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,7 +35,7 @@ from tamis.model.load import (
     resolved_dtype,
     template_sha256,
 )
-from tamis.model.lowrank import low_rank_layers
+from tamis.model.low_rank_linear import low_rank_layers
 from tamis.model.memory import default_batch_tokens
 from tamis.model.processes import world_size
 from tamis.model.targets import input_embeddings, is_tied, output_embeddings
@@ -51,7 +50,7 @@ from tamis.proxies.retention import Retention
 from tamis.proxies.rows import RowSizes, assign_roles, usable_rows
 from tamis.report.document import write_document
 from tamis.report.retention import retention_document
-from tamis.runs.manifest import identity_settings, repeat_command
+from tamis.runs.manifest import base_identity, identity_settings, repeat_command
 from tamis.runs.outputs import check_claim, claim_folder, free_claim, write_json
 from tamis.settings import ProxySettings
 from tamis.types import Example
@@ -337,15 +336,9 @@ def _identity(
         inputs["chat_template"] = template_sha256(settings.chat_template)
     if settings.sibling is not None:
         inputs["sibling"] = model_fingerprint(replace(loading, name=settings.sibling, revision=None))
-    return {
-        "tamis": metadata.version("tamis"),
-        "verb": "proxy",
-        "model": model_fingerprint(loading),
-        "data": {"pool": pool.identity, **({"target": target.identity} if target is not None else {})},
-        "libraries": {name: metadata.version(name) for name in ("torch", "transformers", "peft", "tokenizers")},
-        "settings": plain,
-        "inputs": inputs,
-    }
+    data = {"pool": pool.identity, **({"target": target.identity} if target is not None else {})}
+    base = base_identity(verb="proxy", model=model_fingerprint(loading), data=data)
+    return {**base, "settings": plain, "inputs": inputs}
 
 
 def _result(out: Path, *, was_finished: bool) -> ProxyResult:

@@ -9,7 +9,6 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from tamis.progress import NoProgress
 from tamis.protocols import Method, Progress, ReadsFiles
 from tamis.report.content import ReportInputs, build_content
 from tamis.report.selection import write_page
-from tamis.runs.manifest import costs, describe_data, identity_settings, repeat_command
+from tamis.runs.manifest import base_identity, costs, describe_data, identity_settings, repeat_command
 from tamis.runs.outputs import (
     MESSAGES,
     check_claim,
@@ -53,7 +52,7 @@ from tamis.selection.flags import flag_high_losses
 from tamis.settings import SelectSettings
 from tamis.types import Budget, FloatArray, IntArray, TargetScores
 from tamis.values import method_from_dict, to_dict
-from tamis.versions import releases, versions
+from tamis.versions import versions
 
 __all__ = ["Selection", "make_method", "select_from_settings"]
 
@@ -126,11 +125,9 @@ def select_from_settings(
     resolved_dtype(model_settings(settings))  # refuses a device that is not there
     fingerprint = model_fingerprint(model_settings(settings))
     sources = read_sources(settings, held)
+    data = {"pool": sources.pool.identity, "target": sources.target.identity}
     identity = {
-        "tamis": metadata.version("tamis"),
-        "model": fingerprint,
-        "data": {"pool": sources.pool.identity, "target": sources.target.identity},
-        "libraries": releases("torch", "transformers", "peft", "tokenizers"),
+        **base_identity(model=fingerprint, data=data),
         **_settings_identity(settings, method),
     }
     if is_main():

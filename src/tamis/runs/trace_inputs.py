@@ -24,6 +24,7 @@ from tamis.identity import canonical_json, file_sha256, text_sha256
 from tamis.model.load import ModelSettings, load_tokenizer, template_sha256
 from tamis.notation import target_parts
 from tamis.protocols import Progress
+from tamis.runs.manifest import base_identity
 from tamis.runs.outputs import write_scores
 from tamis.settings import AttributeSettings, VerifySettings
 from tamis.trajectory.causal import RecordedRun
@@ -136,10 +137,7 @@ def run_identity(
     known = ("run", "target", "out", "model", "revision", "chat_template", "store", "on_bad_row", *free)
     template = template_sha256(settings.chat_template)
     return {
-        "verb": verb,
-        "run": run_digest(Path(settings.run)),
-        "target": target.digest,
-        "chat_template": template,
+        **base_identity(verb=verb, run=run_digest(Path(settings.run)), target=target.digest, chat_template=template),
         "settings": {key: value for key, value in to_dict(settings).items() if key not in known},
     }
 

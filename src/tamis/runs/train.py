@@ -11,7 +11,6 @@ import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ from tamis.online.settings import StepSettings
 from tamis.online.source_means import said_of_many_sources
 from tamis.progress import NoProgress
 from tamis.protocols import Progress
-from tamis.runs.manifest import identity_settings, repeat_command
+from tamis.runs.manifest import TRAINER, base_identity, identity_settings, repeat_command
 from tamis.runs.outputs import check_claim, claim_folder, write_json
 from tamis.runs.train_account import describe_cost, describe_training
 from tamis.runs.train_record import finish_record, recorder_of, require_record
@@ -55,7 +54,7 @@ from tamis.runs.train_setup import (
 )
 from tamis.settings import TrainRunSettings
 from tamis.values import to_dict
-from tamis.versions import releases, versions
+from tamis.versions import versions
 
 __all__ = ["TrainResult", "train_from_settings"]
 
@@ -68,7 +67,6 @@ _FREE_SETTINGS = (
 )
 _KNOWN_BY_CONTENT = ("model", "revision", "chat_template")
 _SOURCES_NAMED = 8  # in a run's summary
-_OF_SOURCES = ("source_rows", "source_temperature", "source_memory")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,11 +124,9 @@ def train_from_settings(
     fingerprint = model_fingerprint(model_settings(settings))
     # Rows that measure are read like target rows, as targets of their own.
     sources = read_sources(replace(settings, target=(*settings.target, *measuring_targets(settings))), held)
+    data = {"pool": sources.pool.identity, "target": sources.target.identity}
     identity = {
-        "tamis": metadata.version("tamis"),
-        "model": fingerprint,
-        "data": {"pool": sources.pool.identity, "target": sources.target.identity},
-        "libraries": releases("torch", "transformers", "accelerate", "peft", "tokenizers"),
+        **base_identity(model=fingerprint, data=data, libraries=TRAINER),
         "dtype": dtype,
         "processes": world_size(),
         **_settings_identity(settings),
@@ -353,10 +349,7 @@ def _largest(shares: Mapping[str, float]) -> dict[str, float]:
 def _settings_identity(settings: TrainRunSettings) -> dict[str, Any]:
     """``settings`` as far as they can change the weights, and what the files hold that they name."""
     kind, proxy = candidates_parts(settings.candidates)
-    # What is not used is left out, so that runs from before there was such a setting go on.
-    without_effect: list[str] = [] if kind == "sources" else [*_OF_SOURCES]
-    without_effect += [] if settings.target_rank is not None else ["target_rank"]
-    plain = identity_settings(settings, (*_FREE_SETTINGS, *_KNOWN_BY_CONTENT, *without_effect))
+    plain = identity_settings(settings, (*_FREE_SETTINGS, *_KNOWN_BY_CONTENT))
     inputs: dict[str, Any] = {}
     if kind == "proxy":
         inputs["proxy"] = model_fingerprint(ModelSettings(name=proxy))

@@ -19,7 +19,7 @@ from tamis.model.load import LoadedModel, ModelSettings, load_model, load_tokeni
 from tamis.model.processes import world_size
 from tamis.model.source import resolve_source
 from tamis.notation import candidates_parts
-from tamis.online.methods.by_name import make_method
+from tamis.online.methods.by_name import make_online_method
 from tamis.online.methods.choice import Method
 from tamis.online.settings import StepSettings, check_combination
 from tamis.settings import TrainRunSettings
@@ -72,7 +72,9 @@ def method_and_step(settings: TrainRunSettings, method: Method | None = None) ->
     Raises:
         InvalidSettings: a setting of the method is refused, or the two do not go together.
     """
-    method = method or make_method(settings.method, settings.set, keep=settings.keep, oversample=settings.oversample)
+    method = method or make_online_method(
+        settings.method, settings.set, keep=settings.keep, oversample=settings.oversample
+    )
     step_settings = StepSettings(
         reduction=settings.reduction,
         candidates=settings.candidates,

@@ -31,7 +31,7 @@ from tamis.runs.trace_inputs import OpenedRun, TargetRows, open_inputs, read_tar
 from tamis.seeds import child_seed, random_subset
 from tamis.settings import VerifySettings
 from tamis.trajectory.causal import RecordedRun
-from tamis.trajectory.fidelity import agreement
+from tamis.trajectory.fidelity import fidelity
 from tamis.trajectory.leave_out import leave_out_effect
 from tamis.trajectory.replay import play_segment, segments
 from tamis.trajectory.sweep import SweepSettings, run_sweep
@@ -104,7 +104,7 @@ def verify_from_settings(
     methods = {}
     for name, by_step in scores.items():
         own = np.stack([by_step[step][place].double().numpy() for step, place in uses])
-        methods[name] = asdict(agreement(own, truth, seed=settings.seed))
+        methods[name] = asdict(fidelity(own, truth, seed=settings.seed))
     manifest = {
         **identity,
         "versions": versions(),

@@ -71,7 +71,6 @@ def landmark_kernel(
     transform: EmbeddingMap,
     kernel: Kernel,
     damping: float = 0.1,
-    median: float | None = None,
 ) -> LandmarkKernel:
     """Factorise ``k(E_L, E_L) + δI`` for the raw ``embeddings`` of the landmarks, in float64.
 
@@ -83,7 +82,6 @@ def landmark_kernel(
         transform: the map of the pool.
         kernel: its name and scale c.
         damping: δ > 0.
-        median: median squared distance; by default that among the landmarks.
 
     Raises:
         InvalidInput: there are no landmarks.
@@ -95,7 +93,7 @@ def landmark_kernel(
     mapped = transform.apply(embeddings)
     if not bool(torch.isfinite(mapped).all()):
         raise NonFinite("an embedding of a landmark is NaN or infinite; leave that row out")
-    median = median_squared_distance(mapped) if median is None else median
+    median = median_squared_distance(mapped)
     among = kernel_among(mapped, kernel, median)
     factor, used, raised = damped_cholesky(among, damping)
     return LandmarkKernel(

@@ -1,6 +1,6 @@
 """From raw embeddings to a kernel between rows: centring, half-whitening, unit rows, bandwidth from the median.
 
-One map, made once from the pool's mean, is applied to pool, landmarks and target alike.
+One map, made once from the landmarks, is applied to pool, landmarks and target alike.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ KernelName = Literal["rbf", "laplace", "linear"]
 
 # Singular values below this share of the largest say nothing about a direction.
 _DIRECTION_CUTOFF = 1e-6
+_MEDIAN_ROWS = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,13 +91,13 @@ def embedding_map(
     return EmbeddingMap(mean=mean, directions=directions.T.to(dtype), gains=gains.to(dtype))
 
 
-def median_squared_distance(rows: Float[Tensor, "N E"], *, limit: int = 2000, seed: int = 0) -> float:
-    """Median of ``‖x_i - x_j‖²`` over pairs i < j, of ``limit`` random rows if there are more; 1 if that is zero.
+def median_squared_distance(rows: Float[Tensor, "N E"]) -> float:
+    """Median of ``‖x_i - x_j‖²`` over pairs i < j, of 2000 random rows if there are more; 1 if that is zero.
 
     Zero means that most rows are copies of each other: any bandwidth is as good, and dividing by zero is none.
     """
-    if len(rows) > limit:
-        chosen = random_subset(child_seed(seed, "median-distance", len(rows)), len(rows), limit)
+    if len(rows) > _MEDIAN_ROWS:
+        chosen = random_subset(child_seed(0, "median-distance", len(rows)), len(rows), _MEDIAN_ROWS)
         rows = rows[torch.from_numpy(chosen).to(rows.device)]
     if len(rows) < 2:
         return 1.0

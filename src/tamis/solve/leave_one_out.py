@@ -66,16 +66,10 @@ class CandidateResult:
         return sum(self.spearman) / len(self.spearman) if self.spearman else None
 
 
-def candidate_basis(
-    candidate: Candidate,
-    embeddings: Float[Tensor, "L E"],
-    *,
-    mean: Float[Tensor, " E"],
-    sample: Float[Tensor, "S E"] | None = None,
-) -> LandmarkKernel:
-    """The factorised kernel of a chosen candidate; arguments as given to ``try_candidates``."""
-    sample = embeddings if sample is None else sample
-    transform = embedding_map(sample, mean=mean if candidate.centred else None, half_whitened=candidate.half_whitened)
+def candidate_basis(candidate: Candidate, embeddings: Float[Tensor, "L E"]) -> LandmarkKernel:
+    """The factorised kernel of a chosen candidate, on the landmarks' raw embeddings."""
+    mean = _mean(embeddings) if candidate.centred else None
+    transform = embedding_map(embeddings, mean=mean, half_whitened=candidate.half_whitened)
     return landmark_kernel(embeddings, transform=transform, kernel=candidate.kernel, damping=candidate.damping)
 
 
@@ -178,7 +172,6 @@ def try_candidates(
     embeddings: Float[Tensor, "L E"],
     *,
     grid: Sequence[Candidate],
-    mean: Float[Tensor, " E"] | None = None,
     gram: Float[Tensor, "L2 L2"] | None = None,
     scores: Float[Tensor, "L3 M"] | None = None,
     targets: Sequence[Float[Tensor, "_ E"]] | None = None,
@@ -191,12 +184,11 @@ def try_candidates(
     Args:
         embeddings: raw, of the landmarks.
         grid: the candidates, in the order in which equal results stay.
-        mean: of the pool's raw embeddings, for centred candidates; by default the landmarks' own.
         gram: inner products of the landmarks' gradients.
         scores: exact scores of the landmarks, one column per target.
         targets: raw embeddings of each target's rows: scores are then fitted in residual form.
-        sample: raw rows for half-whitening, better of the pool; by default the landmarks, which flatters unless they
-            are many (``foretelling``).
+        sample: raw rows for half-whitening; by default the landmarks, which flatters unless they are many
+            (``foretelling``).
 
     Raises:
         InvalidInput: fewer than two landmarks, neither ``gram`` nor ``scores``, or sizes that do not fit.
@@ -211,7 +203,7 @@ def try_candidates(
     for name, values in (("gradient inner products", gram), ("scores", scores)):
         if values is not None and len(values) != count:
             raise InvalidInput(f"{count} landmarks need as many rows of {name}, got {len(values)}")
-    mean = embeddings.double().mean(0).to(embeddings.dtype) if mean is None else mean
+    mean = _mean(embeddings)
     sample = embeddings if sample is None else sample
     results: dict[Candidate, CandidateResult] = {}
     for (centred, whitened), members in _grouped(grid):
@@ -236,6 +228,10 @@ def try_candidates(
                 candidate=candidate, recovery=recovery, spearman=ranks, damping=damping, times_raised=raised
             )
     return tuple(sorted((results[candidate] for candidate in grid), key=_merit, reverse=True))
+
+
+def _mean(embeddings: Float[Tensor, "L E"]) -> Float[Tensor, " E"]:
+    return embeddings.double().mean(0).to(embeddings.dtype)
 
 
 def _grouped(grid: Sequence[Candidate]) -> list[tuple[tuple[bool, bool], list[Candidate]]]:

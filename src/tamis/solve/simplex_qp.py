@@ -48,7 +48,6 @@ def solve_simplex_qp(
     lam: float,
     *,
     start: Bool[Tensor, " N"] | None = None,
-    primal_solves: int | None = None,
 ) -> Solution[Float[Tensor, " N"]]:
     """Weights (sum n, dtype of Q) for a given λ > 0.
 
@@ -57,7 +56,6 @@ def solve_simplex_qp(
         quadratic: Q with η in it.
         lam: λ.
         start: the free rows to begin with; by default the support of the solution without Q at this λ.
-        primal_solves: limit of the fallback's last part, 4 n + 100 by default; it hardly ever needs more than 40.
 
     Stats: ``lambda``; ``nonzero``; ``gap``, relative to ``|p·w| + w·(Q + λI)w``; ``objective``; ``solves`` of linear
     systems; ``gradient_steps``; ``path``, ``"plain"`` or, where that went in circles, ``"primal"``.
@@ -80,8 +78,8 @@ def solve_simplex_qp(
         return _solution(iterate, lam, solves=iterate.steps, gradient_steps=0, path="plain")
     solves = iterate.steps
     near = projected_gradient(p, quadratic, lam, iterate.w, max_steps=_GRADIENT_STEPS, tolerance=stop)
-    limit = 4 * len(p) + 100 if primal_solves is None else primal_solves
-    last, _ = primal_active_set(p, quadratic, lam, near.w, max_solves=limit, tolerance=stop)
+    most = 4 * len(p) + 100  # it hardly ever needs more than 40
+    last, _ = primal_active_set(p, quadratic, lam, near.w, max_solves=most, tolerance=stop)
     solves += last.steps
     best = min((iterate, near, last), key=lambda point: point.gap)
     return _solution(best, lam, solves=solves, gradient_steps=near.steps, path="primal")

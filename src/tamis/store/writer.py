@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from tamis import __version__
 from tamis.disk import TEMPORARY_SUFFIX, disk_errors, replace_atomically
 from tamis.errors import StoreMismatch
 from tamis.identity import canonical_json, fingerprint
@@ -172,7 +172,8 @@ class StageWriter:
                 )
             file = self.plan.shard_file(shard)
             shards.append(ShardRecord(file=file, start=header.start, stop=header.stop, sha256=header.sha256))
-        manifest = StageManifest(plan=self.plan, tensors=tensors, shards=tuple(shards), versions=_versions())
+        versions = {"store_format": str(FORMAT), "tamis": __version__}
+        manifest = StageManifest(plan=self.plan, tensors=tensors, shards=tuple(shards), versions=versions)
         # A stage whose one deleted shard came back bit for bit keeps its old manifest.
         existing = read_manifest(self.path)
         if existing is None or (existing.tensors, existing.shards) != (manifest.tensors, manifest.shards):
@@ -208,11 +209,3 @@ def _refuse_other_plan(stored: StagePlan, wanted: StagePlan, folder: Path) -> No
 
 def _listed(columns: Mapping[str, TensorRecord]) -> str:
     return canonical_json({name: [c.dtype, list(c.row_shape), c.ragged] for name, c in columns.items()})
-
-
-def _versions() -> dict[str, str]:
-    try:
-        own = metadata.version("tamis")
-    except metadata.PackageNotFoundError:
-        own = "unknown"
-    return {"store_format": str(FORMAT), "tamis": own}

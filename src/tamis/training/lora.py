@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tamis.errors import InvalidSettings, Unsupported
-from tamis.model.lowrank import LowRankLinear
+from tamis.model.low_rank_linear import LowRankLinear
 from tamis.model.source import ModelSource
 from tamis.seeds import child_seed, random_uniform
 

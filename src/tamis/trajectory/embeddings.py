@@ -21,7 +21,6 @@ def run_embeddings(
     trajectory: Trajectory,
     masks: Sequence[Tensor],
     *,
-    rescale: bool = False,
     folder: Path | None = None,
     tolerance: float | None = None,
     advance: Callable[[int], None] = lambda steps: None,
@@ -33,7 +32,7 @@ def run_embeddings(
         InvalidSettings: the run was not trained by Adam.
     """
     theta = trajectory.state(trajectory.num_steps).theta
-    matrices = [SummaryMatrix(mask=mask.to(theta.device), like=theta, rescale=rescale) for mask in masks]
+    matrices = [SummaryMatrix(mask=mask.to(theta.device), like=theta) for mask in masks]
     parts, done = segments(trajectory), SegmentStore(folder)
     left = parts
     if done.reached is not None:
@@ -58,12 +57,11 @@ def run_embeddings(
 
 
 def scores_from_embeddings(
-    embeddings: Sequence[Sequence[Tensor]], masks: Sequence[Tensor], goal: Tensor, *, disjoint: bool
+    embeddings: Sequence[Sequence[Tensor]], masks: Sequence[Tensor], goal: Tensor
 ) -> list[Tensor]:
-    """Scores (B, V) of every step: parts of disjoint masks add up, independent masks are averaged."""
+    """Scores (B, V) of every step, the sum over the masks."""
     found = []
     for step in range(len(embeddings[0])):
         parts = [scores_of_embeddings(own[step], goal.cpu(), mask) for own, mask in zip(embeddings, masks, strict=True)]
-        total = torch.stack(parts).sum(dim=0)
-        found.append(total if disjoint else total / len(parts))
+        found.append(torch.stack(parts).sum(dim=0))
     return found

@@ -25,14 +25,11 @@ def weights_without(weights: Tensor, place: int, *, renormalise: bool) -> Tensor
     return found * (weights.sum() / found.sum()) if renormalise else found
 
 
-def final_parameters_without(
-    trajectory: Trajectory, index: int, place: int, *, renormalise: bool = False, stop: int | None = None
-) -> Tensor:
-    """``θ_T`` (or the parameters before step ``stop``) of the run without sample ``place`` in step ``index``."""
+def final_parameters_without(trajectory: Trajectory, index: int, place: int, *, renormalise: bool = False) -> Tensor:
+    """``θ_T`` of the run without sample ``place`` in step ``index``."""
     start = max(boundary for boundary in trajectory.boundaries if boundary <= index)
     state: State = trajectory.state(start)
-    end = trajectory.num_steps if stop is None else stop
-    for number in range(start, end):
+    for number in range(start, trajectory.num_steps):
         step = trajectory.step(number)
         weights = weights_without(step.weights, place, renormalise=renormalise) if number == index else None
         state = play(trajectory.problem, trajectory.rule, state, step, weights).after

@@ -55,16 +55,14 @@ def segments(trajectory: Trajectory) -> list[tuple[int, int]]:
     return list(pairwise(trajectory.boundaries))
 
 
-def play_segment(
-    trajectory: Trajectory, start: int, stop: int, *, state: State | None = None, tolerance: float | None = None
-) -> list[Played]:
+def play_segment(trajectory: Trajectory, start: int, stop: int, *, tolerance: float | None = None) -> list[Played]:
     """The steps from ``start`` to before ``stop``, checked against what was recorded of them.
 
     Raises:
         NonFinite: a loss or gradient is not: the run diverged.
         StoreMismatch: losses, gradient norms or the state at the end are not those of the recorded run.
     """
-    state = trajectory.state(start) if state is None else state
+    state = trajectory.state(start)
     tolerance = trajectory.tolerance if tolerance is None else tolerance
     found = []
     for index in range(start, stop):

@@ -9,11 +9,11 @@ import pytest
 from tamis.errors import InvalidSettings
 from tamis.notation import ONLINE_SUMMARIES
 from tamis.online import METHODS, FilterThenWeight, Tilt
-from tamis.online.methods.by_name import make_method, plain_settings
+from tamis.online.methods.by_name import make_online_method, online_settings
 
 
 def make(name: str, **values: Any) -> Any:
-    return make_method(name, values, keep=6, oversample=3)
+    return make_online_method(name, values, keep=6, oversample=3)
 
 
 def test_the_listed_methods_are_those_that_exist() -> None:
@@ -24,15 +24,15 @@ def test_the_listed_methods_are_those_that_exist() -> None:
 def test_a_name_alone_is_the_method_with_its_defaults(name: str) -> None:
     made = make(name)
     assert made == METHODS[name](keep=6, oversample=3)  # type: ignore[call-arg]
-    assert made.name == name and plain_settings(made) == {}
+    assert made.name == name and online_settings(made) == {}
 
 
 def test_settings_become_fields_and_back() -> None:
     made = make("filter-then-weight", filter="top", scale=1.5, ridge=2, normalise=False)
     assert made == FilterThenWeight(keep=6, oversample=3, filter="top", scale=1.5, ridge=2, normalise=False)
-    again = make("filter-then-weight", **plain_settings(made))
+    again = make("filter-then-weight", **online_settings(made))
     assert again == made
-    assert plain_settings(Tilt(keep=2, oversample=9, ridge=1.0)) == {"ridge": 1.0}
+    assert online_settings(Tilt(keep=2, oversample=9, ridge=1.0)) == {"ridge": 1.0}
 
 
 def test_the_preset_is_the_paper_with_changes() -> None:

@@ -11,10 +11,10 @@ from tamis.online.methods.choice import Method
 from tamis.online.methods.filter_then_weight import FilterThenWeight
 from tamis.values import changed_values, method_from_dict
 
-__all__ = ["make_method", "plain_settings"]
+__all__ = ["make_online_method", "online_settings"]
 
 
-def make_method(name: str, values: Mapping[str, Any], *, keep: int, oversample: int) -> Method:
+def make_online_method(name: str, values: Mapping[str, Any], *, keep: int, oversample: int) -> Method:
     """The method ``name`` with ``values`` in place of its defaults.
 
     ``preset: paper`` starts from ``FilterThenWeight.paper()``; the other values are changes to that.
@@ -30,11 +30,11 @@ def make_method(name: str, values: Mapping[str, Any], *, keep: int, oversample: 
                 f"settings of method {name!r}: unknown preset {preset!r}; the one preset is 'paper', of "
                 "filter-then-weight"
             )
-        wanted = {**plain_settings(FilterThenWeight.paper()), **wanted}
+        wanted = {**online_settings(FilterThenWeight.paper()), **wanted}
     origin = f"settings of method {name!r}"
     return method_from_dict(kind, {**wanted, "keep": keep, "oversample": oversample}, origin=origin)
 
 
-def plain_settings(method: Method) -> dict[str, Any]:
+def online_settings(method: Method) -> dict[str, Any]:
     """The settings of a method that are not its defaults; ``keep`` and ``oversample``, which all have, are left out."""
     return {name: value for name, value in changed_values(method).items() if name not in ("keep", "oversample")}

@@ -72,7 +72,7 @@ def transferred_scores(
 
     def fit() -> KernelRidge:
         rows = landmarks(0, len(gradients.rows))
-        basis = candidate_basis(choice.candidate, rows, mean=rows.double().mean(0).float())
+        basis = candidate_basis(choice.candidate, rows)
         directions = None
         if target is not None:
             mapped = basis.transform.apply(target(0, len(columns)))
@@ -111,7 +111,7 @@ def transfer_coefficients(
 
     def fit() -> KernelRidge:
         own = landmarks(0, len(rows))
-        basis = candidate_basis(choice.candidate, own, mean=own.double().mean(0).float())
+        basis = candidate_basis(choice.candidate, own)
         return fit_kernel_ridge(basis, torch.eye(len(rows)))
 
     name = "landmark-coefficients"

@@ -18,7 +18,7 @@ from tamis.model.flops import ModelShape
 from tamis.model.limits import skeleton
 from tamis.model.load import ModelSettings, load_model, model_fingerprint
 from tamis.model.loss import supervised_positions
-from tamis.model.lowrank import LowRankLinear, low_rank_layers, moved_products, put_low_rank_layers, set_space
+from tamis.model.low_rank_linear import LowRankLinear, low_rank_layers, moved_products, put_low_rank_layers, set_space
 from tamis.model.proxy_folder import ProxyLayout
 from tamis.model.states import mean_by_row, supervised_states
 from tamis.model.targets import coverage, gradient_layers

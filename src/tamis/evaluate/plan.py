@@ -27,7 +27,7 @@ from tamis.evaluate.devices import Rate, assumed_rate
 from tamis.evaluate.inputs import CorpusSize, read_sample
 from tamis.evaluate.passes import MethodPlan, landmark_tflops, method_plan, passes_of
 from tamis.evaluate.question import MethodQuestion, total_size
-from tamis.model.flops import ModelShape, stage_tflops
+from tamis.model.flops import ModelShape
 from tamis.model.limits import model_limits, skeleton
 from tamis.model.load import load_tokenizer, resolved_device
 from tamis.notation import GRADIENT_METHODS, parse_shortlist, target_parts
@@ -37,14 +37,14 @@ from tamis.score import METHODS
 from tamis.settings import PlanSettings
 from tamis.values import method_from_dict, to_dict
 
-__all__ = ["Comparison", "ModelShape", "PlanResult", "compare_with_run", "estimate_plan", "stage_tflops"]
+__all__ = ["PlanCheck", "PlanResult", "compare_with_run", "estimate_plan"]
 
 _ASSUMED_TARGET_ROWS = 64  # of a plan without a target
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class PlanCheck:
     """A planned quantity beside what a finished run reports."""
 
     quantity: str
@@ -74,11 +74,11 @@ class PlanResult:
     tokenize_seconds: float  # on one core, before any method starts
     methods: tuple[MethodPlan, ...]  # cost of each method
     landmark_tflops: float  # for comparison: what 4,096 landmarks with embeddings of 4 blocks would cost
-    comparisons: tuple[Comparison, ...] = ()  # the plan beside a finished run, where one was named
+    comparisons: tuple[PlanCheck, ...] = ()  # the plan beside a finished run, where one was named
     notes: tuple[str, ...] = ()  # what the plan had to assume
 
 
-def compare_with_run(plan: PlanResult, manifest: Mapping[str, Any]) -> tuple[Comparison, ...]:
+def compare_with_run(plan: PlanResult, manifest: Mapping[str, Any]) -> tuple[PlanCheck, ...]:
     """Planned against spent, for the method of a finished run: rows, tokens and operations by kind of work, and time.
 
     Args:
@@ -112,19 +112,19 @@ def compare_with_run(plan: PlanResult, manifest: Mapping[str, Any]) -> tuple[Com
         )
         for quantity, value, key in pairs:
             spent = float(sum(stage.get(key, 0) for stage in stages))
-            comparisons.append(Comparison(quantity=f"{work} {quantity}", planned=float(value), measured=spent))
+            comparisons.append(PlanCheck(quantity=f"{work} {quantity}", planned=float(value), measured=spent))
     seconds = float(sum(s.get("seconds", 0) for s in cost["stages"] if s.get("work") in ("forward", "gradient")))
     return (*comparisons, _compared_seconds(plan.rate, planned, manifest, seconds))
 
 
-def _compared_seconds(rate: Rate, planned: MethodPlan, manifest: Mapping[str, Any], seconds: float) -> Comparison:
+def _compared_seconds(rate: Rate, planned: MethodPlan, manifest: Mapping[str, Any], seconds: float) -> PlanCheck:
     """Seconds of an assumed accelerator are named as such, and are not put beside those of a run on a CPU."""
     quantity, value = "seconds of model work", None
     if not rate.is_assumed or not planned.passes:
         value = planned.seconds
     elif not _device_of(manifest).startswith("cpu"):
         quantity, value = f"{quantity} (planned for an assumed {rate.device})", planned.seconds
-    return Comparison(quantity=quantity, planned=value, measured=seconds)
+    return PlanCheck(quantity=quantity, planned=value, measured=seconds)
 
 
 def _device_of(manifest: Mapping[str, Any]) -> str:

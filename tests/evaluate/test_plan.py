@@ -14,7 +14,7 @@ from rich.console import Console
 import tamis
 from tamis.cli.plan import print_plan
 from tamis.errors import InvalidInput, InvalidSettings
-from tamis.evaluate.cost import PlanResult, compare_with_run, estimate_plan
+from tamis.evaluate.plan import PlanResult, compare_with_run, estimate_plan
 from tamis.settings import PlanSettings, SelectSettings
 from tiny_run import TinyRun, chat, make_run, write_rows
 
