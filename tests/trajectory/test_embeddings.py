@@ -28,7 +28,7 @@ def after_step(played: Played, state: Tensor, raw: Tensor) -> Tensor:
     return torch.cat([theta - rate * (update + group.decay * theta), m, v])
 
 
-def dense_embeddings(run: HeldTrajectory, mask: Tensor) -> list[Tensor]:
+def dense_embeddings(run: HeldTrajectory, mask: Tensor, scale: float) -> list[Tensor]:
     """``e_i`` by whole Jacobians of every step, of which the coordinates outside of ``mask`` are struck out."""
     numel, found = run.problem.layout.numel, list[Tensor]()
     places = torch.cat([mask + slot * numel for slot in range(3)])
@@ -44,17 +44,20 @@ def dense_embeddings(run: HeldTrajectory, mask: Tensor) -> list[Tensor]:
             embeddings.append(weight * matrix @ (injected @ grad)[places])
         matrix = matrix @ carried[places][:, places]
         for embedding, grad in zip(embeddings, grads, strict=True):
-            matrix[:, : len(mask)] += torch.outer(embedding, grad[mask])
+            matrix[:, : len(mask)] += scale * torch.outer(embedding, grad[mask])
         found.insert(0, torch.stack(embeddings))
     return found
 
 
-def test_embeddings_are_products_of_dense_jacobians() -> None:
+@pytest.mark.parametrize("rescale", [False, True])
+def test_embeddings_are_products_of_dense_jacobians_with_the_share_of_curvature_given_back(rescale: bool) -> None:
     run = random_run(clip=0.3, steps=4, lr=0.1, even=False, micro_sizes=(2, 3))
-    masks = draw_masks(run.problem.layout.numel, count=3, seed=1)
-    found = run_embeddings(run, masks)
+    numel = run.problem.layout.numel
+    masks = draw_masks(numel, count=2, kind="independent", size=numel // 3, seed=1)
+    found = run_embeddings(run, masks, rescale=rescale)
     for own, mask in zip(found, masks, strict=True):
-        for one, other in zip(own, dense_embeddings(run, mask), strict=True):
+        expected = dense_embeddings(run, mask, numel / len(mask) if rescale else 1.0)
+        for one, other in zip(own, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-13)  # float64; the same sums in another order
 
 

@@ -169,7 +169,7 @@ def _scores(
         folder = store / f"embeddings-{fingerprint(known)[:12]}"
         embeddings = run_embeddings(trajectory, masks, folder=folder, tolerance=settings.tolerance, advance=advance)
     goal = target_gradients(trajectory.problem, theta, opened.micros, per_row=settings.per_row)
-    scores = scores_from_embeddings(embeddings, masks, goal)
+    scores = scores_from_embeddings(embeddings, masks, goal, disjoint=True)
     if settings.removal == "renormalise":
         steps = [trajectory.step(index) for index in range(trajectory.num_steps)]
         for step in steps:

@@ -21,6 +21,7 @@ def run_embeddings(
     trajectory: Trajectory,
     masks: Sequence[Tensor],
     *,
+    rescale: bool = False,
     folder: Path | None = None,
     tolerance: float | None = None,
     advance: Callable[[int], None] = lambda steps: None,
@@ -32,7 +33,7 @@ def run_embeddings(
         InvalidSettings: the run was not trained by Adam.
     """
     theta = trajectory.state(trajectory.num_steps).theta
-    matrices = [SummaryMatrix(mask=mask.to(theta.device), like=theta) for mask in masks]
+    matrices = [SummaryMatrix(mask=mask.to(theta.device), like=theta, rescale=rescale) for mask in masks]
     parts, done = segments(trajectory), SegmentStore(folder)
     left = parts
     if done.reached is not None:
@@ -57,11 +58,12 @@ def run_embeddings(
 
 
 def scores_from_embeddings(
-    embeddings: Sequence[Sequence[Tensor]], masks: Sequence[Tensor], goal: Tensor
+    embeddings: Sequence[Sequence[Tensor]], masks: Sequence[Tensor], goal: Tensor, *, disjoint: bool
 ) -> list[Tensor]:
-    """Scores (B, V) of every step, the sum over the masks."""
+    """Scores (B, V) of every step: parts of disjoint masks add up, independent masks are averaged."""
     found = []
     for step in range(len(embeddings[0])):
         parts = [scores_of_embeddings(own[step], goal.cpu(), mask) for own, mask in zip(embeddings, masks, strict=True)]
-        found.append(torch.stack(parts).sum(dim=0))
+        total = torch.stack(parts).sum(dim=0)
+        found.append(total if disjoint else total / len(parts))
     return found

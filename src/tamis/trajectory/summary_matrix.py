@@ -7,13 +7,14 @@ empirical Fisher, sample i of a step changes the final parameters by ``-e_i``::
     M^θ ← M^θ (1 - ηλ) + sum_i e_i g_iᵀ,   M^m, M^v as the adjoint's b and c
 
 Memory is three times the square of the coordinates kept, so large models keep a mask of them. Masks commute with what
-Adam does by coordinate, projections do not. Masks are disjoint and their scores are summed, so that all but curvature
-between masks is exact.
+Adam does by coordinate, projections do not. Disjoint masks are summed, and then all but curvature between masks is
+exact; independent ones are averaged.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -21,30 +22,48 @@ from torch import Tensor
 
 from tamis.errors import InvalidSettings
 from tamis.maths.step_derivative import AdamStep
-from tamis.seeds import child_seed, random_permutation
+from tamis.seeds import child_seed, random_permutation, random_subset
 from tamis.trajectory.replay import Played
 
 __all__ = ["SummaryMatrix", "draw_masks", "scores_of_embeddings"]
 
 
-def draw_masks(numel: int, *, count: int, seed: int = 0) -> list[Tensor]:
-    """A random partition of the coordinates into ``count`` equal parts.
+def draw_masks(
+    numel: int,
+    *,
+    count: int,
+    kind: Literal["disjoint", "independent"] = "disjoint",
+    size: int | None = None,
+    seed: int = 0,
+) -> list[Tensor]:
+    """``count`` sets of coordinates: a random partition into equal parts, or independent draws of ``size`` each.
 
     Raises:
-        InvalidSettings: there are more masks than coordinates.
+        InvalidSettings: there are more masks than coordinates, or independent masks have no size.
     """
     if not 1 <= count <= numel:
         raise InvalidSettings(f"masks={count}: expected at least 1 and at most the {numel} trained numbers")
-    order = torch.from_numpy(random_permutation(child_seed(seed, "disjoint masks"), numel))
-    return [part.sort().values for part in order.tensor_split(count)]
+    if kind == "disjoint":
+        if size is not None:
+            raise InvalidSettings("disjoint masks share all coordinates equally; leave their size out")
+        order = torch.from_numpy(random_permutation(child_seed(seed, "disjoint masks"), numel))
+        return [part.sort().values for part in order.tensor_split(count)]
+    if size is None or not 1 <= size <= numel:
+        raise InvalidSettings(f"independent masks need a size of at least 1 and at most {numel}, got {size}")
+    return [torch.from_numpy(random_subset(child_seed(seed, "mask", number), numel, size)) for number in range(count)]
 
 
 @dataclass(kw_only=True)
 class SummaryMatrix:
-    """``M`` on its way back, restricted to ``mask``."""
+    """``M`` on its way back, restricted to ``mask``.
+
+    ``rescale`` multiplies the curvature by the share of coordinates left out, which a mask otherwise loses; it helps
+    where curvature matters and is off by default.
+    """
 
     mask: Tensor  # (K,) coordinates
     like: Tensor  # a vector of the run's kind and device, (P,)
+    rescale: bool = False
     rows: tuple[Tensor, ...] = field(init=False)  # M^θ, M^m, M^v, each (K, K)
 
     def __post_init__(self) -> None:
@@ -64,12 +83,16 @@ class SummaryMatrix:
         step = whole.at(self.mask)
         weighted = played.clip.jacobian(grads) * played.step.weights.to(grads)[:, None]
         embeddings = weighted[:, self.mask] @ step.inject(self.rows).T
-        self.rows = step.back(self.rows, embeddings.T @ grads[:, self.mask])
+        curved = embeddings.T @ grads[:, self.mask]
+        if self.rescale:
+            curved = curved * (len(self.like) / len(self.mask))
+        self.rows = step.back(self.rows, curved)
         return embeddings
 
 
 def scores_of_embeddings(
     embeddings: Float[Tensor, "B K"], goal: Float[Tensor, "V P"], mask: Tensor
 ) -> Float[Tensor, "B V"]:
-    """What one mask contributes to the scores of final values with gradients ``goal``."""
+    """What one mask contributes to the scores of final values with gradients ``goal``: the sum over disjoint masks is
+    the score, of independent ones the mean."""
     return -embeddings @ goal[:, mask].T
