@@ -171,6 +171,10 @@ def test_embeddings_serve_a_target_that_comes_later(
     np.testing.assert_allclose(
         first.uses["score"].to_numpy()[last], adjoint.uses["score"].to_numpy()[last], rtol=1e-3, atol=1e-7
     )
+    drawn = attribute(recorded, tmp_path / "e", **{**shared, "masks": 6, "mask_share": 0.5, "rescale": True})
+    agree = rank_correlation(drawn.uses["score"].to_numpy(), adjoint.uses["score"].to_numpy())
+    assert agree is not None and agree > 0.9
+    assert not np.allclose(drawn.uses["score"], first.uses["score"], rtol=1e-3)
     monkeypatch.setattr("tamis.trajectory.embeddings.play_segment", lambda *a, **k: pytest.fail("replayed again"))
     other = tamis.attribute(
         run=recorded.folder,
@@ -256,7 +260,11 @@ def test_settings_that_contradict_each_other_are_refused(recorded: Recorded, tmp
         ({"method": "dvemb"}, "expected one of adamw-influence"),
         ({"form": "matrix"}, "the matrix form is of the empirical Fisher"),
         ({"method": "tracin", "secant": 3}, "secant: is of adamw-influence"),
-        ({"masks": 3}, "the adjoint form needs none"),
+        ({"masks": 3}, "masks: the adjoint form needs no masks"),
+        ({"rescale": True}, "rescale: the adjoint form needs no masks"),
+        ({"mask_share": 0.5}, "mask_share: the adjoint form needs no masks"),
+        ({"form": "matrix", "curvature": "fisher", "rescale": True}, "leaves no curvature out"),
+        ({"form": "matrix", "curvature": "fisher", "mask_share": 1.0}, "mask_share=1.0: expected a share above 0"),
         ({"error": "proxy", "removal": "renormalise"}, "error: is that of --removal subtract"),
     ):
         with pytest.raises(InvalidSettings, match=message):

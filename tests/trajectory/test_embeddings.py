@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tamis.gradients.functional import per_sample_gradients
-from tamis.trajectory.embeddings import run_embeddings
+from tamis.trajectory.embeddings import run_embeddings, scores_from_embeddings
 from tamis.trajectory.replay import Played
 from tamis.trajectory.run import HeldTrajectory
 from tamis.trajectory.summary_matrix import draw_masks
@@ -53,12 +54,24 @@ def dense_embeddings(run: HeldTrajectory, mask: Tensor, scale: float) -> list[Te
 def test_embeddings_are_products_of_dense_jacobians_with_the_share_of_curvature_given_back(rescale: bool) -> None:
     run = random_run(clip=0.3, steps=4, lr=0.1, even=False, micro_sizes=(2, 3))
     numel = run.problem.layout.numel
-    masks = draw_masks(numel, count=2, kind="independent", size=numel // 3, seed=1)
+    masks = draw_masks(numel, count=2, share=1 / 3, seed=1)
+    assert [len(mask) for mask in masks] == [round(numel / 3)] * 2 and not torch.equal(*masks)
     found = run_embeddings(run, masks, rescale=rescale)
     for own, mask in zip(found, masks, strict=True):
         expected = dense_embeddings(run, mask, numel / len(mask) if rescale else 1.0)
         for one, other in zip(own, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-13)  # float64; the same sums in another order
+
+
+def test_independent_masks_give_the_score_on_average_over_their_draw() -> None:
+    """Over all pairs of five coordinates, one mask at a time; two masks are their mean."""
+    generator = torch.Generator().manual_seed(0)
+    whole, goal = (torch.randn(3, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    pairs = [torch.tensor(pair) for pair in itertools.combinations(range(5), 2)]
+    found = [scores_from_embeddings([[whole[:, pair]]], [pair], goal, disjoint=False)[0] for pair in pairs]
+    torch.testing.assert_close(torch.stack(found).mean(dim=0), -whole @ goal.T)
+    both = scores_from_embeddings([[whole[:, pair]] for pair in pairs[:2]], pairs[:2], goal, disjoint=False)[0]
+    torch.testing.assert_close(both, (found[0] + found[1]) / 2)
 
 
 def test_embeddings_that_were_interrupted_go_on_from_the_matrices_they_had_reached(tmp_path: Path) -> None:

@@ -74,6 +74,22 @@ def attribute(
             help="Matrix form only: number of groups the parameters are split into.", rich_help_panel=opt.SCORE
         ),
     ] = AttributeSettings.masks,
+    mask_share: Annotated[
+        float | None,
+        typer.Option(
+            help="Matrix form only: draw each group anew, of this share of the parameters, and average, as the paper "
+            "does; when left out, groups divide the parameters and add up.",
+            rich_help_panel=opt.SCORE,
+        ),
+    ] = None,
+    rescale: Annotated[
+        bool,
+        typer.Option(
+            "--rescale/--no-rescale",
+            help="Matrix form only: multiply the curvature within a group up to that of all parameters.",
+            rich_help_panel=opt.SCORE,
+        ),
+    ] = AttributeSettings.rescale,
     error: Annotated[
         str,
         typer.Option(

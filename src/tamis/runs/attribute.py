@@ -158,18 +158,24 @@ def _scores(
                 )
             )
         theta = trajectory.state(trajectory.num_steps).theta
-        masks = draw_masks(len(theta), count=settings.masks, seed=settings.seed)
+        masks = draw_masks(len(theta), count=settings.masks, share=settings.mask_share, seed=settings.seed)
         known = {
             **{name: identity[name] for name in ("run", "libraries")},
-            "masks": settings.masks,
-            "seed": settings.seed,
-            "form": "embeddings-v1",
+            **{name: getattr(settings, name) for name in ("masks", "mask_share", "rescale", "seed")},
+            "form": "embeddings-v2",
         }
         store = Path(settings.store) if settings.store is not None else out / "store"
         folder = store / f"embeddings-{fingerprint(known)[:12]}"
-        embeddings = run_embeddings(trajectory, masks, folder=folder, tolerance=settings.tolerance, advance=advance)
+        embeddings = run_embeddings(
+            trajectory,
+            masks,
+            rescale=settings.rescale,
+            folder=folder,
+            tolerance=settings.tolerance,
+            advance=advance,
+        )
     goal = target_gradients(trajectory.problem, theta, opened.micros, per_row=settings.per_row)
-    scores = scores_from_embeddings(embeddings, masks, goal, disjoint=True)
+    scores = scores_from_embeddings(embeddings, masks, goal, disjoint=settings.mask_share is None)
     if settings.removal == "renormalise":
         steps = [trajectory.step(index) for index in range(trajectory.num_steps)]
         for step in steps:

@@ -58,6 +58,8 @@ class AttributeSettings(_TraceSettings):
     error_samples: int = 20  # uses of samples whose exact second order is computed
     diagnose: bool | None = None  # None: where the curvature is not exact
     masks: int = 1  # of the matrix form: parts into which the coordinates are divided
+    mask_share: float | None = None  # of the coordinates, drawn anew for every mask (the paper's); None: divided
+    rescale: bool = False  # give back the curvature that a mask leaves out, on average
     store: str | None = None  # embeddings of the matrix form; None: <out>/store
 
     def __post_init__(self) -> None:
@@ -77,8 +79,10 @@ class AttributeSettings(_TraceSettings):
             raise InvalidSettings("error: is that of --removal subtract; leave one of the two out")
         if self.form == "matrix":
             self._check_matrix()
-        elif self.masks != 1:
-            raise InvalidSettings("masks: the adjoint form needs none; they are of --form matrix")
+        else:
+            for name in ("masks", "mask_share", "rescale"):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise InvalidSettings(f"{name}: the adjoint form needs no masks; they are of --form matrix")
 
     @property
     def diagnoses(self) -> bool:
@@ -88,6 +92,10 @@ class AttributeSettings(_TraceSettings):
         return self.curvature != "exact" if self.diagnose is None else self.diagnose
 
     def _check_matrix(self) -> None:
+        if self.mask_share is not None and not 0 < self.mask_share < 1:
+            raise InvalidSettings(f"mask_share={self.mask_share}: expected a share above 0 and below 1")
+        if self.rescale and self.masks == 1 and self.mask_share is None:
+            raise InvalidSettings("rescale: one mask of all coordinates leaves no curvature out; add masks")
         if self.curvature != "fisher":
             raise InvalidSettings(
                 f"curvature={self.curvature!r}: the matrix form is of the empirical Fisher; pass --curvature fisher"

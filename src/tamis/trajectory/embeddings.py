@@ -60,10 +60,14 @@ def run_embeddings(
 def scores_from_embeddings(
     embeddings: Sequence[Sequence[Tensor]], masks: Sequence[Tensor], goal: Tensor, *, disjoint: bool
 ) -> list[Tensor]:
-    """Scores (B, V) of every step: parts of disjoint masks add up, independent masks are averaged."""
+    """Scores (B, V) of every step from final values with gradients ``goal``, (V, P).
+
+    Parts of disjoint masks add up. Independent masks of K coordinates are averaged and multiplied by P / K, so that
+    without curvature the score is right on average over their draw.
+    """
+    share = 1.0 if disjoint else sum(map(len, masks)) / goal.shape[1]  # of masks together, in units of all coordinates
     found = []
     for step in range(len(embeddings[0])):
         parts = [scores_of_embeddings(own[step], goal.cpu(), mask) for own, mask in zip(embeddings, masks, strict=True)]
-        total = torch.stack(parts).sum(dim=0)
-        found.append(total if disjoint else total / len(parts))
+        found.append(torch.stack(parts).sum(dim=0) / share)
     return found

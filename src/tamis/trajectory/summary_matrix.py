@@ -8,13 +8,12 @@ empirical Fisher, sample i of a step changes the final parameters by ``-e_i``::
 
 Memory is three times the square of the coordinates kept, so large models keep a mask of them. Masks commute with what
 Adam does by coordinate, projections do not. Disjoint masks are summed, and then all but curvature between masks is
-exact; independent ones are averaged.
+exact; independent ones, the paper's, are averaged and scaled up to all coordinates.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -28,28 +27,18 @@ from tamis.trajectory.replay import Played
 __all__ = ["SummaryMatrix", "draw_masks", "scores_of_embeddings"]
 
 
-def draw_masks(
-    numel: int,
-    *,
-    count: int,
-    kind: Literal["disjoint", "independent"] = "disjoint",
-    size: int | None = None,
-    seed: int = 0,
-) -> list[Tensor]:
-    """``count`` sets of coordinates: a random partition into equal parts, or independent draws of ``size`` each.
+def draw_masks(numel: int, *, count: int, share: float | None = None, seed: int = 0) -> list[Tensor]:
+    """``count`` sets of coordinates: a random partition into equal parts, or independent draws of a ``share`` of all.
 
     Raises:
-        InvalidSettings: there are more masks than coordinates, or independent masks have no size.
+        InvalidSettings: there are more masks than coordinates.
     """
     if not 1 <= count <= numel:
         raise InvalidSettings(f"masks={count}: expected at least 1 and at most the {numel} trained numbers")
-    if kind == "disjoint":
-        if size is not None:
-            raise InvalidSettings("disjoint masks share all coordinates equally; leave their size out")
+    if share is None:
         order = torch.from_numpy(random_permutation(child_seed(seed, "disjoint masks"), numel))
         return [part.sort().values for part in order.tensor_split(count)]
-    if size is None or not 1 <= size <= numel:
-        raise InvalidSettings(f"independent masks need a size of at least 1 and at most {numel}, got {size}")
+    size = max(1, round(share * numel))
     return [torch.from_numpy(random_subset(child_seed(seed, "mask", number), numel, size)) for number in range(count)]
 
 
@@ -93,6 +82,6 @@ class SummaryMatrix:
 def scores_of_embeddings(
     embeddings: Float[Tensor, "B K"], goal: Float[Tensor, "V P"], mask: Tensor
 ) -> Float[Tensor, "B V"]:
-    """What one mask contributes to the scores of final values with gradients ``goal``: the sum over disjoint masks is
-    the score, of independent ones the mean."""
+    """What one mask contributes to the scores of final values with gradients ``goal``: see
+    ``scores_from_embeddings``."""
     return -embeddings @ goal[:, mask].T
