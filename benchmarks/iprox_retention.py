@@ -111,9 +111,9 @@ class Case:
             lines.append(
                 {
                     **key, "space": space, **more,
-                    "spearman": round(both.spearman.value, 4), "spearman_low": round(both.spearman.low, 4),
-                    "spearman_high": round(both.spearman.high, 4), "top_5": round(both.top_overlap.value, 4),
-                    "top_5_low": round(both.top_overlap.low, 4), "top_5_high": round(both.top_overlap.high, 4),
+                    "spearman": round(both.spearman.value, 4), "spearman_low": rounded(both.spearman.low),
+                    "spearman_high": rounded(both.spearman.high), "top_5": round(both.top_overlap.value, 4),
+                    "top_5_low": rounded(both.top_overlap.low), "top_5_high": rounded(both.top_overlap.high),
                     "loss_full": round(loss_full, 4), "loss": round(loss, 4), "loss_kept": round(loss_full / loss, 4),
                     "seconds": round(seconds, 2), "held_out_rows": len(self.full.losses), "targets": " ".join(names),
                 }
@@ -202,6 +202,11 @@ def measure_one(
     key = {"seed": settings.seed, "preset": case.preset, "probe_rows": settings.probe_rows, "sparsity": rho}
     more = {"achieved": round(achieved, 4), "steps": steps, "align_seconds": round(seconds, 2)}
     table.add(case.lines({**key, "objective": objective}, proxy, **more))
+
+
+def rounded(bound: float | None) -> float | None:
+    """A bound of an interval, which too few rows have not."""
+    return None if bound is None else round(bound, 4)
 
 
 def main() -> None:

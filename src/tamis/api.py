@@ -10,7 +10,7 @@ from torch import nn
 
 from tamis.arguments import (
     as_module,
-    check_method,
+    check_method_object,
     data_values,
     path_of,
     paths_of,
@@ -108,7 +108,7 @@ def select(
         Unsupported: the model has no layers that tamis can take gradients of.
     """
     held: dict[str, Rows] = {}
-    check_method(method, "tamis.methods.Less()", does="score")
+    check_method_object(method, "tamis.methods.Less()", does="score")
     name = method if isinstance(method, str) else method.name
     chosen: dict[str, Any] = {} if isinstance(method, str) else plain_settings(method)
     for name_of_setting in ("set", "projection", "projection_dim"):
@@ -232,7 +232,7 @@ def train(
         Unsupported: the model has parameters whose gradients cannot be told apart by rows.
     """
     held: dict[str, Rows] = {}
-    check_method(method, "tamis.online.FilterThenWeight()", does="choose")
+    check_method_object(method, "tamis.online.FilterThenWeight()", does="choose")
     chosen: dict[str, Any] = {"method": method}
     if not isinstance(method, str):
         for name in ("set", "keep", "oversample"):

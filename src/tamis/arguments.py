@@ -17,7 +17,7 @@ from tamis.values import changed_values
 
 __all__ = [
     "as_module",
-    "check_method",
+    "check_method_object",
     "data_values",
     "path_of",
     "paths_of",
@@ -75,7 +75,7 @@ def as_module(model: Any) -> nn.Module | None:
     return None if model is None or isinstance(model, str | Path) else model
 
 
-def check_method(method: Any, example: str, *, does: Literal["score", "choose"]) -> None:
+def check_method_object(method: Any, example: str, *, does: Literal["score", "choose"]) -> None:
     """Refuse a method that is neither a name nor an object that ``does`` what the verb needs.
 
     Raises:

@@ -103,4 +103,6 @@ def _number(value: float | None) -> str:
 
 
 def _interval(values: dict[str, float | None]) -> str:
+    if values["low"] is None:
+        return "–"
     return f"{_number(values['low'])} to {_number(values['high'])}"
