@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, fields
 from typing import Any, Literal, TypeVar
 
+import numpy as np
+
 from tamis.errors import InvalidSettings
 
 __all__ = [
@@ -96,7 +98,8 @@ def changed_values(settings: Any) -> dict[str, Any]:
 
 
 def check_types(settings: Any) -> None:
-    """Check every field against its annotation; lists become tuples, and mappings become plain dicts of their own.
+    """Check every field against its annotation; lists become tuples, mappings plain dicts of their own, and numbers of
+    NumPy those of Python.
 
     For the ``__post_init__`` of a frozen dataclass.
 
@@ -105,7 +108,9 @@ def check_types(settings: Any) -> None:
     """
     hints = typing.get_type_hints(type(settings))
     for entry in fields(settings):
-        value = _checked(entry.name, getattr(settings, entry.name), hints[entry.name])
+        given = getattr(settings, entry.name)
+        given = given.item() if isinstance(given, np.generic) else given
+        value = _checked(entry.name, given, hints[entry.name])
         object.__setattr__(settings, entry.name, value)
 
 

@@ -52,17 +52,15 @@ def test_alignments_with_a_narrow_direction_cost_what_is_left_of_the_products() 
 
 
 @pytest.mark.parametrize(
-    ("alignment", "interactions", "saves"),
+    ("alignment", "gram", "saves"),
     [("adam", "exact", False), ("adam", "sketch", True), ("jacobian", "sketch", False)],
 )
-def test_a_gradient_that_something_else_is_made_of_is_counted_whole(
-    alignment: Any, interactions: Any, saves: bool
-) -> None:
+def test_a_gradient_that_something_else_is_made_of_is_counted_whole(alignment: Any, gram: Any, saves: bool) -> None:
     """Exact pairs take every row's gradient, the Jacobian the mean of all."""
     model = tiny_model("llama")
     method = FilterThenWeight(keep=2, oversample=3, alignment=alignment)
     for rank in (None, 1):
-        step = OnlineStep(model, method, StepSettings(interactions=interactions, target_rank=rank))
+        step = OnlineStep(model, method, StepSettings(gram=gram, target_rank=rank))
         step.propose([CANDIDATES], [TARGET], optimizer_of(model))
         found = float(step.work()[PARTS.index("candidates"), 1])
         if rank is None:
