@@ -123,7 +123,7 @@ def read_corpus(name: str, path: Path, count: int, model: str, folder: Path, max
                 out.write(json.dumps({"prompt": prompt, "completion": answer}) + "\n")
                 written += 1
     renderer = Renderer(AutoTokenizer.from_pretrained(model), max_length=max_length)
-    found = read_examples([str(kept)], kind="pool" if name == "pool" else "target")
+    found = read_examples([str(kept)])
     return tokenize(name, found, renderer, root=folder / "store", on_bad_row="fail", progress=NoProgress())
 
 

@@ -130,7 +130,7 @@ class Data:
         self._render = lambda examples: [
             row for row in (tokens_of(renderer, e, arguments.window) for e in examples) if row is not None
         ]
-        pool = list(read_examples([str(arguments.pool)], kind="pool"))
+        pool = list(read_examples([str(arguments.pool)]))
         self._rows = arguments.rows
         self._taken = {where.removeprefix("source:") for where in arguments.targets.values()} | set(arguments.targets)
         order = random.Random(0).sample(range(len(pool)), len(pool))

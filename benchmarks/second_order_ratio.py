@@ -47,7 +47,7 @@ def read_rows(path: Path, count: int, tokenizer: Any, folder: Path, *, max_lengt
             out.write(json.dumps({"prompt": messages[0]["content"] + " ", "completion": messages[1]["content"]}) + "\n")
     renderer = Renderer(tokenizer, max_length=max_length)
     batches = []
-    for number, example in enumerate(read_examples([str(kept)], kind="pool")):
+    for number, example in enumerate(read_examples([str(kept)])):
         row = renderer.render(example)
         if row.num_supervised and not row.truncated:
             batches.append(collate(np.array([number]), [row], 0))

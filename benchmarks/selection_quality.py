@@ -39,7 +39,7 @@ def short_rows(file: Path, renderer: Renderer, *, most_tokens: int, rows: int | 
     """A random draw (seed 0) from the rows of at most so many tokens, in their order, as lines of a file."""
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     fitting = []
-    for example in read_examples([str(file)], kind="pool"):
+    for example in read_examples([str(file)]):
         try:
             tokens = len(renderer.render(example).input_ids)
         except BadRow:

@@ -117,8 +117,8 @@ def main() -> None:
     settings = ModelSettings(name=arguments.model, dtype="float32", device="cpu")
     renderer = Renderer(load_tokenizer(settings), max_length=2048)
 
-    def drawn(path: str, kind: Any, count: int, seed: int) -> list[Row]:
-        examples = list(read_examples([path], kind=kind))
+    def drawn(path: str, count: int, seed: int) -> list[Row]:
+        examples = list(read_examples([path]))
         order = random.Random(seed).sample(range(len(examples)), len(examples))
         rendered = (tokens_of(renderer, examples[i], arguments.window) for i in order)
         return [row for row, _ in zip((row for row in rendered if row is not None), range(count), strict=False)]
@@ -138,9 +138,9 @@ def main() -> None:
         for seed in range(arguments.seeds):
             if any((line["model"], line["settings"], line["seed"]) == (name, asked, str(seed)) for line in lines):
                 continue
-            rows = drawn(str(arguments.pool), "pool", arguments.updates * ROWS + arguments.candidates, seed)
+            rows = drawn(str(arguments.pool), arguments.updates * ROWS + arguments.candidates, seed)
             paths = dict(text.split("=", 1) for text in arguments.targets)
-            targets = {key: drawn(path, "target", arguments.target_rows, seed) for key, path in paths.items()}
+            targets = {key: drawn(path, arguments.target_rows, seed) for key, path in paths.items()}
             for line in measure(load_model(settings).model, rows, targets, arguments):
                 lines.append({"model": name, "settings": asked, "seed": str(seed), **line})
                 writer.writerow(lines[-1])
