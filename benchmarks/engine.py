@@ -36,7 +36,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tamis.gradients.per_sample import Alignments, FactorizedFeatures, mean_gradient, run_batch
 from tamis.model.targets import gradient_layers
-from tamis.projection import make_projector
+from tamis.projection.factorized import FactorizedProjector
 from tamis.types import Batch
 
 SHAPES = {
@@ -92,7 +92,7 @@ def build_variant(variant: str, name: str, device: torch.device) -> Callable[[Ba
         return plain
     layers = gradient_layers(model)
     if variant == "factorized":
-        projector = make_projector("factorized", dim=16, seed=0)
+        projector = FactorizedProjector(dim=16, seed=0)
 
         def factorized(batch: Batch) -> object:
             consumer = FactorizedFeatures(projector, layers)
@@ -149,7 +149,7 @@ def peak_mib(device: torch.device) -> float:
     """Of this process, or of the GPU where there is one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    if sys.platform == "linux":  # ru_maxrss would include what the parent process held when it started this one
+    if platform.system() == "Linux":  # ru_maxrss would include what the parent process held when it started this one
         status = Path("/proc/self/status").read_text(encoding="ascii")
         return int(status.split("VmHWM:")[1].split()[0]) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -168,7 +168,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     if options.peak_of:
-        print(json.dumps(measure_memory(*options.peak_of, device)))
+        print(json.dumps(measure_memory(options.peak_of[0], options.peak_of[1], device)))
         return
     variants = ["plain", *(v for v in options.variants if v != "plain")]
     rows = []

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from kronfluence import Analyzer, FactorArguments, ScoreArguments, Task, prepare_model
 from kronfluence.utils.dataset import DataLoaderKwargs
@@ -169,7 +170,8 @@ def of_kronfluence(
         per_device_train_batch_size=8,
         score_args=ScoreArguments(damping_factor=None),
     )
-    return analyzer.load_pairwise_scores(name)["all_modules"].T.double().numpy()
+    found: npt.NDArray[np.float64] = analyzer.load_pairwise_scores(name)["all_modules"].T.double().numpy()
+    return found
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ from tamis.online.rehearsal import look_ahead
 from tamis.trajectory.adjoint import final_values
 from tamis.trajectory.replay import mean_gradient, play
 from tamis.trajectory.run import Group, Rule, State, Step
-from trace_mnist import NETWORKS, Classifier, Images, load_mnist
+from trace_mnist import NETWORKS, TARGETS_AT_ONCE, Classifier, Images, load_mnist
 from trace_runs import RESULTS, append, read
 
 CANDIDATES, KEEP, TARGET = 64, 32, 250
@@ -72,7 +72,7 @@ def one_run(folder: Path, key: dict[str, Any], rate: float) -> list[dict[str, An
     shuffled = np.random.default_rng(3000 + key["seed"]).permutation(len(data.test)).tolist()
     target, measured = data.test.at(shuffled[:TARGET]), data.test.at(shuffled[TARGET:])
     torch.manual_seed(key["seed"])
-    problem = Classifier(NETWORKS[key["model"]].make())
+    problem = Classifier(NETWORKS[key["model"]].train())
     rule = Rule(kind="adamw", groups=(Group(numel=problem.layout.numel, decay=0.01),))
     state = rule.fresh(problem.start())
     rng, picks = (np.random.default_rng(start + key["seed"]) for start in (4000, 5000))  # the same candidates for all
@@ -106,7 +106,7 @@ def one_run(folder: Path, key: dict[str, Any], rate: float) -> list[dict[str, An
                 "cpu_s": round(time.process_time() - started, 2),
                 "target_error": error_of(problem, state, target),
                 "error": error_of(problem, state, measured),
-                "loss": round(float(final_values(problem, state.theta, [measured]).mean()), 5),
+                "loss": round(float(final_values(problem, state.theta, measured.split(TARGETS_AT_ONCE)).mean()), 5),
             }
         )  # fmt: skip
     return lines
@@ -118,12 +118,12 @@ def rehearsed(
     """Scores of a block of updates, and the rows they cost; a block ends with its epoch."""
     method = Lookahead(keep=KEEP, oversample=CANDIDATES // KEEP, horizon=horizon)
     steps = [whole_step(images, rate) for images in coming]
-    scores = look_ahead(method, problem, rule, state, steps, [target], rates=[(rate,)] * horizon)
+    scores = look_ahead(method, problem, rule, state, steps, target.split(TARGETS_AT_ONCE), rates=[(rate,)] * horizon)
     return scores, TARGET + CANDIDATES * sum(method.spent(slot) for slot in range(len(coming)))
 
 
 def aligned(problem: Classifier, state: State, images: Images, target: Images) -> Tensor:
-    _, goal = mean_gradient(problem, state.theta, [target])
+    _, goal = mean_gradient(problem, state.theta, target.split(TARGETS_AT_ONCE))
     weights = torch.full((len(images),), 1 / len(images))
     inner, _ = products(problem, state.theta, [images], weights, goal[None], "none")
     return inner[0]

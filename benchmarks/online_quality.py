@@ -69,21 +69,10 @@ from tamis.types import Example
 
 RESULTS = Path(__file__).parent / "results" / "online-quality.csv"
 FIELDS = (
-    "model",
-    "weights",
-    "settings",
-    "pool",
-    "target",
-    "method",
-    "budget",
-    "rate",
-    "stage",
-    "seed",
-    "steps",
-    "rows",
-)
-FIELDS += ("held_out_before", "held_out_after", "held_out_mean")  # the mean is over --on-the-way measurements
-FIELDS += ("tflops", "tflops_candidates", "tflops_target", "tflops_update", "processor_seconds")
+    "model", "weights", "settings", "pool", "target", "method", "budget", "rate", "stage", "seed", "steps", "rows",
+    "held_out_before", "held_out_after", "held_out_mean",  # the mean is over --on-the-way measurements
+    "tflops", "tflops_candidates", "tflops_target", "tflops_update", "processor_seconds",
+)  # fmt: skip
 FIRST_TUNING_SEED, FIRST_SEED = 1000, 0
 TARGET_ROWS, HELD_OUT_ROWS = 64, 64
 
@@ -126,10 +115,8 @@ class Data:
     """Token ids and labels of a pool and of its targets, and how a seed divides them."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        renderer = Renderer(load_tokenizer(arguments.settings), max_length=arguments.max_length)
-        self._render = lambda examples: [
-            row for row in (tokens_of(renderer, e, arguments.window) for e in examples) if row is not None
-        ]
+        self._renderer = Renderer(load_tokenizer(arguments.settings), max_length=arguments.max_length)
+        self._window = arguments.window
         pool = list(read_examples([str(arguments.pool)]))
         self._rows = arguments.rows
         self._taken = {where.removeprefix("source:") for where in arguments.targets.values()} | set(arguments.targets)
@@ -149,6 +136,10 @@ class Data:
             if len(self._targets[name]) < 16:
                 raise SystemExit(f"target {name}: {len(self._targets[name])} usable rows; at least 16 are needed")
         self._pools: dict[str, list[Row]] = {}
+
+    def _render(self, examples: Sequence[Example]) -> list[Row]:
+        rows = (tokens_of(self._renderer, example, self._window) for example in examples)
+        return [row for row in rows if row is not None]
 
     def pool(self, kind: str) -> list[Row]:
         if kind not in self._pools:
@@ -381,7 +372,7 @@ def steps_of(runs: Runs, method: str, budget: str, kind: str, target: str, argum
 
     before = cold * cost("full" if selection.keeps_all else "uniform", measured) / measured if cold else 0.0
     left = cost("full", measured) / measured * steps - before
-    found = max(1, round(left / (cost(method, measured) - before) * (measured - cold)))
+    found: int = max(1, round(left / (cost(method, measured) - before) * (measured - cold)))
     # What a method takes may change on the way, and with it what an update costs.
     spent = cost(method, cold + found) - before
     if abs(spent / left - 1) > 0.02:
@@ -455,8 +446,8 @@ def summary(lines: Sequence[dict[str, str]], arguments: argparse.Namespace) -> l
         }
         for m in arguments.methods:
             spent = [float(li["tflops"]) for li in own if li["method"] == m]
-            cost[(*group, m)] = statistics.fmean(spent) if spent else math.nan
-    pairs = {
+            cost[kind, target, budget, m] = statistics.fmean(spent) if spent else math.nan
+    pairs: dict[tuple[tuple[str, str, str], str, str], Compared] = {
         (group, method, other): found
         for group in groups
         for method in arguments.methods
@@ -474,7 +465,8 @@ def summary(lines: Sequence[dict[str, str]], arguments: argparse.Namespace) -> l
         for method, own_losses in after[group].items():
             values = list(own_losses.values())
             spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-            cells = [f"{cost[(*group, method)]:.3g}", f"{statistics.fmean(values):.4f}{spread}" if values else "-"]
+            mean = f"{statistics.fmean(values):.4f}{spread}" if values else "-"
+            cells = [f"{cost[kind, target, budget, method]:.3g}", mean]
             for other in ("full", "uniform"):
                 key = (group, method, other)
                 found = pairs.get(key)

@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import os
 import statistics
 import sys
@@ -94,12 +95,12 @@ def random_rows(shape: str, rows: int, seed: int) -> Tensor:
 
 def prepare(shape: str, weights: str, target_rows: int, folder: Path) -> tuple[Path, nn.Module]:
     """Write what every process gets; also the model, in float64, to check them by."""
-    model = build_model(shape, weights)
+    model: Any = build_model(shape, weights)
     given: dict[str, Any] = {"model": str(folder / "model"), "adapter": "", "keep": KEEP}
     if weights == "lora":
         given["adapter"] = str(folder / "adapter")
         model.save_pretrained(given["adapter"])
-        base = LlamaForCausalLM(model.config).eval()
+        base: Any = LlamaForCausalLM(model.config).eval()
         base.load_state_dict({_base_name(name): value for name, value in model.state_dict().items() if _is_base(name)})
         base.save_pretrained(given["model"])
     else:
@@ -148,7 +149,7 @@ def gradient_error(left: Path, exact: dict[str, Tensor]) -> float:
     if set(found.files) != set(exact):
         raise SystemExit(f"gradients of other weights than are trained: {sorted(set(found.files) ^ set(exact))[:5]}")
     apart = sum(float(((torch.from_numpy(found[name]) - grad) ** 2).sum()) for name, grad in exact.items())
-    return (apart / sum(float((grad**2).sum()) for grad in exact.values())) ** 0.5
+    return math.sqrt(apart / sum(float((grad**2).sum()) for grad in exact.values()))
 
 
 def _gradient(model: nn.Module, row: Tensor, params: list[nn.Parameter]) -> tuple[Tensor, ...]:

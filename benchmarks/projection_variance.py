@@ -32,15 +32,17 @@ from torch import Tensor
 from tamis.projection.factorized import FactorizedProjector
 from tamis.types import LayerSpec
 
-# The formula lives beside the tests that hold it against all sign matrices; its module has this script's name.
+# The formula lives beside the tests that hold it against all sign matrices.
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from projection_variance import dense_variance, factorized_variance
+from sketch_variance import dense_variance, factorized_variance
 
 RESULTS = Path(__file__).parent / "results" / "projection-variance.csv"
 OUT, IN = 192, 128
 LAYER = LayerSpec(name="layer", out_features=OUT, in_features=IN, has_bias=False, kind="linear")
-FIELDS = ("kind", "tokens", "side", "cosine", "stable_rank", "predicted_sd", "measured_sd", "ratio", "ratio_se")
-FIELDS += ("bias_in_se", "dense_sd", "draws")
+FIELDS = (
+    "kind", "tokens", "side", "cosine", "stable_rank", "predicted_sd", "measured_sd", "ratio", "ratio_se", "bias_in_se",
+    "dense_sd", "draws",
+)  # fmt: skip
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -54,7 +56,8 @@ def parallel(tokens: int, size: int, row: int, seed: int) -> Tensor:
 
 def decaying(tokens: int, size: int, row: int, seed: int) -> Tensor:
     basis = torch.linalg.qr(normal(size, size, seed=3000 + size))[0]
-    return (normal(tokens, size, seed=seed) + 0.15) / torch.arange(1, size + 1).sqrt() @ basis
+    found: Tensor = (normal(tokens, size, seed=seed) + 0.15) / torch.arange(1, size + 1).sqrt() @ basis
+    return found
 
 
 def independent(tokens: int, size: int, row: int, seed: int) -> Tensor:
@@ -87,8 +90,8 @@ def measure(kind: str, tokens: int, side: int, draws: int) -> dict[str, object]:
         found[draw] = first @ second
         if draw == 0:  # projecting the sum is projecting every token and adding up
             left, right = projector.sides(LAYER, "cpu", torch.float64)
-            own = lambda side, factor: factor if side is None else factor @ side  # noqa: E731
-            torch.testing.assert_close(first, (own(left, g).T @ own(right, a)).flatten(), rtol=1e-9, atol=1e-9 * scale)
+            small = (g if left is None else g @ left).T @ (a if right is None else a @ right)
+            torch.testing.assert_close(first, small.flatten(), rtol=1e-9, atol=1e-9 * scale)
     k_out, k_in = side if side < OUT else None, side if side < IN else None
     predicted = factorized_variance(x, y, k_out=k_out, k_in=k_in) ** 0.5 / scale
     measured = float(found.std()) / scale

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,7 @@ from tamis.types import TargetScores
 RESULTS = Path(__file__).parent / "results" / "selection.csv"
 
 # name: how alike the columns are (0 independent, 1 equal), where the scores lie, copies, aggregate, budget
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "independent": {"alike": 0.0},
     "alike": {"alike": 0.9},
     "equal columns": {"alike": 1.0},

@@ -17,6 +17,7 @@ import platform
 import resource
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,7 +70,7 @@ def second_order(n: int, rank: int, dtype: torch.dtype, ratio: float, *, quick: 
 
 
 def line(
-    problem: str, n: int, rank: int, dtype: str, start: str, seconds: float, solution: Solution[object]
+    problem: str, n: int, rank: int, dtype: str, start: str, seconds: float, solution: Solution[Any]
 ) -> dict[str, object]:
     stats = solution.stats
     values = {

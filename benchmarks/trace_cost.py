@@ -101,7 +101,7 @@ def recording(args: Any, folder: Path, clock: Callable[[], float]) -> tuple[dict
     rows = Dataset.from_list(
         [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 4000, (4 * args.rows, args.tokens)).tolist()]
     )
-    plain, recorded, model = [], [], None
+    plain, recorded, model = list[float](), list[float](), None
     for repeat in range(args.repeats):
         for record in (False, True) if repeat % 2 else (True, False):
             model = build(args)
@@ -136,7 +136,7 @@ def sweeps(run: RecordedRun, clock: Callable[[], float]) -> dict[str, tuple[floa
     found = {"replayed step": (replay, 1.0)}
     for curvature in ("none", "fisher", "ggn", "exact"):
         started = clock()
-        run_sweep(run, target, SweepSettings(curvature=curvature))  # type: ignore[arg-type]
+        run_sweep(run, target, SweepSettings(curvature=curvature))
         seconds = (clock() - started) / steps - replay
         found[f"sweep, {curvature}"] = (seconds, seconds / replay)
     started = clock()

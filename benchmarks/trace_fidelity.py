@@ -103,7 +103,7 @@ def one_run(args: Any, key: dict[str, Any], rate: float) -> tuple[list[dict[str,
     ends = ends_without(case, uses)
     truth = true_effects(case, ends)
     print("retraining", round(time.perf_counter() - started, 1), "s", flush=True)
-    goal = case.goal()
+    goal = case.goal(case.theta)
     scores, seconds = dict[str, Tensor](), dict[str, float]()
     for name in args.methods:
         started = time.perf_counter()
@@ -129,13 +129,15 @@ def make_case(args: Any, key: dict[str, Any], rate: float) -> Case:
     options = {name: key[name] for name in ("seed", "steps", "targets")}
     if key["model"] in trace_wikitext.NETWORKS:
         run, target = trace_wikitext.training_run(args.data, key["model"], key["optimizer"], rate, **options)
-        together = False
+        further, together = run.problem, False
     else:
         own = trace_mnist.NETWORKS[key["model"]]
         data = trace_mnist.load_mnist(args.data, own.dtype)
-        run, target = trace_mnist.training_run(data, key["model"], key["optimizer"], rate, **options)
+        run, further, target = trace_mnist.training_run(data, key["model"], key["optimizer"], rate, **options)
         together = own.together
-    return Case(run=run, played=replayed(run), target=target, singles=key["singles"], together=together)
+    return Case(
+        run=run, played=replayed(run), problem=further, target=target, singles=key["singles"], together=together
+    )
 
 
 def sample_lines(

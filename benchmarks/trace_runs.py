@@ -34,6 +34,7 @@ class Case:
 
     run: HeldTrajectory
     played: Sequence[Played]
+    problem: Any  # the run's, or its slower twin that can be differentiated in any way
     target: tuple[Any, ...]  # micro-batches of target rows
     singles: int  # of the first target rows that are looked at one by one
     together: bool  # whether many copies of the model can be trained in one batched pass
@@ -46,15 +47,15 @@ class Case:
         """``(..., targets)`` losses -> ``(..., 1 + singles)``: their mean, then the first ones."""
         return torch.cat([losses.mean(dim=-1, keepdim=True), losses[..., : self.singles]], dim=-1)
 
-    def goal(self) -> Tensor:
-        """``(1 + singles, P)``: gradients of what ``values`` holds, at the end."""
-        problem, left, found = self.run.problem, self.singles, []
+    def goal(self, theta: Tensor) -> Tensor:
+        """``(1 + singles, P)``: gradients of what ``values`` holds, at ``theta``."""
+        problem, left, found = self.problem, self.singles, []
         for micro in self.target:
             if left > 0:
                 part = micro.first(left)
-                found.append(per_sample_gradients(problem, self.theta, part))
+                found.append(per_sample_gradients(problem, theta, part))
                 left -= len(part)
-        return torch.cat([mean_gradient(problem, self.theta, self.target)[1][None], *found])
+        return torch.cat([mean_gradient(self.run.problem, theta, self.target)[1][None], *found])
 
 
 def random_uses(run: HeldTrajectory, count: int, seed: int) -> list[Use]:
@@ -136,7 +137,7 @@ def scores_of(case: Case, goal: Tensor, uses: Sequence[Use], name: str) -> dict[
                 finite |= dict(zip(here, window.scores(one, grads, weights), strict=True))
         scores = back_without_curvature(case, one, channel, here) if curvature == "none" else None
         if scores is None:
-            scores = sweep_step(case.run.problem, one, channel)[[place for _, place in here]]
+            scores = sweep_step(case.problem, one, channel)[[place for _, place in here]]
         found |= dict(zip(here, scores, strict=True))
     answer = {name: torch.stack([found[use] for use in uses])}
     if window is not None:
@@ -157,17 +158,14 @@ def back_without_curvature(case: Case, one: Played, channel: Channel, here: Sequ
 
 def tracin(case: Case, uses: Sequence[Use]) -> Tensor:
     """``w η <g_i, ∇ℓ>`` with both gradients before the sample's update."""
-    problem, found = case.run.problem, []
-    count = sum(len(micro) for micro in case.target)
+    found = []
     for one in case.played:
         here = [use for use in uses if use[0] == one.step.index]
         if here:
             grads, weights = chosen_gradients(case, one, here)
-            ones = torch.ones(count, dtype=grads.dtype, device=grads.device)
-            inner, _ = products(problem, one.before.theta, case.target, ones, grads, "none")  # (n, targets)
             rate = one.rule.over(one.g, one.step.rates)
             assert isinstance(rate, float), "one learning rate for all parameters"
-            found.append(rate * weights[:, None] * case.values(inner))
+            found.append(rate * weights[:, None] * (grads @ case.goal(one.before.theta).T))
     return torch.cat(found)
 
 
@@ -185,7 +183,7 @@ def chosen_gradients(case: Case, one: Played, here: Sequence[Use]) -> tuple[Tens
     """Gradients of some samples of an update, and their weights in it."""
     places = [place for _, place in here]
     part = one.step.micros[0].at(places)
-    grads = per_sample_gradients(case.run.problem, one.before.theta, part)
+    grads = per_sample_gradients(case.problem, one.before.theta, part)
     return grads, one.step.weights[places].to(grads)
 
 
@@ -197,7 +195,7 @@ def first_order_changes(case: Case, uses: Sequence[Use]) -> Tensor:
         derivative = one.derivative()
         if live:
             step = one.step
-            curved = products(case.run.problem, one.before.theta, step.micros, step.weights, change[0], "exact")[1]
+            curved = products(case.problem, one.before.theta, step.micros, step.weights, change[0], "exact")[1]
             change = derivative.push(change, one.clip.jacobian(curved))
         entering = [n for n, use in enumerate(uses) if use[0] == one.step.index]
         if entering:

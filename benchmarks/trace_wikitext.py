@@ -92,13 +92,14 @@ def pretrained(folder: Path) -> dict[str, Tensor]:
 
 def trained_model(folder: Path, name: str, *, seed: int) -> nn.Module:
     """The pretrained model, whose trained parameters are those that require gradients."""
-    model = new_model()
+    model: nn.Module = new_model()
     model.load_state_dict(pretrained(folder))
     if name == "gpt2-bytes":
         return model
     torch.manual_seed(seed)  # of the factors
     layers = ["c_attn", "c_proj", "c_fc"]
-    return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=layers, fan_in_fan_out=True))
+    found: nn.Module = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=layers, fan_in_fan_out=True))
+    return found
 
 
 def rates_of(peak: float, steps: int) -> list[float]:

@@ -20,7 +20,7 @@ def meanings(kind: type) -> dict[str, str]:
     found = field_meanings(kind)
     if kind.__module__.startswith("tamis.settings."):
         found |= flag_meanings(_VERBS.get(kind.__name__, kind.__name__.removesuffix("Settings").lower()))
-    return {field.name: found[field.name] for field in dataclasses.fields(kind) if field.name in found}  # type: ignore[arg-type]
+    return {field.name: found[field.name] for field in dataclasses.fields(kind) if field.name in found}
 
 
 def explain(kind: type, lines: Sequence[str]) -> list[str]:

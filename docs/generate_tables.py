@@ -11,7 +11,7 @@ import inspect
 import re
 import sys
 import tokenize
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -52,7 +52,7 @@ def _part(asked: str) -> str:
     }[kind](name)
 
 
-def _table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [heads, ("---",) * len(heads), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
@@ -70,7 +70,7 @@ def _settings_table(kind: type) -> str:
     meanings = {name: re.sub(r"\bNone\b", "null", meaning) for name, meaning in field_meanings(kind).items()}
     hints = get_type_hints(kind)
     rows = []
-    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+    for field in dataclasses.fields(kind):
         meaning = meanings[field.name]  # a setting that nothing explains is an error
         words = _words(hints[field.name])
         unsaid = [word for word in words if word.strip("`") not in meaning]

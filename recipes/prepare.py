@@ -87,7 +87,7 @@ def rows_of(task: str, *, seed: int) -> tuple[list[Row], list[Row]]:
         found += [{**row, "subtask": subtask} for row in load_dataset("SaylorTwift/bbh", subtask, split="test")]
     chosen = some_of_each(found, "subtask", 15, seed=seed)  # three to select with, twelve to measure, of each subtask
     by_subtask: dict[str, int] = {}
-    target, held_out = [], []
+    target, held_out = list[Row](), list[Row]()
     for place in chosen:
         subtask = found[place]["subtask"]
         by_subtask[subtask] = by_subtask.get(subtask, 0) + 1

@@ -8,8 +8,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import settings
 from jaxtyping import install_import_hook
+
+# Some tests fork and kill the child; one forked from a process whose OpenMP threads are up waits for them for ever.
+torch.set_num_threads(1)
 
 # Shapes in annotations are promises; while tests run, they are checked at every call.
 install_import_hook(

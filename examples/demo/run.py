@@ -88,7 +88,7 @@ def main() -> None:
         "idle CPU core with two threads this takes about 14 minutes."
     )
 
-    methods: dict[str, object] = {
+    methods: dict[str, str | tamis.methods.Less] = {
         "uniform": "uniform",
         "length": "length",
         "bm25": "bm25",

@@ -94,6 +94,24 @@ class Batch:
             supervised=self.supervised.to(device),
         )
 
+    def split(self, rows: int) -> list[Batch]:
+        """In parts of at most ``rows`` rows, each without the padding that it does not need."""
+        # A row's last label may stand behind its mask: where padding is the end-of-text token, that is often masked.
+        used = (self.attention_mask > 0) | self.supervised
+        found = []
+        for first in range(0, len(self.rows), rows):
+            part = slice(first, first + rows)
+            width = int(used[part].any(dim=0).nonzero().max()) + 1
+            found.append(
+                Batch(
+                    rows=self.rows[part],
+                    input_ids=self.input_ids[part, :width],
+                    attention_mask=self.attention_mask[part, :width],
+                    supervised=self.supervised[part, :width],
+                )
+            )
+        return found
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:

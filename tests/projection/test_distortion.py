@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradient_layers import LAYERS, layer, low_rank_gradient, random_gradients
-from projection_variance import dense_variance, factorized_sd, factorized_variance
+from sketch_variance import dense_variance, factorized_sd, factorized_variance
 from tamis.errors import InvalidInput
 from tamis.projection import make_projector, project_gradients
 from tamis.projection.distortion import measure_distortion

@@ -20,6 +20,7 @@ __all__ = [
     "CURVATURES",
     "Curvature",
     "Layout",
+    "Micro",
     "Predictions",
     "Problem",
     "check_curvature",
@@ -84,6 +85,16 @@ class Layout:
         return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
 
 
+class Micro(Protocol):
+    """Rows that go through the model together."""
+
+    def __len__(self) -> int: ...
+
+    def apart(self) -> Sequence[Micro] | None:
+        """Its rows, each on its own; None if they must go together, or are faster so."""
+        ...
+
+
 class Problem(Protocol):
     """What is trained: a model with some parameters, seen as a function of them."""
 
@@ -122,8 +133,14 @@ def weighted_gradient(
     return torch.cat(found), total
 
 
-def per_sample_gradients(problem: Problem, theta: Float[Tensor, " P"], micro: Any) -> Float[Tensor, "B P"]:
-    """``grad l_i`` of every row of one micro-batch, by one batched backward pass where memory allows."""
+def per_sample_gradients(problem: Problem, theta: Float[Tensor, " P"], micro: Micro) -> Float[Tensor, "B P"]:
+    """``grad l_i`` of every row of one micro-batch: row by row, or by one batched backward pass where memory allows.
+
+    That pass takes every row's gradient through all of the micro-batch, B times the operations of going row by row.
+    """
+    apart = micro.apart() if len(micro) > 1 else None
+    if apart is not None:
+        return torch.cat([per_sample_gradients(problem, theta, one) for one in apart])
     leaf = theta.detach().requires_grad_()
     losses = problem.predict(problem.layout.named(leaf), micro).losses()
     if len(losses) == 1:

@@ -114,14 +114,7 @@ def _vector_features(
     """As many rows at a time as their whole gradients fit; rows do not depend on each other."""
     rows = max(1, _MAX_ENTRIES // sum(layer.numel for layer in layers))
     found = []
-    for start in range(0, len(batch.rows), rows):
-        part = slice(start, start + rows)
-        few = Batch(
-            rows=batch.rows[part],
-            input_ids=batch.input_ids[part],
-            attention_mask=batch.attention_mask[part],
-            supervised=batch.supervised[part],
-        )
+    for few in batch.split(rows):
         consumer = MaterialisedGradients(layers)
         losses = run_batch(model, few, layers, consumer)
         found.append((losses, projector.project(consumer.grads), squared_norms(consumer.grads).sqrt()))

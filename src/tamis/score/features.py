@@ -33,7 +33,6 @@ __all__ = [
     "add_scores",
     "collect_features",
     "gradient_features",
-    "parts_of",
     "read_features",
     "rows_with_gradient",
     "scores_of_features",
@@ -88,23 +87,6 @@ def add_scores(total: RowScores | None, scores: RowScores, *, weight: float) -> 
         is_zero=total.is_zero & scores.is_zero,
         is_zero_target=total.is_zero_target & scores.is_zero_target,
     )
-
-
-def parts_of(batch: Batch, rows: int) -> list[Batch]:
-    """The batch in parts of at most ``rows`` rows, each without the padding that it does not need."""
-    parts = []
-    for start in range(0, len(batch.rows), rows):
-        part = slice(start, start + rows)
-        width = int(batch.attention_mask[part].sum(dim=1).max())
-        parts.append(
-            Batch(
-                rows=batch.rows[part],
-                input_ids=batch.input_ids[part, :width],
-                attention_mask=batch.attention_mask[part, :width],
-                supervised=batch.supervised[part, :width],
-            )
-        )
-    return parts
 
 
 def scores_of_features(

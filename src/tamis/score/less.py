@@ -31,7 +31,6 @@ from tamis.score.features import (
     FeatureSpec,
     RowScores,
     add_scores,
-    parts_of,
     rows_with_gradient,
     scores_of_features,
 )
@@ -264,7 +263,7 @@ def transformed_features(
 
     def compute(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         found = []
-        for part in parts_of(batch, rows):
+        for part in batch.split(rows):
             whole = MaterialisedGradients(layers)
             losses = run_batch(model, part, layers, whole)
             norms = torch.linalg.vector_norm(whole.grads, dim=1)

@@ -56,6 +56,10 @@ class TokenMicro:
     def __len__(self) -> int:
         return len(self.batch.rows)
 
+    def apart(self) -> list[TokenMicro] | None:
+        """Its rows, each on its own and without padding; None where dropout drew one mask for all of them."""
+        return None if self.random_state is not None else [TokenMicro(batch=row) for row in self.batch.split(1)]
+
 
 def rows_of_inputs(inputs: Mapping[str, Any]) -> list[TokenRow | None]:
     """Every row of a batch as it is given to the model; None for one that carries no loss.

@@ -29,7 +29,6 @@ from tamis.model.flops import ModelShape, hessian_flops, stage_flops
 from tamis.model.memory import TokenLimit, default_batch_tokens
 from tamis.score.decisions import gradient_size, kept_once
 from tamis.score.distillation.landmark_gradients import adam_vectors
-from tamis.score.features import parts_of
 from tamis.score.less import moments_digest
 from tamis.stages import finish, own_shards, record_cost
 from tamis.store.reader import StageReader
@@ -186,7 +185,7 @@ class LandmarkHessians:
 
             def scaled(batch: Batch) -> dict[str, Tensor]:
                 norms = []
-                for part in parts_of(batch, few):
+                for part in batch.split(few):
                     whole = MaterialisedGradients(layers)
                     run_batch(model, part, layers, whole)
                     norms.append(torch.linalg.vector_norm(whole.grads * scale, dim=1))
@@ -206,7 +205,7 @@ class LandmarkHessians:
         few = max(1, _MAX_ENTRIES // sum(layer.numel for layer in layers))
         for planned, whole_batch in self._batches(task.pool, rows):
             starts = range(0, len(planned), few)
-            for start, batch in zip(starts, parts_of(whole_batch, few), strict=True):
+            for start, batch in zip(starts, whole_batch.split(few), strict=True):
                 places = planned[start : start + few]
                 whole = MaterialisedGradients(layers)
                 run_batch(task.loaded.model, batch, layers, whole)
