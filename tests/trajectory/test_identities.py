@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from tamis.gradients.functional import per_sample_gradients, products
 from tamis.trajectory.adjoint import renormalised, start_channel, sweep_step
 from tamis.trajectory.leave_out import leave_out_effect, weights_without
 from tamis.trajectory.replay import Played, mean_gradient, train
-from tamis.trajectory.run import HeldTrajectory
+from tamis.trajectory.run import HeldTrajectory, State
 from tamis.trajectory.secant import SecantWindow
 from tamis.trajectory.summary_matrix import SummaryMatrix, draw_masks, scores_of_embeddings
 from tamis.trajectory.update_error import ErrorProxy, SecondOrder
@@ -315,3 +316,34 @@ def test_inputs_that_never_had_a_gradient_leave_all_numbers_finite() -> None:
     for played, grads in backwards(run):
         proxy.enter(played)
         assert torch.isfinite(proxy.norms(played, grads, played.step.weights)).all()
+
+
+def test_error_estimates_of_young_coordinates_are_those_of_float64() -> None:
+    """A new adapter's first factors have gradients far below eps; second derivatives there pass float32's range."""
+    run = random_run(steps=4)
+    for step in run.steps:
+        for micro in step.micros:
+            micro.inputs[:, 2:] *= 1e-11
+    run = train(run.problem, run.rule, run.states[0].theta, run.steps, every=4)
+    wide, narrow = ErrorProxy(), ErrorProxy()
+    for played, grads in backwards(run):
+        single = as_float32(played)
+        assert not torch.isfinite(single.derivative().root.min() ** -3 * 1e16)
+        wide.enter(played)
+        narrow.enter(single)
+        found = narrow.norms(single, grads.float(), played.step.weights)
+        torch.testing.assert_close(found.double(), wide.norms(played, grads, played.step.weights), rtol=1e-3, atol=0)
+        if played.step.index == 0:
+            continue  # a sign step: its terms cancel, in float32 to noise that later steps' terms drown
+        one, other = (
+            SecondOrder.start(at, g, 0.2).bend[0].double() for at, g in ((played, grads[0]), (single, grads[0].float()))
+        )
+        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-6 * float(one.abs().max()))
+
+
+def as_float32(played: Played) -> Played:
+    def state(own: State) -> State:
+        return State(theta=own.theta.float(), moments=tuple(m.float() for m in own.moments), count=own.count)
+
+    clip = replace(played.clip, gradient=played.clip.gradient.float())
+    return replace(played, before=state(played.before), after=state(played.after), g=played.g.float(), clip=clip)

@@ -57,9 +57,9 @@ class ErrorProxy:
         self.y = s.lr * s.c1 * s.c2 * cross + s.beta1 * s.beta2 * self.y
         self.z = s.lr * s.c2**2 * square + s.beta2**2 * self.z
         rest = 1 - s.beta2
-        self._weight = (
-            -rest * self.x - 2 * (1 - s.beta1) * rest * step.g * self.y + 4 * rest**2 * step.g**2 * self.z
-        )  # fmt: skip
+        g = step.g.double()
+        weight = -rest * self.x - 2 * (1 - s.beta1) * rest * g * self.y + 4 * rest**2 * g**2 * self.z
+        self._weight = weight.to(step.g)
 
     def norms(self, played: Played, grads: Float[Tensor, "n P"], weights: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Of some samples of the step that entered last."""
@@ -104,17 +104,20 @@ class SecondOrder:
         self.change = step.push(self.change, g_change)
         quadratic = (1 - s.beta2) * seen**2  # of v
         m_hat, v_hat = s.c1 * self.change[1], s.c2 * self.change[2]
-        update = -s.c2 * step.e * quadratic - cross * m_hat * v_hat + square * v_hat**2
-        self.bend = (bend[0] - s.lr * update, bend[1], bend[2] + quadratic)
+        update = -s.c2 * step.e * quadratic - cross * m_hat * v_hat + square * v_hat.double() ** 2
+        self.bend = (bend[0] - (s.lr * update).to(bend[0]), bend[1], bend[2] + quadratic)
 
 
 def second_derivatives(step: AdamStep) -> tuple[Tensor, Tensor]:
-    """``D²/(2√v̂)`` and ``½ m̂ (D²/(4 v̂^1.5) + D³/(2 v̂))``: mixed and pure second order of u; 0 where v never lived."""
-    d, root = step.d, step.root
-    live = step.live
+    """``D²/(2√v̂)`` and ``½ m̂ (D²/(4 v̂^1.5) + D³/(2 v̂))``: mixed and pure second order of u; 0 where v never lived.
+
+    In float64: for a young coordinate, as those of a new adapter's first factors are, they pass float32's range, though
+    what they are multiplied by brings them back.
+    """
+    d, root, m_hat, live = step.d.double(), step.root.double(), step.m_hat.double(), step.live
     safe = torch.where(live, root, torch.ones_like(root))
     cross = torch.where(live, d * d / (2 * safe), torch.zeros_like(d))
-    square = step.m_hat / 2 * (d * d / (4 * safe**3) + d**3 / (2 * safe**2))
+    square = m_hat / 2 * (d * d / (4 * safe**3) + d**3 / (2 * safe**2))
     return cross, torch.where(live, square, torch.zeros_like(d))
 
 
