@@ -44,7 +44,7 @@ def test_a_score_foretells_training_without_the_row(tmp_path: Path) -> None:
     task = make_task(tmp_path, model)
     method = AdamwInfluence(update_rows=4, learning_rate=1e-3, lora_rank=2)
     scores = method.score(task).values
-    [folder] = task.store.glob("adamw-influence-*")
+    [folder] = task.store.glob("adamw-influence-run-*")
     run = module.LogReader(folder / "run")
     assert run.end is not None and run.end["steps"] == -(-len(task.rows) // 4)
     opened = module.RecordedRun(run, module.CausalProblem(method._model(task), dict(run.manifest["trained"])))
@@ -66,7 +66,7 @@ def scores_and_effects(tmp_path: Path, pool: Sequence[tuple[str, str]], *, epoch
     task = make_task(tmp_path, model, pool=pool, groups=[0, 1, 0], dtype="float64")
     method = AdamwInfluence(update_rows=2, epochs=epochs, learning_rate=1e-2, lora_rank=1)
     scores = torch.from_numpy(method.score(task).values).double()
-    [folder] = task.store.glob("adamw-influence-*")
+    [folder] = task.store.glob("adamw-influence-run-*")
     log = LogReader(folder / "run")
     run = RecordedRun(log, CausalProblem(method._model(task), dict(log.manifest["trained"])))
     numbers = {row.digest(): number for number, row in enumerate(run.rows)}
@@ -98,6 +98,35 @@ def test_exact_copies_of_a_row_share_what_they_did_together(tmp_path: Path) -> N
     scores, effects = scores_and_effects(tmp_path, [*POOL[:3], POOL[1], POOL[1]], epochs=1)
     copies = torch.tensor([[1.0], [3.0], [1.0], [3.0], [3.0]], dtype=torch.float64)
     torch.testing.assert_close(scores, effects / copies, **FORETOLD)
+
+
+def test_targets_share_the_run_and_nothing_else(tmp_path: Path) -> None:
+    """The same target rows as one target and as two: one run, and scores of their own in either order."""
+    model, method = save_tiny(tmp_path / "model"), AdamwInfluence(update_rows=4, learning_rate=1e-3, lora_rank=2)
+
+    def scores(store: str, groups: list[int]) -> np.ndarray[Any, Any]:
+        return method.score(make_task(tmp_path / store, model, groups=groups)).values
+
+    two, one = scores("alone", [0, 1, 0]), scores("other", [0, 0, 0])
+    for order in ([two, one], [one, two]):
+        store = "shared" if order[0] is two else "shared the other way"
+        for expected in order:
+            np.testing.assert_array_equal(scores(store, [0, 1, 0] if expected is two else [0, 0, 0]), expected)
+        assert len([*(tmp_path / store).rglob("adamw-influence-run-*")]) == 1
+    assert two.shape[1] == 2 and one.shape[1] == 1
+    np.testing.assert_allclose(one[:, 0], (2 * two[:, 0] + two[:, 1]) / 3, rtol=1e-4, atol=1e-9)
+
+
+def test_the_run_is_paid_for_once(tmp_path: Path) -> None:
+    model, method = save_tiny(tmp_path / "model"), AdamwInfluence(update_rows=4, lora_rank=2)
+    first = make_task(tmp_path, model)
+    method.score(first)
+    again = make_task(tmp_path, model)
+    replace(method, curvature="none").score(again)
+    costs = [{cost.name: cost for cost in task.costs()} for task in (first, again)]
+    run, later = (cost["adamw-influence-run"] for cost in costs)
+    assert run == later and run.rows == len(first.rows) and run.elapsed_s > 0
+    assert all(cost["adamw-influence"].rows > run.rows for cost in costs)  # its replay, and the way back
 
 
 def test_an_interrupted_reference_run_goes_on_at_its_last_state(

@@ -171,7 +171,7 @@ def _adamw_influence(question: MethodQuestion) -> list[PassPlan]:
     seen = question.scored.times(float(values["epochs"]))
     back = seen.times(steps_back(str(values["curvature"]), values=targets))
     return [
-        question.model_pass("reference run (LoRA)", stage, "gradient", seen, shape=adapted),
+        question.model_pass("reference run (LoRA)", f"{stage}-run", "gradient", seen, shape=adapted),
         question.model_pass("replay of it", stage, "gradient", seen, shape=adapted),
         # All target rows for each target, those of the others with weight 0.
         question.model_pass(

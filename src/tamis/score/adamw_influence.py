@@ -25,6 +25,7 @@ from tamis.model.flops import ModelShape, stage_flops
 from tamis.model.processes import barrier, is_main
 from tamis.model.targets import has_adapter
 from tamis.score.matrix import scores_of_targets
+from tamis.stages import read_cost
 from tamis.training.lora import add_lora, train_adapter
 from tamis.trajectory.adjoint import steps_back
 from tamis.trajectory.reference_run import ReferenceSettings, reference_run
@@ -94,17 +95,19 @@ class AdamwInfluence:
             NonFinite: a loss or gradient is NaN or infinite.
             Unsupported: a trained parameter has 16 bits.
         """
-        spec = {
-            "algorithm": "adamw-influence-v1",
-            "settings": asdict(self),
-            "rows": rows_sha256(task.rows),
-            "seed": task.seed,
-        }
-        folder = task.workdir("adamw-influence", spec)
-        if folder not in task.stages:
-            task.stages.append(folder)
+        settings = asdict(self)
+        spec = {"algorithm": "adamw-influence-v2", "rows": rows_sha256(task.rows), "seed": task.seed}
+        asked = {
+            **spec, "settings": settings, "targets": task.target_group.tolist(), "target_rows": task.target_rows.tolist(),
+        }  # fmt: skip
+        settings.pop("curvature")  # the run knows of it no more than of the target, and serves others
+        trained = task.workdir("adamw-influence-run", {**spec, "settings": settings}, uses_target=False)
+        folder = task.workdir("adamw-influence", asked)
+        for path in (trained, folder):
+            if path not in task.stages:
+                task.stages.append(path)
         if is_main() and not (folder / _DONE).is_file():
-            self._compute(task, folder)
+            self._compute(task, trained, folder)
         barrier()
         values: npt.NDArray[np.float64] = load_file(folder / _DONE)["scores"].numpy()
         task.note(
@@ -113,44 +116,40 @@ class AdamwInfluence:
         )
         return scores_of_targets(task, values.astype(np.float32))
 
-    def _compute(self, task: Task, folder: Path) -> None:
-        started = time.perf_counter()
+    def _compute(self, task: Task, trained: Path, folder: Path) -> None:
         model = self._model(task)
         rows = [_token_row(one) for one in task.pool.take(task.rows)]
         target = [_token_row(one) for one in task.target.take(task.target_rows)]
         settings = self.reference_settings()
         total = self.epochs * -(-len(rows) // self.update_rows)
+        started = time.perf_counter()
         with task.progress.stage("reference run", total, "updates") as advance:
             run, numbers = reference_run(
-                model, rows, settings, seed=task.seed, folder=folder / "run", name=task.model_settings.name,
+                model, rows, settings, seed=task.seed, folder=trained / "run", name=task.model_settings.name,
                 advance=advance,
             )  # fmt: skip
+        ours, theirs = task.pool.sizes(task.rows), task.target.sizes(task.target_rows)
+        if read_cost(trained) is None:  # else it was trained for another target
+            _record(task, model, trained, started, {name: count * self.epochs for name, count in ours.items()})
+        started = time.perf_counter()
         micros = run.micros_of(target, most=self.update_rows)
         with task.progress.stage("sweep", total, "updates") as advance:
             found = run_sweep(
                 run, micros, SweepSettings(curvature=self.curvature), group=task.target_group.tolist(),
                 folder=folder / "sweep", advance=advance,
             )["scores"]  # fmt: skip
-        by_number = np.zeros((len(run.rows), len(task.target_names)))
+        targets = len(task.target_names)
+        by_number = np.zeros((len(run.rows), targets))
         for index, scores in enumerate(found):
             np.add.at(by_number, run.step(index).rows, scores.double().numpy())
         # Exact copies share a number: each gets its part of what they did together.
         copies = np.bincount(np.array(numbers), minlength=len(run.rows))
         values = torch.from_numpy((by_number / np.maximum(copies, 1)[:, None])[np.array(numbers)])
         replace_atomically(folder / _DONE, (save({"scores": values.contiguous()}),))
-        targets = len(task.target_names)
-        # The run, its replay, and the way back, which starts at the gradients of the target: all rows for each target.
-        times = self.epochs * (2 + steps_back(self.curvature, values=targets))
-        ours, theirs = task.pool.sizes(task.rows), task.target.sizes(task.target_rows)
+        # The run's replay, and the way back, which starts at the gradients of the target: all rows for each target.
+        times = self.epochs * (1 + steps_back(self.curvature, values=targets))
         counts = {name: round(ours[name] * times) + theirs[name] * targets for name in ours}
-        passed = counts.pop("rows")
-        task.record_cost(
-            folder, 0, time.perf_counter() - started,
-            work="gradient",
-            rows=passed,
-            operations=stage_flops(ModelShape.from_model(model), "gradient", *counts.values()),
-            **counts,
-        )  # fmt: skip
+        _record(task, model, folder, started, counts)
 
     def _model(self, task: Task) -> nn.Module:
         """A copy of the task's model with what trains of it."""
@@ -161,6 +160,14 @@ class AdamwInfluence:
             alpha = 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
             model = add_lora(model, rank=self.lora_rank, alpha=alpha, seed=task.seed)
         return model
+
+
+def _record(task: Task, model: nn.Module, folder: Path, started: float, counts: dict[str, int]) -> None:
+    rows, *others = counts.values()
+    task.record_cost(
+        folder, 0, time.perf_counter() - started, work="gradient", **counts,
+        operations=stage_flops(ModelShape.from_model(model), "gradient", *others),
+    )  # fmt: skip
 
 
 def _token_row(one: Any) -> TokenRow:
