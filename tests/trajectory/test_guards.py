@@ -60,6 +60,28 @@ def test_gradients_under_dropout_are_those_of_the_parameters_given_with_checkpoi
     assert model.is_gradient_checkpointing and model.training  # as it was
 
 
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_run_in_float64_whose_losses_transformers_takes_in_float32_replays(tmp_path: Path, lora: bool) -> None:
+    model = record(tmp_path, tiny_model("gpt2", dtype=torch.float64, lora=lora).train()).model
+    run = open_run(tmp_path / "record", model)
+    assert run.state(0).theta.dtype == torch.float64 and run.tolerance == 1e-5
+    for start, stop in segments(run):
+        play_segment(run, start, stop)
+
+
+def test_parameters_that_went_elsewhere_are_refused_after_a_run_in_16_bits_too(tmp_path: Path) -> None:
+    model = record(tmp_path, model_of(), bf16=True).model
+    run = open_run(tmp_path / "record", model)
+    (start, stop), path = segments(run)[-1], sorted((tmp_path / "record/states").glob("*.safetensors"))[-1]
+    play_segment(run, start, stop)
+    tensors = load_file(path)
+    moved = run.state(stop).theta - run.state(start).theta
+    save_file({**tensors, "theta": tensors["theta"] + 0.4 * moved}, path)
+    for tolerance in (None, 0.05):
+        with pytest.raises(StoreMismatch, match="something that is not in the log changed them"):
+            play_segment(open_run(tmp_path / "record", model), start, stop, tolerance=tolerance)
+
+
 def collate_as_if_rows_ended_in_padding(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """What ``mask = ids != pad`` makes of rows that end in the padding token: the last label has the mask 0."""
     batch = collate(rows)

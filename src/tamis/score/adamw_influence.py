@@ -97,9 +97,8 @@ class AdamwInfluence:
         """
         settings = asdict(self)
         spec = {"algorithm": "adamw-influence-v2", "rows": rows_sha256(task.rows), "seed": task.seed}
-        asked = {
-            **spec, "settings": settings, "targets": task.target_group.tolist(), "target_rows": task.target_rows.tolist(),
-        }  # fmt: skip
+        targets = {"targets": task.target_group.tolist(), "target_rows": task.target_rows.tolist()}
+        asked = {**spec, **targets, "settings": dict(settings)}
         settings.pop("curvature")  # the run knows of it no more than of the target, and serves others
         trained = task.workdir("adamw-influence-run", {**spec, "settings": settings}, uses_target=False)
         folder = task.workdir("adamw-influence", asked)
@@ -163,7 +162,7 @@ class AdamwInfluence:
 
 
 def _record(task: Task, model: nn.Module, folder: Path, started: float, counts: dict[str, int]) -> None:
-    rows, *others = counts.values()
+    others = [count for name, count in counts.items() if name != "rows"]
     task.record_cost(
         folder, 0, time.perf_counter() - started, work="gradient", **counts,
         operations=stage_flops(ModelShape.from_model(model), "gradient", *others),

@@ -91,9 +91,12 @@ class RecordedRun:
 
     @property
     def tolerance(self) -> float:
-        """By the coarsest numbers that the run computed in; frozen weights of 16 bits make activations of 16 bits."""
+        """By the coarsest numbers that the run computed in; frozen weights of 16 bits make activations of 16 bits.
+
+        A run in float64 has losses of float32 all the same: Transformers takes them of logits in that.
+        """
         found = (self.reader.manifest.get(name) for name in ("autocast", "dtype", "base_dtype"))
-        return max(TOLERANCES.get(getattr(torch, name), 1e-2) for name in found if name is not None)
+        return max(1e-5, *(TOLERANCES.get(getattr(torch, name), 1e-2) for name in found if name is not None))
 
     @property
     def num_steps(self) -> int:
