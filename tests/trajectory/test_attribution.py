@@ -82,7 +82,48 @@ def test_scores_are_those_of_the_sweep_by_use_and_summed_by_sample(recorded: Rec
 def _row(row: dict[str, Any]) -> Any:
     from tamis.runs.trace_inputs import _of_tokens
 
-    return _of_tokens(row)
+    return _of_tokens(row, "row")
+
+
+def padded(row: dict[str, Any], left: int, right: int) -> dict[str, Any]:
+    """Plain lists, masked where they are padded."""
+    ids, labels = list(row["input_ids"]), list(row["labels"])
+    return {
+        "input_ids": [0] * left + ids + [0] * right,
+        "labels": [-100] * left + labels + [-100] * right,
+        "attention_mask": [0] * left + [1] * len(ids) + [0] * right,
+    }
+
+
+def test_a_target_of_tokens_is_what_its_mask_and_labels_say_or_refused_by_row(
+    recorded: Recorded, tmp_path: Path
+) -> None:
+    def scores(name: str, rows: list[dict[str, Any]]) -> np.ndarray[Any, Any]:
+        found = tamis.attribute(run=recorded.folder, target=rows, out=tmp_path / name, model=recorded.model)
+        return found.uses["score"].to_numpy()
+
+    plain = scores("plain", TARGET)
+    np.testing.assert_array_equal(scores("padded", [padded(row, 0, 3) for row in TARGET]), plain)
+    first, *others = TARGET
+    for bad, message in (
+        (padded(first, 3, 0), "padded on the left"),
+        ({**first, "labels": [label + 1 if label >= 0 else label for label in first["labels"]]}, "labels differ"),
+        ({**first, "labels": first["labels"][:-1]}, "equally long, got input_ids"),
+        (
+            {**first, "input_ids": [float(token) for token in first["input_ids"]]},
+            r"got input_ids \[\d+\] of torch.float",
+        ),
+        ({"messages": []}, "no input_ids; rows of tokens need both"),
+        ({"input_ids": first["input_ids"]}, "no labels; rows of tokens need both"),
+        ({**first, "input_ids": [["a"]]}, "expected lists of token ids"),
+        (
+            {key: [10_000 + v if v >= 0 else v for v in first[key]] for key in ("input_ids", "labels")},
+            "holds token ids",
+        ),
+    ):
+        with pytest.raises(InvalidInput, match=message) as refused:
+            scores("bad", [*others, bad])
+        assert f"(in memory):{len(others)}" in str(refused.value)
 
 
 def killed_at(count: int, module: Any, work: Callable[[], Any]) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from tamis.corpus import tokenize
 from tamis.data.examples import Examples, read_examples
@@ -19,7 +20,7 @@ from tamis.data.render import Renderer
 from tamis.data.row_warnings import tool_warnings
 from tamis.data.rows import Rows
 from tamis.disk import make_folder
-from tamis.errors import InvalidInput
+from tamis.errors import InvalidInput, Unsupported
 from tamis.identity import canonical_json, file_sha256, text_sha256
 from tamis.model.load import ModelSettings, load_tokenizer, template_sha256
 from tamis.notation import target_parts
@@ -30,7 +31,7 @@ from tamis.settings import AttributeSettings, VerifySettings
 from tamis.trajectory.causal import RecordedRun
 from tamis.trajectory.log import LogReader
 from tamis.trajectory.open_run import model_of_run, open_run, run_model_settings
-from tamis.trajectory.token_rows import IGNORED_LABEL, TokenMicro, TokenRow
+from tamis.trajectory.token_rows import TOKEN_INPUTS, TokenMicro, TokenRow, rows_of_inputs
 from tamis.types import IntArray
 from tamis.values import to_dict
 
@@ -78,13 +79,21 @@ def open_inputs(
     """Open the run, with the model that it names or the one given.
 
     Raises:
-        InvalidInput: there is no whole run, or its model cannot be read.
+        InvalidInput: there is no whole run, its model cannot be read, or the target is not made for it.
         StoreMismatch: the model is not the run's.
     """
     folder = Path(settings.run)
     if model is None:
         model = model_of_run(folder, _model_settings(settings)).model
     trajectory = open_run(folder, model)
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    limit = int(embeddings.num_embeddings)
+    for name, row in zip(target.ids, target.rows, strict=True):
+        if not 0 <= int(row.ids.min()) <= int(row.ids.max()) < limit:
+            raise InvalidInput(
+                f"target row {name} holds token ids from {row.ids.min()} to {row.ids.max()}, and the model has {limit} "
+                "of them; make the rows with the tokenizer of the run's model"
+            )
     micros = trajectory.micros_of(target.rows, most=settings.batch_rows)
     return OpenedRun(trajectory=trajectory, micros=micros, target=target)
 
@@ -95,12 +104,13 @@ def read_target(
     """Render the target with the tokenizer of the run's model; rows with ``input_ids`` and ``labels`` are as they are.
 
     Raises:
-        InvalidInput: no row has a supervised token.
+        InvalidInput: no row has a supervised token, or a row of tokens is none that a causal model is trained on.
         BadRow: a row cannot be used and ``on_bad_row`` is "fail".
     """
     paths = [path for _, path in (target_parts(text) for text in settings.target)]
     if all(path in held and "input_ids" in held[path][0] for path in paths):
-        found = [(f"{path}:{n}", _of_tokens(row)) for path in paths for n, row in enumerate(held[path])]
+        named = [(f"{path}:{n}", row) for path in paths for n, row in enumerate(held[path])]
+        found = [(name, _of_tokens(row, name)) for name, row in named]
         rows, ids = [row for _, row in found if row is not None], [name for name, row in found if row is not None]
     else:
         examples = read_examples(paths, row_format=settings.row_format, on_bad_row=settings.on_bad_row, held=held)
@@ -184,12 +194,28 @@ def write_examples(folder: Path, examples: Examples, rows: IntArray, sources: Se
     write_scores(folder / EXAMPLES, table)
 
 
-def _of_tokens(row: Mapping[str, Any]) -> TokenRow | None:
-    ids, labels = np.asarray(row["input_ids"]), np.asarray(row["labels"])
-    supervised = labels != IGNORED_LABEL
-    if not supervised[1:].any():
-        return None
-    return TokenRow(ids=ids.astype(np.int32), supervised=supervised).trimmed()
+def _of_tokens(row: Mapping[str, Any], name: str) -> TokenRow | None:
+    """None if it carries no loss."""
+    columns = {column: row[column] for column in TOKEN_INPUTS if row.get(column) is not None}
+    missing = sorted({"input_ids", "labels"} - columns.keys())
+    if missing:
+        raise InvalidInput(f"{name}: no {missing[0]}; rows of tokens need both input_ids and labels")
+    try:
+        tensors = {column: torch.as_tensor(values)[None] for column, values in columns.items()}
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidInput(f"{name}: expected lists of token ids: {error}") from None
+    shapes = {column: tuple(tensor.shape[1:]) for column, tensor in tensors.items()}
+    if len(set(shapes.values())) > 1 or len(shapes["labels"]) != 1 or any(map(_is_fraction, tensors.values())):
+        told = ", ".join(f"{column} {list(shape)} of {tensors[column].dtype}" for column, shape in shapes.items())
+        raise InvalidInput(f"{name}: expected lists of token ids that are equally long, got {told}")
+    try:
+        return rows_of_inputs(tensors)[0]
+    except Unsupported as error:
+        raise InvalidInput(f"{name}: {error}") from None
+
+
+def _is_fraction(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _model_settings(settings: AttributeSettings | VerifySettings) -> ModelSettings:
