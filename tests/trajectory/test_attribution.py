@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from online_runs import arguments, collate, rows_of
 from tamis.cli.main import run as run_command
 from tamis.errors import InvalidInput, InvalidSettings, StoreCorrupted
 from tamis.maths.ranks import rank_correlation
+from tamis.runs.verify import _shares
 from tamis.trajectory import segment_store, sweep
 from tamis.trajectory.fidelity import fidelity
 from tamis.trajectory.leave_out import leave_out_effect
@@ -124,6 +126,13 @@ def test_a_target_of_tokens_is_what_its_mask_and_labels_say_or_refused_by_row(
         with pytest.raises(InvalidInput, match=message) as refused:
             scores("bad", [*others, bad])
         assert f"(in memory):{len(others)}" in str(refused.value)
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def function(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    return function
 
 
 def killed_at(count: int, module: Any, work: Callable[[], Any]) -> None:
@@ -275,6 +284,45 @@ def test_a_killed_verification_goes_on_and_tells_the_methods_apart(recorded: Rec
     assert found.methods["adamw-influence"]["low"] <= found.methods["adamw-influence"]["spearman"]
 
 
+def test_what_others_damaged_is_said_and_made_again(
+    recorded: Recorded, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def verify() -> tamis.Verification:
+        return tamis.verify(run=recorded.folder, target=TARGET, out=tmp_path / "v", model=recorded.model, samples=3)
+
+    whole = verify()
+    path = min((tmp_path / "v/truth").iterdir())
+    own = path.read_bytes()
+    path.write_bytes(own[:20])
+    assert verify().methods == whole.methods and path.read_bytes() == own
+    assert f"{path} cannot be read" in caplog.text
+    store = tmp_path / "v/store/scores-adamw-influence-exact-0"
+    for name in (min(store.glob("scores-*")).name, "reached.json"):
+        content = (store / name).read_bytes()
+        (store / name).write_bytes(content[:9])
+        with pytest.raises(StoreCorrupted, match=f"{name} cannot be read .* delete the folder"):
+            verify()
+        (store / name).write_bytes(content)
+    assert verify().methods == whole.methods
+
+
+def test_a_pass_whose_state_is_gone_says_what_to_do(tmp_path: Path) -> None:
+    store = segment_store.SegmentStore(tmp_path / "sweep")
+    store.write(4, 6, [{"scores": torch.zeros(1)} for _ in range(2)], {"adjoint": torch.zeros(1)})
+    (tmp_path / "sweep/state-00000004.safetensors").unlink()
+    again = segment_store.SegmentStore(tmp_path / "sweep")
+    assert again.reached == 4
+    with pytest.raises(StoreCorrupted, match="two processes may have written there at once: delete the folder"):
+        again.tensors(torch.zeros(1))
+
+
+def test_samples_that_start_from_one_state_are_retrained_by_one_process_unless_others_idle() -> None:
+    uses = [(0, 1), (2, 0), (3, 4), (3, 5), (9, 0)]
+    assert _shares(uses, [0, 3, 6, 10], 1) == [[(0, 1), (2, 0)], [(3, 4), (3, 5)], [(9, 0)]]
+    assert _shares(uses, [0, 10], 1) == [[(0, 1), (2, 0)], [(3, 4), (3, 5)], [(9, 0)]]
+    assert _shares(uses, [0, 10], 4) == [[use] for use in uses]
+
+
 def test_the_interval_of_an_agreement_holds_the_truth_about_as_often_as_it_says() -> None:
     rng = np.random.default_rng(0)
     inside = []
@@ -355,6 +403,13 @@ def test_the_three_verbs_work_one_after_the_other(
     assert run_command(["verify", *trace, "--samples", "4", "--out", str(tmp_path / "v")]) == 0
     summary = json.loads(capsys.readouterr().out)
     assert set(summary["methods"]) == {"adamw-influence", "sgd-influence", "tracin"} and summary["samples"] == 4
+    spread = ["verify", *trace, "--samples", "4", "--processes", "2", "--out"]
+    assert run_command([*spread, str(tmp_path / "w")]) == 0
+    assert json.loads(capsys.readouterr().out)["methods"] == summary["methods"]
+    with monkeypatch.context() as patch:  # as if the system had killed one of them
+        patch.setattr("tamis.runs.verify.as_completed", raising(BrokenProcessPool()))
+        assert run_command([*spread, str(tmp_path / "x")]) == 2
+    assert "2 processes was killed" in " ".join(capsys.readouterr().err.split())
     # Several processes check no replay of their own: it is done before they start.
     monkeypatch.setattr("tamis.runs.verify.ProcessPoolExecutor", lambda *a, **k: pytest.fail("retrained unchecked"))
     path, lost = tmp_path / "record/segments/00000000-00000002.safetensors", next((tmp_path / "v/truth").iterdir())

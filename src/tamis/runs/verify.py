@@ -11,7 +11,9 @@ import multiprocessing
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from torch import nn
 from tamis.config import write_config
 from tamis.data.rows import Rows
 from tamis.disk import check_writable, make_folder, replace_atomically
-from tamis.errors import InvalidSettings, NonFinite
+from tamis.errors import InvalidSettings, NonFinite, first_line
 from tamis.progress import NoProgress
 from tamis.protocols import Progress
 from tamis.runs.outputs import claim_folder, write_json
@@ -98,7 +100,7 @@ def verify_from_settings(
     scores = _all_scores(wanted, settings, opened, out, progress)
     uses = choose_uses(opened.trajectory, settings.samples, settings.seed)
     _retrain_all(settings, opened, target, uses, out, progress)
-    truth = np.stack([_read(out, use) for use in uses])
+    truth = np.stack([effect for use in uses if (effect := _read(out, use)) is not None])
     if not settings.per_row:
         truth = truth.mean(axis=1, keepdims=True)
     methods = {}
@@ -174,33 +176,65 @@ def _options(settings: VerifySettings, name: str, secant: int) -> dict[str, Any]
 def _retrain_all(
     settings: VerifySettings, opened: OpenedRun, target: TargetRows, uses: Sequence[Use], out: Path, progress: Progress
 ) -> None:
-    left = [use for use in uses if not _path(out, use).is_file()]
+    left = [use for use in uses if _read(out, use) is None]
     with progress.stage("retrain", len(uses), "runs") as advance:
         advance(len(uses) - len(left))
         _check_replay(opened.trajectory, settings.tolerance, needed=bool(left))
         if settings.processes == 1 or not left:
-            _retrain(opened, left, settings, out, advance)
+            _retrain(opened, left, settings, out, advance, {})
             return
-        # Neighbours share a state to start from, so that the undisturbed end is replayed once for all of them.
-        shares = [part.tolist() for part in np.array_split(np.array(left), settings.processes) if len(part)]
         context = multiprocessing.get_context("spawn")  # a forked PyTorch may hang
-        with ProcessPoolExecutor(len(shares), mp_context=context) as pool:
-            jobs = {pool.submit(_work, settings, target, share, out): len(share) for share in shares}
-            for job in as_completed(jobs):
-                job.result()
-                advance(jobs[job])
+        shares = _shares(left, opened.trajectory.boundaries, settings.processes)
+        workers = min(settings.processes, len(shares))
+        with ProcessPoolExecutor(workers, context, initializer=_open_worker, initargs=(settings, target)) as pool:
+            jobs = {pool.submit(_work, share, out): len(share) for share in shares}
+            try:
+                for job in as_completed(jobs):
+                    job.result()
+                    advance(jobs[job])
+            except BrokenProcessPool as error:
+                raise InvalidSettings(
+                    f"one of {workers} processes was killed, perhaps for memory: run the same command again with fewer "
+                    "processes; what was retrained is kept"
+                ) from error
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)  # after an error nothing more is begun
 
 
-def _work(settings: VerifySettings, target: TargetRows, uses: Sequence[Use], out: Path) -> None:
-    """One process's share."""
+def _shares(uses: Sequence[Use], boundaries: Sequence[int], processes: int) -> list[list[Use]]:
+    """By the recorded state that they start from, whose undisturbed end is replayed once for all of them.
+
+    Four for each process at least, where there are as many samples, so that they end at about the same time.
+    """
+    most = -(-len(uses) // (4 * processes))
+    found = []
+    for _, own in groupby(uses, key=lambda use: max(start for start in boundaries if start <= use[0])):
+        same = list(own)
+        found += [same[first : first + most] for first in range(0, len(same), most)]
+    return found
+
+
+_worker: dict[str, Any] = {}  # what a process of the pool opens once: its inputs, and the ends that it replayed
+
+
+def _open_worker(settings: VerifySettings, target: TargetRows) -> None:
     torch.set_num_threads(1)
-    _retrain(open_inputs(settings, target), [(step, place) for step, place in uses], settings, out, lambda done: None)
+    _worker.update(opened=open_inputs(settings, target), settings=settings, undisturbed={})
+
+
+def _work(uses: Sequence[Use], out: Path) -> None:
+    """One share, in a process of the pool."""
+    _retrain(_worker["opened"], uses, _worker["settings"], out, lambda done: None, _worker["undisturbed"])
 
 
 def _retrain(
-    opened: OpenedRun, uses: Sequence[Use], settings: VerifySettings, out: Path, advance: Callable[[int], None]
+    opened: OpenedRun,
+    uses: Sequence[Use],
+    settings: VerifySettings,
+    out: Path,
+    advance: Callable[[int], None],
+    undisturbed: dict[int, torch.Tensor],
 ) -> None:
-    undisturbed: dict[int, torch.Tensor] = {}
     for step, place in uses:
         effect = leave_out_effect(
             opened.trajectory,
@@ -231,5 +265,13 @@ def _path(out: Path, use: Use) -> Path:
     return out / "truth" / f"update-{use[0] + 1:08d}-place-{use[1]:05d}.json"
 
 
-def _read(out: Path, use: Use) -> npt.NDArray[np.float64]:
-    return np.array(json.loads(_path(out, use).read_text(encoding="utf-8"))["effect"], dtype=np.float64)
+def _read(out: Path, use: Use) -> npt.NDArray[np.float64] | None:
+    """None if it was not retrained yet, or if its file is damaged, which is said."""
+    path = _path(out, use)
+    if not path.is_file():
+        return None
+    try:
+        return np.array(json.loads(path.read_text(encoding="utf-8"))["effect"], dtype=np.float64)
+    except (ValueError, KeyError, TypeError) as error:
+        logger.warning("%s cannot be read (%s); that sample is retrained again", path, first_line(error))
+        return None

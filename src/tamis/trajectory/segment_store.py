@@ -6,16 +6,25 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from tamis.disk import make_folder, replace_atomically
+from tamis.errors import StoreCorrupted, first_line
 
 __all__ = ["SegmentStore"]
 
 
 class SegmentStore:
-    """What a backward pass has done, in memory or in a folder."""
+    """What a backward pass has done, in memory or in a folder.
+
+    Args:
+        folder: of this pass alone, and of one process at a time; None keeps everything in memory.
+
+    Raises:
+        StoreCorrupted: a file in it is missing or is not what was written; from every method.
+    """
 
     def __init__(self, folder: Path | None) -> None:
         self._folder, self._held = folder, dict[tuple[int, int], list[dict[str, Tensor]]]()
@@ -24,14 +33,17 @@ class SegmentStore:
             make_folder(folder)
             path = folder / "reached.json"
             if path.is_file():
-                self.reached = int(json.loads(path.read_text(encoding="utf-8"))["step"])
+                try:
+                    self.reached = int(json.loads(path.read_text(encoding="utf-8"))["step"])
+                except (ValueError, KeyError, TypeError, OSError) as error:
+                    raise self._damaged(path, error) from error
 
     def tensors(self, like: Tensor) -> dict[str, Tensor]:
         """The state that the pass goes on from, on the device of ``like``."""
         assert self._folder is not None
         if self.reached == 0:
             return {}
-        found = load_file(self._folder / f"state-{self.reached:08d}.safetensors")
+        found = self._load(f"state-{self.reached:08d}.safetensors")
         return {name: tensor.to(like.device) for name, tensor in found.items()}
 
     def write(self, start: int, stop: int, steps: list[dict[str, Tensor]], state: Mapping[str, Tensor]) -> None:
@@ -56,7 +68,7 @@ class SegmentStore:
             if self._folder is None:
                 steps = self._held[start, stop]
             else:
-                flat = load_file(self._folder / f"scores-{start:08d}-{stop:08d}.safetensors")
+                flat = self._load(f"scores-{start:08d}-{stop:08d}.safetensors")
                 steps = [{} for _ in range(start, stop)]
                 for key, tensor in flat.items():
                     number, _, name = key.partition(".")
@@ -65,3 +77,17 @@ class SegmentStore:
                 for name, tensor in step.items():
                     found.setdefault(name, []).append(tensor)
         return found
+
+    def _load(self, name: str) -> dict[str, Tensor]:
+        assert self._folder is not None
+        try:
+            found: dict[str, Tensor] = load_file(self._folder / name)
+        except (OSError, SafetensorError) as error:
+            raise self._damaged(self._folder / name, error) from error
+        return found
+
+    def _damaged(self, path: Path, error: Exception) -> StoreCorrupted:
+        return StoreCorrupted(
+            f"{path} cannot be read ({first_line(error)}); two processes may have written there at once: delete the "
+            f"folder {self._folder} and run the same command again, which computes it anew"
+        )
