@@ -349,6 +349,8 @@ def test_settings_that_contradict_each_other_are_refused(recorded: Recorded, tmp
         ({"method": "dvemb"}, "expected one of adamw-influence"),
         ({"form": "matrix"}, "the matrix form is of the empirical Fisher"),
         ({"method": "tracin", "secant": 3}, "secant: is of adamw-influence"),
+        ({"method": "tracin", "diagnose": True}, "diagnose: tracin knows no curvature"),
+        ({"method": "tracin", "curvature": "none"}, "curvature: tracin knows no curvature"),
         ({"masks": 3}, "masks: the adjoint form needs no masks"),
         ({"rescale": True}, "rescale: the adjoint form needs no masks"),
         ({"mask_share": 0.5}, "mask_share: the adjoint form needs no masks"),
@@ -358,6 +360,9 @@ def test_settings_that_contradict_each_other_are_refused(recorded: Recorded, tmp
     ):
         with pytest.raises(InvalidSettings, match=message):
             attribute(recorded, tmp_path / "never", **settings)
+    chats = [{"messages": [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "2"}]}]
+    with pytest.raises(InvalidInput, match=r"text cannot be made tokens: pass the model as a name or folder"):
+        tamis.attribute(run=recorded.folder, target=chats, model=recorded.model, out=tmp_path / "never")
     with pytest.raises(InvalidSettings, match="a model object cannot be given to several"):
         tamis.verify(run=recorded.folder, target=TARGET, model=recorded.model, processes=2, out=tmp_path / "v")
     with pytest.raises(InvalidInput, match="holds no recorded run"):

@@ -23,8 +23,8 @@ EPILOG = """
 
 [cyan]tamis verify --run trace --target T --samples 100 --secant 10 --processes 8 --json[/cyan]
 
-Each sample costs a retraining from the update that used it to the end. Interrupted verifications resume with the same
-command. Read the interval, not the number alone: below 30 samples it is wide.
+Each sample costs a retraining from the last recorded state before its use to the end. Interrupted verifications resume
+with the same command. Read the interval, not the number alone: below 30 samples it is wide.
 """
 
 

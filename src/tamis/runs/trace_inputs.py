@@ -104,7 +104,8 @@ def read_target(
     """Render the target with the tokenizer of the run's model; rows with ``input_ids`` and ``labels`` are as they are.
 
     Raises:
-        InvalidInput: no row has a supervised token, or a row of tokens is none that a causal model is trained on.
+        InvalidInput: no row has a supervised token; a row of tokens is none that a causal model is trained on; or text
+            was given and nothing says by which tokenizer to read it.
         BadRow: a row cannot be used and ``on_bad_row`` is "fail".
     """
     paths = [path for _, path in (target_parts(text) for text in settings.target)]
@@ -113,6 +114,11 @@ def read_target(
         found = [(name, _of_tokens(row, name)) for name, row in named]
         rows, ids = [row for _, row in found if row is not None], [name for name, row in found if row is not None]
     else:
+        if not (settings.model or LogReader(Path(settings.run)).manifest["model"]["name"]):
+            raise InvalidInput(
+                f"{settings.run} does not say what opens its model, so that the target's text cannot be made tokens: "
+                "pass the model as a name or folder (--model), or target rows with input_ids and labels"
+            )
         examples = read_examples(paths, row_format=settings.row_format, on_bad_row=settings.on_bad_row, held=held)
         renderer = Renderer(load_tokenizer(_model_settings(settings)), max_length=settings.max_length)
         corpus = tokenize("target", examples, renderer, root=store, on_bad_row=settings.on_bad_row, progress=progress)

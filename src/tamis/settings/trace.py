@@ -71,6 +71,9 @@ class AttributeSettings(_TraceSettings):
             for name, off in (("secant", 0), ("error", "none"), ("form", "adjoint")):
                 if getattr(self, name) != off:
                     raise InvalidSettings(f"{name}: is of adamw-influence; {self.method} has none, leave it out")
+        if self.method == "tracin" and (self.diagnose or self.curvature != type(self).curvature):
+            name = "diagnose" if self.diagnose else "curvature"
+            raise InvalidSettings(f"{name}: tracin knows no curvature; leave it out")
         if self.error != "exact" and self.error_samples != type(self).error_samples:
             raise InvalidSettings("error_samples: counts what --error exact computes; pass that too, or leave it out")
         if self.form != "matrix" and self.store is not None:

@@ -45,7 +45,10 @@ def model_of_run(folder: Path, settings: ModelSettings) -> LoadedModel:
 
 
 def open_run(folder: Path, model: nn.Module) -> RecordedRun:
-    """The run in ``folder``, complete, as a trajectory of ``model``, whose own parameters are not touched.
+    """The run in ``folder``, complete, as a trajectory of ``model``.
+
+    The model's own parameters keep their values; those that the run trained require gradients from here on, the others
+    do not.
 
     Raises:
         InvalidInput: there is no run, or it did not come to its end.
