@@ -23,7 +23,7 @@ from tamis.errors import InvalidInput, InvalidSettings, StoreMismatch, TamisErro
 from tamis.model.loss import per_sample_losses
 from tamis.online import FilterThenWeight, StepSettings
 from tamis.trajectory.causal import RecordedRun
-from tamis.trajectory.log import LogReader, mark_finished
+from tamis.trajectory.log import LogReader, LogWriter, mark_finished, read_manifest
 from tamis.trajectory.open_run import open_run
 from tamis.trajectory.optimizer_state import live_optimizer
 from tamis.trajectory.replay import play_segment, segments
@@ -302,3 +302,43 @@ def test_a_run_that_owns_its_record_begins_it_anew_or_ends_it(tmp_path: Path) ->
     places = {row.digest(): int(place) for row, place in zip(reader.rows(), reader.positions(), strict=True)}
     mark_finished(tmp_path / "record", places)
     assert files(tmp_path / "record") == whole
+
+
+@pytest.mark.parametrize("name", ["states/model.safetensors", "segments/mine.safetensors", "end.json"])
+def test_what_is_of_no_record_is_refused_and_kept(tmp_path: Path, name: str) -> None:
+    record(tmp_path / "other", model_of(lora=True))
+    manifest = read_manifest(tmp_path / "other/record")
+    state = LogReader(tmp_path / "other/record").state(0)
+    for one in (name, "states/00000000.safetensors", "states/.DS_Store"):
+        (tmp_path / one).parent.mkdir(exist_ok=True)
+        (tmp_path / one).write_bytes(b"mine")
+    with pytest.raises(InvalidInput, match=f"{name} is not of a recorded run that could be replaced; record into an"):
+        LogWriter.open_new(tmp_path, manifest, state)
+    assert (tmp_path / name).read_bytes() == (tmp_path / "states/00000000.safetensors").read_bytes() == b"mine"
+    (tmp_path / name).unlink()
+    LogWriter.open_new(tmp_path, manifest, state)  # what a killed run left of its beginning is no obstacle
+    assert torch.equal(LogReader(tmp_path).state(0).theta, state.theta)
+
+
+@pytest.mark.parametrize("removals", range(6))
+def test_a_resumption_killed_while_it_takes_back_updates_can_be_repeated(
+    tmp_path: Path, removals: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record(tmp_path, model_of(lora=True), max_steps=12)
+    folder = tmp_path / "record"
+    manifest, unlink, done = read_manifest(folder), Path.unlink, list[Path]()
+
+    def dying(path: Path, **options: Any) -> None:
+        if len(done) == removals:
+            raise KeyboardInterrupt
+        done.append(path)
+        unlink(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", dying)
+        with pytest.raises(KeyboardInterrupt):
+            LogWriter.open_again(folder, manifest, 4)
+    LogWriter.open_again(folder, manifest, 4)
+    assert LogReader(folder).bounds == [0, 4]
+    names = ["manifest.json", "segments/00000000-00000004.safetensors"]
+    assert sorted(files(folder)) == [*names, "states/00000000.safetensors", "states/00000004.safetensors"]

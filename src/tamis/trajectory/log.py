@@ -31,7 +31,8 @@ __all__ = ["LOG_VERSION", "LogReader", "LogWriter", "LoggedMicro", "LoggedStep",
 
 LOG_VERSION = 1
 _MANIFEST, _END, _POSITIONS = "manifest.json", "end.json", "positions.safetensors"
-_SEGMENT = re.compile(r"(\d+)-(\d+)\.safetensors")
+_STATE = re.compile(r"(\d{8,})\.safetensors")
+_SEGMENT = re.compile(r"(\d{8,})-(\d{8,})\.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +68,9 @@ class LogWriter:
         """Begin a log; of a run with an owner, in place of one that the same run began and did not finish.
 
         Raises:
-            InvalidInput: the folder holds a log already, or cannot be written.
+            InvalidInput: the folder holds a log already, or files that are of no log, or cannot be written.
         """
+        _refuse_foreign(folder)
         if (folder / _MANIFEST).exists():
             same = read_manifest(folder) == json.loads(json.dumps(manifest))
             if not (manifest.get("owner") and same and not (folder / _END).exists()):
@@ -77,9 +79,10 @@ class LogWriter:
                     "checkpoint"
                 )
             with disk_errors(folder, doing="remove"):
+                (folder / _POSITIONS).unlink(missing_ok=True)
                 (folder / _MANIFEST).unlink()
         with disk_errors(folder, doing="remove"):
-            for path in (*(folder / "segments").glob("*.safetensors"), *(folder / "states").glob("*.safetensors")):
+            for path in (*(path for _, _, path in _segments(folder)), *(path for _, path in _states(folder))):
                 path.unlink()  # of a run that was killed before it said what it is
         for part in ("states", "segments"):
             make_folder(folder / part)
@@ -128,11 +131,13 @@ class LogWriter:
                 )
         with disk_errors(folder, doing="remove"):
             (folder / _END).unlink(missing_ok=True)
-            for first, _, path in _segments(folder):
+            (folder / _POSITIONS).unlink(missing_ok=True)
+            # The last ones first: killed in between, the log is a shorter one, without a gap.
+            for first, _, path in reversed(_segments(folder)):
                 if first >= step:
                     path.unlink()
-            for path in (folder / "states").glob("*.safetensors"):
-                if int(path.stem) > step:
+            for at, path in _states(folder):
+                if at > step:
                     path.unlink()
         kept = LogReader(folder)
         return cls(folder, {row.digest(): number for number, row in enumerate(kept.rows())})
@@ -328,6 +333,22 @@ def _segments(folder: Path) -> list[tuple[int, int, Path]]:
         if match:
             found.append((int(match[1]), int(match[2]), path))
     return sorted(found)
+
+
+def _states(folder: Path) -> list[tuple[int, Path]]:
+    matches = [(_STATE.fullmatch(path.name), path) for path in (folder / "states").glob("*.safetensors")]
+    return sorted((int(match[1]), path) for match, path in matches if match)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Refuse a folder for a new log where something stands in its way that no log made. Hidden files do not."""
+    names = () if (folder / _MANIFEST).exists() else (_END, _POSITIONS)  # a log has its manifest before these
+    found = [folder / name for name in names if (folder / name).exists()]
+    for place, own in (("states", _STATE), ("segments", _SEGMENT)):
+        names_there = sorted(path.name for path in (folder / place).glob("*"))
+        found += [folder / place / name for name in names_there if not (own.fullmatch(name) or name.startswith("."))]
+    if found:
+        raise InvalidInput(f"{found[0]} is not of a recorded run that could be replaced; record into another folder")
 
 
 def _load(path: Path) -> dict[str, Tensor]:
