@@ -304,6 +304,58 @@ def test_a_run_that_owns_its_record_begins_it_anew_or_ends_it(tmp_path: Path) ->
     assert files(tmp_path / "record") == whole
 
 
+def hooks_of(model: nn.Module) -> int:
+    return len(model._forward_hooks) + len(model._forward_pre_hooks)
+
+
+@pytest.mark.parametrize("event", ["on_step_begin", "on_substep_end", "on_pre_optimizer_step", "on_step_end"])
+@pytest.mark.parametrize("positional", [True, False])
+def test_after_an_exception_the_model_is_the_user_s_again(tmp_path: Path, event: str, positional: bool) -> None:
+    class Stop(Exception):
+        pass
+
+    class Failing(TrainerCallback):  # type: ignore[misc]
+        pass
+
+    def fail(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step:
+            raise Stop
+
+    setattr(Failing, event, fail)
+    model, recorder = model_of(lora=True), tamis.TrajectoryRecorder(tmp_path / "record")
+    trainer = Trainer(
+        model=model, args=arguments(tmp_path / "t", gradient_accumulation_steps=2), train_dataset=rows_of(22, seed=1),
+        data_collator=collate, callbacks=[recorder, Failing()],
+    )  # fmt: skip
+    before = hooks_of(model)
+    with pytest.raises(Stop):
+        trainer.train()
+    model.train()
+    batch = collate([dict(row) for row in rows_of(4, seed=3)])
+    for _ in range(10):
+        loss = model(batch["input_ids"], labels=batch["labels"]).loss if positional else model(**batch).loss
+        loss.backward()
+    assert len(recorder._passes) <= 2  # no more than the update might have had
+    assert hooks_of(model) == before
+
+
+def test_a_trainer_that_sends_a_batch_twice_is_refused_before_its_first_update(tmp_path: Path) -> None:
+    class Twice(Trainer):  # type: ignore[misc]
+        def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            model(**inputs)
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    model = model_of(lora=True)
+    before = [p.detach().clone() for p in model.parameters()]
+    trainer = Twice(
+        model=model, args=arguments(tmp_path / "t"), train_dataset=rows_of(8, seed=1), data_collator=collate,
+        callbacks=[tamis.TrajectoryRecorder(tmp_path / "record")],
+    )  # fmt: skip
+    with pytest.raises(Unsupported, match="sends more batches through the model in an update than gradient_accumul"):
+        trainer.train()
+    assert all(torch.equal(p, own) for p, own in zip(model.parameters(), before, strict=True))
+
+
 @pytest.mark.parametrize("name", ["states/model.safetensors", "segments/mine.safetensors", "end.json"])
 def test_what_is_of_no_record_is_refused_and_kept(tmp_path: Path, name: str) -> None:
     record(tmp_path / "other", model_of(lora=True))

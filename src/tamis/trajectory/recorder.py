@@ -1,7 +1,8 @@
 """What makes a training run remember enough to be replayed: a callback for Transformers' and TRL's trainers.
 
 It looks and writes; nothing of the run changes. A forward hook sees what goes through the model, the callback events
-see the gradient and the rates of every update.
+see the gradient and the rates of every update. The hook is on the model within an update only, for as many passes as
+the update has micro-batches, and never raises: where an exception ended the update, it is soon gone by itself.
 """
 
 from __future__ import annotations
@@ -75,6 +76,8 @@ class TrajectoryRecorder(TrainerCallback):  # type: ignore[misc]  # transformers
         self._first = 0  # the first of them
         self._passes: list[_Pass] = []  # of the update that is being made
         self._running: _Pass | None = None  # whose loss is not known yet
+        self._awaited = 0  # passes of the update still to come
+        self._refusal: Exception | None = None  # why what went through the model cannot be recorded
         self._divisor: float | None = None  # of an online choice
         self._pending: tuple[tuple[float, ...], float] | None = None
         self._random = False
@@ -83,6 +86,7 @@ class TrajectoryRecorder(TrainerCallback):  # type: ignore[misc]  # transformers
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check that the run can be replayed, say what the record will take, and open it."""
+        self._remove_hooks()
         model, live = kwargs["model"], live_optimizer(kwargs["optimizer"], kwargs["model"])
         _refuse_arguments(args)
         every = self._every or max(_FEWEST_STEPS, math.isqrt(state.max_steps))
@@ -112,7 +116,11 @@ class TrajectoryRecorder(TrainerCallback):  # type: ignore[misc]  # transformers
             self._writer = LogWriter.open_new(self.folder, manifest, live.state())
         self._live, self._first, self._steps, self._between = live, begun, [], every
         self._passes, self._divisor, self._pending = [], None, None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What goes through the model from here on is of the update."""
         self._remove_hooks()
+        self._awaited, self._refusal, model = args.gradient_accumulation_steps, None, kwargs["model"]
         self._hooks = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward, with_kwargs=True),
@@ -120,12 +128,17 @@ class TrajectoryRecorder(TrainerCallback):  # type: ignore[misc]  # transformers
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The gradient is what the optimizer will see; the rates are still those of this step."""
+        self._remove_hooks()
+        refusal, self._refusal = self._refusal, None
+        if refusal is not None:
+            raise refusal
         assert self._live is not None
         self._live.require_constants()
         self._pending = (self._live.rates(), self._live.gradient_norm())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """One update is done; write when it is time, and before the trainer writes a checkpoint."""
+        self._remove_hooks()
         if self._pending is None:
             raise Unsupported("this trainer does not announce its optimizer steps (on_pre_optimizer_step); update it")
         rates, norm = self._pending
@@ -150,9 +163,9 @@ class TrajectoryRecorder(TrainerCallback):  # type: ignore[misc]  # transformers
         self._flush()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write what is left, and that the run is whole."""
-        self._flush()
+        """Write what is left, and that the run is whole; only then look for its rows in the data."""
         self._remove_hooks()
+        self._flush()
         assert self._writer is not None
         self._writer.finish(state.global_step, positions=self._positions(kwargs.get("train_dataloader")))
 
@@ -194,6 +207,19 @@ class TrajectoryRecorder(TrainerCallback):  # type: ignore[misc]  # transformers
         self._running = None
         if not module.training or not torch.is_grad_enabled():
             return
+        try:
+            self._note_pass(args, kwargs)
+        except Exception as error:  # raised before the update is made: the caller here may not be the trainer any more
+            self._remove_hooks()
+            self._refusal = error.with_traceback(None)  # which would keep the frames of the caller
+
+    def _note_pass(self, args: Any, kwargs: dict[str, Any]) -> None:
+        if self._awaited == 0:
+            raise Unsupported(
+                "the trainer sends more batches through the model in an update than gradient_accumulation_steps says; "
+                "the recorder takes each for a micro-batch: record with a trainer that sends every batch once, whole"
+            )
+        self._awaited -= 1
         if args:
             raise Unsupported("the trainer calls the model with positional arguments; the recorder reads named ones")
         found = rows_of_inputs(kwargs)
