@@ -254,18 +254,56 @@ def test_packed_rows_are_refused(tmp_path: Path) -> None:
         trainer.train()
 
 
-def test_the_size_is_said_before_it_starts_and_may_be_limited(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO", logger="tamis"):
-        record(tmp_path / "a", model_of(lora=True))
-    assert "recording 6 updates into" in caplog.text and "3 states of 4176 numbers" in caplog.text
-    args = arguments(tmp_path / "t")
-    recorder = tamis.TrajectoryRecorder(tmp_path / "b", every=1, most_gb=1e-5)
+SAVES = {
+    "none": {},
+    "steps": {"save_strategy": "steps", "save_steps": 3},
+    "a share of the run": {"save_strategy": "steps", "save_steps": 0.1},
+    "epochs": {"save_strategy": "epoch"},
+    "epochs, accumulated": {"save_strategy": "epoch", "gradient_accumulation_steps": 4},
+    "the best, all of them": {
+        "save_strategy": "best", "eval_strategy": "steps", "eval_steps": 5, "metric_for_best_model": "loss",
+        "greater_is_better": False,
+    },
+    "the best, by epochs, loaded": {
+        "save_strategy": "best", "eval_strategy": "epoch", "metric_for_best_model": "loss", "greater_is_better": False,
+        "load_best_model_at_end": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAVES)
+def test_the_states_that_are_announced_are_those_on_disk(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    losses = iter(range(100, 0, -1))
+    monkeypatch.setattr(Trainer, "evaluate", lambda *_, **__: {"eval_loss": next(losses)})  # better every time
+    args = arguments(tmp_path / "t", **{"max_steps": 20, "num_train_epochs": 50, **SAVES[name]})
+    data = rows_of(22, seed=1)
     trainer = Trainer(
-        model=model_of(lora=True), args=args, train_dataset=rows_of(8, seed=1), data_collator=collate,
-        callbacks=[recorder],
+        model=model_of(lora=True), args=args, train_dataset=data, eval_dataset=data, data_collator=collate,
+        callbacks=[tamis.TrajectoryRecorder(tmp_path / "record", every=8)],
     )  # fmt: skip
-    with pytest.raises(InvalidSettings, match=r"would take 0\.0 GB and most_gb=1e-05; record fewer states: every="):
+    with caplog.at_level("INFO", logger="tamis"):
         trainer.train()
+    count = len(list((tmp_path / "record/states").iterdir()))
+    assert f"recording 20 updates into {tmp_path / 'record'}: {count} states of 4176 numbers" in caplog.text
+
+
+def test_the_size_may_be_limited_and_what_is_advised_fits(tmp_path: Path) -> None:
+    def limited(folder: str, every: int, most_states: float, **changes: Any) -> None:
+        Trainer(
+            model=model_of(lora=True), args=arguments(tmp_path / "t", **changes), train_dataset=rows_of(8, seed=1),
+            data_collator=collate,
+            callbacks=[
+                tamis.TrajectoryRecorder(tmp_path / folder, every=every, most_gb=most_states * 4176 * 4 / 1e9)
+            ],
+        ).train()  # fmt: skip
+
+    with pytest.raises(InvalidSettings, match=r"would take 0\.000117 GB and most_gb=.*fewer states, every=3 or more"):
+        limited("a", 1, 4.5)
+    limited("a", 3, 4.5)
+    with pytest.raises(InvalidSettings, match=r"the 4 states at the start, at the end and .* save fewer checkpoints"):
+        limited("b", 1, 3.5, save_strategy="steps", save_steps=2)
 
 
 def test_the_problem_s_losses_are_those_of_the_engine(tmp_path: Path) -> None:

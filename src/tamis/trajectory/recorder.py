@@ -90,7 +90,7 @@ class TrajectoryRecorder(TrainerCallback):  # type: ignore[misc]  # transformers
         model, live = kwargs["model"], live_optimizer(kwargs["optimizer"], kwargs["model"])
         _refuse_arguments(args)
         every = self._every or max(_FEWEST_STEPS, math.isqrt(state.max_steps))
-        self._announce(live, every, state.max_steps, args)
+        self._announce(live, every, state.max_steps, _saves(args, state, kwargs.get("train_dataloader")))
         clip = float(args.max_grad_norm) if args.max_grad_norm else None
         self._random = has_dropout(model)
         manifest = {
@@ -277,7 +277,7 @@ class TrajectoryRecorder(TrainerCallback):  # type: ignore[misc]  # transformers
             hook.remove()
         self._hooks = []
 
-    def _announce(self, live: LiveOptimizer, every: int, steps: int, args: Any) -> None:
+    def _announce(self, live: LiveOptimizer, every: int, steps: int, saves: set[int]) -> None:
         """Say what the record will take, and refuse what does not fit.
 
         Raises:
@@ -285,29 +285,56 @@ class TrajectoryRecorder(TrainerCallback):  # type: ignore[misc]  # transformers
             InvalidSettings: it is more than was allowed.
         """
         check_writable(self.folder)
-        first = next(iter(live.params.values()))
-        numel = sum(group.numel for group in live.groups)
-        slots = 2 if live.kind == "sgd" else 3
-        saves = steps // args.save_steps if args.save_strategy == "steps" and args.save_steps >= 1 else 0
-        epochs = math.ceil(args.num_train_epochs) if args.load_best_model_at_end else 0
-        count = 1 + -(-steps // every) + int(saves) + epochs
-        size = count * slots * numel * first.element_size()
+        numbers = (2 if live.kind == "sgd" else 3) * sum(group.numel for group in live.groups)
+        one = numbers * next(iter(live.params.values())).element_size()
+        fixed = {0, steps} | saves
+        count = len(fixed.union(range(0, steps, every)))
+        size = count * one
         logger.info(
             "recording %d updates into %s: %d states of %d numbers, about %.2f GB, and the rows",
-            steps, self.folder, count, slots * numel, size / 1e9,
+            steps, self.folder, count, numbers, size / 1e9,
         )  # fmt: skip
+
+        def smaller(most: float) -> str:
+            others = int(most // one) - len(fixed)
+            if others > 0:
+                return f"record fewer states, every={-(-steps // others)} or more"
+            return (
+                f"the {len(fixed)} states at the start, at the end and at the trainer's checkpoints take "
+                f"{len(fixed) * one / 1e9:.3g} GB alone: save fewer checkpoints (save_strategy, save_steps)"
+            )
+
         if self._most_gb is not None and size > self._most_gb * 1e9:
             raise InvalidSettings(
-                f"the record would take {size / 1e9:.1f} GB and most_gb={self._most_gb:g}; record fewer states: "
-                f"every={math.ceil(every * size / (self._most_gb * 1e9))} or more"
+                f"the record would take {size / 1e9:.3g} GB and most_gb={self._most_gb:g}; "
+                f"{smaller(self._most_gb * 1e9)}, or allow more"
             )
         place = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
         free = shutil.disk_usage(place).free
         if size > free:
             raise InvalidInput(
-                f"the record would take {size / 1e9:.1f} GB and {self.folder} has {free / 1e9:.1f} GB free; give "
-                f"every={math.ceil(every * size / free)} or more, or another folder"
+                f"the record would take {size / 1e9:.3g} GB and {self.folder} has {free / 1e9:.3g} GB free; "
+                f"{smaller(free)}, or choose another folder"
             )
+
+
+def _saves(args: Any, state: Any, loader: Any) -> set[int]:
+    """After how many updates the trainer may save a checkpoint, and so the recorder a state. Of "best": if all are."""
+    try:
+        batches = len(loader)
+    except TypeError:  # a stream; the Trainer takes the whole run for one epoch
+        epoch = state.max_steps
+    else:
+        epoch = max(1, -(-batches // args.gradient_accumulation_steps))
+    intervals = [epoch] if args.load_best_model_at_end else []  # see on_epoch_end
+    strategy, steps = args.save_strategy, state.save_steps
+    if strategy == "best":
+        strategy, steps = args.eval_strategy, state.eval_steps
+    if strategy == "epoch":
+        intervals.append(epoch)
+    elif strategy == "steps" and steps >= 1:
+        intervals.append(int(steps))
+    return {step for interval in intervals for step in range(interval, state.max_steps, interval)}
 
 
 class _Pass:
