@@ -342,6 +342,73 @@ def test_a_run_that_owns_its_record_begins_it_anew_or_ends_it(tmp_path: Path) ->
     assert files(tmp_path / "record") == whole
 
 
+class Lazy(torch.utils.data.Dataset[Any]):
+    """Rows that are made when they are asked for, which fails for some of them once training is over."""
+
+    def __init__(self, *broken: int, error: type[BaseException] = OSError) -> None:
+        self.rows, self.broken, self.error = rows_of(22, seed=1), broken, error
+        self.over, self.read = False, list[int]()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, position: int) -> Any:
+        if self.over:
+            self.read.append(position)
+            if position in self.broken:
+                raise self.error(f"no connection for row {position}")
+        return self.rows[position]
+
+
+def record_lazily(folder: Path, data: Lazy) -> nn.Module:
+    class Over(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            data.over = state.global_step == 2
+
+    model = model_of(lora=True)
+    Trainer(
+        model=model, args=arguments(folder / "trainer", max_steps=2), train_dataset=data, data_collator=collate,
+        callbacks=[Over(), tamis.TrajectoryRecorder(folder / "record")],
+    ).train()  # fmt: skip
+    return model
+
+
+def test_rows_that_cannot_be_read_when_training_is_over_take_nothing_from_the_record(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = Lazy()
+    record_lazily(tmp_path / "a", data)
+    places = LogReader(tmp_path / "a/record").positions().tolist()
+    assert len(places) == 8 and -1 not in places
+    assert data.read == list(range(max(places) + 1)) and len(data.read) < 22  # no further than it must
+    unused = next(position for position in range(max(places)) if position not in places)
+    record_lazily(tmp_path / "b", Lazy(unused))
+    assert LogReader(tmp_path / "b/record").positions().tolist() == places
+    assert "recorded rows are not found" not in caplog.text
+    record_lazily(tmp_path / "c", Lazy(*sorted([unused, places[3]])))
+    assert LogReader(tmp_path / "c/record").positions().tolist() == [*places[:3], -1, *places[4:]]
+    [said] = [one.getMessage() for one in caplog.records if "recorded rows are not found" in one.getMessage()]
+    assert said.startswith("1 of 8 recorded rows") and "2 rows of it cannot be read one by one" in said
+    assert f"the first is row {min(unused, places[3])}: no connection" in said
+
+
+def test_a_run_killed_while_its_rows_are_looked_for_is_whole_without_their_positions(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        record_lazily(tmp_path / "a", Lazy(0, error=KeyboardInterrupt))
+    model = record_lazily(tmp_path / "b", Lazy())
+    own = files(tmp_path / "b/record")
+    assert own == {**files(tmp_path / "a/record"), "positions.safetensors": own["positions.safetensors"]}
+    target = [dict(row) for row in rows_of(3, seed=7)]
+    common: dict[str, Any] = {"target": target, "model": model}
+    cut, whole = (tamis.attribute(run=tmp_path / n / "record", out=tmp_path / n / "out", **common) for n in "ab")
+    assert cut.samples["position"].null_count == 8
+    assert cut.samples.drop(["position"]).equals(whole.samples.drop(["position"]))
+    reader = LogReader(tmp_path / "b/record")
+    places = {row.digest(): int(place) for row, place in zip(reader.rows(), reader.positions(), strict=True)}
+    mark_finished(tmp_path / "a/record", places)
+    assert files(tmp_path / "a/record") == own
+
+
 def hooks_of(model: nn.Module) -> int:
     return len(model._forward_hooks) + len(model._forward_pre_hooks)
 

@@ -3,7 +3,8 @@
 ``manifest.json`` says what was trained and how; ``states/<step>.safetensors`` are parameters and moments before a step;
 ``segments/<first>-<stop>.safetensors`` are the steps between two states, with the rows that they were the first to
 use. A segment appears whole and after the state at its end, so a killed run leaves a log that ends at a state.
-``end.json`` says that training ended. Nothing is pickled.
+``end.json`` says that training ended. ``positions.safetensors``, which comes last, says where each row stands in the
+training data. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -189,22 +190,26 @@ class LogWriter:
         """All rows so far, by digest."""
         return self._numbers
 
-    def finish(self, steps: int, *, positions: Sequence[int]) -> None:
-        """Training has ended; ``positions`` says where each row stands in the training data, -1 for unknown."""
-        replace_atomically(self._folder / _POSITIONS, (save({"position": _ints(positions)}),))
+    def finish(self, steps: int) -> None:
+        """Training has ended."""
         _write_json(self._folder / _END, {"steps": steps, "rows": len(self._numbers)})
+
+    def write_positions(self, positions: Sequence[int]) -> None:
+        """Where each row stands in the training data, -1 for unknown."""
+        replace_atomically(self._folder / _POSITIONS, (save({"position": _ints(positions)}),))
 
 
 def mark_finished(folder: Path, positions: Mapping[bytes, int]) -> None:
-    """Say of a log that its run has ended, if it does not say so; for runs killed between their end and that.
+    """Say of a log that its run has ended and where its rows stand, if it does not; for runs killed before they did.
 
     ``positions`` has where each row stands in the training data, by digest.
     """
     reader = LogReader(folder)
-    if reader.end is None:
+    if not reader.is_finished:
         rows = {row.digest(): number for number, row in enumerate(reader.rows())}
         writer = LogWriter(folder, rows)
-        writer.finish(reader.bounds[-1], positions=[positions.get(digest, -1) for digest in rows])
+        writer.finish(reader.bounds[-1])
+        writer.write_positions([positions.get(digest, -1) for digest in rows])
 
 
 class LogReader:
@@ -226,6 +231,11 @@ class LogReader:
         end = folder / _END
         self.end: dict[str, Any] | None = json.loads(end.read_text(encoding="utf-8")) if end.is_file() else None
         self._loaded: tuple[int, list[LoggedStep]] | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing more will be written: the run has ended, and its rows were looked for in the data."""
+        return self.end is not None and (self.folder / _POSITIONS).is_file()
 
     def require_complete(self) -> None:
         """Refuse a run that did not come to its end.
@@ -255,6 +265,8 @@ class LogReader:
 
     def positions(self) -> IntArray:
         """Where each row first stands in the training data; -1 where that is not known."""
+        if self.end is not None and not self.is_finished:  # killed between the two
+            return np.full(self.end["rows"], -1, dtype=np.int64)
         found: IntArray = _load(self.folder / _POSITIONS)["position"].numpy()
         return found
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from tamis.disk import check_writable
-from tamis.errors import InvalidInput, InvalidSettings, Unsupported
+from tamis.errors import InvalidInput, InvalidSettings, Unsupported, first_line
 from tamis.model.processes import world_size
 from tamis.trajectory.causal import random_state_of
 from tamis.trajectory.identity import base_dtype, describe_model, frozen_digest, has_dropout
@@ -167,7 +167,8 @@ class TrajectoryRecorder(TrainerCallback):  # type: ignore[misc]  # transformers
         self._remove_hooks()
         self._flush()
         assert self._writer is not None
-        self._writer.finish(state.global_step, positions=self._positions(kwargs.get("train_dataloader")))
+        self._writer.finish(state.global_step)
+        self._writer.write_positions(self._positions(kwargs.get("train_dataloader")))
 
     # What else is told to it.
 
@@ -249,16 +250,36 @@ class TrajectoryRecorder(TrainerCallback):  # type: ignore[misc]  # transformers
     def _positions(self, loader: Any) -> list[int]:
         """For each recorded row, where it first stands in the training data; -1 where that is not known."""
         assert self._writer is not None
-        found = [-1] * len(self._writer.known)
-        data, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
-        if data is None or collate is None or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+        known = self._writer.known
+        found, missing = [-1] * len(known), len(known)
+        data: Any = getattr(loader, "dataset", None)
+        collate = getattr(loader, "collate_fn", None)
+        try:
+            count = len(data)
+        except Exception:  # there is none, or it is a stream
             return found
-        for position in range(len(data)):
-            inputs = {key: value for key, value in collate([data[position]]).items() if key in TOKEN_INPUTS}
-            row = rows_of_inputs(inputs)[0]
-            number = None if row is None else self._writer.known.get(row.digest())
+        if collate is None or not hasattr(data, "__getitem__"):
+            return found
+        logger.info("looking for the %d recorded rows among %d rows of training data", missing, count)
+        failed, first = 0, ""
+        for position in range(count):
+            if not missing:
+                break
+            try:
+                inputs = {key: value for key, value in collate([data[position]]).items() if key in TOKEN_INPUTS}
+                row = rows_of_inputs(inputs)[0]
+            except Exception as error:  # data sets raise what they like, and the run is over: it is not to fail now
+                failed, first = failed + 1, first or f"row {position}: {first_line(error)}"
+                continue
+            number = None if row is None else known.get(row.digest())
             if number is not None and found[number] < 0:
-                found[number] = position
+                found[number], missing = position, missing - 1
+        if missing:
+            why = f" ({failed} rows of it cannot be read one by one, the first is {first})" if failed else ""
+            logger.warning(
+                "%d of %d recorded rows are not found in the training data%s: attribution gives them no position",
+                missing, len(known), why,
+            )  # fmt: skip
         return found
 
     def _numbers(self, rows: Sequence[TokenRow]) -> list[int]:

@@ -125,7 +125,7 @@ def reference_run(
             writer.write_segment(index + 1 - len(logged), logged, state)
             logged = []
         advance(1)
-    writer.finish(total, positions=[-1] * len(writer.known))
+    writer.finish(total)
     return RecordedRun(LogReader(folder), problem), numbers
 
 
