@@ -77,11 +77,14 @@ def after(slot: int, place: int, eps: float, slots: int, reduction: str = "rows"
 def scores(method: Lookahead, slots: int, reduction: str = "rows") -> list[Tensor]:
     model, optimizer = warmed()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     rates = [(rate,) for rate in RATES[: method.horizon]]
     block = [[batch] for batch in BLOCK[:slots]]
     found = rehearse(method, model, optimizer, block, [TARGET], rates=rates, clip=CLIP, reduction=reduction)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    assert all(p.grad is None or p.requires_grad for p in model.parameters())
+    assert grads  # of the last update: a rehearsal neither adds to them nor clears them
+    assert all((p.grad is not None) == (name in grads) for name, p in model.named_parameters())
+    assert all(torch.equal(p.grad, grads[name]) for name, p in model.named_parameters() if p.grad is not None)
     return found
 
 

@@ -27,6 +27,7 @@ from tamis.runs.verify import _shares
 from tamis.trajectory import segment_store, sweep
 from tamis.trajectory.fidelity import fidelity
 from tamis.trajectory.leave_out import leave_out_effect
+from tamis.trajectory.log import LogReader
 from tamis.trajectory.open_run import open_run
 from tamis.trajectory.sweep import SweepSettings, run_sweep
 from tamis.versions import releases
@@ -433,3 +434,22 @@ def test_the_three_verbs_work_one_after_the_other(
     record[1] = str(tmp_path / "elsewhere")
     assert run_command([*train, *more, *record, *common]) == 2
     assert "finished, and its record is not in" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_training_run_killed_while_its_rows_are_looked_for_names_them_when_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    tiny, record = make_run(tmp_path, rows=24), tmp_path / "record"
+    train = ["train", "--model", str(tiny.model), "--pool", str(tiny.pool), "--target", str(tiny.target), "--json"]
+    train += ["--method", "full", "--keep", "4", "--oversample", "1", "--lora-rank", "2", "--max-length", "64"]
+    train += ["--steps", "2", "--record", str(record), "--out", str(tmp_path / "t"), "--quiet"]
+    with monkeypatch.context() as patch:
+        patch.setattr(tamis.TrajectoryRecorder, "_positions", killed)
+        assert run_command(train) != 0
+    assert LogReader(record).end is not None and not (record / "positions.safetensors").exists()
+    assert run_command(train) == 0
+    positions = LogReader(record).positions()
+    assert len(positions) == 8 and positions.min() >= 0

@@ -23,7 +23,7 @@ from tamis.errors import InvalidInput, InvalidSettings, StoreMismatch, TamisErro
 from tamis.model.loss import per_sample_losses
 from tamis.online import FilterThenWeight, StepSettings
 from tamis.trajectory.causal import RecordedRun
-from tamis.trajectory.log import LogReader, mark_finished
+from tamis.trajectory.log import LogReader, LogWriter, mark_finished, read_manifest
 from tamis.trajectory.open_run import open_run
 from tamis.trajectory.optimizer_state import live_optimizer
 from tamis.trajectory.replay import play_segment, segments
@@ -254,18 +254,56 @@ def test_packed_rows_are_refused(tmp_path: Path) -> None:
         trainer.train()
 
 
-def test_the_size_is_said_before_it_starts_and_may_be_limited(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO", logger="tamis"):
-        record(tmp_path / "a", model_of(lora=True))
-    assert "recording 6 updates into" in caplog.text and "3 states of 4176 numbers" in caplog.text
-    args = arguments(tmp_path / "t")
-    recorder = tamis.TrajectoryRecorder(tmp_path / "b", every=1, most_gb=1e-5)
+SAVES = {
+    "none": {},
+    "steps": {"save_strategy": "steps", "save_steps": 3},
+    "a share of the run": {"save_strategy": "steps", "save_steps": 0.1},
+    "epochs": {"save_strategy": "epoch"},
+    "epochs, accumulated": {"save_strategy": "epoch", "gradient_accumulation_steps": 4},
+    "the best, all of them": {
+        "save_strategy": "best", "eval_strategy": "steps", "eval_steps": 5, "metric_for_best_model": "loss",
+        "greater_is_better": False,
+    },
+    "the best, by epochs, loaded": {
+        "save_strategy": "best", "eval_strategy": "epoch", "metric_for_best_model": "loss", "greater_is_better": False,
+        "load_best_model_at_end": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAVES)
+def test_the_states_that_are_announced_are_those_on_disk(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    losses = iter(range(100, 0, -1))
+    monkeypatch.setattr(Trainer, "evaluate", lambda *_, **__: {"eval_loss": next(losses)})  # better every time
+    args = arguments(tmp_path / "t", **{"max_steps": 20, "num_train_epochs": 50, **SAVES[name]})
+    data = rows_of(22, seed=1)
     trainer = Trainer(
-        model=model_of(lora=True), args=args, train_dataset=rows_of(8, seed=1), data_collator=collate,
-        callbacks=[recorder],
+        model=model_of(lora=True), args=args, train_dataset=data, eval_dataset=data, data_collator=collate,
+        callbacks=[tamis.TrajectoryRecorder(tmp_path / "record", every=8)],
     )  # fmt: skip
-    with pytest.raises(InvalidSettings, match=r"would take 0\.0 GB and most_gb=1e-05; record fewer states: every="):
+    with caplog.at_level("INFO", logger="tamis"):
         trainer.train()
+    count = len(list((tmp_path / "record/states").iterdir()))
+    assert f"recording 20 updates into {tmp_path / 'record'}: {count} states of 4176 numbers" in caplog.text
+
+
+def test_the_size_may_be_limited_and_what_is_advised_fits(tmp_path: Path) -> None:
+    def limited(folder: str, every: int, most_states: float, **changes: Any) -> None:
+        Trainer(
+            model=model_of(lora=True), args=arguments(tmp_path / "t", **changes), train_dataset=rows_of(8, seed=1),
+            data_collator=collate,
+            callbacks=[
+                tamis.TrajectoryRecorder(tmp_path / folder, every=every, most_gb=most_states * 4176 * 4 / 1e9)
+            ],
+        ).train()  # fmt: skip
+
+    with pytest.raises(InvalidSettings, match=r"would take 0\.000117 GB and most_gb=.*fewer states, every=3 or more"):
+        limited("a", 1, 4.5)
+    limited("a", 3, 4.5)
+    with pytest.raises(InvalidSettings, match=r"the 4 states at the start, at the end and .* save fewer checkpoints"):
+        limited("b", 1, 3.5, save_strategy="steps", save_steps=2)
 
 
 def test_the_problem_s_losses_are_those_of_the_engine(tmp_path: Path) -> None:
@@ -302,3 +340,162 @@ def test_a_run_that_owns_its_record_begins_it_anew_or_ends_it(tmp_path: Path) ->
     places = {row.digest(): int(place) for row, place in zip(reader.rows(), reader.positions(), strict=True)}
     mark_finished(tmp_path / "record", places)
     assert files(tmp_path / "record") == whole
+
+
+class Lazy(torch.utils.data.Dataset[Any]):
+    """Rows that are made when they are asked for, which fails for some of them once training is over."""
+
+    def __init__(self, *broken: int, error: type[BaseException] = OSError) -> None:
+        self.rows, self.broken, self.error = rows_of(22, seed=1), broken, error
+        self.over, self.read = False, list[int]()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, position: int) -> Any:
+        if self.over:
+            self.read.append(position)
+            if position in self.broken:
+                raise self.error(f"no connection for row {position}")
+        return self.rows[position]
+
+
+def record_lazily(folder: Path, data: Lazy) -> nn.Module:
+    class Over(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            data.over = state.global_step == 2
+
+    model = model_of(lora=True)
+    Trainer(
+        model=model, args=arguments(folder / "trainer", max_steps=2), train_dataset=data, data_collator=collate,
+        callbacks=[Over(), tamis.TrajectoryRecorder(folder / "record")],
+    ).train()  # fmt: skip
+    return model
+
+
+def test_rows_that_cannot_be_read_when_training_is_over_take_nothing_from_the_record(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = Lazy()
+    record_lazily(tmp_path / "a", data)
+    places = LogReader(tmp_path / "a/record").positions().tolist()
+    assert len(places) == 8 and -1 not in places
+    assert data.read == list(range(max(places) + 1)) and len(data.read) < 22  # no further than it must
+    unused = next(position for position in range(max(places)) if position not in places)
+    record_lazily(tmp_path / "b", Lazy(unused))
+    assert LogReader(tmp_path / "b/record").positions().tolist() == places
+    assert "recorded rows are not found" not in caplog.text
+    record_lazily(tmp_path / "c", Lazy(*sorted([unused, places[3]])))
+    assert LogReader(tmp_path / "c/record").positions().tolist() == [*places[:3], -1, *places[4:]]
+    [said] = [one.getMessage() for one in caplog.records if "recorded rows are not found" in one.getMessage()]
+    assert said.startswith("1 of 8 recorded rows") and "2 rows of it cannot be read one by one" in said
+    assert f"the first is row {min(unused, places[3])}: no connection" in said
+
+
+def test_a_run_killed_while_its_rows_are_looked_for_is_whole_without_their_positions(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        record_lazily(tmp_path / "a", Lazy(0, error=KeyboardInterrupt))
+    model = record_lazily(tmp_path / "b", Lazy())
+    own = files(tmp_path / "b/record")
+    assert own == {**files(tmp_path / "a/record"), "positions.safetensors": own["positions.safetensors"]}
+    target = [dict(row) for row in rows_of(3, seed=7)]
+    common: dict[str, Any] = {"target": target, "model": model}
+    cut, whole = (tamis.attribute(run=tmp_path / n / "record", out=tmp_path / n / "out", **common) for n in "ab")
+    assert cut.samples["position"].null_count == 8
+    assert cut.samples.drop(["position"]).equals(whole.samples.drop(["position"]))
+    reader = LogReader(tmp_path / "b/record")
+    places = {row.digest(): int(place) for row, place in zip(reader.rows(), reader.positions(), strict=True)}
+    mark_finished(tmp_path / "a/record", places)
+    assert files(tmp_path / "a/record") == own
+
+
+def hooks_of(model: nn.Module) -> int:
+    return len(model._forward_hooks) + len(model._forward_pre_hooks)
+
+
+@pytest.mark.parametrize("event", ["on_step_begin", "on_substep_end", "on_pre_optimizer_step", "on_step_end"])
+@pytest.mark.parametrize("positional", [True, False])
+def test_after_an_exception_the_model_is_the_user_s_again(tmp_path: Path, event: str, positional: bool) -> None:
+    class Stop(Exception):
+        pass
+
+    class Failing(TrainerCallback):  # type: ignore[misc]
+        pass
+
+    def fail(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step:
+            raise Stop
+
+    setattr(Failing, event, fail)
+    model, recorder = model_of(lora=True), tamis.TrajectoryRecorder(tmp_path / "record")
+    trainer = Trainer(
+        model=model, args=arguments(tmp_path / "t", gradient_accumulation_steps=2), train_dataset=rows_of(22, seed=1),
+        data_collator=collate, callbacks=[recorder, Failing()],
+    )  # fmt: skip
+    before = hooks_of(model)
+    with pytest.raises(Stop):
+        trainer.train()
+    model.train()
+    batch = collate([dict(row) for row in rows_of(4, seed=3)])
+    for _ in range(10):
+        loss = model(batch["input_ids"], labels=batch["labels"]).loss if positional else model(**batch).loss
+        loss.backward()
+    assert len(recorder._passes) <= 2  # no more than the update might have had
+    assert hooks_of(model) == before
+
+
+def test_a_trainer_that_sends_a_batch_twice_is_refused_before_its_first_update(tmp_path: Path) -> None:
+    class Twice(Trainer):  # type: ignore[misc]
+        def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            model(**inputs)
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    model = model_of(lora=True)
+    before = [p.detach().clone() for p in model.parameters()]
+    trainer = Twice(
+        model=model, args=arguments(tmp_path / "t"), train_dataset=rows_of(8, seed=1), data_collator=collate,
+        callbacks=[tamis.TrajectoryRecorder(tmp_path / "record")],
+    )  # fmt: skip
+    with pytest.raises(Unsupported, match="sends more batches through the model in an update than gradient_accumul"):
+        trainer.train()
+    assert all(torch.equal(p, own) for p, own in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("name", ["states/model.safetensors", "segments/mine.safetensors", "end.json"])
+def test_what_is_of_no_record_is_refused_and_kept(tmp_path: Path, name: str) -> None:
+    record(tmp_path / "other", model_of(lora=True))
+    manifest = read_manifest(tmp_path / "other/record")
+    state = LogReader(tmp_path / "other/record").state(0)
+    for one in (name, "states/00000000.safetensors", "states/.DS_Store"):
+        (tmp_path / one).parent.mkdir(exist_ok=True)
+        (tmp_path / one).write_bytes(b"mine")
+    with pytest.raises(InvalidInput, match=f"{name} is not of a recorded run that could be replaced; record into an"):
+        LogWriter.open_new(tmp_path, manifest, state)
+    assert (tmp_path / name).read_bytes() == (tmp_path / "states/00000000.safetensors").read_bytes() == b"mine"
+    (tmp_path / name).unlink()
+    LogWriter.open_new(tmp_path, manifest, state)  # what a killed run left of its beginning is no obstacle
+    assert torch.equal(LogReader(tmp_path).state(0).theta, state.theta)
+
+
+@pytest.mark.parametrize("removals", range(6))
+def test_a_resumption_killed_while_it_takes_back_updates_can_be_repeated(
+    tmp_path: Path, removals: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record(tmp_path, model_of(lora=True), max_steps=12)
+    folder = tmp_path / "record"
+    manifest, unlink, done = read_manifest(folder), Path.unlink, list[Path]()
+
+    def dying(path: Path, **options: Any) -> None:
+        if len(done) == removals:
+            raise KeyboardInterrupt
+        done.append(path)
+        unlink(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", dying)
+        with pytest.raises(KeyboardInterrupt):
+            LogWriter.open_again(folder, manifest, 4)
+    LogWriter.open_again(folder, manifest, 4)
+    assert LogReader(folder).bounds == [0, 4]
+    names = ["manifest.json", "segments/00000000-00000004.safetensors"]
+    assert sorted(files(folder)) == [*names, "states/00000000.safetensors", "states/00000004.safetensors"]

@@ -40,7 +40,7 @@ def finish_record(folder: Path, rendered: Rendered, rows: IntArray) -> None:
     """
     examples = rendered.pool.examples
     write_examples(folder, examples, rows, examples.sources_of(rows))
-    if LogReader(folder).end is not None:
+    if LogReader(folder).is_finished:
         return
     taken = rendered.pool.take(rows)
     digests = [TokenRow(ids=r.input_ids, supervised=r.supervised).trimmed().digest() for r in taken]

@@ -3,7 +3,8 @@
 ``manifest.json`` says what was trained and how; ``states/<step>.safetensors`` are parameters and moments before a step;
 ``segments/<first>-<stop>.safetensors`` are the steps between two states, with the rows that they were the first to
 use. A segment appears whole and after the state at its end, so a killed run leaves a log that ends at a state.
-``end.json`` says that training ended. Nothing is pickled.
+``end.json`` says that training ended. ``positions.safetensors``, which comes last, says where each row stands in the
+training data. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ __all__ = ["LOG_VERSION", "LogReader", "LogWriter", "LoggedMicro", "LoggedStep",
 
 LOG_VERSION = 1
 _MANIFEST, _END, _POSITIONS = "manifest.json", "end.json", "positions.safetensors"
-_SEGMENT = re.compile(r"(\d+)-(\d+)\.safetensors")
+_STATE = re.compile(r"(\d{8,})\.safetensors")
+_SEGMENT = re.compile(r"(\d{8,})-(\d{8,})\.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +69,9 @@ class LogWriter:
         """Begin a log; of a run with an owner, in place of one that the same run began and did not finish.
 
         Raises:
-            InvalidInput: the folder holds a log already, or cannot be written.
+            InvalidInput: the folder holds a log already, or files that are of no log, or cannot be written.
         """
+        _refuse_foreign(folder)
         if (folder / _MANIFEST).exists():
             same = read_manifest(folder) == json.loads(json.dumps(manifest))
             if not (manifest.get("owner") and same and not (folder / _END).exists()):
@@ -77,9 +80,10 @@ class LogWriter:
                     "checkpoint"
                 )
             with disk_errors(folder, doing="remove"):
+                (folder / _POSITIONS).unlink(missing_ok=True)
                 (folder / _MANIFEST).unlink()
         with disk_errors(folder, doing="remove"):
-            for path in (*(folder / "segments").glob("*.safetensors"), *(folder / "states").glob("*.safetensors")):
+            for path in (*(path for _, _, path in _segments(folder)), *(path for _, path in _states(folder))):
                 path.unlink()  # of a run that was killed before it said what it is
         for part in ("states", "segments"):
             make_folder(folder / part)
@@ -128,11 +132,13 @@ class LogWriter:
                 )
         with disk_errors(folder, doing="remove"):
             (folder / _END).unlink(missing_ok=True)
-            for first, _, path in _segments(folder):
+            (folder / _POSITIONS).unlink(missing_ok=True)
+            # The last ones first: killed in between, the log is a shorter one, without a gap.
+            for first, _, path in reversed(_segments(folder)):
                 if first >= step:
                     path.unlink()
-            for path in (folder / "states").glob("*.safetensors"):
-                if int(path.stem) > step:
+            for at, path in _states(folder):
+                if at > step:
                     path.unlink()
         kept = LogReader(folder)
         return cls(folder, {row.digest(): number for number, row in enumerate(kept.rows())})
@@ -184,22 +190,26 @@ class LogWriter:
         """All rows so far, by digest."""
         return self._numbers
 
-    def finish(self, steps: int, *, positions: Sequence[int]) -> None:
-        """Training has ended; ``positions`` says where each row stands in the training data, -1 for unknown."""
-        replace_atomically(self._folder / _POSITIONS, (save({"position": _ints(positions)}),))
+    def finish(self, steps: int) -> None:
+        """Training has ended."""
         _write_json(self._folder / _END, {"steps": steps, "rows": len(self._numbers)})
+
+    def write_positions(self, positions: Sequence[int]) -> None:
+        """Where each row stands in the training data, -1 for unknown."""
+        replace_atomically(self._folder / _POSITIONS, (save({"position": _ints(positions)}),))
 
 
 def mark_finished(folder: Path, positions: Mapping[bytes, int]) -> None:
-    """Say of a log that its run has ended, if it does not say so; for runs killed between their end and that.
+    """Say of a log that its run has ended and where its rows stand, if it does not; for runs killed before they did.
 
     ``positions`` has where each row stands in the training data, by digest.
     """
     reader = LogReader(folder)
-    if reader.end is None:
+    if not reader.is_finished:
         rows = {row.digest(): number for number, row in enumerate(reader.rows())}
         writer = LogWriter(folder, rows)
-        writer.finish(reader.bounds[-1], positions=[positions.get(digest, -1) for digest in rows])
+        writer.finish(reader.bounds[-1])
+        writer.write_positions([positions.get(digest, -1) for digest in rows])
 
 
 class LogReader:
@@ -221,6 +231,11 @@ class LogReader:
         end = folder / _END
         self.end: dict[str, Any] | None = json.loads(end.read_text(encoding="utf-8")) if end.is_file() else None
         self._loaded: tuple[int, list[LoggedStep]] | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing more will be written: the run has ended, and its rows were looked for in the data."""
+        return self.end is not None and (self.folder / _POSITIONS).is_file()
 
     def require_complete(self) -> None:
         """Refuse a run that did not come to its end.
@@ -250,6 +265,8 @@ class LogReader:
 
     def positions(self) -> IntArray:
         """Where each row first stands in the training data; -1 where that is not known."""
+        if self.end is not None and not self.is_finished:  # killed between the two
+            return np.full(self.end["rows"], -1, dtype=np.int64)
         found: IntArray = _load(self.folder / _POSITIONS)["position"].numpy()
         return found
 
@@ -328,6 +345,22 @@ def _segments(folder: Path) -> list[tuple[int, int, Path]]:
         if match:
             found.append((int(match[1]), int(match[2]), path))
     return sorted(found)
+
+
+def _states(folder: Path) -> list[tuple[int, Path]]:
+    matches = [(_STATE.fullmatch(path.name), path) for path in (folder / "states").glob("*.safetensors")]
+    return sorted((int(match[1]), path) for match, path in matches if match)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Refuse a folder for a new log where something stands in its way that no log made. Hidden files do not."""
+    names = () if (folder / _MANIFEST).exists() else (_END, _POSITIONS)  # a log has its manifest before these
+    found = [folder / name for name in names if (folder / name).exists()]
+    for place, own in (("states", _STATE), ("segments", _SEGMENT)):
+        names_there = sorted(path.name for path in (folder / place).glob("*"))
+        found += [folder / place / name for name in names_there if not (own.fullmatch(name) or name.startswith("."))]
+    if found:
+        raise InvalidInput(f"{found[0]} is not of a recorded run that could be replaced; record into another folder")
 
 
 def _load(path: Path) -> dict[str, Tensor]:

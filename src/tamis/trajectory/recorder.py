@@ -1,7 +1,8 @@
 """What makes a training run remember enough to be replayed: a callback for Transformers' and TRL's trainers.
 
 It looks and writes; nothing of the run changes. A forward hook sees what goes through the model, the callback events
-see the gradient and the rates of every update.
+see the gradient and the rates of every update. The hook is on the model within an update only, for as many passes as
+the update has micro-batches, and never raises: where an exception ended the update, it is soon gone by itself.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from tamis.disk import check_writable
-from tamis.errors import InvalidInput, InvalidSettings, Unsupported
+from tamis.errors import InvalidInput, InvalidSettings, Unsupported, first_line
 from tamis.model.processes import world_size
 from tamis.trajectory.causal import random_state_of
 from tamis.trajectory.identity import base_dtype, describe_model, frozen_digest, has_dropout
@@ -75,6 +76,8 @@ class TrajectoryRecorder(TrainerCallback):  # type: ignore[misc]  # transformers
         self._first = 0  # the first of them
         self._passes: list[_Pass] = []  # of the update that is being made
         self._running: _Pass | None = None  # whose loss is not known yet
+        self._awaited = 0  # passes of the update still to come
+        self._refusal: Exception | None = None  # why what went through the model cannot be recorded
         self._divisor: float | None = None  # of an online choice
         self._pending: tuple[tuple[float, ...], float] | None = None
         self._random = False
@@ -83,10 +86,11 @@ class TrajectoryRecorder(TrainerCallback):  # type: ignore[misc]  # transformers
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check that the run can be replayed, say what the record will take, and open it."""
+        self._remove_hooks()
         model, live = kwargs["model"], live_optimizer(kwargs["optimizer"], kwargs["model"])
         _refuse_arguments(args)
         every = self._every or max(_FEWEST_STEPS, math.isqrt(state.max_steps))
-        self._announce(live, every, state.max_steps, args)
+        self._announce(live, every, state.max_steps, _saves(args, state, kwargs.get("train_dataloader")))
         clip = float(args.max_grad_norm) if args.max_grad_norm else None
         self._random = has_dropout(model)
         manifest = {
@@ -112,7 +116,11 @@ class TrajectoryRecorder(TrainerCallback):  # type: ignore[misc]  # transformers
             self._writer = LogWriter.open_new(self.folder, manifest, live.state())
         self._live, self._first, self._steps, self._between = live, begun, [], every
         self._passes, self._divisor, self._pending = [], None, None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What goes through the model from here on is of the update."""
         self._remove_hooks()
+        self._awaited, self._refusal, model = args.gradient_accumulation_steps, None, kwargs["model"]
         self._hooks = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward, with_kwargs=True),
@@ -120,12 +128,17 @@ class TrajectoryRecorder(TrainerCallback):  # type: ignore[misc]  # transformers
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The gradient is what the optimizer will see; the rates are still those of this step."""
+        self._remove_hooks()
+        refusal, self._refusal = self._refusal, None
+        if refusal is not None:
+            raise refusal
         assert self._live is not None
         self._live.require_constants()
         self._pending = (self._live.rates(), self._live.gradient_norm())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """One update is done; write when it is time, and before the trainer writes a checkpoint."""
+        self._remove_hooks()
         if self._pending is None:
             raise Unsupported("this trainer does not announce its optimizer steps (on_pre_optimizer_step); update it")
         rates, norm = self._pending
@@ -150,11 +163,12 @@ class TrajectoryRecorder(TrainerCallback):  # type: ignore[misc]  # transformers
         self._flush()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write what is left, and that the run is whole."""
-        self._flush()
+        """Write what is left, and that the run is whole; only then look for its rows in the data."""
         self._remove_hooks()
+        self._flush()
         assert self._writer is not None
-        self._writer.finish(state.global_step, positions=self._positions(kwargs.get("train_dataloader")))
+        self._writer.finish(state.global_step)
+        self._writer.write_positions(self._positions(kwargs.get("train_dataloader")))
 
     # What else is told to it.
 
@@ -194,6 +208,19 @@ class TrajectoryRecorder(TrainerCallback):  # type: ignore[misc]  # transformers
         self._running = None
         if not module.training or not torch.is_grad_enabled():
             return
+        try:
+            self._note_pass(args, kwargs)
+        except Exception as error:  # raised before the update is made: the caller here may not be the trainer any more
+            self._remove_hooks()
+            self._refusal = error.with_traceback(None)  # which would keep the frames of the caller
+
+    def _note_pass(self, args: Any, kwargs: dict[str, Any]) -> None:
+        if self._awaited == 0:
+            raise Unsupported(
+                "the trainer sends more batches through the model in an update than gradient_accumulation_steps says; "
+                "the recorder takes each for a micro-batch: record with a trainer that sends every batch once, whole"
+            )
+        self._awaited -= 1
         if args:
             raise Unsupported("the trainer calls the model with positional arguments; the recorder reads named ones")
         found = rows_of_inputs(kwargs)
@@ -223,16 +250,36 @@ class TrajectoryRecorder(TrainerCallback):  # type: ignore[misc]  # transformers
     def _positions(self, loader: Any) -> list[int]:
         """For each recorded row, where it first stands in the training data; -1 where that is not known."""
         assert self._writer is not None
-        found = [-1] * len(self._writer.known)
-        data, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
-        if data is None or collate is None or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+        known = self._writer.known
+        found, missing = [-1] * len(known), len(known)
+        data: Any = getattr(loader, "dataset", None)
+        collate = getattr(loader, "collate_fn", None)
+        try:
+            count = len(data)
+        except Exception:  # there is none, or it is a stream
             return found
-        for position in range(len(data)):
-            inputs = {key: value for key, value in collate([data[position]]).items() if key in TOKEN_INPUTS}
-            row = rows_of_inputs(inputs)[0]
-            number = None if row is None else self._writer.known.get(row.digest())
+        if collate is None or not hasattr(data, "__getitem__"):
+            return found
+        logger.info("looking for the %d recorded rows among %d rows of training data", missing, count)
+        failed, first = 0, ""
+        for position in range(count):
+            if not missing:
+                break
+            try:
+                inputs = {key: value for key, value in collate([data[position]]).items() if key in TOKEN_INPUTS}
+                row = rows_of_inputs(inputs)[0]
+            except Exception as error:  # data sets raise what they like, and the run is over: it is not to fail now
+                failed, first = failed + 1, first or f"row {position}: {first_line(error)}"
+                continue
+            number = None if row is None else known.get(row.digest())
             if number is not None and found[number] < 0:
-                found[number] = position
+                found[number], missing = position, missing - 1
+        if missing:
+            why = f" ({failed} rows of it cannot be read one by one, the first is {first})" if failed else ""
+            logger.warning(
+                "%d of %d recorded rows are not found in the training data%s: attribution gives them no position",
+                missing, len(known), why,
+            )  # fmt: skip
         return found
 
     def _numbers(self, rows: Sequence[TokenRow]) -> list[int]:
@@ -251,7 +298,7 @@ class TrajectoryRecorder(TrainerCallback):  # type: ignore[misc]  # transformers
             hook.remove()
         self._hooks = []
 
-    def _announce(self, live: LiveOptimizer, every: int, steps: int, args: Any) -> None:
+    def _announce(self, live: LiveOptimizer, every: int, steps: int, saves: set[int]) -> None:
         """Say what the record will take, and refuse what does not fit.
 
         Raises:
@@ -259,29 +306,56 @@ class TrajectoryRecorder(TrainerCallback):  # type: ignore[misc]  # transformers
             InvalidSettings: it is more than was allowed.
         """
         check_writable(self.folder)
-        first = next(iter(live.params.values()))
-        numel = sum(group.numel for group in live.groups)
-        slots = 2 if live.kind == "sgd" else 3
-        saves = steps // args.save_steps if args.save_strategy == "steps" and args.save_steps >= 1 else 0
-        epochs = math.ceil(args.num_train_epochs) if args.load_best_model_at_end else 0
-        count = 1 + -(-steps // every) + int(saves) + epochs
-        size = count * slots * numel * first.element_size()
+        numbers = (2 if live.kind == "sgd" else 3) * sum(group.numel for group in live.groups)
+        one = numbers * next(iter(live.params.values())).element_size()
+        fixed = {0, steps} | saves
+        count = len(fixed.union(range(0, steps, every)))
+        size = count * one
         logger.info(
             "recording %d updates into %s: %d states of %d numbers, about %.2f GB, and the rows",
-            steps, self.folder, count, slots * numel, size / 1e9,
+            steps, self.folder, count, numbers, size / 1e9,
         )  # fmt: skip
+
+        def smaller(most: float) -> str:
+            others = int(most // one) - len(fixed)
+            if others > 0:
+                return f"record fewer states, every={-(-steps // others)} or more"
+            return (
+                f"the {len(fixed)} states at the start, at the end and at the trainer's checkpoints take "
+                f"{len(fixed) * one / 1e9:.3g} GB alone: save fewer checkpoints (save_strategy, save_steps)"
+            )
+
         if self._most_gb is not None and size > self._most_gb * 1e9:
             raise InvalidSettings(
-                f"the record would take {size / 1e9:.1f} GB and most_gb={self._most_gb:g}; record fewer states: "
-                f"every={math.ceil(every * size / (self._most_gb * 1e9))} or more"
+                f"the record would take {size / 1e9:.3g} GB and most_gb={self._most_gb:g}; "
+                f"{smaller(self._most_gb * 1e9)}, or allow more"
             )
         place = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
         free = shutil.disk_usage(place).free
         if size > free:
             raise InvalidInput(
-                f"the record would take {size / 1e9:.1f} GB and {self.folder} has {free / 1e9:.1f} GB free; give "
-                f"every={math.ceil(every * size / free)} or more, or another folder"
+                f"the record would take {size / 1e9:.3g} GB and {self.folder} has {free / 1e9:.3g} GB free; "
+                f"{smaller(free)}, or choose another folder"
             )
+
+
+def _saves(args: Any, state: Any, loader: Any) -> set[int]:
+    """After how many updates the trainer may save a checkpoint, and so the recorder a state. Of "best": if all are."""
+    try:
+        batches = len(loader)
+    except TypeError:  # a stream; the Trainer takes the whole run for one epoch
+        epoch = state.max_steps
+    else:
+        epoch = max(1, -(-batches // args.gradient_accumulation_steps))
+    intervals = [epoch] if args.load_best_model_at_end else []  # see on_epoch_end
+    strategy, steps = args.save_strategy, state.save_steps
+    if strategy == "best":
+        strategy, steps = args.eval_strategy, state.eval_steps
+    if strategy == "epoch":
+        intervals.append(epoch)
+    elif strategy == "steps" and steps >= 1:
+        intervals.append(int(steps))
+    return {step for interval in intervals for step in range(interval, state.max_steps, interval)}
 
 
 class _Pass:

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from tamis.disk import disk_errors
 from tamis.errors import InvalidSettings
 from tamis.maths.schedule import linear_rate
 from tamis.seeds import child_seed, random_permutation
@@ -126,15 +125,12 @@ def reference_run(
             writer.write_segment(index + 1 - len(logged), logged, state)
             logged = []
         advance(1)
-    writer.finish(total, positions=[-1] * len(writer.known))
+    writer.finish(total)
     return RecordedRun(LogReader(folder), problem), numbers
 
 
 def _open(folder: Path, manifest: Mapping[str, Any], fresh: Any) -> tuple[LogWriter, int, Any]:
     if not (folder / "manifest.json").is_file():
-        for old in (folder / "states").glob("*.safetensors"):  # of a run killed before it said what it is
-            with disk_errors(old, doing="remove"):
-                old.unlink()
         return LogWriter.open_new(folder, manifest, fresh), 0, fresh
     last = LogReader(folder).bounds[-1]
     writer = LogWriter.open_again(folder, manifest, last)
