@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -315,6 +318,32 @@ def test_a_pass_whose_state_is_gone_says_what_to_do(tmp_path: Path) -> None:
     assert again.reached == 4
     with pytest.raises(StoreCorrupted, match="two processes may have written there at once: delete the folder"):
         again.tensors(torch.zeros(1))
+
+
+def test_a_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
+    code = """
+import multiprocessing, os, signal, sys, threading, time
+def wait(number, folder):
+    from tamis.runs.verify import _end_with_parent
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    open(f"{folder}/{os.getpid()}", "w").close()
+    time.sleep(600)
+if __name__ == "__main__":
+    multiprocessing.get_context("spawn").Process(target=wait, args=(0, sys.argv[1])).start()
+    while not os.listdir(sys.argv[1]):
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    script, folder = tmp_path / "script.py", tmp_path / "pids"
+    script.write_text(code)
+    folder.mkdir()
+    assert subprocess.run([sys.executable, str(script), str(folder)], check=False).returncode == -signal.SIGKILL
+    [pid] = [int(path.name) for path in folder.iterdir()]
+    until = time.monotonic() + 60
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < until:
+            os.kill(pid, 0)  # asks only whether it is there
+            time.sleep(0.05)
 
 
 def test_samples_that_start_from_one_state_are_retrained_by_one_process_unless_others_idle() -> None:

@@ -227,9 +227,7 @@ def _tables(
         total = np.zeros((count, scores.shape[1]))
         np.add.at(total, rows, scores)
         samples["scores"] = pa.FixedSizeListArray.from_arrays(pa.array(total.ravel()), scores.shape[1])
-    if (
-        "error" in found
-    ):  # by the triangle inequality; what uses of a row do to each other is left out
+    if "error" in found:  # by the triangle inequality; what uses of a row do to each other is left out
         samples["error_proxy"] = np.bincount(rows, weights=columns["error_proxy"], minlength=count)
     return pa.table(columns), pa.table(samples)
 

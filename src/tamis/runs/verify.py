@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -218,8 +220,17 @@ _worker: dict[str, Any] = {}  # what a process of the pool opens once: its input
 
 
 def _open_worker(settings: VerifySettings, target: TargetRows) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     _worker.update(opened=open_inputs(settings, target), settings=settings, undisturbed={})
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed cannot tell; its processes would wait for it, and hold their memory, for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(uses: Sequence[Use], out: Path) -> None:
