@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from classifier import Classifier, LabelledRows
+from tamis.trajectory import sweep
 from tamis.trajectory.replay import play, train
 from tamis.trajectory.run import HeldTrajectory
 from tamis.trajectory.secant import SecantWindow
@@ -143,3 +144,25 @@ def test_finite_removal_of_nearly_a_whole_first_gradient_keeps_the_digits_of_flo
     # Moments are fresh, so Adam's update of a gradient is its sign, up to ε.
     change = left / (left.abs() + eps) - before / (before.abs() + eps)
     torch.testing.assert_close(found, -rate * change @ goal[0].double(), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("curvature", ["none", "fisher"])
+@pytest.mark.parametrize("more", [{}, {"secant": 2}, {"renormalise": True}], ids=["plain", "secant", "renormalised"])
+def test_a_diagnosis_by_the_scores_own_curvature_is_no_sweep_of_its_own(
+    curvature: Any, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = random_run()
+    expected = run_sweep(run, TARGET, SweepSettings(diagnose=True, **more))
+    names = list[str]()
+    whole = sweep.sweep_step
+
+    def counted(problem: Any, played: Any, channel: Any, **options: Any) -> Any:
+        names.append(channel.name)
+        return whole(problem, played, channel, **options)
+
+    monkeypatch.setattr(sweep, "sweep_step", counted)
+    found = run_sweep(run, TARGET, SweepSettings(diagnose=True, curvature=curvature, **more))
+    other = {"none": "fisher", "fisher": "none"}[curvature]
+    assert set(names) == {"scores", f"curvature:{other}"}
+    for name in ("curvature:none", "curvature:fisher"):
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-13)

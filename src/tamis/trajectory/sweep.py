@@ -143,6 +143,7 @@ class _Sweep:
         self._problem, self._rule, self._settings = problem, rule, settings
         self._target = partial(target_gradients, problem, target=target, per_row=per_row, group=group)
         self._channels: list[Channel] = []
+        self._same: str | None = None  # which diagnosis the scores' own channel is
         self._window = SecantWindow(settings.secant) if settings.secant else None
         self._proxy = ErrorProxy() if settings.error else None
         if settings.method == "tracin":
@@ -154,6 +155,9 @@ class _Sweep:
             mean = goal.mean(dim=0, keepdim=True)
             for curvature in _ALONG:
                 name = f"curvature:{curvature}"
+                if curvature == settings.curvature and len(goal) == 1:
+                    self._same = name
+                    continue
                 self._channels.append(start_channel(name, settings.method, curvature, mean, moments=count))  # type: ignore[arg-type]
 
     def step(self, played: Played) -> dict[str, Tensor]:
@@ -173,8 +177,10 @@ class _Sweep:
             found |= self._with_gradients(played)
         for channel in self._channels:
             scores = sweep_step(self._problem, played, channel)
-            if channel.name not in found:
-                found[channel.name] = renormalised(scores, step.weights) if settings.renormalise else scores
+            own = renormalised(scores, step.weights) if settings.renormalise else scores
+            found.setdefault(channel.name, own)
+            if channel.name == "scores" and self._same is not None:
+                found[self._same] = own
         for name, tensor in found.items():
             if not bool(torch.isfinite(tensor).all()):
                 raise NonFinite(
