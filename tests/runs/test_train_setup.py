@@ -72,3 +72,9 @@ def test_settings_of_a_step_are_part_of_a_run() -> None:
     known = _settings_identity(plain)["settings"]
     for changed in ({"target_rank": 4}, {"source_rows": 3}, {"source_temperature": 1.0}, {"source_memory": 0.0}):
         assert _settings_identity(replace(plain, **changed))["settings"] == {**known, **changed}
+
+
+def test_a_record_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    with pytest.raises(InvalidSettings, match="record: a record needs a folder of its own"):
+        settings(out=str(tmp_path / "run"), record=str(tmp_path / "other" / ".." / "run"))
+    assert settings(out=str(tmp_path / "run"), record=str(tmp_path / "run" / "record")).record is not None

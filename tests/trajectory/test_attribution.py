@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -308,6 +309,55 @@ def test_what_others_damaged_is_said_and_made_again(
             verify()
         (store / name).write_bytes(content)
     assert verify().methods == whole.methods
+
+
+def test_a_record_with_a_damaged_end_or_a_strange_state_is_refused(recorded: Recorded, tmp_path: Path) -> None:
+    folder = tmp_path / "record"
+    shutil.copytree(recorded.folder, folder)
+    state = max((folder / "states").iterdir())
+    tensors = load_file(state)
+    save_file({name: tensor[:-1] if tensor.ndim else tensor for name, tensor in tensors.items()}, state)
+    copy = Recorded(folder, recorded.model)
+    with pytest.raises(StoreCorrupted, match="it is another run's: record the run again"):
+        attribute(copy, tmp_path / "a")
+    (folder / "end.json").write_text('{"steps"')
+    with pytest.raises(StoreCorrupted, match=r"end\.json cannot be read"):
+        attribute(copy, tmp_path / "b")
+
+
+def test_a_folder_of_others_is_left_as_it_is(recorded: Recorded, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    for verb in (tamis.attribute, tamis.verify):
+        with pytest.raises(InvalidSettings, match="was not written by tamis"):
+            verb(run=recorded.folder, target=TARGET, out=tmp_path, model=recorded.model)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_target_rows_that_are_left_out_are_named(
+    recorded: Recorded, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    silent = {**TARGET[0], "labels": [-100] * len(TARGET[0]["labels"])}
+    found = tamis.attribute(
+        run=recorded.folder, target=[*TARGET[:2], silent], out=tmp_path / "a", model=recorded.model, method="tracin"
+    )
+    assert len(found.manifest["target_rows"]) == 2
+    assert "1 target rows are left out" in caplog.text and "(in memory):2" in caplog.text
+
+
+def test_summary_matrices_that_cannot_fit_are_refused_with_what_would(
+    recorded: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = len(open_run(recorded.folder, recorded.model).state(0).theta)
+    matrix: dict[str, Any] = {"form": "matrix", "curvature": "fisher", "store": tmp_path / "store"}
+    with monkeypatch.context() as patch:
+        patch.setattr("tamis.runs.attribute.free_memory", lambda device: 3 * count**2 * 4 / 2.5)
+        with pytest.raises(InvalidSettings, match="pass --masks 3 or more"):
+            attribute(recorded, tmp_path / "a", **matrix)
+        with pytest.raises(InvalidSettings, match="pass a smaller --mask-share"):
+            attribute(recorded, tmp_path / "b", **matrix, masks=4, mask_share=0.9)
+        attribute(recorded, tmp_path / "c", **matrix, masks=3)
+        patch.setattr("tamis.runs.attribute.free_memory", lambda device: 1)  # what is stored needs none
+        attribute(recorded, tmp_path / "d", **matrix, masks=3)
 
 
 def test_a_pass_whose_state_is_gone_says_what_to_do(tmp_path: Path) -> None:

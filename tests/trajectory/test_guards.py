@@ -126,7 +126,7 @@ def test_scores_that_overflow_on_the_way_back_are_no_result(monkeypatch: pytest.
 
     real = sweep.sweep_step
     monkeypatch.setattr(sweep, "sweep_step", lambda *args, **kwargs: real(*args, **kwargs) * torch.inf)
-    with pytest.raises(NonFinite, match="update 5: its scores are not finite"):
+    with pytest.raises(NonFinite, match="update 5: the numbers of its scores are not all finite"):
         run_sweep(reference_run(), REFERENCE_TARGET, SweepSettings())
     with pytest.raises(AssertionError, match="NaN has no rank"):
         fidelity(np.ones((3, 1)), np.array([[1.0], [np.nan], [2.0]]))

@@ -14,7 +14,7 @@ from tamis.disk import disk_errors, replace_atomically
 from tamis.errors import StoreCorrupted
 from tamis.model.processes import rank
 
-__all__ = ["TokenLimit", "default_batch_tokens", "is_out_of_memory"]
+__all__ = ["TokenLimit", "default_batch_tokens", "free_memory", "is_out_of_memory"]
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -23,6 +23,17 @@ T = TypeVar("T")
 def default_batch_tokens(device: torch.device) -> int:
     """Padded tokens of a batch if nobody says how many: caches are small on a CPU, launches dear on an accelerator."""
     return 2048 if device.type == "cpu" else 16384
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can be allocated there now, about; None where nothing says."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    known = Path("/proc/meminfo")
+    if device.type != "cpu" or not known.is_file():
+        return None
+    values = dict(line.split(":", 1) for line in known.read_text(encoding="ascii").splitlines())
+    return int(values["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in values else None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

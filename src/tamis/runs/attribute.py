@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,17 +20,19 @@ from torch import Tensor, nn
 from tamis.config import write_config
 from tamis.data.rows import Rows
 from tamis.disk import check_writable
-from tamis.errors import StoreCorrupted
+from tamis.errors import InvalidSettings, StoreCorrupted
 from tamis.identity import file_sha256, fingerprint
 from tamis.maths.ranks import rank_correlation
+from tamis.model.memory import free_memory
 from tamis.progress import NoProgress
 from tamis.protocols import Progress
-from tamis.runs.outputs import claim_folder, write_json, write_scores
+from tamis.runs.outputs import claim_folder, refuse_strangers, write_json, write_scores
 from tamis.runs.trace_inputs import OpenedRun, open_inputs, read_target, recorded_rows, run_identity
 from tamis.seeds import child_seed, random_subset
 from tamis.settings import AttributeSettings
 from tamis.trajectory.adjoint import refuse_lone_sample, renormalised
 from tamis.trajectory.embeddings import run_embeddings, scores_from_embeddings
+from tamis.trajectory.segment_store import SegmentStore
 from tamis.trajectory.summary_matrix import draw_masks
 from tamis.trajectory.sweep import SweepSettings, run_sweep, target_gradients
 from tamis.trajectory.update_error import exact_errors
@@ -39,7 +42,7 @@ from tamis.versions import versions
 __all__ = ["Attribution", "attribute_from_settings", "sweep_settings"]
 
 _FREE = ("batch_rows", "device", "tolerance")
-ENOUGH, TOO_LITTLE = 0.99, 0.9  # agreement of scores without curvature with those of the empirical Fisher
+ENOUGH = 0.99  # agreement of scores without curvature with those of the empirical Fisher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +79,7 @@ def attribute_from_settings(
     held, progress = held or {}, progress or NoProgress()
     out = Path(settings.out)
     check_writable(out)
+    refuse_strangers(out)
     target = read_target(settings, store=out / "store", held=held, progress=progress)
     identity = run_identity("attribute", settings, target, free=_FREE)
     claim_folder(out, identity)
@@ -166,6 +170,8 @@ def _scores(
         }
         store = Path(settings.store) if settings.store is not None else out / "store"
         folder = store / f"embeddings-{fingerprint(known)[:12]}"
+        if SegmentStore(folder).reached != 0:
+            _check_memory(theta, settings)
         embeddings = run_embeddings(
             trajectory,
             masks,
@@ -182,6 +188,26 @@ def _scores(
             refuse_lone_sample(step)
         scores = [renormalised(own, step.weights.cpu()) for own, step in zip(scores, steps, strict=True)]
     return {"scores": scores}
+
+
+def _check_memory(theta: Tensor, settings: AttributeSettings) -> None:
+    """Refuse summary matrices that cannot fit, before the replay.
+
+    Raises:
+        InvalidSettings: saying what they need, and how many masks are enough.
+    """
+    free = free_memory(theta.device)
+    share = 1 / settings.masks if settings.mask_share is None else settings.mask_share
+    one = 3 * (share * len(theta)) ** 2 * theta.element_size()  # three matrices for each mask
+    needed = one * settings.masks
+    if free is None or needed <= free:
+        return
+    enough = math.ceil(3 * len(theta) ** 2 * theta.element_size() / free)
+    advice = f"pass --masks {enough} or more" if settings.mask_share is None else "pass a smaller --mask-share"
+    raise InvalidSettings(
+        f"masks: the summary matrices of {len(theta)} trained numbers need {needed / 1e9:.3g} GB and "
+        f"{free / 1e9:.3g} GB are free; {advice}, or use the adjoint form"
+    )
 
 
 def _exact(settings: AttributeSettings, opened: OpenedRun, progress: Progress) -> npt.NDArray[np.float64]:
@@ -240,11 +266,9 @@ def _diagnosis(found: Mapping[str, Any]) -> dict[str, Any]:
     if agreement is None:
         advice = "the scores are constant, and nothing can be said of curvature"
     elif agreement >= ENOUGH:
-        advice = "curvature does not matter in this run: --curvature none gives the same order"
-    elif agreement < TOO_LITTLE:
-        advice = "curvature matters in this run: use --curvature exact"
+        advice = "the Fisher changes nothing in this run: --curvature none gives the same order"
     else:
-        advice = "curvature matters somewhat in this run: prefer --curvature exact"
+        advice = "curvature matters in this run, and the Fisher need not have all of it: use --curvature exact"
     return {"curvature_agreement": agreement, "curvature_advice": advice}
 
 

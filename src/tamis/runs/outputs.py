@@ -30,6 +30,7 @@ __all__ = [
     "check_claim",
     "claim_folder",
     "free_claim",
+    "refuse_strangers",
     "score_table",
     "write_json",
     "write_messages",
@@ -70,13 +71,25 @@ def claim_folder(out: Path, identity: Mapping[str, Any]) -> None:
         return
     for leftover in out.glob(f".*{TEMPORARY_SUFFIX}"):  # of a run that was killed while it wrote here
         leftover.unlink(missing_ok=True)
-    strangers = sorted(entry.name for entry in out.iterdir() if entry.name != "store")
+    refuse_strangers(out)
+    write_json(path, wanted)
+
+
+def refuse_strangers(out: Path) -> None:
+    """Refuse a folder that no run has claimed and that is not empty, before anything is written there.
+
+    Raises:
+        InvalidSettings: naming what it holds.
+    """
+    if not out.is_dir() or (out / IDENTITY).exists():
+        return
+    names = (entry.name for entry in out.iterdir() if entry.name != "store")
+    strangers = sorted(name for name in names if not (name.startswith(".") and name.endswith(TEMPORARY_SUFFIX)))
     if strangers:
         raise InvalidSettings(
             f"--out {out} is not empty and was not written by tamis (it holds {', '.join(strangers[:3])}); "
             "choose a new or an empty folder"
         )
-    write_json(path, wanted)
 
 
 def check_claim(out: Path, identity: Mapping[str, Any]) -> None:

@@ -113,6 +113,7 @@ def read_target(
         named = [(f"{path}:{n}", row) for path in paths for n, row in enumerate(held[path])]
         found = [(name, _of_tokens(row, name)) for name, row in named]
         rows, ids = [row for _, row in found if row is not None], [name for name, row in found if row is not None]
+        left_out = [name for name, row in found if row is None]
     else:
         if not (settings.model or LogReader(Path(settings.run)).manifest["model"]["name"]):
             raise InvalidInput(
@@ -127,8 +128,15 @@ def read_target(
         usable = np.flatnonzero(corpus.usable).astype(np.int64)
         rows = [TokenRow(ids=t.input_ids, supervised=t.supervised).trimmed() for t in corpus.take(usable)]
         ids = [examples.ids[int(row)] for row in usable]
+        left_out = [f"{bad.file}, row {bad.row} ({bad.problem})" for bad in examples.skipped]
+        left_out += [examples.ids[int(row)] for row in np.flatnonzero(~corpus.usable)]
     if not rows:
         raise InvalidInput(f"no row of the target ({', '.join(paths)}) carries a supervised token; give it usable rows")
+    if left_out:
+        logger.warning(
+            "%d target rows are left out, which have no answer that counts (or none within max_length=%d): %s",
+            len(left_out), settings.max_length, _some(left_out),
+        )  # fmt: skip
     digest = text_sha256("".join(row.digest().hex() for row in rows))
     return TargetRows(rows=tuple(rows), ids=tuple(ids), digest=digest)
 
@@ -198,6 +206,10 @@ def write_examples(folder: Path, examples: Examples, rows: IntArray, sources: Se
         }
     )
     write_scores(folder / EXAMPLES, table)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _of_tokens(row: Mapping[str, Any], name: str) -> TokenRow | None:

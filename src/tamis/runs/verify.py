@@ -30,7 +30,7 @@ from tamis.disk import check_writable, make_folder, replace_atomically
 from tamis.errors import InvalidSettings, NonFinite, first_line
 from tamis.progress import NoProgress
 from tamis.protocols import Progress
-from tamis.runs.outputs import claim_folder, write_json
+from tamis.runs.outputs import claim_folder, refuse_strangers, write_json
 from tamis.runs.trace_inputs import OpenedRun, TargetRows, open_inputs, read_target, run_identity
 from tamis.seeds import child_seed, random_subset
 from tamis.settings import VerifySettings
@@ -89,6 +89,7 @@ def verify_from_settings(
         raise InvalidSettings("processes: a model object cannot be given to several; pass its name or folder instead")
     out = Path(settings.out)
     check_writable(out)
+    refuse_strangers(out)
     target = read_target(settings, store=out / "store", held=held, progress=progress)
     identity = run_identity("verify", settings, target, free=_FREE)
     claim_folder(out, identity)

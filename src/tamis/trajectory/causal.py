@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tamis.errors import Unsupported
+from tamis.errors import StoreCorrupted, Unsupported
 from tamis.gradients.functional import Layout, Predictions
 from tamis.model.checkpointing import without_checkpointing
 from tamis.model.loss import evaluation_mode, gathered_before_head, supervised_positions
@@ -111,6 +111,11 @@ class RecordedRun:
     def state(self, index: int) -> State:
         """The state before ``index``, on the model's device."""
         found, device = self.reader.state(index), self.problem.device
+        if any(len(part) != self.problem.layout.numel for part in (found.theta, *found.moments)):
+            raise StoreCorrupted(
+                f"{self.reader.folder}: the state before update {index + 1} has {len(found.theta)} numbers and the run "
+                f"trained {self.problem.layout.numel}; it is another run's: record the run again"
+            )
         moments = tuple(moment.to(device) for moment in found.moments)
         return State(theta=found.theta.to(device), moments=moments, count=found.count)
 

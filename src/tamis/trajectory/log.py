@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from tamis.disk import disk_errors, make_folder, replace_atomically
-from tamis.errors import InvalidInput, StoreCorrupted, StoreMismatch
+from tamis.errors import InvalidInput, StoreCorrupted, StoreMismatch, first_line
 from tamis.trajectory.run import State
 from tamis.trajectory.token_rows import TokenRow
 from tamis.types import IntArray
@@ -229,7 +229,10 @@ class LogReader:
                 raise StoreCorrupted(f"{path} follows update {self.bounds[-1]}: the log lacks the updates between them")
             self.bounds.append(stop)
         end = folder / _END
-        self.end: dict[str, Any] | None = json.loads(end.read_text(encoding="utf-8")) if end.is_file() else None
+        try:
+            self.end: dict[str, Any] | None = json.loads(end.read_text(encoding="utf-8")) if end.is_file() else None
+        except ValueError as error:
+            raise StoreCorrupted(f"{end} cannot be read ({first_line(error)}); record the run again") from error
         self._loaded: tuple[int, list[LoggedStep]] | None = None
 
     @property

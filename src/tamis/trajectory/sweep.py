@@ -184,8 +184,9 @@ class _Sweep:
         for name, tensor in found.items():
             if not bool(torch.isfinite(tensor).all()):
                 raise NonFinite(
-                    f"update {step.index + 1}: its {name} are not finite; on the way back from the end of the run they "
-                    "grew beyond what numbers hold, which is the sign of a chaotic run: no derivative predicts it "
+                    f"update {step.index + 1}: the numbers of its {name} are not all finite; on the way back from "
+                    "the end of the run they grew beyond what numbers hold, which is the sign of a chaotic run: no "
+                    "derivative predicts it "
                     "(record one with a lower learning rate, or trust retraining alone)"
                 )
         return {name: tensor.detach().cpu() for name, tensor in found.items()}
