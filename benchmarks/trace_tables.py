@@ -105,9 +105,9 @@ def update_errors(rows: Sequence[Row]) -> None:
 
 
 def with_most_samples(rows: Sequence[Row]) -> list[Row]:
-    """Of every model, optimizer, length and rate, the runs of which most samples were left out."""
+    """Of every model, optimizer, length, rate and seed, the run of which most samples were left out."""
     found = list[Row]()
-    for own in grouped(rows, ("model", "optimizer", "steps", "rate")).values():
+    for own in grouped(rows, ("model", "optimizer", "steps", "rate", "seed")).values():
         most = max(int(row["samples"]) for row in own)
         found += [row for row in own if int(row["samples"]) == most]
     return found
