@@ -26,7 +26,8 @@ from tamis.evaluate.plan import PlanResult, estimate_plan
 from tamis.online.methods.by_name import online_settings
 from tamis.online.methods.choice import Method as OnlineMethod
 from tamis.protocols import Method, Progress
-from tamis.runs.attribute import Attribution, attribute_from_settings
+from tamis.runs.attribute import attribute_from_settings
+from tamis.runs.attribution_result import Attribution
 from tamis.runs.compare import CompareResult, PlantedResult, compare_from_settings
 from tamis.runs.proxy import ProxyResult, proxy_from_settings
 from tamis.runs.select import Selection, select_from_settings

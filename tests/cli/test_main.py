@@ -301,7 +301,8 @@ def test_control_c_during_work_exits_130(tmp_path: Path) -> None:
         "module = types.ModuleType('tamis.api')\n"
         "def select_from_settings(settings, *, progress):\n"
         f"    pathlib.Path({str(ready)!r}).touch()\n"
-        "    time.sleep(60)\n"
+        # Short ones: a signal between Python's last look and the system's sleep is heeded only after it.
+        "    for _ in range(6000): time.sleep(0.01)\n"
         "module.select_from_settings = select_from_settings\n"
         "import tamis\n"
         "tamis.api = sys.modules['tamis.api'] = module\n"

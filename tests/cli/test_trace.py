@@ -36,7 +36,19 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def attribute_from_settings(settings: AttributeSettings, *, progress: Any) -> FakeResult:
         found.append(settings)
-        return FakeResult({"updates": 5, "target_rows": ["a", "b"], "curvature_advice": "use --curvature exact"})
+        return FakeResult(
+            {
+                "updates": 5,
+                "target_rows": ["a", "b"],
+                "curvature_advice": "use --curvature exact",
+                "sources": [
+                    {"source": "maths\u202e", "samples": 1200, "uses": 1300, "mean_score": 2.5e-3},
+                    {"source": "web", "samples": 7, "uses": 7, "mean_score": -1e-4},
+                ],
+                "best": [{"sample": "row-1", "uses": 2, "score": 0.25}],
+                "worst": [{"sample": "row-9", "uses": 1, "score": -0.5}],
+            }
+        )
 
     def verify_from_settings(settings: VerifySettings, *, progress: Any) -> FakeResult:
         found.append(settings)
@@ -80,6 +92,12 @@ def test_results_are_printed_or_given_as_json(seen: list[Any], capsys: pytest.Ca
     assert run(["attribute", *ARGUMENTS]) == 0
     printed = capsys.readouterr().out
     assert "use --curvature exact" in printed and "target rows" in printed
+    assert re.search(r"maths⟦U\+202E⟧ +1,200 +1,300 +\+0\.0025", printed)
+    assert re.search(r"row-1 +2 +\+0\.25", printed) and re.search(r"row-9 +1 +-0\.5", printed)
+    assert re.search("next +tamis verify --run r --target t.jsonl\n", printed)
+    assert run(["attribute", *ARGUMENTS, "--curvature", "none", "--per-row", "--seed", "3", "--json"]) == 0
+    following = json.loads(capsys.readouterr().out)["next"]
+    assert following == "tamis verify --run r --target t.jsonl --curvature none --per-row"
     assert run(["verify", *ARGUMENTS]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"0\.912 +│ +– +│ +0\.300", printed)  # no interval of four samples

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -11,11 +13,13 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -41,7 +45,7 @@ from tiny_run import make_run
 TARGET = [dict(row) for row in rows_of(5, seed=7)]
 
 
-@dataclass
+@dataclasses.dataclass
 class Recorded:
     folder: Path
     model: nn.Module
@@ -289,6 +293,31 @@ def test_a_killed_verification_goes_on_and_tells_the_methods_apart(recorded: Rec
     assert found.methods["adamw-influence"]["low"] <= found.methods["adamw-influence"]["spearman"]
 
 
+def test_a_verification_grows_with_samples_and_takes_other_scores(
+    recorded: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retrained: list[tuple[int, int]] = []
+
+    def counted(run: Any, step: int, place: int, *more: Any, **settings: Any) -> torch.Tensor:
+        retrained.append((step, place))
+        return leave_out_effect(run, step, place, *more, **settings)
+
+    monkeypatch.setattr("tamis.runs.verify.leave_out_effect", counted)
+
+    def verify(out: str, **settings: Any) -> tamis.Verification:
+        return tamis.verify(run=recorded.folder, target=TARGET, out=tmp_path / out, model=recorded.model, **settings)
+
+    few = verify("v", samples=4)
+    assert len(retrained) == 4
+    more = verify("v", samples=6)
+    assert len(retrained) == len(set(retrained)) == 6 and more.manifest["samples"] == 6
+    assert verify("v", samples=4).methods == few.methods
+    rows = verify("v", samples=4, per_row=True, curvature="none", methods=["tracin"])
+    assert len(retrained) == 6
+    afresh = verify("w", samples=4, per_row=True, curvature="none", methods=["tracin"])
+    assert rows.methods == afresh.methods != {"tracin": few.methods["tracin"]}
+
+
 def test_what_others_damaged_is_said_and_made_again(
     recorded: Recorded, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -301,7 +330,7 @@ def test_what_others_damaged_is_said_and_made_again(
     path.write_bytes(own[:20])
     assert verify().methods == whole.methods and path.read_bytes() == own
     assert f"{path} cannot be read" in caplog.text
-    store = tmp_path / "v/store/scores-adamw-influence-exact-0"
+    store = tmp_path / "v/store/scores-adamw-influence-exact-0-mean"
     for name in (min(store.glob("scores-*")).name, "reached.json"):
         content = (store / name).read_bytes()
         (store / name).write_bytes(content[:9])
@@ -309,6 +338,23 @@ def test_what_others_damaged_is_said_and_made_again(
             verify()
         (store / name).write_bytes(content)
     assert verify().methods == whole.methods
+
+
+def test_the_summary_names_the_samples_at_either_end(recorded: Recorded, tmp_path: Path) -> None:
+    found = attribute(recorded, tmp_path / "a")
+    table = found.samples.to_pandas().sort_values("score")
+    best, worst = found.summary()["best"], found.summary()["worst"]
+    assert [one["score"] for one in worst] == table["score"].head(5).tolist()
+    assert [one["score"] for one in best] == table["score"].tail(5).tolist()[::-1]
+    assert best[0]["sample"] == f"position {table['position'].iloc[-1]}" and found.summary()["sources"] == []
+    names = pa.array(["a", None] + ["b"] * (len(table) - 2))
+    named = found.samples.append_column("source", names).append_column("id", names)
+    one, two = dataclasses.replace(found, samples=named).summary()["sources"]
+    assert {one["source"], two["source"]} == {"a", "b"} and one["mean_score"] > two["mean_score"]
+    of_b = named.filter(pc.equal(named["source"], "b")).to_pandas()
+    b = one if one["source"] == "b" else two
+    assert b["samples"] == len(of_b) and b["uses"] == of_b["uses"].sum()
+    np.testing.assert_allclose(b["mean_score"], of_b["score"].sum() / of_b["uses"].sum())
 
 
 def test_a_record_with_a_damaged_end_or_a_strange_state_is_refused(recorded: Recorded, tmp_path: Path) -> None:
@@ -320,6 +366,9 @@ def test_a_record_with_a_damaged_end_or_a_strange_state_is_refused(recorded: Rec
     copy = Recorded(folder, recorded.model)
     with pytest.raises(StoreCorrupted, match="it is another run's: record the run again"):
         attribute(copy, tmp_path / "a")
+    state.unlink()
+    with pytest.raises(StoreCorrupted, match=f"{state.name} cannot be read .No such file"):
+        attribute(copy, tmp_path / "c")
     (folder / "end.json").write_text('{"steps"')
     with pytest.raises(StoreCorrupted, match=r"end\.json cannot be read"):
         attribute(copy, tmp_path / "b")
@@ -341,7 +390,8 @@ def test_target_rows_that_are_left_out_are_named(
         run=recorded.folder, target=[*TARGET[:2], silent], out=tmp_path / "a", model=recorded.model, method="tracin"
     )
     assert len(found.manifest["target_rows"]) == 2
-    assert "1 target rows are left out" in caplog.text and "(in memory):2" in caplog.text
+    assert found.manifest["target_left_out"] == ["target (in memory):2"]
+    assert "left out of the target (1)" in caplog.text and "target (in memory):2" in caplog.text
 
 
 def test_summary_matrices_that_cannot_fit_are_refused_with_what_would(
@@ -474,12 +524,15 @@ def test_the_three_verbs_work_one_after_the_other(
     more = ["--method", "full", "--keep", "4", "--oversample", "1", "--lora-rank", "2", "--max-length", "64"]
     record = ["--record", str(tmp_path / "record"), "--record-every", "2", "--out", str(tmp_path / "t")]
     assert run_command([*train, *more, *record, *common]) == 0
-    capsys.readouterr()
+    following = json.loads(capsys.readouterr().out)["next"]
+    target = ["--target", str(tiny.target)]
+    assert following == shlex.join(
+        ["tamis", "attribute", "--max-length", "64", *target, "--run", str(tmp_path / "record")]
+    )
     trace = ["--run", str(tmp_path / "record"), "--target", str(tiny.target), "--max-length", "64", *common]
     assert run_command(["attribute", *trace, "--out", str(tmp_path / "a")]) == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary["updates"] == 4 and summary["uses"] == 16
-    import pyarrow.parquet as pq
 
     samples = pq.read_table(summary["scores_by_sample"])
     pool = [json.loads(line) for line in tiny.pool.read_text().splitlines()]

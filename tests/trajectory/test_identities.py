@@ -259,6 +259,15 @@ def test_finite_removal_over_all_steps_comes_close_to_retraining(clip: float | N
             assert error < 0.03 and error < 0.2 * plain  # what is left is curvature of the loss, of order lr
 
 
+def test_scores_are_relative() -> None:
+    """Clipping keeps only the direction of an update's gradient, and Adam divides by the gradients' size."""
+    clipped, _ = adjoint_scores(random_run(clip=1e-3), TARGET)
+    for scores in clipped:
+        assert float(scores.sum(dim=0).abs().max()) < 1e-5 * float(scores.abs().max())  # PyTorch clips at norm + 1e-6
+    plain = torch.cat(adjoint_scores(random_run(), TARGET)[0])
+    assert float(plain.sum(dim=0).abs().max()) < 1e-3 * float(plain.abs().sum(dim=0).max())
+
+
 def test_the_error_proxy_is_the_sum_it_stands_for() -> None:
     run = random_run(clip=0.5, lr=3e-2)
     played = played_all(run)

@@ -162,7 +162,7 @@ def test_a_killed_recording_resumes_with_its_trainer_to_the_same_bytes(tmp_path:
     saves = {"save_strategy": "steps", "save_steps": 3, "max_steps": 8}
     record(tmp_path / "whole", model_of(lora=True, dropout=0.1), **saves)
     killed(lambda: record(tmp_path / "cut", model_of(lora=True, dropout=0.1), callbacks=(DieAt(5),), **saves))
-    with pytest.raises(InvalidInput, match="its log ends at update 4 of 8; resume the training"):
+    with pytest.raises(InvalidInput, match=r"its log ends at update 4 of 8; wait .*, or resume it"):
         open_run(tmp_path / "cut/record", model_of(lora=True, dropout=0.1))
     with pytest.raises(StoreMismatch, match="its autocast differs; resume with the same model, optim"):
         record(tmp_path / "cut", model_of(lora=True, dropout=0.1), resume=True, bf16=True, **saves)
@@ -214,6 +214,7 @@ def test_a_log_that_does_not_replay_is_refused(tmp_path: Path, name: str, change
     [
         ({"optim": "adafactor"}, "Adafactor cannot be replayed; record a run of optim='adamw_torch'"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor cannot be recorded"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size cannot be recorded: .* find the size first"),
     ],
 )
 def test_runs_that_cannot_be_replayed_are_refused_when_they_begin(tmp_path: Path, changes: Any, message: str) -> None:

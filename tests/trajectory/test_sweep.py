@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -149,7 +150,7 @@ def test_finite_removal_of_nearly_a_whole_first_gradient_keeps_the_digits_of_flo
 @pytest.mark.parametrize("curvature", ["none", "fisher"])
 @pytest.mark.parametrize("more", [{}, {"secant": 2}, {"renormalise": True}], ids=["plain", "secant", "renormalised"])
 def test_a_diagnosis_by_the_scores_own_curvature_is_no_sweep_of_its_own(
-    curvature: Any, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    curvature: Any, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     run = random_run()
     expected = run_sweep(run, TARGET, SweepSettings(diagnose=True, **more))
@@ -161,7 +162,7 @@ def test_a_diagnosis_by_the_scores_own_curvature_is_no_sweep_of_its_own(
         return whole(problem, played, channel, **options)
 
     monkeypatch.setattr(sweep, "sweep_step", counted)
-    found = run_sweep(run, TARGET, SweepSettings(diagnose=True, curvature=curvature, **more))
+    found = run_sweep(run, TARGET, SweepSettings(diagnose=True, curvature=curvature, **more), folder=tmp_path / "sweep")
     other = {"none": "fisher", "fisher": "none"}[curvature]
     assert set(names) == {"scores", f"curvature:{other}"}
     for name in ("curvature:none", "curvature:fisher"):

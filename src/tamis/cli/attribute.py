@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from tamis.cli import options as opt
-from tamis.cli.command import work
+from tamis.cli.command import next_command, work
 from tamis.cli.output import plain, print_summary
-from tamis.settings import AttributeSettings
+from tamis.report.wording import visible
+from tamis.settings import AttributeSettings, VerifySettings
 from tamis.settings.trace import TRACE_METHODS
 
 __all__ = ["EPILOG", "attribute"]
@@ -145,9 +148,27 @@ def attribute(
 
         result = api.attribute_from_settings(job.settings, progress=job.progress)
         summary = plain(result.summary())
-    job.answer(summary, _print_counted)
+    verify = next_command("verify", job.settings, VerifySettings, out=None, batch_rows=None, seed=None)
+    job.answer({**summary, "next": verify}, _print_scores)
 
 
-def _print_counted(console: Console, summary: Mapping[str, Any]) -> None:
-    """As every summary, but with the number of target rows in place of their names."""
-    print_summary(console, {**summary, "target_rows": len(summary["target_rows"])})
+def _print_scores(console: Console, summary: Mapping[str, Any]) -> None:
+    """What the samples did, by source and at either end, then counts, cost and paths."""
+    if len(summary["sources"]) > 1:
+        console.print(_table("source", summary["sources"], ["samples", "uses", "mean score"]))
+    for name in ("best", "worst"):
+        console.print(_table(name, summary[name], ["uses", "score"]))
+    rest = {key: value for key, value in summary.items() if key not in ("sources", "best", "worst")}
+    print_summary(console, {**rest, "target_rows": len(rest["target_rows"])})
+
+
+def _table(name: str, lines: Sequence[Mapping[str, Any]], heads: Sequence[str]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column(name, overflow="fold")
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    for line in lines:
+        numbers = [line[head.replace(" ", "_")] for head in heads]
+        said = [f"{value:,}" if isinstance(value, int) else f"{value:+.3g}" for value in numbers]
+        table.add_row(Text(visible(line["source" if name == "source" else "sample"])), *said)
+    return table

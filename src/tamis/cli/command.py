@@ -5,8 +5,9 @@ settings of them, keep the standard output clean, and answer.
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import typer
@@ -16,12 +17,12 @@ from typer.core import TyperCommand, TyperGroup
 from tamis.cli.config import merge_settings, parse_pairs
 from tamis.cli.output import clean_output, print_json, print_warnings
 from tamis.cli.progress import choose_progress, is_main_rank
-from tamis.values import required_names
+from tamis.values import changed_values, required_names
 
 if TYPE_CHECKING:  # imports PyTorch
     from tamis.protocols import Progress as ProgressProtocol
 
-__all__ = ["UserInterruptError", "VerbCommand", "VerbGroup", "Work", "typed_flags", "usage", "work"]
+__all__ = ["UserInterruptError", "VerbCommand", "VerbGroup", "Work", "next_command", "typed_flags", "usage", "work"]
 
 S = TypeVar("S")
 
@@ -111,6 +112,22 @@ def typed_flags(ctx: typer.Context) -> dict[str, Any]:
         else:
             typed[name] = value
     return typed
+
+
+def next_command(verb: str, settings: Any, cls: type[Any], **given: Any) -> str:
+    """What to type after a verb with ``settings``: ``verb``, with the values that its class ``cls`` shares with them.
+
+    ``given`` stand in place of them; None leaves one at its default.
+    """
+    shared = {name: value for name, value in changed_values(settings).items() if name in {f.name for f in fields(cls)}}
+    words = ["tamis", verb]
+    for name, value in {**shared, **given}.items():
+        if value is None or value is False:
+            continue
+        words.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            words += map(str, value) if isinstance(value, (list, tuple)) else [str(value)]
+    return shlex.join(words)
 
 
 @dataclass(frozen=True)

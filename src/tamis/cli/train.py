@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from tamis.cli import options as opt
-from tamis.cli.command import work
+from tamis.cli.command import next_command, work
 from tamis.cli.output import plain, print_summary
 from tamis.notation import ONLINE_SUMMARIES
-from tamis.settings import TrainRunSettings
+from tamis.settings import AttributeSettings, TrainRunSettings
 
 __all__ = ["EPILOG", "train"]
 
@@ -256,4 +256,7 @@ def train(
 
         result = api.train_from_settings(job.settings, progress=job.progress)
         summary = plain(result.summary())
+    if job.settings.record is not None:
+        own: dict[str, Any] = dict.fromkeys(("model", "revision", "method", "out", "batch_rows", "seed"))
+        summary["next"] = next_command("attribute", job.settings, AttributeSettings, **own, run=job.settings.record)
     job.answer(summary, print_summary)

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
 from tamis.config import write_config
 from tamis.data.rows import Rows
 from tamis.disk import check_writable
-from tamis.errors import InvalidSettings, StoreCorrupted
+from tamis.errors import InvalidSettings
 from tamis.identity import file_sha256, fingerprint
 from tamis.maths.ranks import rank_correlation
 from tamis.model.memory import free_memory
 from tamis.progress import NoProgress
 from tamis.protocols import Progress
+from tamis.runs.attribution_result import Attribution, read_attribution
 from tamis.runs.outputs import claim_folder, refuse_strangers, write_json, write_scores
-from tamis.runs.trace_inputs import OpenedRun, open_inputs, read_target, recorded_rows, run_identity
+from tamis.runs.trace_inputs import OpenedRun, announce_rows, open_inputs, read_target, recorded_rows, run_identity
 from tamis.seeds import child_seed, random_subset
 from tamis.settings import AttributeSettings
 from tamis.trajectory.adjoint import refuse_lone_sample, renormalised
@@ -39,33 +37,10 @@ from tamis.trajectory.update_error import exact_errors
 from tamis.values import to_dict
 from tamis.versions import versions
 
-__all__ = ["Attribution", "attribute_from_settings", "sweep_settings"]
+__all__ = ["attribute_from_settings", "sweep_settings"]
 
 _FREE = ("batch_rows", "device", "tolerance")
 ENOUGH = 0.99  # agreement of scores without curvature with those of the empirical Fisher
-
-
-@dataclass(frozen=True, kw_only=True)
-class Attribution:
-    """Scores of a run's samples, also on disk under ``out``. Positive: the sample lowered the final target loss."""
-
-    out: Path  # folder of the result
-    uses: pa.Table  # one line per sample and step: step, row, place in the batch, weight, score
-    samples: pa.Table  # one line per recorded row: row, its uses, the sum of their scores
-    manifest: Mapping[str, Any]  # what determined the result, as manifest.json
-
-    def summary(self) -> dict[str, Any]:
-        """The result in a few plain values, as ``tamis attribute --json`` prints it."""
-        found = {key: self.manifest[key] for key in ("method", "updates", "uses", "rows", "target_rows")}
-        for key in ("curvature_agreement", "curvature_advice"):
-            if self.manifest.get(key) is not None:
-                found[key] = self.manifest[key]
-        return {
-            **found,
-            "seconds": self.manifest["cost"]["seconds"],
-            "scores_by_use": str(self.out / "uses.parquet"),
-            "scores_by_sample": str(self.out / "samples.parquet"),
-        }
 
 
 def attribute_from_settings(
@@ -103,33 +78,13 @@ def attribute_from_settings(
         "uses": len(uses),
         "rows": len(samples),
         "target_rows": list(target.ids),
+        "target_left_out": list(target.left_out),
         **_diagnosis(found),
         "cost": {"seconds": round(time.perf_counter() - started, 3)},
         "files": {name: file_sha256(out / name) for name in ("uses.parquet", "samples.parquet")},
     }
     write_json(out / "manifest.json", manifest)  # last: its presence says that the result is complete
     return read_attribution(out)
-
-
-def read_attribution(out: Path) -> Attribution:
-    """A finished attribution from its folder.
-
-    Raises:
-        StoreCorrupted: a table is not the one that was written.
-    """
-    manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
-    for name, digest in manifest["files"].items():
-        if not (out / name).is_file() or file_sha256(out / name) != digest:
-            raise StoreCorrupted(
-                f"{out / name} is missing or was changed since it was written; remove {out / 'manifest.json'} and "
-                "attribute again, which takes what the sweep has left on disk"
-            )
-    return Attribution(
-        out=out,
-        uses=pq.read_table(out / "uses.parquet"),
-        samples=pq.read_table(out / "samples.parquet"),
-        manifest=manifest,
-    )
 
 
 def sweep_settings(settings: AttributeSettings) -> SweepSettings:
@@ -151,6 +106,7 @@ def _scores(
     trajectory = opened.trajectory
     with progress.stage("sweep", trajectory.num_steps, "updates") as advance:
         if settings.form == "adjoint":
+            announce_rows(settings, opened.target)
             return dict(
                 run_sweep(
                     trajectory,

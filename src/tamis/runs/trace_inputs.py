@@ -20,7 +20,7 @@ from tamis.data.render import Renderer
 from tamis.data.row_warnings import tool_warnings
 from tamis.data.rows import Rows
 from tamis.disk import make_folder
-from tamis.errors import InvalidInput, Unsupported
+from tamis.errors import InvalidInput, StoreCorrupted, Unsupported
 from tamis.identity import canonical_json, file_sha256, text_sha256
 from tamis.model.load import ModelSettings, load_tokenizer, template_sha256
 from tamis.notation import target_parts
@@ -39,6 +39,7 @@ __all__ = [
     "EXAMPLES",
     "OpenedRun",
     "TargetRows",
+    "announce_rows",
     "open_inputs",
     "read_target",
     "recorded_rows",
@@ -58,6 +59,7 @@ class TargetRows:
 
     rows: tuple[TokenRow, ...]
     ids: tuple[str, ...]
+    left_out: tuple[str, ...]  # rows without an answer that counts
     digest: str
 
 
@@ -134,11 +136,11 @@ def read_target(
         raise InvalidInput(f"no row of the target ({', '.join(paths)}) carries a supervised token; give it usable rows")
     if left_out:
         logger.warning(
-            "%d target rows are left out, which have no answer that counts (or none within max_length=%d): %s",
+            "left out of the target (%d), for want of an answer that counts within max_length=%d: %s",
             len(left_out), settings.max_length, _some(left_out),
         )  # fmt: skip
     digest = text_sha256("".join(row.digest().hex() for row in rows))
-    return TargetRows(rows=tuple(rows), ids=tuple(ids), digest=digest)
+    return TargetRows(rows=tuple(rows), ids=tuple(ids), left_out=tuple(left_out), digest=digest)
 
 
 def run_digest(folder: Path) -> str:
@@ -146,12 +148,17 @@ def run_digest(folder: Path) -> str:
 
     Raises:
         InvalidInput: there is no whole run.
+        StoreCorrupted: its end cannot be read.
     """
     reader = LogReader(folder)
     reader.require_complete()
-    last = sorted((folder / "segments").glob("*.safetensors"))[-1]
+    last = folder / "segments" / f"{reader.bounds[-2]:08d}-{reader.bounds[-1]:08d}.safetensors"
     state = folder / "states" / f"{reader.bounds[-1]:08d}.safetensors"
-    return text_sha256(canonical_json([reader.manifest, reader.end, file_sha256(last), file_sha256(state)]))
+    try:
+        digests = file_sha256(last), file_sha256(state)
+    except OSError as error:
+        raise StoreCorrupted(f"{error.filename} cannot be read ({error.strerror}); record the run again") from error
+    return text_sha256(canonical_json([reader.manifest, reader.end, *digests]))
 
 
 def run_identity(
@@ -164,6 +171,15 @@ def run_identity(
         **base_identity(verb=verb, run=run_digest(Path(settings.run)), target=target.digest, chat_template=template),
         "settings": {key: value for key, value in to_dict(settings).items() if key not in known},
     }
+
+
+def announce_rows(settings: AttributeSettings | VerifySettings, target: TargetRows) -> None:
+    """Say what a score for every target row costs, before it is paid."""
+    if settings.per_row and len(target.rows) > 1:
+        logger.info(
+            "a score for each of %d target rows: the way back through the run takes about %d times that of their mean",
+            len(target.rows), len(target.rows),
+        )  # fmt: skip
 
 
 def recorded_rows(folder: Path) -> pa.Table:

@@ -27,11 +27,11 @@ from torch import nn
 from tamis.config import write_config
 from tamis.data.rows import Rows
 from tamis.disk import check_writable, make_folder, replace_atomically
-from tamis.errors import InvalidSettings, NonFinite, first_line
+from tamis.errors import InvalidSettings, NonFinite, StoreCorrupted, first_line
 from tamis.progress import NoProgress
 from tamis.protocols import Progress
 from tamis.runs.outputs import claim_folder, refuse_strangers, write_json
-from tamis.runs.trace_inputs import OpenedRun, TargetRows, open_inputs, read_target, run_identity
+from tamis.runs.trace_inputs import OpenedRun, TargetRows, announce_rows, open_inputs, read_target, run_identity
 from tamis.seeds import child_seed, random_subset
 from tamis.settings import VerifySettings
 from tamis.trajectory.causal import RecordedRun
@@ -46,7 +46,8 @@ __all__ = ["Verification", "verify_from_settings"]
 
 logger = logging.getLogger(__name__)
 
-_FREE = ("batch_rows", "device", "tolerance", "processes", "methods", "secant", "curvature")
+# What retrainings do not depend on: more samples, or another score, go on with those of the folder.
+_FREE = ("batch_rows", "device", "tolerance", "processes", "methods", "secant", "curvature", "samples", "per_row")
 Use = tuple[int, int]  # step and place in its batch
 
 
@@ -83,6 +84,7 @@ def verify_from_settings(
         InvalidSettings: several processes and a model in memory, which they cannot share; or no method is one for this
             run.
         NonFinite: a run without a sample diverged.
+        StoreCorrupted: what was computed is gone or damaged.
     """
     held, progress = held or {}, progress or NoProgress()
     if model is not None and settings.processes > 1:
@@ -100,10 +102,11 @@ def verify_from_settings(
     wanted, left_out = _sweeps(settings, opened.trajectory.rule.kind)
     if left_out:
         logger.warning("the run was trained by SGD, of which %s says nothing; it is left out", " and ".join(left_out))
+    announce_rows(settings, target)
     scores = _all_scores(wanted, settings, opened, out, progress)
     uses = choose_uses(opened.trajectory, settings.samples, settings.seed)
     _retrain_all(settings, opened, target, uses, out, progress)
-    truth = np.stack([effect for use in uses if (effect := _read(out, use)) is not None])
+    truth = np.stack([_retrained(out, use) for use in uses])
     if not settings.per_row:
         truth = truth.mean(axis=1, keepdims=True)
     methods = {}
@@ -117,9 +120,10 @@ def verify_from_settings(
         "samples": len(uses),
         "uses": [{"step": step + 1, "place": place} for step, place in uses],
         "target_rows": len(target.rows),
+        "target_left_out": list(target.left_out),
         "methods": methods,
         "left_out": left_out,
-        "cost": {"seconds": round(time.perf_counter() - started, 3)},
+        "cost": {"seconds": round(time.perf_counter() - started, 3)},  # of this call
     }
     write_json(out / "manifest.json", manifest)
     return Verification(out=out, methods=methods, manifest=manifest)
@@ -157,7 +161,8 @@ def _all_scores(
 ) -> dict[str, list[torch.Tensor]]:
     found = {}
     for name, one in wanted.items():
-        folder = out / "store" / f"scores-{one.method}-{one.curvature}-{one.secant}"
+        rows = "rows" if settings.per_row else "mean"
+        folder = out / "store" / f"scores-{one.method}-{one.curvature}-{one.secant}-{rows}"
         with progress.stage(name, opened.trajectory.num_steps, "updates") as advance:
             swept = run_sweep(
                 opened.trajectory, opened.micros, one, per_row=settings.per_row, folder=folder, advance=advance
@@ -275,6 +280,13 @@ def _check_replay(run: RecordedRun, tolerance: float | None, *, needed: bool) ->
 
 def _path(out: Path, use: Use) -> Path:
     return out / "truth" / f"update-{use[0] + 1:08d}-place-{use[1]:05d}.json"
+
+
+def _retrained(out: Path, use: Use) -> npt.NDArray[np.float64]:
+    found = _read(out, use)
+    if found is None:
+        raise StoreCorrupted(f"{_path(out, use)} was written and is gone or damaged; run the same command again")
+    return found
 
 
 def _read(out: Path, use: Use) -> npt.NDArray[np.float64] | None:

@@ -249,8 +249,8 @@ class LogReader:
         if self.end is None or self.end["steps"] != self.bounds[-1]:
             wanted = self.manifest["planned"] if self.end is None else self.end["steps"]
             raise InvalidInput(
-                f"{self.folder} is not a whole run: its log ends at update {self.bounds[-1]} of {wanted}; resume the "
-                "training from its last checkpoint with the recorder on, and attribute when it has ended"
+                f"{self.folder} is not a whole run: its log ends at update {self.bounds[-1]} of {wanted}; wait for the "
+                "training's end if it still goes on, or resume it from its last checkpoint with the recorder on"
             )
 
     def state(self, step: int) -> State:

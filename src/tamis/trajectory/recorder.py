@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,13 +19,13 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from tamis.disk import check_writable
-from tamis.errors import InvalidInput, InvalidSettings, Unsupported, first_line
+from tamis.errors import InvalidSettings, Unsupported, first_line
 from tamis.model.processes import world_size
 from tamis.trajectory.causal import random_state_of
 from tamis.trajectory.identity import base_dtype, describe_model, frozen_digest, has_dropout
 from tamis.trajectory.log import LOG_VERSION, LoggedMicro, LoggedStep, LogWriter
 from tamis.trajectory.optimizer_state import LiveOptimizer, live_optimizer
+from tamis.trajectory.record_size import announce_record, saves_of
 from tamis.trajectory.token_rows import TOKEN_INPUTS, TokenRow, rows_of_inputs
 from tamis.types import Batch
 from tamis.versions import versions
@@ -90,7 +89,8 @@ class TrajectoryRecorder(TrainerCallback):  # type: ignore[misc]  # transformers
         model, live = kwargs["model"], live_optimizer(kwargs["optimizer"], kwargs["model"])
         _refuse_arguments(args)
         every = self._every or max(_FEWEST_STEPS, math.isqrt(state.max_steps))
-        self._announce(live, every, state.max_steps, _saves(args, state, kwargs.get("train_dataloader")))
+        saves = saves_of(args, state, kwargs.get("train_dataloader"))
+        announce_record(self.folder, live, every=every, steps=state.max_steps, saves=saves, most_gb=self._most_gb)
         clip = float(args.max_grad_norm) if args.max_grad_norm else None
         self._random = has_dropout(model)
         manifest = {
@@ -298,65 +298,6 @@ class TrajectoryRecorder(TrainerCallback):  # type: ignore[misc]  # transformers
             hook.remove()
         self._hooks = []
 
-    def _announce(self, live: LiveOptimizer, every: int, steps: int, saves: set[int]) -> None:
-        """Say what the record will take, and refuse what does not fit.
-
-        Raises:
-            InvalidInput: there is not enough room.
-            InvalidSettings: it is more than was allowed.
-        """
-        check_writable(self.folder)
-        numbers = (2 if live.kind == "sgd" else 3) * sum(group.numel for group in live.groups)
-        one = numbers * next(iter(live.params.values())).element_size()
-        fixed = {0, steps} | saves
-        count = len(fixed.union(range(0, steps, every)))
-        size = count * one
-        logger.info(
-            "recording %d updates into %s: %d states of %d numbers, about %.2f GB, and the rows",
-            steps, self.folder, count, numbers, size / 1e9,
-        )  # fmt: skip
-
-        def smaller(most: float) -> str:
-            others = int(most // one) - len(fixed)
-            if others > 0:
-                return f"record fewer states, every={-(-steps // others)} or more"
-            return (
-                f"the {len(fixed)} states at the start, at the end and at the trainer's checkpoints take "
-                f"{len(fixed) * one / 1e9:.3g} GB alone: save fewer checkpoints (save_strategy, save_steps)"
-            )
-
-        if self._most_gb is not None and size > self._most_gb * 1e9:
-            raise InvalidSettings(
-                f"the record would take {size / 1e9:.3g} GB and most_gb={self._most_gb:g}; "
-                f"{smaller(self._most_gb * 1e9)}, or allow more"
-            )
-        place = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
-        free = shutil.disk_usage(place).free
-        if size > free:
-            raise InvalidInput(
-                f"the record would take {size / 1e9:.3g} GB and {self.folder} has {free / 1e9:.3g} GB free; "
-                f"{smaller(free)}, or choose another folder"
-            )
-
-
-def _saves(args: Any, state: Any, loader: Any) -> set[int]:
-    """After how many updates the trainer may save a checkpoint, and so the recorder a state. Of "best": if all are."""
-    try:
-        batches = len(loader)
-    except TypeError:  # a stream; the Trainer takes the whole run for one epoch
-        epoch = state.max_steps
-    else:
-        epoch = max(1, -(-batches // args.gradient_accumulation_steps))
-    intervals = [epoch] if args.load_best_model_at_end else []  # see on_epoch_end
-    strategy, steps = args.save_strategy, state.save_steps
-    if strategy == "best":
-        strategy, steps = args.eval_strategy, state.eval_steps
-    if strategy == "epoch":
-        intervals.append(epoch)
-    elif strategy == "steps" and steps >= 1:
-        intervals.append(int(steps))
-    return {step for interval in intervals for step in range(interval, state.max_steps, interval)}
-
 
 class _Pass:
     """One forward pass of the update that is being made."""
@@ -414,6 +355,10 @@ def _refuse_arguments(args: Any) -> None:
         "fsdp": (bool(args.fsdp), "parameters are sharded"),
         "label_smoothing_factor": (args.label_smoothing_factor != 0, "the loss is plain cross-entropy"),
         "neftune_noise_alpha": (getattr(args, "neftune_noise_alpha", None) is not None, "its noise is not logged"),
+        "auto_find_batch_size": (
+            getattr(args, "auto_find_batch_size", False),
+            "it begins the training again with smaller batches; find the size first, and record with it",
+        ),
         "torch_compile": (args.torch_compile, "the compiled model hides its inputs"),
         "use_liger_kernel": (getattr(args, "use_liger_kernel", False), "its fused loss is another computation"),
         "packing": (getattr(args, "packing", False), "packed rows cannot be told apart"),

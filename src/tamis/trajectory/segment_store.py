@@ -51,7 +51,9 @@ class SegmentStore:
         if self._folder is None:
             self._held[start, stop] = steps
             return
-        flat = {f"{i}.{name}": tensor.contiguous() for i, step in enumerate(steps) for name, tensor in step.items()}
+        flat = {  # each its own memory: safetensors refuses two names of one tensor
+            f"{i}.{name}": tensor.contiguous().clone() for i, step in enumerate(steps) for name, tensor in step.items()
+        }
         replace_atomically(self._folder / f"scores-{start:08d}-{stop:08d}.safetensors", (save(flat),))
         own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
         if own:
