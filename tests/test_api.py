@@ -90,3 +90,18 @@ def test_what_is_no_path_is_no_path_called_none(tiny: TinyRun, tmp_path: Path, m
 
 def test_errors_are_found_without_importing_them_by_name() -> None:
     assert issubclass(tamis.errors.InvalidInput, tamis.TamisError)
+
+
+def test_progress_is_said_on_standard_error_where_it_is_asked_for(
+    tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tamis.progress._SECONDS_BETWEEN_LINES", 0.0)
+    chosen: dict[str, Any] = {"model": tiny.model, "pool": tiny.pool, "target": tiny.target, "device": "cpu"}
+    tamis.select(**chosen, method="bm25", out=tmp_path / "silent")
+    assert "rows" not in capsys.readouterr().err
+    tamis.select(**chosen, method="tracin", out=tmp_path / "said", progress=True)
+    said = capsys.readouterr()
+    assert "60 of 60 rows (100%)" in said.err and said.out == ""
+    with pytest.raises(InvalidSettings, match="progress=1: expected True for a bar"):
+        tamis.select(**chosen, out=tmp_path / "no", progress=1)
+    assert not (tmp_path / "no").exists()

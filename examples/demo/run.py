@@ -76,7 +76,7 @@ def main() -> None:
 
     console.print("Loading PyTorch and Transformers ...")
     import tamis
-    from tamis.cli.progress import choose_progress
+    from tamis.progress import choose_progress
 
     pool, target = HERE / "data" / "pool.jsonl", HERE / "data" / "target.jsonl"
     rows = [json.loads(line) for line in pool.read_text(encoding="utf-8").splitlines()]

@@ -10,6 +10,7 @@ from torch import nn
 
 from tamis.arguments import (
     as_module,
+    as_progress,
     check_method_object,
     data_values,
     path_of,
@@ -82,7 +83,7 @@ def select(
     method: str | Method = "tracin",
     budget: str | int | float = "5%",
     out: str | Path = "tamis-out",
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     **settings: Any,
 ) -> Selection:
     """Choose the rows of ``pool`` that are worth training ``model`` on for the task that ``target`` shows.
@@ -97,7 +98,7 @@ def select(
         method: a name from ``tamis.methods.METHODS``, or a method object such as ``tamis.methods.Less(lora_rank=16)``.
         budget: rows (500), a share of the pool ("5%" or 0.05) or tokens ("200k-tokens").
         out: folder for the result; an interrupted run with the same arguments resumes there.
-        progress: where to say how far it is; by default nowhere.
+        progress: True for a bar on standard error; or where else to say how far it is; by default nowhere.
         settings: any other field of ``tamis.SelectSettings``.
 
     Returns:
@@ -125,7 +126,7 @@ def select(
     return select_from_settings(
         from_dict(SelectSettings, values, origin="tamis.select"),
         method=None if isinstance(method, str) else method,
-        progress=progress,
+        progress=as_progress(progress),
         held=held,
     )
 
@@ -135,7 +136,7 @@ def doctor(
     model: str | Path,
     pool: str | Path | Sequence[str | Path] | Rows,
     target: str | Path | Sequence[str | Path] | Rows | Mapping[str, str | Path | Rows] = (),
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     **settings: Any,
 ) -> DoctorResult:
     """Check what will be trained on and scored, and whether the numbers can be trusted, before anyone spends money.
@@ -144,7 +145,7 @@ def doctor(
         model: hub id, local folder, PEFT adapter folder or GGUF file.
         pool: rows to choose from, in the forms that ``tamis.select`` takes.
         target: rows of the task, in the same forms; without any, the checks that need a target are left out.
-        progress: where to say how far it is; by default nowhere.
+        progress: True for a bar on standard error; or where else to say how far it is; by default nowhere.
         settings: any other field of ``tamis.DoctorSettings`` but ``out``: nothing is written.
 
     Returns:
@@ -158,7 +159,7 @@ def doctor(
     held: dict[str, Rows] = {}
     refuse_out("tamis.doctor", settings)
     values = data_values(model, pool, target, settings, held)
-    return examine(from_dict(DoctorSettings, values, origin="tamis.doctor"), progress=progress, held=held)
+    return examine(from_dict(DoctorSettings, values, origin="tamis.doctor"), progress=as_progress(progress), held=held)
 
 
 def plan(
@@ -167,7 +168,7 @@ def plan(
     pool: str | Path | Sequence[str | Path] | Rows,
     target: str | Path | Sequence[str | Path] | Rows | Mapping[str, str | Path | Rows] = (),
     budget: str | int | float = "5%",
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     **settings: Any,
 ) -> PlanResult:
     """Estimate what each method would cost on ``pool``: operations, seconds, memory and disk.
@@ -178,7 +179,7 @@ def plan(
         pool: rows to choose from, in the forms that ``tamis.select`` takes.
         target: rows of the task, in the same forms; without any, their number is assumed and a note says so.
         budget: as for ``tamis.select``; it decides how long a shortlist is.
-        progress: where to say how far it is; by default nowhere.
+        progress: True for a bar on standard error; or where else to say how far it is; by default nowhere.
         settings: any other field of ``tamis.PlanSettings`` but ``out``: nothing is written.
 
     Returns:
@@ -191,7 +192,9 @@ def plan(
     held: dict[str, Rows] = {}
     refuse_out("tamis.plan", settings)
     values = {**data_values(model, pool, target, settings, held), "budget": budget}
-    return estimate_plan(from_dict(PlanSettings, values, origin="tamis.plan"), progress=progress, held=held)
+    return estimate_plan(
+        from_dict(PlanSettings, values, origin="tamis.plan"), progress=as_progress(progress), held=held
+    )
 
 
 def train(
@@ -203,7 +206,7 @@ def train(
     steps: int | None = None,
     out: str | Path = "tamis-train",
     eval: str | Path | Sequence[str | Path] | Rows | Mapping[str, str | Path | Rows] = (),
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     **settings: Any,
 ) -> TrainResult:
     """Train ``model`` on ``pool``, choosing and weighting its rows at every update for the task that ``target`` shows.
@@ -220,7 +223,7 @@ def train(
         steps: updates; or give ``epochs``.
         out: folder for the result; an interrupted run with the same arguments resumes there.
         eval: rows of the task that only measure, in the same forms as ``target``.
-        progress: where to say how far it is; by default nowhere.
+        progress: True for a bar on standard error; or where else to say how far it is; by default nowhere.
         settings: any other field of ``tamis.TrainRunSettings``.
 
     Returns:
@@ -251,7 +254,7 @@ def train(
     return train_from_settings(
         from_dict(TrainRunSettings, values, origin="tamis.train"),
         method=None if isinstance(method, str) else method,
-        progress=progress,
+        progress=as_progress(progress),
         held=held,
     )
 
@@ -266,7 +269,7 @@ def compare(
     budget: str | int | float = "5%",
     seeds: int = 5,
     out: str | Path = "tamis-compare",
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     **settings: Any,
 ) -> CompareResult | PlantedResult:
     """Fine-tune ``model`` on what each method selects, and say which helped, whether by chance, and at what cost.
@@ -284,7 +287,7 @@ def compare(
         budget: rows (500), a share of the pool ("5%" or 0.05) or tokens ("200k-tokens").
         seeds: training runs of every contender.
         out: folder for the result; called again it goes on, and keeps every finished run.
-        progress: where to say how far it is; by default nowhere.
+        progress: True for a bar on standard error; or where else to say how far it is; by default nowhere.
         settings: any other field of ``tamis.CompareSettings``; ``planted=True`` checks the methods on a pool whose
             answer is known, and trains nothing.
 
@@ -309,7 +312,7 @@ def compare(
         "out": path_of(out, "out"),
     }
     return compare_from_settings(
-        from_dict(CompareSettings, values, origin="tamis.compare"), progress=progress, held=held
+        from_dict(CompareSettings, values, origin="tamis.compare"), progress=as_progress(progress), held=held
     )
 
 
@@ -320,7 +323,7 @@ def proxy(
     target: str | Path | Sequence[str | Path] | Rows | Mapping[str, str | Path | Rows] = (),
     sparsity: float = 0.5,
     out: str | Path = "tamis-proxy",
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     **settings: Any,
 ) -> ProxyResult:
     """Build a cheap copy of ``model`` that ranks the rows of ``pool`` as it does, and measure how far it does.
@@ -333,7 +336,7 @@ def proxy(
         target: rows of the task, in the same forms; without any, rows of the pool stand in.
         sparsity: share of the compressed layers' numbers that is removed.
         out: folder for the proxy; an interrupted build with the same arguments resumes there.
-        progress: where to say how far it is; by default nowhere.
+        progress: True for a bar on standard error; or where else to say how far it is; by default nowhere.
         settings: any other field of ``tamis.ProxySettings``.
 
     Returns:
@@ -347,7 +350,9 @@ def proxy(
     """
     held: dict[str, Rows] = {}
     values = {**data_values(model, pool, target, settings, held), "sparsity": sparsity, "out": path_of(out, "out")}
-    return proxy_from_settings(from_dict(ProxySettings, values, origin="tamis.proxy"), progress=progress, held=held)
+    return proxy_from_settings(
+        from_dict(ProxySettings, values, origin="tamis.proxy"), progress=as_progress(progress), held=held
+    )
 
 
 def attribute(
@@ -357,7 +362,7 @@ def attribute(
     method: str = "adamw-influence",
     out: str | Path = "tamis-attribution",
     model: str | Path | nn.Module | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     **settings: Any,
 ) -> Attribution:
     """Score every sample of a recorded run by what removing it would do to the loss of ``target`` at the end.
@@ -368,7 +373,7 @@ def attribute(
         method: ``adamw-influence``, ``sgd-influence`` or ``tracin``.
         out: folder for the result; an interrupted call with the same arguments resumes there.
         model: what training started from, by name or as an object; None: what the record names.
-        progress: where to say how far it is; by default nowhere.
+        progress: True for a bar on standard error; or where else to say how far it is; by default nowhere.
         settings: any other field of ``tamis.AttributeSettings``.
 
     Returns:
@@ -383,7 +388,7 @@ def attribute(
     held: dict[str, Rows] = {}
     values = trace_values(run, target, out, model, settings, held)
     chosen = from_dict(AttributeSettings, {**values, "method": method}, origin="tamis.attribute")
-    return attribute_from_settings(chosen, model=as_module(model), progress=progress, held=held)
+    return attribute_from_settings(chosen, model=as_module(model), progress=as_progress(progress), held=held)
 
 
 def verify(
@@ -393,7 +398,7 @@ def verify(
     samples: int = 50,
     out: str | Path = "tamis-verification",
     model: str | Path | nn.Module | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     **settings: Any,
 ) -> Verification:
     """Retrain a recorded run without each of some random samples, and see which scores predicted the outcome.
@@ -404,7 +409,7 @@ def verify(
         samples: how many are left out, one retraining each.
         out: folder for the result; an interrupted call with the same arguments resumes there.
         model: as for ``tamis.attribute``.
-        progress: where to say how far it is; by default nowhere.
+        progress: True for a bar on standard error; or where else to say how far it is; by default nowhere.
         settings: any other field of ``tamis.VerifySettings``.
 
     Returns:
@@ -418,4 +423,4 @@ def verify(
     held: dict[str, Rows] = {}
     values = trace_values(run, target, out, model, settings, held)
     chosen = from_dict(VerifySettings, {**values, "samples": samples}, origin="tamis.verify")
-    return verify_from_settings(chosen, model=as_module(model), progress=progress, held=held)
+    return verify_from_settings(chosen, model=as_module(model), progress=as_progress(progress), held=held)

@@ -7,16 +7,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from rich.console import Console
 from torch import nn
 
 from tamis.data.rows import Rows, are_rows, checked_rows, held_name
 from tamis.errors import InvalidSettings
 from tamis.notation import check_target_name
-from tamis.protocols import Method
+from tamis.progress import choose_progress
+from tamis.protocols import Method, Progress
 from tamis.values import changed_values
 
 __all__ = [
     "as_module",
+    "as_progress",
     "check_method_object",
     "data_values",
     "path_of",
@@ -29,6 +32,23 @@ __all__ = [
 ]
 
 Values = dict[str, Any]
+
+
+def as_progress(progress: Progress | bool | None) -> Progress | None:
+    """What speaks for ``progress=True``; anything else as it is.
+
+    Raises:
+        InvalidSettings: it cannot open a stage.
+    """
+    if progress is True:
+        return choose_progress(Console(stderr=True), quiet=False)
+    if progress is False or progress is None:
+        return None
+    if not callable(getattr(progress, "stage", None)):
+        raise InvalidSettings(
+            f"progress={progress!r}: expected True for a bar, None, or an object with stage(name, total, unit)"
+        )
+    return progress
 
 
 def data_values(model: Any, pool: Any, target: Any, settings: Mapping[str, Any], held: dict[str, Rows]) -> Values:

@@ -16,7 +16,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from tamis.cli.config import merge_settings, parse_pairs
 from tamis.cli.output import clean_output, print_json, print_warnings
-from tamis.cli.progress import choose_progress, is_main_rank
+from tamis.progress import choose_progress, is_main_rank
 from tamis.values import changed_values, required_names
 
 if TYPE_CHECKING:  # imports PyTorch

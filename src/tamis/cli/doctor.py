@@ -13,8 +13,8 @@ from rich.text import Text
 from tamis.cli import options as opt
 from tamis.cli.command import work
 from tamis.cli.output import print_warnings, write_result
-from tamis.cli.progress import is_main_rank
 from tamis.notation import PROJECTION_NAMES
+from tamis.progress import is_main_rank
 from tamis.report.wording import visible
 from tamis.settings import DoctorSettings
 

@@ -16,9 +16,9 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from tamis.cli.progress import is_main_rank
 from tamis.config import write_config
 from tamis.errors import InvalidInput
+from tamis.progress import is_main_rank
 from tamis.report.wording import visible
 
 __all__ = ["clean_output", "plain", "print_json", "print_summary", "print_warnings", "write_result"]

@@ -12,8 +12,8 @@ from rich.text import Text
 from tamis.cli import options as opt
 from tamis.cli.command import work
 from tamis.cli.output import write_result
-from tamis.cli.progress import time_text
 from tamis.notation import PROJECTION_NAMES
+from tamis.progress import time_text
 from tamis.report.wording import visible
 from tamis.settings import PlanSettings
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from tamis.cli import options as opt
 from tamis.cli.output import clean_output, print_json
-from tamis.cli.progress import is_main_rank
+from tamis.progress import is_main_rank
 
 __all__ = ["EPILOG", "report"]
 

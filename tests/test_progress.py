@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from tamis.cli.progress import LiveProgress, PlainProgress, Rate, choose_progress, time_text
-from tamis.progress import NoProgress
+from tamis.arguments import as_progress
+from tamis.errors import InvalidSettings
+from tamis.progress import LiveProgress, NoProgress, PlainProgress, Rate, choose_progress, time_text
 
 
 class Clock:
@@ -115,3 +116,11 @@ def test_quiet_and_other_ranks_are_silent(monkeypatch: pytest.MonkeyPatch) -> No
 )
 def test_times_are_said_as_people_say_them(seconds: float, said: str) -> None:
     assert time_text(seconds) == said
+
+
+def test_python_asks_for_a_bar_with_true() -> None:
+    assert isinstance(as_progress(True), PlainProgress) and as_progress(False) is as_progress(None) is None
+    own = NoProgress()
+    assert as_progress(own) is own
+    with pytest.raises(InvalidSettings, match="progress='yes': expected True for a bar"):
+        as_progress("yes")  # type: ignore[arg-type]
