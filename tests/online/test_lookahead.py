@@ -408,6 +408,6 @@ def test_settings_are_refused_by_name(tmp_path: Path) -> None:
         Lookahead(horizon=0)
     with pytest.raises(InvalidSettings, match=r"form='guess': expected one of rehearsal, frozen"):
         Lookahead(form="guess")  # type: ignore[arg-type]
-    with pytest.raises(Unsupported, match="set gradient_accumulation_steps=1"):
+    with pytest.raises(Unsupported, match=r"set gradient_accumulation_steps=1 \(tamis train: --accumulation 1\)"):
         trained(tmp_path, gradient_accumulation_steps=2)
     assert "every 5 updates the target rows" in Lookahead(horizon=5).cost

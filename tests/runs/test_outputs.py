@@ -56,6 +56,16 @@ def test_a_folder_with_computed_work_is_kept_for_its_run(tmp_path: Path, left: s
     claim_folder(tmp_path / "out", {"seed": 1})
 
 
+@pytest.mark.parametrize(
+    ("own", "holds"), [({"verb": "verify"}, "`tamis verify`"), ({}, "another command")], ids=["named", "unnamed"]
+)
+def test_a_folder_of_another_verb_is_refused_as_such(tmp_path: Path, own: dict[str, str], holds: str) -> None:
+    claim_folder(tmp_path, {"settings": {"seed": 0}, **own})
+    (tmp_path / "manifest.json").write_text("x")
+    with pytest.raises(InvalidSettings, match=f"holds a result of {holds}; choose another --out, or delete the folder"):
+        claim_folder(tmp_path, {"settings": {"curvature": "exact", "seed": 0}, "verb": "attribute"})
+
+
 def test_a_run_whose_folder_was_claimed_by_another_writes_nothing(tmp_path: Path) -> None:
     claim_folder(tmp_path, {"seed": 0})
     check_claim(tmp_path, {"seed": 0})

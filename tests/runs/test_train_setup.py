@@ -77,4 +77,8 @@ def test_settings_of_a_step_are_part_of_a_run() -> None:
 def test_a_record_has_a_folder_of_its_own(tmp_path: Path) -> None:
     with pytest.raises(InvalidSettings, match="record: a record needs a folder of its own"):
         settings(out=str(tmp_path / "run"), record=str(tmp_path / "other" / ".." / "run"))
+    for part in ("model", "model/trace"):  # the trained model takes that place when the run ends
+        with pytest.raises(InvalidSettings, match=r"beside --out or in it \(not in model\)"):
+            settings(out=str(tmp_path / "run"), record=str(tmp_path / "run" / part))
     assert settings(out=str(tmp_path / "run"), record=str(tmp_path / "run" / "record")).record is not None
+    assert settings(out=str(tmp_path / "run"), record=str(tmp_path / "model")).record is not None

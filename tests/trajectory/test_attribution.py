@@ -557,6 +557,8 @@ def test_the_three_verbs_work_one_after_the_other(
     assert run_command(["verify", *trace, "--samples", "4", "--processes", "2", "--out", str(tmp_path / "v")]) == 2
     assert "and replaying it gives" in " ".join(capsys.readouterr().err.split())
     path.write_bytes(own)
+    assert run_command(["attribute", *trace, "--max-length", "5", "--out", str(tmp_path / "never")]) == 2
+    assert "carries a supervised token among its first 5 (--max-length)" in " ".join(capsys.readouterr().err.split())
     # The record keeps its own names when another run asks for its folder; a finished run is not recorded later.
     names = (tmp_path / "record/examples.parquet").read_bytes()
     assert run_command([*train, *more, *record[:-1], str(tmp_path / "u"), "--seed", "1", *common]) == 2

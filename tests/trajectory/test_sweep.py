@@ -147,6 +147,33 @@ def test_finite_removal_of_nearly_a_whole_first_gradient_keeps_the_digits_of_flo
     torch.testing.assert_close(found, -rate * change @ goal[0].double(), rtol=1e-5, atol=1e-8)
 
 
+def test_finite_removal_of_nearly_a_whole_gradient_keeps_its_digits_in_the_updates_that_follow() -> None:
+    """Their own gradients are zero, as those of a token's embedding are where no row has the token."""
+    run = random_run(steps=3, decays=(0.0,))
+    silent = [replace(step, weights=step.weights * (step.index == 0)) for step in run.steps]
+    run = in_float32(train(run.problem, run.rule, run.states[0].theta, silent, every=100))
+    first, group = played_all(run)[0], run.rule.groups[0]
+    whole = first.clip.gradient
+    goal = torch.linspace(-1, 1, len(whole))[None]
+    window = SecantWindow(3)
+    for played in reversed(played_all(run)):
+        window.enter(played, (goal, torch.zeros_like(goal), torch.zeros_like(goal)))
+    grads = (1 - torch.logspace(-4.5, -2, 20))[:, None] * whole
+    found = window.scores(first, grads, torch.ones(20))[:, 0].double()
+
+    def path(g: Tensor) -> Tensor:
+        """What Adam's updates of ``g`` and of no gradient after it add up to."""
+        total, m, v = torch.zeros_like(g), (1 - group.beta1) * g, (1 - group.beta2) * g**2
+        for count, step in enumerate(run.steps, start=1):
+            root = (v / (1 - group.beta2**count)).sqrt() + group.eps
+            total = total - step.rates[0] * m / (1 - group.beta1**count) / root
+            m, v = group.beta1 * m, group.beta2 * v
+        return total
+
+    change = path((whole - grads).double()) - path(whole.double())
+    torch.testing.assert_close(found, change @ goal[0].double(), rtol=1e-5, atol=1e-8)
+
+
 @pytest.mark.parametrize("curvature", ["none", "fisher"])
 @pytest.mark.parametrize("more", [{}, {"secant": 2}, {"renormalise": True}], ids=["plain", "secant", "renormalised"])
 def test_a_diagnosis_by_the_scores_own_curvature_is_no_sweep_of_its_own(

@@ -122,11 +122,10 @@ class AdamStep:
             s.beta2 * v + 2 * (1 - s.beta2) * self.g * g_change,
         )
 
-    def update_change(self, dm: Float[Tensor, "*B P"], dv: Float[Tensor, "*B P"]) -> Float[Tensor, "*B P"]:
-        """``u(m + dm, v + dv) - u(m, v)``, exactly: what other moments would have changed in Adam's update ``u``."""
+    def update_change(self, m: Float[Tensor, "*B P"], v: Float[Tensor, "*B P"]) -> Float[Tensor, "*B P"]:
+        """``u(m, v)`` less the step's own: what other moments after the step would have changed in Adam's update."""
         s = self.settings
-        v_hat = (s.c2 * (self.v + dv)).clamp_min(0)  # below zero by rounding only
-        return (self.m_hat + s.c1 * dm) / (v_hat.sqrt() + s.eps) - self.m_hat * self.d
+        return s.c1 * m / ((s.c2 * v).sqrt() + s.eps) - self.m_hat * self.d
 
 
 @dataclass(frozen=True, kw_only=True)

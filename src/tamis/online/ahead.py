@@ -66,7 +66,8 @@ class Ahead:
             raise Unsupported("lookahead works in one process; launch one, or choose a method that looks at one step")
         if args.gradient_accumulation_steps > 1:
             raise Unsupported(
-                "lookahead foresees updates of one choice each; set gradient_accumulation_steps=1 and a larger keep"
+                "lookahead foresees updates of one choice each; set gradient_accumulation_steps=1 (tamis train: "
+                "--accumulation 1) and a larger keep"
             )
         logger.info("lookahead %s", method.cost)
         self._scores = dict[int, tuple[IntArray, Tensor]]()  # by update: rows and scores

@@ -59,9 +59,14 @@ def claim_folder(out: Path, identity: Mapping[str, Any]) -> None:
     path = out / IDENTITY
     wanted = json.loads(json.dumps(identity, default=str))
     if path.exists():
-        difference = first_difference(_read_identity(out), wanted)
+        stored = _read_identity(out)
+        difference = first_difference(stored, wanted)
         if difference and _has_work(out):
             field, was, now = difference
+            verb = stored.get("verb")
+            if verb != wanted.get("verb"):
+                of = "another command" if verb is None else f"`tamis {verb}`"
+                raise InvalidSettings(f"--out {out} holds a result of {of}; choose another --out, or delete the folder")
             raise InvalidSettings(
                 f"--out {out} holds another run: {field} was {_short(was)} there and is {_short(now)} now; "
                 "choose another --out, or delete the folder"

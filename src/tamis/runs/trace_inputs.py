@@ -115,7 +115,7 @@ def read_target(
         named = [(f"{path}:{n}", row) for path in paths for n, row in enumerate(held[path])]
         found = [(name, _of_tokens(row, name)) for name, row in named]
         rows, ids = [row for _, row in found if row is not None], [name for name, row in found if row is not None]
-        left_out = [name for name, row in found if row is None]
+        left_out, within = [name for name, row in found if row is None], ""
     else:
         if not (settings.model or LogReader(Path(settings.run)).manifest["model"]["name"]):
             raise InvalidInput(
@@ -132,8 +132,11 @@ def read_target(
         ids = [examples.ids[int(row)] for row in usable]
         left_out = [f"{bad.file}, row {bad.row} ({bad.problem})" for bad in examples.skipped]
         left_out += [examples.ids[int(row)] for row in np.flatnonzero(~corpus.usable)]
+        within = f" among its first {settings.max_length} (--max-length)"
     if not rows:
-        raise InvalidInput(f"no row of the target ({', '.join(paths)}) carries a supervised token; give it usable rows")
+        raise InvalidInput(
+            f"no row of the target ({', '.join(paths)}) carries a supervised token{within}; give it usable rows"
+        )
     if left_out:
         logger.warning(
             "left out of the target (%d), for want of an answer that counts within max_length=%d: %s",

@@ -100,8 +100,13 @@ class TrainRunSettings(LoadingSettings):
         check_at_least(self, 1, "target_every", "target_rank")
         if self.record_every is not None and self.record is None:
             raise InvalidSettings("record_every: nothing is recorded; pass --record too")
-        if self.record is not None and Path(self.record).resolve() == Path(self.out).resolve():
-            raise InvalidSettings("record: a record needs a folder of its own, beside --out or in it")
+        if self.record is not None:
+            folder, out = Path(self.record).resolve(), Path(self.out).resolve()
+            # What lies in model/ is replaced by the trained model when the run ends, a record included.
+            if folder == out or out / "model" in (folder, *folder.parents):
+                raise InvalidSettings(
+                    "record: a record needs a folder of its own, beside --out or in it (not in model)"
+                )
         if self.record is not None and self.method == "target-only":
             raise InvalidSettings("record: target-only trains on target rows, which are no samples to attribute to")
         self._check_candidates()

@@ -67,9 +67,10 @@ def check_model(model: nn.Module, manifest: Mapping[str, Any], *, where: str) ->
     found = describe_model(model, None)
     for key in ("class", "config"):
         if found[key] != manifest["model"][key]:
+            classes = f" ({manifest['model']['class']} there, {found['class']} here)" if key == "class" else ""
             raise StoreMismatch(
-                f"{where} was recorded from another model: its {key} differs ({manifest['model']['class']} there, "
-                f"{found['class']} here); give the model that training started from, as --model"
+                f"{where} was recorded from another model: its {key} differs{classes}; give the model that training "
+                "started from, as --model"
             )
     params = dict(model.named_parameters())
     for name, shape in manifest["trained"]:

@@ -357,13 +357,23 @@ def _states(folder: Path) -> list[tuple[int, Path]]:
 
 def _refuse_foreign(folder: Path) -> None:
     """Refuse a folder for a new log where something stands in its way that no log made. Hidden files do not."""
-    names = () if (folder / _MANIFEST).exists() else (_END, _POSITIONS)  # a log has its manifest before these
+    manifest = folder / _MANIFEST
+    names = () if manifest.exists() else (_END, _POSITIONS)  # a log has its manifest before these
     found = [folder / name for name in names if (folder / name).exists()]
+    if manifest.exists() and not _is_of_log(manifest):
+        found.append(manifest)
     for place, own in (("states", _STATE), ("segments", _SEGMENT)):
         names_there = sorted(path.name for path in (folder / place).glob("*"))
         found += [folder / place / name for name in names_there if not (own.fullmatch(name) or name.startswith("."))]
     if found:
         raise InvalidInput(f"{found[0]} is not of a recorded run that could be replaced; record into another folder")
+
+
+def _is_of_log(manifest: Path) -> bool:
+    try:
+        return "trained" in json.loads(manifest.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _load(path: Path) -> dict[str, Tensor]:

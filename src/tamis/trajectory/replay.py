@@ -121,11 +121,13 @@ def _check_step(played: Played, tolerance: float) -> None:
                 "scores of another run would be worthless. Give the model, dtype, attention kernel and library "
                 "versions of the recorded run"
             )
-    if step.norm is not None and not abs(step.norm - norm) <= 10 * tolerance * max(step.norm, 1e-12):
+    off = abs(step.norm - norm) / max(step.norm, 1e-12) if step.norm is not None else 0.0
+    if not off <= 10 * tolerance:
         raise StoreMismatch(
             f"update {step.index + 1}: the optimizer was given a gradient of norm {step.norm:.6g} and replaying the "
-            f"update gives {norm:.6g}, although the losses agree; the gradient was changed on the way (by another "
-            "callback, noise, a frozen part), or rows were weighted otherwise than the trainer's loss says"
+            f"update gives {norm:.6g}, off by {off:.2g} of it ({10 * tolerance:g} is allowed), although the losses "
+            "agree; the gradient was changed on the way (by another callback, noise, a frozen part), or rows were "
+            "weighted otherwise than the trainer's loss says"
         )
 
 

@@ -65,16 +65,16 @@ class SecantWindow:
         seen = removed + (first.g - clipped)  # by the optimizer; any L2 term stays
         s = first.settings
         dm, dv = (1 - s.beta1) * (removed - clipped), (1 - s.beta2) * (seen**2 - first.g**2)
-        # Of its own update not by dm and dv: where the sample is most of the gradient and v is young, v + dv is what
-        # rounding leaves, and its root is divided by.
+        # Adam's updates are those of the moments as they would have been, never of m + dm and v + dv: where the sample
+        # is most of a young gradient, v + dv is what rounding leaves, and its root is divided by.
         m, v = played.before.moments
         m, v = s.beta1 * m + (1 - s.beta1) * seen, s.beta2 * v + (1 - s.beta2) * seen**2
-        moved = s.c1 * m / ((s.c2 * v).sqrt() + s.eps) - first.m_hat * first.d
-        total = -(s.lr * moved) @ self.later[0].adjoint[0].T
+        total = -(s.lr * first.update_change(m, v)) @ self.later[0].adjoint[0].T
         for later in islice(self.later, 1, None):
-            s = later.step.settings
+            s, g = later.step.settings, later.step.g
             dm, dv = s.beta1 * dm, s.beta2 * dv
-            total -= (s.lr * later.step.update_change(dm, dv)) @ later.adjoint[0].T
+            m, v = s.beta1 * m + (1 - s.beta1) * g, s.beta2 * v + (1 - s.beta2) * g**2
+            total -= (s.lr * later.step.update_change(m, v)) @ later.adjoint[0].T
         _, b, c = self.later[-1].adjoint
         return total + dm @ b.T + dv @ c.T
 
