@@ -157,7 +157,7 @@ def _needs(preset: str) -> dict[str, str]:
         ),
         (
             {"preset": "influence-scorer", "sibling": "s", "target": ("t",), "steps": 0},
-            "steps=0: the preset 'influence-scorer' fits its head to",
+            "steps=0: the preset 'influence-scorer' fits its head to --steps times --update-rows rows",
         ),
         ({"preset": "svd", "probe_tokens": 9}, "probe_tokens: the preset 'svd' does not weigh by it"),
         ({"objective": "none", "steps": 300}, "steps=300: objective='none' trains nothing"),

@@ -130,6 +130,14 @@ def test_an_unknown_setting_is_refused_by_name(title: str, kind: type[Any], make
         make({"nonesuch": 1})
 
 
+@pytest.mark.parametrize("name", [name for name, kind in score.METHODS.items() if "projection" in settings_of(kind)])
+def test_a_projection_that_cannot_be_is_refused_before_a_warm_up(name: str) -> None:
+    """The method is made before a file is read; its first use of the projection comes after hours of training."""
+    for values in ({"projection": "nonesuch"}, {"projection": "none", "projection_dim": 8}, {"projection_dim": 0}):
+        with pytest.raises(InvalidSettings, match="projection"):
+            offline(name)(values)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Everything:
     count: int | Literal["all"] = 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,6 +111,27 @@ def test_lora_methods_and_training_run_on_a_proxy(run: TinyRun, built: tamis.Pro
     source = resolve_source(str(trained.model))
     assert source.is_adapter and source.base is not None and source.base.proxy_layout() is not None
     assert low_rank_layers(load_model(ModelSettings(name=str(trained.model), device="cpu")).model)
+
+
+def test_a_warm_up_of_all_weights_goes_on_from_a_proxy_to_a_proxy(
+    run: TinyRun, built: tamis.ProxyResult, tmp_path: Path
+) -> None:
+    chosen = tamis.select(
+        model=built.out, pool=run.pool, target=run.target, method="influence-distillation", budget=5, out=tmp_path,
+        device="cpu", set={"warmup": "full", "landmarks": 20},
+    )  # fmt: skip
+    assert len(chosen) == 5
+    first, *_, last = sorted(tmp_path.glob("store/influence-distillation-warm-up-*/step-*"))
+    assert len(low_rank_layers(load_model(ModelSettings(name=str(last), device="cpu")).model)) == 14
+    weights = (last / "model.safetensors").read_bytes()
+    assert first != last
+    for path in (last, tmp_path / "scores.parquet"):  # as if killed between the two
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    again = tamis.select(
+        model=built.out, pool=run.pool, target=run.target, method="influence-distillation", budget=5, out=tmp_path,
+        device="cpu", set={"warmup": "full", "landmarks": 20},
+    )  # fmt: skip
+    assert again.table.equals(chosen.table) and (last / "model.safetensors").read_bytes() == weights
 
 
 def test_two_builds_are_equal_and_a_third_into_the_folder_builds_nothing(

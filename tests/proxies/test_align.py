@@ -317,6 +317,21 @@ def test_a_rate_that_blows_up_is_an_error_that_says_so(tmp_path: Path) -> None:
         run(model, proxy, tmp_path, learning_rate=1e30, steps=8)
 
 
+def test_an_update_that_only_the_measurement_sees_blow_up_is_the_same_error(tmp_path: Path) -> None:
+    """The objective of an update is of the weights before it, so the last one shows in the losses that are measured."""
+    model, proxy = pair(dtype=torch.float32)
+    measured = []
+
+    def losses(_: nn.Module) -> float:
+        measured.append(0.0)
+        if len(measured) > 1:
+            raise NonFinite("the loss of rows 1, 2 is NaN or infinite; check the weights")
+        return 0.0
+
+    with pytest.raises(NonFinite, match=r"diverged at step 2: .*lower --learning-rate"):
+        run(model, proxy, tmp_path, losses)
+
+
 def test_the_rate_rises_over_ten_steps_and_falls_to_zero() -> None:
     chosen = settings(steps=30, learning_rate=1.0)
     rates = [learning_rate_at(step, chosen) for step in range(31)]

@@ -132,9 +132,7 @@ def align(
             optimizer.zero_grad(set_to_none=True)
             parts = _step(proxy, model, chosen, settings, batch_tokens, pad_id)
             if not all(np.isfinite([part for part in parts if part is not None])):
-                raise NonFinite(
-                    f"alignment diverged at step {state.step + 1}: its objective is not finite; lower --learning-rate"
-                )
+                raise NonFinite(_diverged(state.step + 1, "its objective is not finite"))
             torch.nn.utils.clip_grad_norm_(list(params.values()), _CLIP)
             optimizer.step()
             divergences.append(parts[0])
@@ -143,10 +141,14 @@ def align(
             state.tokens += sum(len(row.tokens.input_ids) for row in chosen)
             advance(1)
         state.seconds += time.perf_counter() - started
+        try:
+            kept = retention(proxy)
+        except NonFinite as error:  # the last update before a measurement has no objective after it
+            raise NonFinite(_diverged(state.step, "the proxy's losses are not finite")) from error
         state.note(
             CurvePoint(
                 step=state.step,
-                retention=retention(proxy),
+                retention=kept,
                 divergence=_mean(divergences),
                 distance=_mean(distances),
                 seconds=round(state.seconds, 3),
@@ -162,6 +164,10 @@ def align(
         seconds=state.seconds,
         tokens=state.tokens,
     )
+
+
+def _diverged(step: int, how: str) -> str:
+    return f"alignment diverged at step {step}: {how}; lower --learning-rate"
 
 
 def learning_rate_at(step: int, settings: AlignSettings) -> float:

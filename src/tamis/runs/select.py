@@ -276,7 +276,8 @@ def make_method(settings: SelectSettings) -> Method:
             continue
         if name not in known:
             raise InvalidSettings(
-                f"{name}: method {settings.method!r} takes no gradients, so there is nothing to project"
+                f"{name}: method {settings.method!r} projects nothing: it compares no gradients, or exact ones; leave "
+                "it out"
             )
         values[name] = value
     return method_from_dict(kind, values, origin=f"settings of method {settings.method!r}")

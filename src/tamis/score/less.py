@@ -107,6 +107,7 @@ class Less:
         if not self.memory_gb > 0:
             raise InvalidSettings(f"memory_gb must be positive, got {self.memory_gb}")
         self.warmup_settings()  # checks the others
+        make_projector(self.projection, dim=self.projection_dim)  # before the warm-up, not after it
 
     def warmup_settings(self) -> TrainSettings:
         """The fine-tuning run whose checkpoints are used."""

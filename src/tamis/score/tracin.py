@@ -92,6 +92,7 @@ class TracIn:
             raise InvalidSettings("length_power goes with normalize='dot' only: a cosine has no length left to correct")
         if not self.memory_gb > 0:
             raise InvalidSettings(f"memory_gb must be positive, got {self.memory_gb}")
+        make_projector(self.projection, dim=self.projection_dim)  # refuses what does not go together
 
     def by_content(self, model: ModelSettings) -> dict[str, Any]:
         """``checkpoints`` by their weights, and by the learning rates that training wrote down beside them."""

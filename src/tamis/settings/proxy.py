@@ -70,7 +70,7 @@ _OF_TOKENS = ("probe_tokens", "probe_gb")
 _UNREAD = {
     "layer-extraction": (*_OF_TRAINING, *_OF_STEPS, *_OF_TOKENS),
     "sibling": (*_OF_TRAINING, *_OF_STEPS, *_OF_TOKENS, "probe_rows", "sparsity"),
-    # Its head is fitted to --steps times --batch-rows rows.
+    # Its head is fitted to --steps times --update-rows rows.
     "influence-scorer": (*_OF_TRAINING, *_OF_TOKENS, "probe_rows", "sparsity"),
 }
 
@@ -170,7 +170,7 @@ class ProxySettings(SharedSettings):
                 )
             if self.preset == "influence-scorer" and self.steps == 0:
                 raise InvalidSettings(
-                    "steps=0: the preset 'influence-scorer' fits its head to --steps times --batch-rows rows; expected "
+                    "steps=0: the preset 'influence-scorer' fits its head to --steps times --update-rows rows; expected "
                     "at least 1"
                 )
 

@@ -25,6 +25,7 @@ from tamis.disk import disk_errors
 from tamis.errors import InvalidInput, StoreCorrupted, StoreMismatch, Unsupported
 from tamis.identity import file_sha256, first_difference
 from tamis.model.load import no_progress_bars
+from tamis.model.proxy_folder import layout_of, write_layout
 
 __all__ = [
     "Checkpoint",
@@ -241,6 +242,9 @@ def _save_params(model: nn.Module, folder: Path) -> None:
     if not isinstance(model, PeftModel):
         with no_progress_bars():
             model.save_pretrained(folder)  # type: ignore[operator]  # a Transformers model, typed as a plain module
+        layout = layout_of(model)
+        if layout is not None:  # a proxy that is trained whole is a proxy still
+            write_layout(layout, folder)
         return
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(model).items()}
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
