@@ -44,6 +44,14 @@ def test_a_plan_holds_every_method_and_a_cascade_for_the_dear_ones(tiny: TinyRun
     assert cascade.tflops < plan.methods[6].tflops
 
 
+def test_a_budget_of_more_tokens_than_the_pool_has_is_refused_as_in_a_run(tiny: TinyRun) -> None:
+    whole = int(plan_of(tiny).pool.tokens)
+    assert plan_of(tiny, budget=f"{whole}-tokens").budget_rows == 60
+    with pytest.raises(InvalidSettings, match=f"but the pool has {whole}; give at most {whole}-tokens"):
+        plan_of(tiny, budget=f"{whole + 1}-tokens")
+    assert plan_of(tiny, budget="1m-tokens", sample=10).budget_rows == 60  # of a sample the total is an estimate
+
+
 def test_no_cascade_is_shown_where_it_would_keep_everything(tiny: TinyRun) -> None:
     assert all(m.shortlist is None for m in plan_of(tiny, budget="50%").methods)
 
@@ -164,6 +172,13 @@ def test_a_share_is_of_all_rows_that_were_read_usable_or_not(tiny: TinyRun, tmp_
         model=tiny.model, pool=pool, target=tiny.target, method="tracin", out=tmp_path / "out", report=False, **asked
     )
     assert (len(run), run.summary()["pool"]["usable"], run.summary()["pool"]["scored"]) == (5, 60, 10)
+
+
+def test_a_run_without_a_model_was_on_no_other_device(tiny: TinyRun, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    tamis.select(model=tiny.model, pool=tiny.pool, target=tiny.target, method="bm25", out=out, report=False)
+    plan = plan_of(tiny, device="cpu", measure=True, compare=str(out))
+    assert not any("the run was on" in note for note in plan.notes)
 
 
 def spent_on(device: str | None) -> dict[str, Any]:

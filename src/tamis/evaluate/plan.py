@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tamis.budget import parse_budget, times
+from tamis.budget import parse_budget, times, tokens_for
 from tamis.corpora import model_settings
 from tamis.data.render import Renderer
 from tamis.data.row_warnings import bad_row_warnings, row_warnings
@@ -199,7 +199,10 @@ def estimate_plan(
 
     num_tokens = int(pool.tokens)
     num_rows = len(sampled.examples)  # a share is of all rows that were read, as in a run
-    budget = times(parse_budget(settings.budget), 1, num_rows=num_rows, num_tokens=num_tokens)
+    asked_budget = parse_budget(settings.budget)
+    if asked_budget.kind == "tokens" and len(sampled.rows) == num_rows:  # of a sample the total is an estimate
+        tokens_for(asked_budget, round(pool.tokens))
+    budget = times(asked_budget, 1, num_rows=num_rows, num_tokens=num_tokens)
     shortlist = parse_shortlist(settings.shortlist)
     if shortlist.per_source:
         of_sources = Counter(sampled.examples.source_index.tolist()).values()
@@ -307,7 +310,7 @@ def _unlike(
             f"compare: the run was on a CPU, and without --measure the plan's seconds are those of an assumed "
             f"{rate.device}; none stand beside the run's. --measure times this machine"
         )
-    elif not rate.is_assumed and rate.is_cpu != device.startswith("cpu"):
+    elif manifest.get("models") and not rate.is_assumed and rate.is_cpu != device.startswith("cpu"):
         found.append(f"compare: the run was on {device}, the plan was measured on {rate.device}")
     return found
 
