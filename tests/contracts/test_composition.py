@@ -109,5 +109,7 @@ def test_every_pair_that_the_settings_accept_is_run() -> None:
 @pytest.mark.parametrize("method", ["bm25", "influence-function"])
 def test_a_projection_for_a_method_that_has_none_is_refused(method: str, bench: Bench, tmp_path: Path) -> None:
     assert not combines(method=method, projection="hadamard")
-    with pytest.raises(InvalidSettings, match="projects nothing: it compares no gradients, or exact ones; leave it out"):
+    with pytest.raises(
+        InvalidSettings, match="projects nothing: it compares no gradients, or exact ones; leave it out"
+    ):
         select(bench, Case(method=method, model=MODELS[0], selector="mean", projection="hadamard"), tmp_path)
