@@ -170,8 +170,8 @@ class ProxySettings(SharedSettings):
                 )
             if self.preset == "influence-scorer" and self.steps == 0:
                 raise InvalidSettings(
-                    "steps=0: the preset 'influence-scorer' fits its head to --steps times --update-rows rows; expected "
-                    "at least 1"
+                    "steps=0: the preset 'influence-scorer' fits its head to --steps times --update-rows rows; "
+                    "expected at least 1"
                 )
 
     def _changed(self, names: Sequence[str]) -> list[str]:
