@@ -162,6 +162,7 @@ def _needs(preset: str) -> dict[str, str]:
         ({"preset": "svd", "probe_tokens": 9}, "probe_tokens: the preset 'svd' does not weigh by it"),
         ({"objective": "none", "steps": 300}, "steps=300: objective='none' trains nothing"),
         ({"steps": 0, "learning_rate": 0.1}, "learning_rate=0.1: steps=0 trains nothing"),
+        ({"target": ("t",), "target_rows": 5}, "target_rows=5: counts pool rows that stand in for a target"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], said: str) -> None:

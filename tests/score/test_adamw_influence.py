@@ -158,8 +158,9 @@ def test_an_interrupted_reference_run_goes_on_at_its_last_state(
 
 def test_settings_out_of_range_are_refused() -> None:
     for settings, message in (
-        ({"epochs": 0}, "epochs=0"),
-        ({"learning_rate": 0.0}, r"learning_rate=0\.0"),
+        ({"epochs": 0}, "epochs=0: expected at least 1$"),
+        ({"learning_rate": 0.0}, r"learning_rate=0\.0: expected a rate above 0$"),
+        ({"clip": -1.0}, r"clip=-1\.0: expected a norm of at least 0$"),
         ({"curvature": "kfac"}, "curvature='kfac': expected one of exact, ggn, fisher, none"),
         ({"lora_rank": 0}, "lora_rank must be at least 1"),
     ):

@@ -132,6 +132,11 @@ class ProxySettings(SharedSettings):
                 f"{nearest(self.preset, PROXY_SUMMARIES)}"
             )
         self._check_numbers()
+        if self.target and self._changed(("target_rows",)):
+            raise InvalidSettings(
+                f"target_rows={self.target_rows}: counts pool rows that stand in for a target; leave it out, or leave "
+                "the target out"
+            )
         self._check_baseline()
         if self.is_low_rank:
             self._check_recipe(recipe_of(self))

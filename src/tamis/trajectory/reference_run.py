@@ -41,13 +41,15 @@ class ReferenceSettings:
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.update_rows < 1:
-            raise InvalidSettings(f"epochs={self.epochs}, update_rows={self.update_rows}: expected at least 1 of each")
-        if not self.learning_rate > 0 or not 0 <= self.warmup_share < 1 or self.clip < 0:
-            raise InvalidSettings(
-                f"learning_rate={self.learning_rate}, warmup_share={self.warmup_share}, clip={self.clip}: expected a "
-                "rate above 0, a share of the updates below 1, and a norm of at least 0"
-            )
+        for name, allowed, expected in (
+            ("epochs", self.epochs >= 1, "at least 1"),
+            ("update_rows", self.update_rows >= 1, "at least 1"),
+            ("learning_rate", self.learning_rate > 0, "a rate above 0"),
+            ("warmup_share", 0 <= self.warmup_share < 1, "a share of the updates below 1"),
+            ("clip", self.clip >= 0, "a norm of at least 0"),
+        ):
+            if not allowed:
+                raise InvalidSettings(f"{name}={getattr(self, name)}: expected {expected}")
 
     def rate(self, step: int, total: int) -> float:
         """Of update ``step`` (from 0): up to the peak, then down; never 0."""
