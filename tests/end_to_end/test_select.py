@@ -259,7 +259,7 @@ def test_the_projection_of_the_run_is_the_methods(run: TinyRun, tmp_path: Path) 
     by_flag = select(run, tmp_path / "a", projection="mask", projection_dim=40)
     by_method = select(run, tmp_path / "b", method=tamis.methods.TracIn(projection="mask", projection_dim=40))
     assert by_flag.table["score"].to_pylist() == by_method.table["score"].to_pylist()
-    with pytest.raises(InvalidSettings, match="nothing to project"):
+    with pytest.raises(InvalidSettings, match="projects nothing"):
         select(run, tmp_path / "c", method="bm25", projection="mask")
 
 
