@@ -16,7 +16,7 @@ from tiny_models import VOCAB, tiny_model
 
 SETTINGS: dict[str, Any] = {
     "probe_rows": 8, "probe_tokens": 16, "steps": 4, "measure_steps": 2, "update_rows": 2, "held_out_rows": 20,
-    "validation_rows": 8, "target_rows": 6, "device": "cpu", "learning_rate": 1e-3, "projection_dim": 8, "sweep": False,
+    "validation_rows": 8, "device": "cpu", "learning_rate": 1e-3, "projection_dim": 8, "sweep": False,
 }  # fmt: skip
 _OF_TRAINING = ("steps", "measure_steps", "update_rows", "validation_rows", "learning_rate")
 UNALIGNED: dict[str, Any] = {**{k: v for k, v in SETTINGS.items() if k not in _OF_TRAINING}, "objective": "none"}

@@ -51,7 +51,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     get_peft_model(opened.model, config).save_pretrained(folder / "adapter")
     asked: dict[str, Any] = {"model": run.model, "pool": run.pool, "target": run.target, "report": False}
     tamis.proxy(**asked, **SETTINGS, out=folder / "proxy")
-    measured = ("probe_rows", "held_out_rows", "target_rows", "projection_dim", "sweep", "device")
+    measured = ("probe_rows", "held_out_rows", "projection_dim", "sweep", "device")
     blocks = {name: SETTINGS[name] for name in measured}  # blocks that are left out are neither factored nor aligned
     tamis.proxy(**asked, **blocks, preset="layer-extraction", out=folder / "blocks")
     places = (run.model, folder / "adapter", folder / "proxy", folder / "blocks")

@@ -189,7 +189,7 @@ def test_the_paper_preset_runs_with_its_control_beside(run: TinyRun, tmp_path: P
 
 
 def test_rows_of_the_pool_stand_in_for_a_target(run: TinyRun, tmp_path: Path) -> None:
-    found = build(run, tmp_path / "alone", target=(), base=UNALIGNED).retention
+    found = build(run, tmp_path / "alone", target=(), target_rows=6, base=UNALIGNED).retention
     assert set(found["targets"]) <= {"sums", "talk", "other sources"} and sum(found["targets"].values()) == 6
     assert "No --target was given" in found["notes"][0] and found["aligned"] is None and not found["sweep"]
 
