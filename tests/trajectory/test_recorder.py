@@ -158,6 +158,13 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+def test_a_record_without_an_update_is_refused(tmp_path: Path) -> None:
+    model = model_of(lora=True)
+    record(tmp_path, model, max_steps=-1, num_train_epochs=0)
+    with pytest.raises(InvalidInput, match="made no update; record one that trains"):
+        open_run(tmp_path / "record", model)
+
+
 def test_a_killed_recording_resumes_with_its_trainer_to_the_same_bytes(tmp_path: Path) -> None:
     saves = {"save_strategy": "steps", "save_steps": 3, "max_steps": 8}
     record(tmp_path / "whole", model_of(lora=True, dropout=0.1), **saves)

@@ -156,7 +156,7 @@ def _print_scores(console: Console, summary: Mapping[str, Any]) -> None:
     """What the samples did, by source and at either end, then counts, cost and paths."""
     if len(summary["sources"]) > 1:
         console.print(_table("source", summary["sources"], ["samples", "uses", "mean score"]))
-    for name in ("best", "worst"):
+    for name in ("best", "worst") if summary["best"] else ():  # of one sample there is neither
         console.print(_table(name, summary[name], ["uses", "score"]))
     rest = {key: value for key, value in summary.items() if key not in ("sources", "best", "worst")}
     print_summary(console, {**rest, "target_rows": len(rest["target_rows"])})

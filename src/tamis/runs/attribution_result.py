@@ -29,7 +29,7 @@ class Attribution:
     manifest: Mapping[str, Any]  # what determined the result, as manifest.json
 
     def summary(self) -> dict[str, Any]:
-        """The result in a few plain values, as ``tamis attribute --json`` prints it.
+        """The result in a few plain values, as ``tamis attribute --json`` prints it with what to type next.
 
         ``best`` and ``worst`` are the samples at either end, the extreme one first; ``sources`` what each source's
         samples did, by the mean score of a use, where the record knows sources.

@@ -115,7 +115,7 @@ def read_target(
         named = [(f"{path}:{n}", row) for path in paths for n, row in enumerate(held[path])]
         found = [(name, _of_tokens(row, name)) for name, row in named]
         rows, ids = [row for _, row in found if row is not None], [name for name, row in found if row is not None]
-        left_out, within = [name for name, row in found if row is None], ""
+        left_out, within = [name for name, row in found if row is None], ""  # tokens are never cut
     else:
         if not (settings.model or LogReader(Path(settings.run)).manifest["model"]["name"]):
             raise InvalidInput(
@@ -139,9 +139,8 @@ def read_target(
         )
     if left_out:
         logger.warning(
-            "left out of the target (%d), for want of an answer that counts within max_length=%d: %s",
-            len(left_out), settings.max_length, _some(left_out),
-        )  # fmt: skip
+            "left out of the target (%d), for want of a supervised token%s: %s", len(left_out), within, _some(left_out)
+        )
     digest = text_sha256("".join(row.digest().hex() for row in rows))
     return TargetRows(rows=tuple(rows), ids=tuple(ids), left_out=tuple(left_out), digest=digest)
 

@@ -81,7 +81,7 @@ class TrainResult:
     was_finished: bool  # the folder had a finished run: this call trained nothing
 
     def summary(self) -> dict[str, Any]:
-        """The result in a few plain values, as ``tamis train --json`` prints it."""
+        """The result in a few plain values, as ``tamis train --json`` prints it (and what to type next to a record)."""
         done, cost = self.manifest["training"], self.manifest["cost"]
         return {
             "method": self.manifest["method"]["name"],

@@ -241,7 +241,7 @@ class LogReader:
         return self.end is not None and (self.folder / _POSITIONS).is_file()
 
     def require_complete(self) -> None:
-        """Refuse a run that did not come to its end.
+        """Refuse a run that did not come to its end, or never began.
 
         Raises:
             InvalidInput: that is so.
@@ -252,6 +252,8 @@ class LogReader:
                 f"{self.folder} is not a whole run: its log ends at update {self.bounds[-1]} of {wanted}; wait for the "
                 "training's end if it still goes on, or resume it from its last checkpoint with the recorder on"
             )
+        if self.end["steps"] == 0:
+            raise InvalidInput(f"{self.folder} is the record of a run that made no update; record one that trains")
 
     def state(self, step: int) -> State:
         """The state before ``step``."""
