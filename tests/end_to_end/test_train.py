@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -73,8 +74,8 @@ def entries(out: Path, name: str) -> list[float]:
 
 @pytest.mark.parametrize("changes", [{"method": "uniform", "tune": "full"}, CHOOSING], ids=["uniform-full", "ftw-lora"])
 def test_a_run_is_the_trainer_built_by_hand_bit_for_bit(run: TinyRun, tmp_path: Path, changes: dict[str, Any]) -> None:
-    # With a schedule of Transformers: "linear" is our own.
-    chosen = {"accumulation": 2, "weight_decay": 0.1, "warmup_share": 0.4, "scheduler": "cosine"}
+    # With a schedule of Transformers: "linear" and every warm-up are our own.
+    chosen = {"accumulation": 2, "weight_decay": 0.1, "warmup_share": 0.0, "scheduler": "cosine"}
     train(run, tmp_path / "out", held_out=0, **chosen, **changes)
 
     renderer = Renderer(AutoTokenizer.from_pretrained(run.model), max_length=2048)
@@ -97,7 +98,7 @@ def test_a_run_is_the_trainer_built_by_hand_bit_for_bit(run: TinyRun, tmp_path: 
     by_hand = OnlineTrainer(
         model=model,
         args=arguments(
-            tmp_path / "by-hand", max_steps=STEPS, seed=0, warmup_steps=3, weight_decay=0.1,
+            tmp_path / "by-hand", max_steps=STEPS, seed=0, warmup_steps=0, weight_decay=0.1,
             gradient_accumulation_steps=2, lr_scheduler_type="cosine",
         ),
         train_dataset=rows(run.pool),
@@ -120,6 +121,16 @@ def test_the_linear_schedule_is_that_of_training_on_a_selection(run: TinyRun, tm
     expected = [learning_rate_at(settings, step, STEPS) for step in range(STEPS)]
     assert min(expected) > 0 and max(expected) == 1e-2
     assert entries(tmp_path / "out", "learning_rate")[:STEPS] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("scheduler", ["cosine", "constant", "inverse_sqrt"])
+def test_the_first_update_of_a_warm_up_trains(run: TinyRun, tmp_path: Path, scheduler: str) -> None:
+    asked = {"warmup_share": 0.4, "learning_rate": 1e-2, "scheduler": scheduler}
+    train(run, tmp_path / "out", held_out=0, method="uniform", **asked)
+    rates = entries(tmp_path / "out", "learning_rate")[:STEPS]
+    rising = math.ceil(0.4 * STEPS)
+    assert rates[:rising] == pytest.approx([1e-2 * (step + 1) / rising for step in range(rising)])
+    assert min(rates) > 0
 
 
 def test_a_run_learns_and_says_what_it_did(run: TinyRun, tmp_path: Path) -> None:

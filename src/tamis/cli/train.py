@@ -176,7 +176,7 @@ def train(
     scheduler: Annotated[
         str,
         typer.Option(
-            help="How the learning rate changes after its warm-up.",
+            help="How the learning rate changes after its warm-up, whose first update already trains.",
             metavar="linear|cosine|constant|inverse_sqrt",
             rich_help_panel=OPTIMIZER,
         ),

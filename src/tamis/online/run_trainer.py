@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, get_scheduler
 
 from tamis.maths.schedule import linear_rate
 from tamis.model.loss import per_sample_losses
@@ -22,7 +22,7 @@ from tamis.online.together import add_up
 from tamis.online.trainer import OnlineTrainer
 from tamis.types import IntArray
 
-__all__ = ["HeldOut", "RunCallback", "RunTrainer", "is_stopped"]
+__all__ = ["HeldOut", "RunCallback", "RunTrainer", "is_stopped", "rate_share"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,19 @@ class HeldOut:
     rows: TokenRows
     group: IntArray  # for each of them, which of ``names`` it stands for
     names: tuple[str, ...]
+
+
+def rate_share(kind: str, total: int, rising: int) -> Callable[[int], float]:
+    """Share of the peak rate at each update, from 0, of ``total``, of which the first ``rising`` rise; never 0.
+
+    ``linear`` as in all our own runs; any other is Transformers' schedule of one update more, without its first.
+    """
+    if kind == "linear":
+        return lambda step: linear_rate(step, total, rising)
+    nothing = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    theirs: Any = get_scheduler(kind, nothing, num_warmup_steps=rising, num_training_steps=total + 1)
+    (share,) = theirs.lr_lambdas
+    return lambda step: float(share(step + 1))
 
 
 class RunTrainer(OnlineTrainer):
@@ -64,13 +77,14 @@ class RunTrainer(OnlineTrainer):
         super().__init__(train_dataset=train_dataset, eval_dataset=measured, **kwargs)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """As the Trainer's, but ``linear`` as in all our own runs: theirs wastes the first update on a rate of zero."""
-        if self.lr_scheduler is None and self.args.lr_scheduler_type == "linear":
-            rising = self.args.get_warmup_steps(num_training_steps)
+        """As the Trainer's, but no update has a rate of zero: theirs rise from zero at the first."""
+        kind, rising = self.args.lr_scheduler_type, self.args.get_warmup_steps(num_training_steps)
+        if self.lr_scheduler is None and (kind == "linear" or rising):
+            share = rate_share(kind, num_training_steps, rising)
+            # It also asks for the rate after the last update, which nothing uses.
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 self.optimizer if optimizer is None else optimizer,
-                # It also asks for the rate after the last update, which nothing uses.
-                lambda step: linear_rate(min(step, num_training_steps - 1), num_training_steps, rising),
+                lambda step: share(min(step, num_training_steps - 1)),
             )
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
