@@ -312,6 +312,12 @@ def test_an_online_method_scores_its_candidates_as_told_and_may_look_at_more_of_
         compare(run, whole.out, methods=["online:greats@sources:2"])
 
 
+def test_layers_that_take_no_adapter_are_refused_before_anything_is_selected(run: TinyRun, tmp_path: Path) -> None:
+    with pytest.raises(InvalidSettings, match="nope"):
+        compare(run, tmp_path / "out", tune="lora", lora_targets=("nope",))
+    assert not (tmp_path / "out" / "store").exists()
+
+
 def test_a_folder_of_other_rows_is_refused(run: TinyRun, whole: tamis.CompareResult, tmp_path: Path) -> None:
     other = write_rows(tmp_path / "pool.jsonl", [chat("Hello?", "No.")] * 9)
     with pytest.raises(InvalidSettings, match="holds another run"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from tamis.errors import InvalidInput, InvalidSettings, Unsupported
 from tamis.model.load import ModelSettings, load_model
 from tamis.model.low_rank_linear import low_rank_layers
 from tamis.model.source import resolve_source
+from tamis.runs.report import write_report
 from tiny_run import TinyRun, chat, make_run, write_rows
 
 
@@ -143,6 +145,12 @@ def test_two_builds_are_equal_and_a_third_into_the_folder_builds_nothing(
     before = (built.out / "retention.json").read_bytes()
     once_more = build(run, built.out, sweep=True)
     assert once_more.was_finished and (built.out / "retention.json").read_bytes() == before
+    (built.out / "report.html").unlink()
+    config = str(built.out / "run.yaml")
+    with pytest.raises(InvalidInput, match=f"without a page; `tamis proxy --config {re.escape(config)} --report` writes"):
+        write_report(built.out)
+    assert tamis_command(["proxy", "--config", config, "--report", "--quiet"]) == 0
+    assert write_report(built.out) == built.out / "report.html"
     (built.out / "report.html").unlink()
     easier = build(run, built.out, sweep=True, keep=0.01)
     assert easier.was_finished and easier.retention["advice"]["keep"] == 0.01

@@ -26,7 +26,7 @@ import tamis
 from online_runs import arguments, collate
 from tamis.data.examples import read_examples
 from tamis.data.render import Renderer
-from tamis.errors import InvalidInput, InvalidSettings, Unsupported
+from tamis.errors import InvalidInput, InvalidSettings, NonFinite, Unsupported
 from tamis.online.fate import read_candidates
 from tamis.online.trainer import OnlineTrainer
 from tamis.runs.report import write_report
@@ -366,6 +366,12 @@ def test_bfloat16_computes_and_float32_is_kept(run: TinyRun, tmp_path: Path, tun
     assert not all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
     losses = [one.summary()["held_out_loss"]["after"] for one in (result, exact)]
     assert losses[0] == pytest.approx(losses[1], abs=0.02)
+
+
+@pytest.mark.parametrize("method", ["uniform", "tracin"])
+def test_a_run_that_diverges_says_when_and_at_which_rate(run: TinyRun, tmp_path: Path, method: str) -> None:
+    with pytest.raises(NonFinite, match=r"^after \d updates? with a learning rate of up to 1e\+30: .* (in)?finite"):
+        train(run, tmp_path / "out", method=method, tune="full", learning_rate=1e30)
 
 
 def test_a_method_that_would_never_start_is_warned_of(run: TinyRun, tmp_path: Path) -> None:

@@ -276,6 +276,11 @@ def _start_of_gradient(module: nn.Module, args: tuple[Any, ...], output: Tensor)
     return output.detach().requires_grad_()
 
 
+def _are_same(a: Tensor, b: Tensor) -> bool:
+    """Value for value; NaN is the same as NaN, so that a run which diverged is told of that."""
+    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
 def _lookup_scale(embedding: nn.Module, ids: Tensor, output: Tensor) -> float:
     """The constant by which a model multiplies rows of its embedding inside the module (Gemma), else 1.
 
@@ -287,7 +292,8 @@ def _lookup_scale(embedding: nn.Module, ids: Tensor, output: Tensor) -> float:
     constant = getattr(embedding, "embed_scale", 1.0)
     factor = constant.to(weight.dtype) if isinstance(constant, Tensor) else constant
     scales_by_frequency = getattr(embedding, "scale_grad_by_freq", False)
-    if scales_by_frequency or not torch.equal(output.detach(), nn.functional.embedding(ids, weight.detach()) * factor):
+    expected = nn.functional.embedding(ids, weight.detach()) * factor
+    if scales_by_frequency or not _are_same(output.detach(), expected):
         raise Unsupported(
             f"the token embedding {type(embedding).__name__} is no plain lookup; leave the head out, or freeze it"
         )

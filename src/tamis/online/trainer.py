@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
-from tamis.errors import InvalidInput, InvalidSettings, Unsupported
+from tamis.errors import InvalidInput, InvalidSettings, NonFinite, Unsupported
 from tamis.maths.clip import clip_factor
 from tamis.model.processes import counts_of_all, is_main, rank, world_size
 from tamis.online.ahead import Ahead
@@ -175,7 +175,14 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         self._target_seen = np.zeros(len(self.target_dataset), dtype=np.bool_)
         if self._log_candidates and not resume_from_checkpoint:
             self._refuse_earlier_candidates()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        except NonFinite as error:
+            done = self.state.global_step
+            if not done:  # so not this training's fault
+                raise
+            rate = f"{done} update{'s'[: done != 1]} with a learning rate of up to {self.args.learning_rate:g}"
+            raise NonFinite(f"after {rate}: {error}", rows=error.rows) from error
 
     def get_batch_samples(self, epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; with a look-ahead, through a buffer of coming batches."""

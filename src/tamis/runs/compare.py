@@ -80,6 +80,7 @@ def compare_from_settings(
             check_proxy_vocabulary(asked_for)
             online.append(method_and_step(asked_for))
     check_tuning(run)
+    price = _price_of(run)  # refuses layers that take no adapter
     benchmarks = open_benchmarks(
         settings.tasks, folder=settings.task_folder, limit=settings.task_limit, shots=settings.task_shots
     )
@@ -132,7 +133,7 @@ def compare_from_settings(
         chosen=chosen,
         table=PoolTable.of(any_table, settings),
         pool=rendered.pool,
-        price=_price(run),
+        price=price,
         common=common_spec(
             settings,
             **content,
@@ -165,7 +166,7 @@ def compare_from_settings(
     return result
 
 
-def _price(run: TrainRunSettings) -> Price:
+def _price_of(run: TrainRunSettings) -> Price:
     """What training costs: of the model with the adapter that its runs put on it."""
     model = skeleton(model_settings(run))
     if run.tune == "lora" and not isinstance(model, PeftModel):

@@ -48,6 +48,11 @@ def write_report(folder: str | Path, *, out: str | Path | None = None) -> Path:
             f"{folder} is of a selection without a page, which needs scores of the baselines that are not kept; "
             f"`tamis select --config {folder / 'run.yaml'} --report` writes it from features that are kept"
         )
+    elif (folder / "retention.json").is_file():
+        raise InvalidInput(
+            f"{folder} is of a proxy without a page; `tamis proxy --config {folder / 'run.yaml'} --report` writes it "
+            "from what was measured"
+        )
     else:
         raise InvalidInput(
             f"{folder} holds neither a training run with choices (run.yaml, candidates/) nor a page (report.html); "
