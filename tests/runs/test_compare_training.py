@@ -21,7 +21,7 @@ from tamis.errors import InvalidSettings, NonFinite
 from tamis.model.flops import TrainedMatrices
 from tamis.progress import NoProgress
 from tamis.runs import compare_training
-from tamis.runs.compare import _price
+from tamis.runs.compare import _price_of
 from tamis.runs.compare_grid import make_missing
 from tamis.runs.compare_training import TrainingBench, _Clock, training_settings
 from tamis.runs.train_setup import open_model
@@ -54,7 +54,7 @@ def bench(model: str, out: Path, **changes: Any) -> TrainingBench:
         settings=own,
         rendered=SimpleNamespace(pool=POOL, target=HELD_OUT),  # type: ignore[arg-type]
         held_out=np.arange(3),
-        price=_price(own.train_settings(out="o", steps=1, seed=0)),
+        price=_price_of(own.train_settings(out="o", steps=1, seed=0)),
         held={},
     )
 
@@ -245,16 +245,16 @@ def test_an_answer_is_right_if_it_says_what_the_row_says_and_never_if_that_is_no
 def test_the_price_of_a_comparison_is_of_the_model_that_it_trains(model: str) -> None:
     block = 16 * 16 + 2 * 8 * 16 + 16 * 16 + 3 * 16 * 24
     vocabulary = json.loads((Path(model) / "config.json").read_text())["vocab_size"]
-    whole = _price(settings(model=model, tune="full", lora_rank=None).train_settings(out="o", steps=1, seed=0))
+    whole = _price_of(settings(model=model, tune="full", lora_rank=None).train_settings(out="o", steps=1, seed=0))
     assert whole.trained == TrainedMatrices(body=2.0 * block, head=16.0 * vocabulary)
     sides = 2 * (16 + 16) + 2 * (16 + 8) + 3 * (16 + 24)  # of a block: queries and output, keys and values, the rest
     for rank in (2, 16):
         own = settings(model=model, lora_rank=None if rank == 16 else rank)
-        adapter = _price(own.train_settings(out="o", steps=1, seed=0))
+        adapter = _price_of(own.train_settings(out="o", steps=1, seed=0))
         assert adapter.trained == TrainedMatrices(body=2.0 * rank * sides, head=0.0)
         assert adapter.shape.block_products == 2 * block + 2 * rank * sides
     few = settings(model=model, lora_targets=("q_proj",)).train_settings(out="o", steps=1, seed=0)
-    assert isinstance(_price(few), Price) and _price(few).trained.body == 2 * 2 * (16 + 16)
+    assert isinstance(_price_of(few), Price) and _price_of(few).trained.body == 2 * 2 * (16 + 16)
 
 
 def test_weights_of_rows_are_refused_at_once() -> None:
@@ -266,3 +266,20 @@ def test_weights_of_rows_are_refused_at_once() -> None:
             )
     allowed = settings(methods=("influence-distillation",), set={"influence-distillation.weights": "none"})
     assert allowed.set == {"influence-distillation.weights": "none"}
+
+
+def test_a_run_killed_while_its_record_is_written_still_has_its_checkpoints(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, records, one = bench(model, tmp_path, save_steps=1), Records(tmp_path / "records"), cell(steps=3)
+
+    def killed(self: Records, run: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Records, "write", killed)
+        make_missing(own, [one], records, progress=NoProgress())
+    folder = tmp_path / "unfinished" / one.key
+    assert sorted(path.name for path in folder.glob("step-*")) == [f"step-00000{n}" for n in (1, 2, 3)]
+    make_missing(own, [one], records, progress=NoProgress())
+    assert records.has(one.key) and not folder.exists()
