@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor
 
 from score_task import file_bytes, make_task, save_tiny
+from tamis import collect
 from tamis.collect import Collecting, Task
 from tamis.errors import Unsupported
+from tamis.store.writer import StageWriter
 from tamis.types import Batch
 
 POOL = [("count", "one two three four five six seven eight nine ten"[: 4 + 2 * n]) for n in range(20)]
@@ -75,6 +78,33 @@ def test_a_resume_with_more_memory_cuts_the_batches_of_the_run_that_was_killed(
     assert resumed.sizes == alone.sizes[-len(resumed.sizes) :]
     stages = [next((tmp_path / name / "store").glob("sums-pool-*")) for name in ("whole", "killed")]
     assert file_bytes(stages[0]) == file_bytes(stages[1])
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_run_killed_between_a_shard_and_its_cost_knows_the_cost_of_all_rows(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """Else the stage would seem cheaper by a shard for each such kill, and so would the method that it is of."""
+    whole = task_in(tmp_path / "whole", model)
+    mapped(whole, Memory(late))
+    for module, name in ((StageWriter, "write_shard"), (collect, "record_cost")):
+        real, calls = getattr(module, name), []
+
+        def then_dies(*args: Any, real: Any = real, calls: list[int] = calls, **more: Any) -> None:
+            real(*args, **more)
+            calls.append(1)
+            if len(calls) == count:
+                raise DiedError
+
+        folder = tmp_path / name
+        with monkeypatch.context() as patch, pytest.raises(DiedError):
+            task = task_in(folder, model)
+            patch.setattr(module, name, then_dies)
+            mapped(task, Memory(late))
+        task = task_in(folder, model)
+        mapped(task, Memory(late))
+        (cost,), (other,) = task.costs(), whole.costs()
+        assert replace(cost, elapsed_s=0.0) == replace(other, elapsed_s=0.0), name
 
 
 def test_a_size_that_failed_is_not_tried_again(tmp_path: Path, model: Path) -> None:

@@ -222,11 +222,11 @@ class Task:
             for shard in own_shards(writer, advance):
                 if whole is not None:
                     first, stop = writer.shard_range(shard)
-                    writer.write_shard(shard, whole.columns(rows[first:stop]))
                     taken = whole.cost(rows[first:stop])
                     if operations is None:
                         taken["operations"] = self._operations(work, taken, extra_operations)
                     record_cost(writer.path, shard, work=work, **taken)
+                    writer.write_shard(shard, whole.columns(rows[first:stop]))
                     advance(stop - first)
                     continue
                 first, stop = writer.shard_range(shard)
@@ -242,13 +242,13 @@ class Task:
                 else:
                     started = time.perf_counter()
                 columns = self._run(corpus, part, compute, limit, shard, advance)
-                writer.write_shard(shard, columns)
                 elapsed_s = time.perf_counter() - started
                 if operations is not None:
                     counts["operations"] = operations(*counts.values())
                 else:
                     counts["operations"] = self._operations(work, counts, extra_operations)
                 record_cost(writer.path, shard, elapsed_s, work=work, **counts)
+                writer.write_shard(shard, columns)
         finish(writer)
         return StageReader(writer.path)
 

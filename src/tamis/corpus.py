@@ -18,6 +18,7 @@ from tamis.errors import BadRow
 from tamis.protocols import Progress
 from tamis.stages import finish, own_shards, record_cost
 from tamis.store.reader import StageReader
+from tamis.store.shards import Column
 from tamis.store.writer import StageWriter
 from tamis.types import IntArray, TokenizedExample
 
@@ -119,19 +120,16 @@ def tokenize(
             rendered = [_render(examples, row, renderer, on_bad_row, advance) for row in range(first, stop)]
             tokens = [t for t, _ in rendered]
             errors = [np.frombuffer(e.encode(), dtype=np.uint8).copy() for _, e in rendered]
-            writer.write_shard(
-                shard,
-                {
-                    "input_ids": [t.input_ids for t in tokens],
-                    "supervised": [t.supervised.astype(np.uint8) for t in tokens],
-                    "error": errors,
-                    "failed": torch.tensor([len(e) > 0 for e in errors]),
-                    "length": torch.tensor([len(t.input_ids) for t in tokens], dtype=torch.int32),
-                    "supervised_tokens": torch.tensor([t.num_supervised for t in tokens], dtype=torch.int32),
-                    "dropped": torch.tensor([t.dropped for t in tokens]),
-                    "truncated": torch.tensor([t.truncated for t in tokens], dtype=torch.int32),
-                },
-            )
+            columns: dict[str, Column] = {
+                "input_ids": [t.input_ids for t in tokens],
+                "supervised": [t.supervised.astype(np.uint8) for t in tokens],
+                "error": errors,
+                "failed": torch.tensor([len(e) > 0 for e in errors]),
+                "length": torch.tensor([len(t.input_ids) for t in tokens], dtype=torch.int32),
+                "supervised_tokens": torch.tensor([t.num_supervised for t in tokens], dtype=torch.int32),
+                "dropped": torch.tensor([t.dropped for t in tokens]),
+                "truncated": torch.tensor([t.truncated for t in tokens], dtype=torch.int32),
+            }
             record_cost(
                 writer.path,
                 shard,
@@ -141,6 +139,7 @@ def tokenize(
                 tokens=sum(len(t.input_ids) for t in tokens),
                 supervised_tokens=sum(t.num_supervised for t in tokens),
             )
+            writer.write_shard(shard, columns)
     finish(writer)
     return Corpus(name, examples, StageReader(writer.path))
 

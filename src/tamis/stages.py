@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,10 +61,16 @@ def read_cost(stage: Path, *, paid_by: Collection[str] = ()) -> StageCost | None
 
 
 def record_cost(stage: Path, shard: int, elapsed_s: float, **more: Any) -> None:
-    """Note what a shard cost, beside the shards and not in them: a resumed run must write the same bytes."""
+    """Note what a shard cost, beside the shards and not in them: a resumed run must write the same bytes.
+
+    Call it before the shard is put in place: after a kill between the two the shard is made, and noted, again. The
+    other way round its cost would be lost.
+    """
     with (stage / f"cost-{rank()}.jsonl").open("a", encoding="utf-8") as file:
         # The newline in front ends a line that a killed run left unfinished.
         file.write("\n" + json.dumps({"shard": shard, "elapsed_s": round(elapsed_s, 4), **more}) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def own_shards(writer: StageWriter, advance: Callable[[int], None]) -> Iterator[int]:

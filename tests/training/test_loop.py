@@ -253,6 +253,17 @@ def test_a_checkpoint_lies_at_the_end_of_every_epoch_with_its_mean_learning_rate
     assert [point.step for point in every_three] == [3, 5]
 
 
+def test_a_cost_is_told_before_its_checkpoint_is_there(tmp_path: Path) -> None:
+    """A run that is killed between the two must make both again: the other way round, the cost would be lost."""
+    seen: list[list[str]] = []
+
+    def told(spent: Spent) -> None:
+        seen.append(sorted(path.name for path in tmp_path.glob("step-*")))
+
+    fine_tune(lora_model(), TOKENS, ROWS, SETTINGS, seed=0, folder=tmp_path, on_checkpoint=told)
+    assert seen == [[], ["step-000002"]]
+
+
 def test_costs_are_told_per_checkpoint(tmp_path: Path) -> None:
     spent: list[Spent] = []
     fine_tune(lora_model(), TOKENS, ROWS, SETTINGS, seed=0, folder=tmp_path, on_checkpoint=spent.append)

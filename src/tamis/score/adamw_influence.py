@@ -144,11 +144,11 @@ class AdamwInfluence:
         # Exact copies share a number: each gets its part of what they did together.
         copies = np.bincount(np.array(numbers), minlength=len(run.rows))
         values = torch.from_numpy((by_number / np.maximum(copies, 1)[:, None])[np.array(numbers)])
-        replace_atomically(folder / _DONE, (save({"scores": values.contiguous()}),))
         # The run's replay, and the way back, which starts at the gradients of the target: all rows for each target.
         times = self.epochs * (1 + steps_back(self.curvature, values=targets))
         counts = {name: round(ours[name] * times) + theirs[name] * targets for name in ours}
         _record(task, model, folder, started, counts)
+        replace_atomically(folder / _DONE, (save({"scores": values.contiguous()}),))
 
     def _model(self, task: Task) -> nn.Module:
         """A copy of the task's model with what trains of it."""

@@ -191,7 +191,6 @@ class KroneckerCurvature:
             if not kind.startswith("_")
             for name, total in by_layer.items()
         }
-        replace_atomically(path, (save(found),))
         task.record_cost(
             path.parent,
             number,
@@ -199,6 +198,7 @@ class KroneckerCurvature:
             work="gradient",
             **task.pool.sizes(rows),
         )
+        replace_atomically(path, (save(found),))
 
 
 _FIELDS = ("vectors_in", "values_in", "vectors_out", "values_out")

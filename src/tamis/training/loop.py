@@ -157,7 +157,7 @@ def fine_tune(
         name_of: how to call a row in an error message.
         advance: called with 1 after every update, and at once with the updates that a resume skips.
         after_update: called after every update, once its checkpoint, if one is due, is on disk.
-        on_checkpoint: told what each interval cost, also when ``folder`` is None.
+        on_checkpoint: told what each interval cost, before its checkpoint is written; also when ``folder`` is None.
 
     Raises:
         InvalidInput: no rows, a row without supervised token, or nothing trainable in the model.
@@ -205,12 +205,13 @@ def fine_tune(
         history.append(StepRecord(step=step + 1, loss=loss, learning_rate=rate, grad_norm=float(norm)))
         counted.add(tokenized)
         if _is_saved(step + 1, total, settings, len(rows)):
+            # Before the checkpoint is there: after a kill between the two its interval is made, and told, again.
+            on_checkpoint(counted.spent(intervals, time.perf_counter() - since))
+            intervals, counted, since = intervals + 1, _Counter(), time.perf_counter()
             if folder is not None:
                 checkpoints.append(
                     save_checkpoint(folder, model, optimizer, trainable, history, checkpoints, identity=identity)
                 )
-            on_checkpoint(counted.spent(intervals, time.perf_counter() - since))
-            intervals, counted, since = intervals + 1, _Counter(), time.perf_counter()
         advance(1)
         after_update()
     return tuple(checkpoints)

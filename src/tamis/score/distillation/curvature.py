@@ -276,11 +276,11 @@ class LandmarkHessians:
                     return self._shard(flat // columns, flat % columns, rows, lengths, directions)
 
                 found = limit.within_memory(shard, compute, latest=self._size, refuse=self._too_large)
-                writer.write_shard(shard, {"product": found})
                 spent = time.perf_counter() - started
                 record_cost(
                     writer.path, shard, spent, work="gradient", **self._counts(_shard_of(flat, columns), rows, behind)
                 )
+                writer.write_shard(shard, {"product": found})
                 advance(stop - first)
         finish(writer)
         task.note(attention_note(task, writer))

@@ -174,8 +174,9 @@ def _scored_from(
             started = time.perf_counter()
             fitted = fit() if fitted is None else fitted
             first, stop = writer.shard_range(shard)
-            writer.write_shard(shard, {"score": fitted.predict(rows(first, stop)).float()})
+            score = fitted.predict(rows(first, stop)).float()
             record_cost(writer.path, shard, time.perf_counter() - started, work="none", rows=stop - first)
+            writer.write_shard(shard, {"score": score})
             advance(stop - first)
     finish(writer)
     return StageReader(writer.path)
