@@ -111,3 +111,27 @@ def test_a_selection_costs_the_sum_of_its_stages(tmp_path: Path) -> None:
     assert len(spent) >= 3 and len(chosen.rows) == 4
     assert chosen.tflops == pytest.approx(sum(spent.values()), rel=1e-9) and chosen.tflops > 1.1 * max(spent.values())
     assert chosen.seconds == pytest.approx(sum(stage["seconds"] for stage in manifest["cost"]["stages"]), rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "scores.parquet", "selected.jsonl"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
+def test_a_damaged_selection_is_said_and_made_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damage: str
+) -> None:
+    run = make_run(tmp_path / "run", rows=20)
+    own = settings(
+        model=str(run.model), pool=(str(run.pool),), target=(str(run.target),), out=str(tmp_path / "out"),
+        methods=("bm25",), budget="4", device="cpu",
+    )  # fmt: skip
+    before = select_rows(own, method_parts("bm25"), "4", progress=NoProgress(), held={})
+    path = before.folder / name
+    content = path.read_bytes()
+    middle = len(content) // 2
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(content[:middle] + (b"" if damage == "cut" else b"\0" + content[middle + 1 :]))
+    again = select_rows(own, method_parts("bm25"), "4", progress=NoProgress(), held={})
+    assert np.array_equal(again.rows, before.rows) and again.table.equals(before.table)
+    assert path.is_file() and (name == "manifest.json" or path.read_bytes() == content)
+    assert (f"{path} is damaged" in caplog.text) == ((name, damage) != ("manifest.json", "gone"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,8 @@ import pyarrow.parquet as pq
 from tamis.budget import parse_budget
 from tamis.comparison.contenders import slug
 from tamis.data.rows import Rows
-from tamis.errors import InvalidSettings
-from tamis.identity import fingerprint
+from tamis.errors import InvalidSettings, first_line
+from tamis.identity import file_sha256, fingerprint
 from tamis.model.processes import barrier
 from tamis.protocols import Progress
 from tamis.runs.select import select_from_settings
@@ -28,6 +29,8 @@ from tamis.types import IntArray, TargetScores
 from tamis.values import to_dict
 
 __all__ = ["Chosen", "PoolTable", "select_rows"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +65,7 @@ def select_rows(
     # A method with other settings has another folder, so that settings may change from call to call.
     known = {key: value for key, value in own.items() if key not in ("out", "store")}
     folder = Path(settings.out) / "selections" / f"{slug(text.label)}-{slug(budget)}-{fingerprint(known)[:8]}"
-    if not (folder / "manifest.json").is_file():
+    if not _is_whole(folder):
         select_from_settings(
             changed(settings.select_settings(text, budget=budget, out=str(folder))), progress=progress, held=held
         )
@@ -83,6 +86,23 @@ def select_rows(
         warnings=tuple(manifest["warnings"]),
         table=table,
     )
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether ``folder`` has a finished selection as it was written. One that is damaged is said, and made again."""
+    path = folder / "manifest.json"
+    if not path.is_file():
+        return False
+    try:
+        digests = json.loads(path.read_text(encoding="utf-8"))["files"]
+        for name, digest in digests.items():
+            path = folder / name
+            if file_sha256(path) != digest:
+                raise ValueError("it is not what was written")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("%s is damaged (%s); that selection is made again", path, first_line(error))
+        return False
+    return True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -124,7 +124,9 @@ def _read_identity(out: Path) -> Any:
     try:
         return json.loads((out / IDENTITY).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InvalidSettings(f"--out {out}: {IDENTITY} cannot be read ({error}); choose another folder") from error
+        raise InvalidSettings(
+            f"--out {out}: {IDENTITY} cannot be read ({error}); choose another --out, or delete the folder"
+        ) from error
 
 
 def _has_work(out: Path) -> bool:
