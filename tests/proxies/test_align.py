@@ -311,6 +311,17 @@ def test_a_killed_alignment_ends_in_the_same_numbers(
         assert torch.equal(factor_params(resumed)[name], param), name
 
 
+def test_an_alignment_whose_state_is_damaged_begins_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, proxy = pair(dtype=torch.float32)
+    run(model, proxy, tmp_path, steps=2)
+    state = tmp_path / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-9])
+    _, other = pair(dtype=torch.float32)
+    assert run(model, other, tmp_path, steps=2).steps == 2 and f"{state} is damaged" in caplog.text
+    for name, param in factor_params(proxy).items():
+        assert torch.equal(factor_params(other)[name], param), name
+
+
 def test_a_rate_that_blows_up_is_an_error_that_says_so(tmp_path: Path) -> None:
     model, proxy = pair(dtype=torch.float32)
     with pytest.raises(NonFinite, match=r"diverged at step .*lower --learning-rate"):

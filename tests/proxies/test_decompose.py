@@ -192,6 +192,7 @@ def test_a_build_that_lost_layers_ends_in_the_same_bytes(tmp_path: Path) -> None
     assert len(files) == len(whole.layers)
     for lost in files[1::2]:
         lost.unlink()
+    files[0].write_bytes(files[0].read_bytes()[:-9])  # cut short by a disk, not by us
     (tmp_path / "killed" / f".{files[1].name}.0-1.tmp").write_bytes(b"half")
     again = decomposed(model, tmp_path / "killed", Recipe(), probe_gb=1e-6)
     for file in files:

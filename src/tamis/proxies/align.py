@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,13 +17,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tamis.disk import make_folder, replace_atomically
-from tamis.errors import NonFinite
+from tamis.errors import NonFinite, first_line
 from tamis.gradients.hooks import frozen
 from tamis.maths.schedule import linear_rate
 from tamis.model.loss import supervised_logits, supervised_positions
@@ -39,6 +40,8 @@ from tamis.proxies.rows import Row, batches_of
 from tamis.seeds import child_seed, random_permutation
 
 __all__ = ["AlignSettings", "Aligned", "CurvePoint", "align", "learning_rate_at"]
+
+logger = logging.getLogger(__name__)
 
 _WARMUP_STEPS, _WEIGHT_DECAY, _CLIP = 10, 0.01, 1.0
 
@@ -273,10 +276,15 @@ class _State:
         replace_atomically(self._path, (save(stored, metadata={"record": json.dumps(record)}),))
 
     def resume(self) -> bool:
-        """Take up what is on disk; False if nothing is."""
+        """Take up what is on disk; False if nothing is, or if it is damaged, which is said."""
         if not self._path.exists():
             return False
-        with safe_open(self._path, framework="pt") as file:
+        try:
+            opened = safe_open(self._path, framework="pt")
+        except SafetensorError as error:
+            logger.warning("%s is damaged (%s); that alignment begins again", self._path, first_line(error))
+            return False
+        with opened as file:
             record = json.loads(file.metadata()["record"])
             names = set(file.keys())
             with torch.no_grad():

@@ -7,6 +7,7 @@ rows alone, and a pass always serves the same layers. In memory are the model, t
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tamis.disk import make_folder, replace_atomically
-from tamis.errors import InvalidSettings
+from tamis.errors import InvalidSettings, first_line
 from tamis.maths.moment_roots import MomentRoot, core_root, damping_of, dense_root, identity_root, probe_root
 from tamis.maths.rank_budget import LayerSpectrum, rank_for, share_ranks
 from tamis.maths.weighted_svd import WeightedFactors, balance, weighted_svd
@@ -29,6 +30,8 @@ from tamis.settings.proxy import Recipe
 from tamis.types import Batch, LayerSpec
 
 __all__ = ["Decomposed", "decompose", "factor_layer"]
+
+logger = logging.getLogger(__name__)
 
 _SECONDS = "seconds.txt"
 _FORMS = {"probe": probe_root, "dense": dense_root, "core": core_root}
@@ -118,7 +121,7 @@ def decompose(
     modules = dict(model.named_modules())
     weighs = recipe.weigh_input or recipe.weigh_output
     for group in passes_within(layers, probes, gigabytes=probe_gb):
-        missing = [layer for layer in group if not _file(folder, place[layer.name]).exists()]
+        missing = [layer for layer in group if not _is_done(_file(folder, place[layer.name]))]
         advance(len(group) - len(missing))
         if not missing:
             continue
@@ -222,6 +225,18 @@ def _write(path: Path, factors: WeightedFactors, notes: Sequence[str]) -> None:
 def _seconds(folder: Path) -> float:
     spent = folder / _SECONDS  # not there after a kill between the first layer's file and its line
     return sum(float(line) for line in spent.read_text(encoding="utf-8").split()) if spent.exists() else 0.0
+
+
+def _is_done(path: Path) -> bool:
+    """Whether a layer's factors are there. A damaged file is said, and its layer decomposed again."""
+    if not path.exists():
+        return False
+    try:
+        _notes(path)
+    except SafetensorError as error:
+        logger.warning("%s is damaged (%s); that layer is decomposed again", path, first_line(error))
+        return False
+    return True
 
 
 def _notes(path: Path) -> list[str]:
