@@ -147,7 +147,9 @@ def test_two_builds_are_equal_and_a_third_into_the_folder_builds_nothing(
     assert once_more.was_finished and (built.out / "retention.json").read_bytes() == before
     (built.out / "report.html").unlink()
     config = str(built.out / "run.yaml")
-    with pytest.raises(InvalidInput, match=f"without a page; `tamis proxy --config {re.escape(config)} --report` writes"):
+    with pytest.raises(
+        InvalidInput, match=f"without a page; `tamis proxy --config {re.escape(config)} --report` writes"
+    ):
         write_report(built.out)
     assert tamis_command(["proxy", "--config", config, "--report", "--quiet"]) == 0
     assert write_report(built.out) == built.out / "report.html"

@@ -179,6 +179,7 @@ def make_missing(bench: TrainingBench, cells: Sequence[Cell], records: Records, 
             found = bench.run(cell, advance)
             if found is not None:
                 records.write(found)
+                bench.clean(cell)
     for cell in distinct:
         # No barrier: the runs of another rank may take longer than the time-out of a process group.
         while not records.has(cell.key):

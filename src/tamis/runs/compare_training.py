@@ -19,6 +19,7 @@ from tamis.comparison.measure import answer_of, held_out_losses, last_answer, wr
 from tamis.comparison.records import Run
 from tamis.corpora import Rendered, model_settings
 from tamis.data.rows import Rows
+from tamis.disk import make_folder, replace_atomically
 from tamis.errors import NonFinite
 from tamis.model.load import load_model, no_progress_bars
 from tamis.model.processes import is_main
@@ -59,7 +60,10 @@ class TrainingBench:
     benchmarks: Benchmarks | None = None
 
     def run(self, cell: Cell, advance: Callable[[int], None]) -> Run | None:
-        """Make the run that ``cell`` describes; None from the ranks that only helped with it."""
+        """Make the run that ``cell`` describes; None from the ranks that only helped with it.
+
+        Its checkpoints stay until ``clean``, which waits for the record: a kill between the two repeats no update.
+        """
         if cell.contender.kind == "online":
             return self._online(cell, advance)
         folder = self._unfinished(cell)
@@ -84,7 +88,7 @@ class TrainingBench:
                 raise NonFinite(f"{cell.contender.name}, seed {cell.seed}: {error}", rows=error.rows) from error
             rows = rows_seen_in(training, cell.rows, steps=cell.steps, seed=cell.seed)
             seen = seen_rows(self.rendered.pool, rows)
-        found = self._measured(
+        return self._measured(
             cell,
             opened.model,
             opened.tokenizer,
@@ -93,12 +97,9 @@ class TrainingBench:
             tflops=self.price.tflops(seen),
             train_seconds=clock.total,
         )
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-        return found
 
     def clean(self, cell: Cell) -> None:
-        """Remove what a recorded run left behind when it was killed."""
+        """Remove the checkpoints of a recorded run, which nothing needs any more."""
         shutil.rmtree(Path(self.settings.out) / "unfinished" / cell.key, ignore_errors=True)
 
     def _unfinished(self, cell: Cell) -> Path | None:
@@ -198,14 +199,15 @@ class _Clock:
         self._file = None if folder is None else folder / "seconds.json"
         self._spent: dict[str, float] = {}
         if self._file is not None and self._file.is_file():
-            with contextlib.suppress(ValueError):  # half a line of a killed run: that interval is lost
+            with contextlib.suppress(ValueError):  # damaged: what was spent so far is not known
                 self._spent = json.loads(self._file.read_text(encoding="utf-8"))
 
     def add(self, spent: Spent) -> None:
         """An interval has ended."""
         self._spent[str(spent.checkpoint)] = spent.elapsed_s
         if self._file is not None:
-            self._file.write_text(json.dumps(self._spent), encoding="utf-8")
+            make_folder(self._file.parent)  # its checkpoint is not there yet
+            replace_atomically(self._file, (json.dumps(self._spent).encode(),))
 
     @property
     def total(self) -> float:
