@@ -1,5 +1,7 @@
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,23 @@ def test_a_replaced_file_is_whole_and_leaves_no_temporary_file(tmp_path: Path) -
     replace_atomically(path, [b"new", memoryview(b" and longer")])
     assert path.read_bytes() == b"new and longer"
     assert [p.name for p in tmp_path.iterdir()] == ["file.bin"]
+
+
+def test_a_file_that_a_killed_run_left_half_written_goes_when_it_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    killed = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    dead, path = int(killed.stdout), tmp_path / "file.json"
+    left = tmp_path / f".file.json.1-{dead}.tmp"
+    others = [  # of another rank, of a run that goes on, of another file, and of no run
+        *(f".file.json.0-{dead}.tmp", f".file.json.1-{os.getppid()}.tmp", f".other.json.1-{dead}.tmp"),
+        ".file.json.1-mine.tmp",
+    ]
+    for name in (left.name, *others):
+        (tmp_path / name).write_bytes(b"half")
+    replace_atomically(path, [b"whole"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([path.name, *others])
 
 
 def test_the_first_of_several_creators_wins(tmp_path: Path) -> None:

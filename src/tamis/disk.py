@@ -121,7 +121,7 @@ def replace_atomically(path: Path, chunks: Iterable[Buffer]) -> None:
     """Write ``chunks`` one after the other as the file ``path``, replacing an older one in a single step.
 
     The bytes are on the disk (fsync of file and folder) before the call returns. A process killed meanwhile leaves
-    at most a hidden temporary file.
+    at most a hidden temporary file, which the next one that writes ``path`` removes.
 
     Raises:
         InvalidInput: see ``disk_errors``.
@@ -129,6 +129,7 @@ def replace_atomically(path: Path, chunks: Iterable[Buffer]) -> None:
     with disk_errors(path), _whole_file(path, chunks) as temporary:
         temporary.replace(path)
         _sync_folder(path.parent)
+    _remove_leftovers(path)
 
 
 def create_atomically(path: Path, chunks: Iterable[Buffer]) -> bool:
@@ -152,6 +153,31 @@ def create_atomically(path: Path, chunks: Iterable[Buffer]) -> bool:
             temporary.replace(path)
         _sync_folder(path.parent)
         return True
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Temporary files of ``path`` whose writers were killed. Those of other ranks may be of another machine."""
+    own = temporary_path(path).name
+    start = own.removesuffix(f"{os.getpid()}{TEMPORARY_SUFFIX}")
+    with contextlib.suppress(OSError):
+        for entry in list(os.scandir(path.parent)):
+            if entry.name.startswith(start) and entry.name.endswith(TEMPORARY_SUFFIX):
+                number = entry.name.removeprefix(start).removesuffix(TEMPORARY_SUFFIX)
+                if number.isdecimal() and not _is_running(int(number)):
+                    Path(entry.path).unlink()
+
+
+def _is_running(process: int) -> bool:
+    """Whether there is such a process; True where that cannot be asked without sending it a signal."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # another user's
+    return True
 
 
 @contextlib.contextmanager

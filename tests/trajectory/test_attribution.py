@@ -411,6 +411,23 @@ def test_summary_matrices_that_cannot_fit_are_refused_with_what_would(
         attribute(recorded, tmp_path / "d", **matrix, masks=3)
 
 
+@pytest.mark.parametrize("start", [0, 4])
+def test_a_state_that_a_killed_pass_no_longer_needed_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: int
+) -> None:
+    def killed(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "sweep"
+    store, steps = segment_store.SegmentStore(folder), [{"scores": torch.zeros(1)} for _ in range(2)]
+    store.write(6, 8, steps, {"adjoint": torch.zeros(1)})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "glob", killed)
+        store.write(start, 6, steps, {"adjoint": torch.ones(1)} if start else {})
+    assert segment_store.SegmentStore(folder).reached == start
+    assert [path.name for path in folder.glob("state-*")] == ["state-00000004.safetensors"] * bool(start)
+
+
 def test_a_pass_whose_state_is_gone_says_what_to_do(tmp_path: Path) -> None:
     store = segment_store.SegmentStore(tmp_path / "sweep")
     store.write(4, 6, [{"scores": torch.zeros(1)} for _ in range(2)], {"adjoint": torch.zeros(1)})

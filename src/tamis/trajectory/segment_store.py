@@ -37,6 +37,7 @@ class SegmentStore:
                     self.reached = int(json.loads(path.read_text(encoding="utf-8"))["step"])
                 except (ValueError, KeyError, TypeError, OSError) as error:
                     raise self._damaged(path, error) from error
+            self._remove_states()  # of a run that was killed before it did
 
     def tensors(self, like: Tensor) -> dict[str, Tensor]:
         """The state that the pass goes on from, on the device of ``like``."""
@@ -59,9 +60,8 @@ class SegmentStore:
         if own:
             replace_atomically(self._folder / f"state-{start:08d}.safetensors", (save(own),))
         replace_atomically(self._folder / "reached.json", (json.dumps({"step": start}).encode(),))
-        for old in self._folder.glob("state-*.safetensors"):  # only after the mark no longer needs it
-            if old.name != f"state-{start:08d}.safetensors":
-                old.unlink(missing_ok=True)
+        self.reached = start
+        self._remove_states()  # only after the mark no longer needs them
 
     def all(self, parts: Sequence[tuple[int, int]]) -> dict[str, list[Tensor]]:
         """The numbers of all steps, by name, in the order of the steps."""
@@ -79,6 +79,13 @@ class SegmentStore:
                 for name, tensor in step.items():
                     found.setdefault(name, []).append(tensor)
         return found
+
+    def _remove_states(self) -> None:
+        """All but the one that the mark names; they are the largest files here."""
+        assert self._folder is not None
+        for state in self._folder.glob("state-*.safetensors"):
+            if self.reached is None or state.name != f"state-{self.reached:08d}.safetensors":
+                state.unlink(missing_ok=True)
 
     def _load(self, name: str) -> dict[str, Tensor]:
         assert self._folder is not None
