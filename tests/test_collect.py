@@ -15,7 +15,8 @@ from torch import Tensor
 from score_task import file_bytes, make_task, save_tiny
 from tamis import collect
 from tamis.collect import Collecting, Task
-from tamis.errors import Unsupported
+from tamis.errors import StoreCorrupted, Unsupported
+from tamis.score.decisions import kept_once, kept_tensors
 from tamis.store.writer import StageWriter
 from tamis.types import Batch
 
@@ -105,6 +106,28 @@ def test_a_run_killed_between_a_shard_and_its_cost_knows_the_cost_of_all_rows(
         mapped(task, Memory(late))
         (cost,), (other,) = task.costs(), whole.costs()
         assert replace(cost, elapsed_s=0.0) == replace(other, elapsed_s=0.0), name
+
+
+def test_a_damaged_description_of_a_model_is_said_and_made_again(
+    tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    task = task_in(tmp_path, model)
+    described = [task.loaded.description]
+    (path,) = (tmp_path / "store").glob("model-*.json")
+    path.write_text(path.read_text()[:40])
+    assert task_in(tmp_path, model).model_descriptions() == described and f"{path} is damaged" in caplog.text
+    assert task_in(tmp_path, model).model_descriptions() == described and caplog.text.count("is damaged") == 1
+
+
+@pytest.mark.parametrize("content", ["", '{"a": [1,'])
+def test_a_damaged_decision_is_named(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "size.json"
+    assert kept_once(path, lambda: 7) == 7
+    path.write_text(content)
+    with pytest.raises(StoreCorrupted, match=r"size\.json cannot be read .*; delete this file and run again"):
+        kept_once(path, lambda: 7)
+    with pytest.raises(StoreCorrupted, match=r"size\.json cannot be read .*; delete this file and run again"):
+        kept_tensors(path)
 
 
 def test_a_size_that_failed_is_not_tried_again(tmp_path: Path, model: Path) -> None:

@@ -7,6 +7,7 @@ computes that way survives a kill, is spread over the ranks, and is reused by th
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,7 @@ from torch import Tensor
 from tamis.corpus import Corpus
 from tamis.data.batches import collate, plan_batches
 from tamis.disk import replace_atomically
-from tamis.errors import InvalidSettings, NonFinite, Unsupported
+from tamis.errors import InvalidSettings, NonFinite, Unsupported, first_line
 from tamis.identity import fingerprint, rows_sha256
 from tamis.model.flops import ModelShape, projected_flops, stage_flops
 from tamis.model.limits import skeleton
@@ -38,6 +39,8 @@ from tamis.types import Batch, IntArray, LayerSpec
 from tamis.versions import releases
 
 __all__ = ["BatchFunction", "Collecting", "Task", "named_row"]
+
+logger = logging.getLogger(__name__)
 
 BatchFunction = Callable[[Batch], Mapping[str, Tensor]]
 
@@ -83,7 +86,8 @@ class Task:
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     stages: list[Path] = field(default_factory=list)  # every stage this run used, for the cost table
-    models: list[Path] = field(default_factory=list)  # where the models this run used are described
+    # Where the models this run used beside its own are described, and how each is loaded.
+    models: list[tuple[Path, ModelSettings]] = field(default_factory=list)
     _loaded: LoadedModel | None = None
     _fingerprint: str | None = None
     _shape: ModelShape | None = None
@@ -108,13 +112,13 @@ class Task:
     def at_model(self, settings: ModelSettings) -> Task:
         """The same question to another model (a checkpoint, say); notes, warnings and costs are shared."""
         other = replace(self, model_settings=settings, _loaded=None, _fingerprint=None, _shape=None)
-        self.models.append(other._description_file())
+        self.models.append((other._description_file(), settings))
         return other
 
     def model_descriptions(self) -> list[dict[str, Any]]:
         """Every model that the scores come from, as it was when loaded, by this run or by the one it resumes."""
-        files = dict.fromkeys([self._description_file(), *self.models])
-        return [json.loads(path.read_text(encoding="utf-8")) for path in files if path.exists()]
+        files = dict([(self._description_file(), self.model_settings), *self.models])
+        return [_described(path, settings) for path, settings in files.items() if path.exists()]
 
     def _description_file(self) -> Path:
         return self.store / f"model-{fingerprint(self.model_identity())[:12]}.json"
@@ -340,6 +344,18 @@ class Task:
         """
         own = frozenset(path.name for path in self.stages)
         return [c for path in dict.fromkeys(self.stages) if (c := read_cost(path, paid_by=own)) is not None]
+
+
+def _described(path: Path, settings: ModelSettings) -> dict[str, Any]:
+    """The model's description in a file; of one that is damaged the model says it again, and the user is told."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        logger.warning("%s is damaged (%s); its model is loaded again to describe it", path, first_line(error))
+        found = load_model(settings).description
+        if is_main():
+            replace_atomically(path, (json.dumps(found, indent=2).encode(),))
+    return found
 
 
 class _Whole:

@@ -21,7 +21,7 @@ import torch
 import tamis
 from proxy_case import SETTINGS, UNALIGNED
 from tamis.cli.main import run as tamis_command
-from tamis.errors import InvalidInput, InvalidSettings, Unsupported
+from tamis.errors import InvalidInput, InvalidSettings, StoreCorrupted, Unsupported
 from tamis.model.load import ModelSettings, load_model
 from tamis.model.low_rank_linear import low_rank_layers
 from tamis.model.source import resolve_source
@@ -161,6 +161,33 @@ def test_two_builds_are_equal_and_a_third_into_the_folder_builds_nothing(
     assert (built.out / "retention.json").read_bytes() == before
     with pytest.raises(InvalidSettings, match=r"holds another run: settings\.sparsity was 0\.5 there and is 0\.7 now"):
         build(run, built.out, sweep=True, sparsity=0.7)
+
+
+def test_a_finished_proxy_that_is_damaged_is_said(run: TinyRun, built: tamis.ProxyResult, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(built.out, tmp_path / "out"))
+    for name in ("model.safetensors", "config.json", "proxy.json", "retention.json", "manifest.json"):
+        whole = (out / name).read_bytes()
+        (out / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(StoreCorrupted, match=rf"{name} .*; delete .*manifest\.json and run the same command again"):
+            build(run, out, sweep=True)
+        (out / name).write_bytes(whole)
+    assert build(run, out, sweep=True).was_finished
+
+
+def test_new_advice_that_was_killed_on_the_way_is_on_the_page_in_the_end(
+    run: TinyRun, built: tamis.ProxyResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Path(shutil.copytree(built.out, tmp_path / "out"))
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("write_document", "write_json"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(f"tamis.runs.proxy.{name}", killed)
+            build(run, out, sweep=True, keep=0.01)
+    build(run, out, sweep=True, keep=0.01)
+    assert "0.01 was wanted" in (out / "report.html").read_text()
 
 
 def test_a_build_killed_at_any_time_ends_in_the_same_bytes(

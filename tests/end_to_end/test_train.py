@@ -26,7 +26,7 @@ import tamis
 from online_runs import arguments, collate
 from tamis.data.examples import read_examples
 from tamis.data.render import Renderer
-from tamis.errors import InvalidInput, InvalidSettings, NonFinite, Unsupported
+from tamis.errors import InvalidInput, InvalidSettings, NonFinite, StoreCorrupted, Unsupported
 from tamis.online.fate import read_candidates
 from tamis.online.trainer import OnlineTrainer
 from tamis.runs.report import write_report
@@ -196,6 +196,25 @@ def test_a_finished_run_is_recognised_and_another_one_refused_by_what_differs(
     pool.write_text("\n".join([lines[0].replace("plus", "minus"), *lines[1:]]) + "\n")
     with pytest.raises(InvalidSettings, match=r"holds another run: data\.pool\.content was"):
         train(run, out, pool=pool, method="full", steps=2)
+
+
+def test_a_finished_run_whose_model_is_damaged_is_said_and_writes_it_again(run: TinyRun, tmp_path: Path) -> None:
+    first = train(run, tmp_path, method="full", steps=2, save_steps=1)
+    (file,), manifest = first.model.glob("*.safetensors"), tmp_path / "manifest.json"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(
+        StoreCorrupted, match=r"model\.safetensors is missing or was changed .*; delete .*model and run"
+    ):
+        train(run, tmp_path, method="full", steps=2, save_steps=1)
+    shutil.rmtree(first.model)
+    assert train(run, tmp_path, method="full", steps=2, save_steps=1).model == first.model
+    assert file.read_bytes() == whole
+    manifest.write_text(manifest.read_text()[:-9])
+    with pytest.raises(StoreCorrupted, match=r"manifest\.json cannot be read .*; delete it and run the same command"):
+        train(run, tmp_path, method="full", steps=2, save_steps=1)
+    with pytest.raises(StoreCorrupted, match=r"manifest\.json cannot be read .*; a page about the run cannot be made"):
+        write_report(tmp_path)
 
 
 def words(run: TinyRun, out: Path, *more: str) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tamis.errors import InvalidInput
+from tamis.errors import InvalidInput, StoreCorrupted
 from tamis.online.fate import CandidateLog, read_candidates
 from tamis.online.methods.choice import Choice
 from tamis.online.proposal import Proposal
@@ -50,6 +50,14 @@ def test_what_was_not_flushed_is_not_there_and_a_broken_part_is_ignored(tmp_path
     write(tmp_path, range(1, 6), first_step=1, flush_every=2)
     (tmp_path / "part-00000005-00000006.partial").write_bytes(b"half a file")
     assert set(read_candidates(tmp_path)["step"].to_pylist()) == {1, 2, 3, 4}
+
+
+def test_a_part_that_is_damaged_is_named(tmp_path: Path) -> None:
+    write(tmp_path, range(1, 4), first_step=1)
+    part = sorted(tmp_path.iterdir())[1]
+    part.write_bytes(part.read_bytes()[:-9])
+    with pytest.raises(StoreCorrupted, match=f"{part.name} cannot be read .*; only a run from the start"):
+        read_candidates(tmp_path)
 
 
 def test_a_resumed_run_takes_back_what_it_repeats(tmp_path: Path) -> None:

@@ -181,6 +181,11 @@ def test_a_killed_attribution_goes_on_and_ends_in_the_same_bytes(recorded: Recor
     (tmp_path / "cut/samples.parquet").unlink()
     with pytest.raises(StoreCorrupted, match=r"samples\.parquet is missing or was changed since it was written"):
         attribute(recorded, tmp_path / "cut", **settings)
+    (tmp_path / "cut/manifest.json").write_text('{"files": {')
+    with pytest.raises(
+        StoreCorrupted, match=r"cut/manifest\.json cannot be read .*; remove .*manifest\.json and attribute"
+    ):
+        attribute(recorded, tmp_path / "cut", **settings)
     (tmp_path / "cut/manifest.json").unlink()
     attribute(recorded, tmp_path / "cut", **settings)
     assert (tmp_path / "whole/samples.parquet").read_bytes() == (tmp_path / "cut/samples.parquet").read_bytes()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tamis.errors import InvalidInput
+from tamis.errors import InvalidInput, StoreCorrupted, first_line
 from tamis.online.proposal import Proposal
 from tamis.types import IntArray
 
@@ -117,11 +117,22 @@ def read_candidates(folder: Path) -> pa.Table:
 
     Raises:
         InvalidInput: there is none.
+        StoreCorrupted: one is damaged.
     """
     paths = sorted(path for path in folder.glob("part-*.parquet") if _PART.fullmatch(path.name))
     if not paths:
         raise InvalidInput(f"{folder} holds no candidates; give the folder 'candidates' of an online run's output")
-    return pa.concat_tables([pq.read_table(path) for path in paths])
+    return pa.concat_tables([_part(path) for path in paths])
+
+
+def _part(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise StoreCorrupted(
+            f"{path} cannot be read ({first_line(error)}); only a run from the start writes it again: train into "
+            "another folder, or delete this run's"
+        ) from error
 
 
 def _known(value: float | None) -> float | None:

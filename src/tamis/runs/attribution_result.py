@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tamis.errors import StoreCorrupted
-from tamis.identity import file_sha256
+from tamis.runs.outputs import check_files, read_written
 
 __all__ = ["Attribution", "read_attribution"]
 
@@ -77,13 +75,10 @@ def read_attribution(out: Path) -> Attribution:
     Raises:
         StoreCorrupted: a table is not the one that was written.
     """
-    manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
-    for name, digest in manifest["files"].items():
-        if not (out / name).is_file() or file_sha256(out / name) != digest:
-            raise StoreCorrupted(
-                f"{out / name} is missing or was changed since it was written; remove {out / 'manifest.json'} and "
-                "attribute again, which takes what the sweep has left on disk"
-            )
+    path = out / "manifest.json"
+    todo = f"remove {path} and attribute again, which takes what the sweep has left on disk"
+    manifest = read_written(path, todo=todo)
+    check_files(out, manifest["files"], todo=todo)
     return Attribution(
         out=out,
         uses=pq.read_table(out / "uses.parquet"),

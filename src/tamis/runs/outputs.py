@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 
 from tamis.corpora import Corpora
 from tamis.disk import TEMPORARY_SUFFIX, make_folder, replace_atomically
-from tamis.errors import InvalidSettings
-from tamis.identity import first_difference
+from tamis.errors import InvalidSettings, StoreCorrupted, first_line
+from tamis.identity import file_sha256, first_difference
 from tamis.runs.row_shapes import as_messages
 from tamis.selection.choose import Choice
 from tamis.store.manifest import PLAN_FILE
@@ -28,8 +28,10 @@ from tamis.types import FloatArray, IntArray
 __all__ = [
     "MESSAGES",
     "check_claim",
+    "check_files",
     "claim_folder",
     "free_claim",
+    "read_written",
     "refuse_strangers",
     "score_table",
     "write_json",
@@ -118,6 +120,29 @@ def free_claim(out: Path, identity: Mapping[str, Any]) -> None:
         if not first_difference(_read_identity(out), json.loads(json.dumps(identity, default=str))):
             for name in (IDENTITY, CONFIG):
                 (out / name).unlink(missing_ok=True)
+
+
+def read_written(path: Path, *, todo: str) -> Any:
+    """What a run has written as the JSON file ``path``; ``todo`` is what to do where it is damaged.
+
+    Raises:
+        StoreCorrupted: it cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StoreCorrupted(f"{path} cannot be read ({first_line(error)}); {todo}") from error
+
+
+def check_files(folder: Path, digests: Mapping[str, str], *, todo: str) -> None:
+    """Compare files of a finished run with their SHA-256 in its manifest.
+
+    Raises:
+        StoreCorrupted: one is missing or was changed.
+    """
+    for name, digest in digests.items():
+        if not (folder / name).is_file() or file_sha256(folder / name) != digest:
+            raise StoreCorrupted(f"{folder / name} is missing or was changed since it was written; {todo}")
 
 
 def _read_identity(out: Path) -> Any:

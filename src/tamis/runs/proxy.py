@@ -38,6 +38,7 @@ from tamis.model.load import (
 from tamis.model.low_rank_linear import low_rank_layers
 from tamis.model.memory import default_batch_tokens
 from tamis.model.processes import world_size
+from tamis.model.proxy_folder import PROXY_FILE
 from tamis.model.targets import input_embeddings, is_tied, output_embeddings
 from tamis.notation import target_parts
 from tamis.progress import NoProgress
@@ -51,7 +52,7 @@ from tamis.proxies.rows import RowSizes, assign_roles, usable_rows
 from tamis.report.document import write_document
 from tamis.report.retention import retention_document
 from tamis.runs.manifest import base_identity, identity_settings, repeat_command
-from tamis.runs.outputs import check_claim, claim_folder, free_claim, write_json
+from tamis.runs.outputs import check_claim, check_files, claim_folder, free_claim, read_written, write_json
 from tamis.settings import ProxySettings
 from tamis.types import Example
 from tamis.values import to_dict
@@ -150,12 +151,17 @@ def proxy_from_settings(
         "settings": to_dict(settings),
         "models": [loaded.description],
         "warnings": warnings,
-        "files": {path.name: file_sha256(path) for path in sorted(out.glob("*.safetensors"))},
+        "files": {path.name: file_sha256(path) for path in sorted(out.iterdir()) if _is_part(path)},
     }
     _write_retention(retention, manifest, out, has_page=settings.report)
     write_json(out / "manifest.json", manifest)  # last: its presence says that the proxy is complete
     shutil.rmtree(out / "store", ignore_errors=True)
     return _result(out, was_finished=False)
+
+
+def _is_part(path: Path) -> bool:
+    """Whether a file is one without which the proxy would be none, or another one."""
+    return path.suffix in (".safetensors", ".parquet") or path.name in ("config.json", PROXY_FILE)
 
 
 def _keep_of(store: Path, identity: Mapping[str, Any]) -> None:
@@ -172,17 +178,19 @@ def _keep_of(store: Path, identity: Mapping[str, Any]) -> None:
 
 
 def _write_retention(retention: Retention, manifest: Mapping[str, Any], out: Path, *, has_page: bool) -> None:
-    write_json(out / "retention.json", retention.to_json())
     if has_page:
         write_document(retention_document(retention, manifest), out / "report.html")
+    write_json(out / "retention.json", retention.to_json())  # last: what it advises, the page advises too
 
 
 def _advise_again(settings: ProxySettings, out: Path, held: Mapping[str, Rows]) -> None:
     """Bring a finished folder's advice and page to what this call wants of them; nothing is measured again."""
-    found = Retention.from_json(json.loads((out / "retention.json").read_text(encoding="utf-8")))
+    todo = _build_again(out)
+    manifest = read_written(out / "manifest.json", todo=todo)
+    check_files(out, manifest["files"], todo=todo)
+    found = Retention.from_json(read_written(out / "retention.json", todo=todo))
     if found.advice.keep == settings.keep and ((out / "report.html").exists() or not settings.report):
         return
-    manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
     manifest |= {"command": repeat_command("proxy", out, held), "settings": to_dict(settings)}
     _write_retention(replace(found, advice=found.advised(settings.keep)), manifest, out, has_page=settings.report)
 
@@ -341,11 +349,15 @@ def _identity(
     return {**base, "settings": plain, "inputs": inputs}
 
 
+def _build_again(out: Path) -> str:
+    return f"delete {out / 'manifest.json'} and run the same command again, which builds the proxy anew"
+
+
 def _result(out: Path, *, was_finished: bool) -> ProxyResult:
-    manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    manifest = read_written(out / "manifest.json", todo=_build_again(out))
     return ProxyResult(
         out=out,
-        retention=json.loads((out / "retention.json").read_text(encoding="utf-8")),
+        retention=read_written(out / "retention.json", todo=_build_again(out)),
         warnings=tuple(manifest["warnings"]),
         manifest=manifest,
         was_finished=was_finished,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from tamis.online.resume import read_log
 from tamis.report.document import render_document
 from tamis.report.page import write_text
 from tamis.report.training import TrainingInputs, training_document
-from tamis.runs.outputs import IDENTITY
+from tamis.runs.outputs import IDENTITY, read_written
 from tamis.settings import TrainRunSettings
 from tamis.types import Example
 from tamis.values import from_dict
@@ -69,7 +68,8 @@ def write_report(folder: str | Path, *, out: str | Path | None = None) -> Path:
 def _inputs(folder: Path) -> TrainingInputs:
     settings = from_dict(TrainRunSettings, read_config(folder / "run.yaml"), origin=str(folder / "run.yaml"))
     is_finished = (folder / "manifest.json").is_file()
-    described: dict[str, Any] = json.loads((folder / ("manifest.json" if is_finished else IDENTITY)).read_text("utf-8"))
+    path = folder / ("manifest.json" if is_finished else IDENTITY)
+    described: dict[str, Any] = read_written(path, todo="a page about the run cannot be made without it")
     read, why = _texts(settings, described)
     return TrainingInputs(
         log=read_log(folder / "log.jsonl"),

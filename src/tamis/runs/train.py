@@ -38,7 +38,7 @@ from tamis.online.source_means import said_of_many_sources
 from tamis.progress import NoProgress
 from tamis.protocols import Progress
 from tamis.runs.manifest import TRAINER, base_identity, identity_settings, repeat_command
-from tamis.runs.outputs import check_claim, claim_folder, write_json
+from tamis.runs.outputs import check_claim, check_files, claim_folder, read_written, write_json
 from tamis.runs.train_account import describe_cost, describe_training
 from tamis.runs.train_record import finish_record, recorder_of, require_record
 from tamis.runs.train_rows import RunRows, check_candidates, measuring_targets, num_updates, split_rows
@@ -66,6 +66,7 @@ _FREE_SETTINGS = (
     *("record", "record_every"),
 )
 _KNOWN_BY_CONTENT = ("model", "revision", "chat_template")
+_LAST = "the last checkpoint of checkpoints/, if it is there"
 _SOURCES_NAMED = 8  # in a run's summary
 
 
@@ -326,7 +327,11 @@ class _Run:
 
 
 def _result(out: Path, *, was_finished: bool) -> TrainResult:
-    manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    path = out / "manifest.json"
+    manifest = read_written(path, todo=f"delete it and run the same command again, which goes on from {_LAST}")
+    if was_finished:
+        todo = f"delete {out / 'model'} and run the same command again, which writes it anew from {_LAST}"
+        check_files(out / "model", manifest["files"], todo=todo)
     return TrainResult(
         out=out,
         model=out / "model",

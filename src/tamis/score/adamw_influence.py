@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import nn
 
 from tamis.collect import Task
@@ -24,6 +24,7 @@ from tamis.identity import rows_sha256
 from tamis.model.flops import ModelShape, stage_flops
 from tamis.model.processes import barrier, is_main
 from tamis.model.targets import has_adapter
+from tamis.score.decisions import kept_tensors
 from tamis.score.matrix import scores_of_targets
 from tamis.stages import read_cost
 from tamis.training.lora import add_lora, train_adapter
@@ -108,7 +109,7 @@ class AdamwInfluence:
         if is_main() and not (folder / _DONE).is_file():
             self._compute(task, trained, folder)
         barrier()
-        values: npt.NDArray[np.float64] = load_file(folder / _DONE)["scores"].numpy()
+        values: npt.NDArray[np.float64] = kept_tensors(folder / _DONE)["scores"].numpy()
         task.note(
             "adamw-influence scored rows by what they did in one reference run over all of them, in which early and "
             "late updates differ in weight; compare with `tamis verify` before relying on single scores."

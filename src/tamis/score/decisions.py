@@ -1,4 +1,4 @@
-"""Decisions of a run that its later work hangs on: taken once, kept in the store, the same in every process."""
+"""What a run makes once and its later work hangs on: kept in the store, the same in every process."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
 from tamis.collect import Task
 from tamis.disk import replace_atomically
+from tamis.errors import StoreCorrupted, first_line
 from tamis.model.processes import barrier, counts_of_all, is_main
 
-__all__ = ["gradient_size", "kept_once"]
+__all__ = ["gradient_size", "kept_once", "kept_tensors"]
 
 
 def kept_once(path: Path, decide: Callable[[], Any], *, task: Task | None = None) -> Any:
@@ -37,9 +42,34 @@ def kept_once(path: Path, decide: Callable[[], Any], *, task: Task | None = None
             replace_atomically(path, (json.dumps(decided, indent=1).encode(),))
     barrier()
     if task is not None and stages.exists():
-        found = [task.store / name for name in json.loads(stages.read_text(encoding="utf-8"))]
+        found = [task.store / name for name in _read(stages)]
         task.stages += [stage for stage in found if stage not in task.stages]
-    return json.loads(path.read_text(encoding="utf-8"))
+    return _read(path)
+
+
+def kept_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file in the store.
+
+    Raises:
+        StoreCorrupted: it cannot be read.
+    """
+    try:
+        return dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, error) from error
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> StoreCorrupted:
+    return StoreCorrupted(
+        f"{path} cannot be read ({first_line(error)}); delete this file and run again to recompute it"
+    )
 
 
 def gradient_size(task: Task, *, include_head: bool = False) -> int:

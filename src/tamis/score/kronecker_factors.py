@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from tamis.collect import Task, named_row
@@ -26,6 +26,7 @@ from tamis.identity import rows_sha256
 from tamis.maths.kronecker import KroneckerBasis, eigenbasis, kfac_eigenvalues, precondition
 from tamis.model.memory import TokenLimit, default_batch_tokens
 from tamis.model.processes import barrier, is_main, rank, world_size
+from tamis.score.decisions import kept_tensors
 from tamis.seeds import child_seed
 from tamis.types import IntArray
 
@@ -77,7 +78,7 @@ class KroneckerCurvature:
         if self.strategy == "kfac":
             eigenvalues = {name: kfac_eigenvalues(basis) for name, basis in bases.items()}
         else:
-            eigenvalues = load_file(self._folder() / _EIGENVALUES)
+            eigenvalues = kept_tensors(self._folder() / _EIGENVALUES)
         on_device = {name: _moved(basis, device) for name, basis in bases.items()}
         there = {name: values.to(device) for name, values in eigenvalues.items()}
 
@@ -96,7 +97,7 @@ class KroneckerCurvature:
         return self.task.workdir("kronecker-factors", self._factors(), uses_target=False)
 
     def _bases(self) -> dict[str, KroneckerBasis]:
-        stored = load_file(self._folder() / _BASES)
+        stored = kept_tensors(self._folder() / _BASES)
         names = [name.removeprefix("values_in/") for name in stored if name.startswith("values_in/")]
         return {name: KroneckerBasis(**{field: stored[f"{field}/{name}"] for field in _FIELDS}) for name in names}
 
@@ -152,7 +153,7 @@ class KroneckerCurvature:
             if not is_done:
                 total: dict[str, Tensor] = {}
                 for part in parts:
-                    for key, value in load_file(part).items():
+                    for key, value in kept_tensors(part).items():
                         total[key] = total[key].add_(value) if key in total else value.double()
                 made = {key: value.float().contiguous() for key, value in compute(total).items()}
                 replace_atomically(path, (save(made),))
