@@ -108,6 +108,22 @@ def test_a_run_killed_between_a_shard_and_its_cost_knows_the_cost_of_all_rows(
         assert replace(cost, elapsed_s=0.0) == replace(other, elapsed_s=0.0), name
 
 
+@pytest.mark.parametrize("damage", ["half", "gone"])
+def test_a_lost_record_of_cost_is_warned_of(tmp_path: Path, model: Path, damage: str) -> None:
+    mapped(task_in(tmp_path, model), Memory(late))
+    (stage,) = (tmp_path / "store").glob("sums-pool-*")
+    (file,) = stage.glob("cost-*.jsonl")
+    lines = [line for line in file.read_text().splitlines() if line]
+    file.write_text("\n".join([*lines[:2], lines[2][:9]]))
+    if damage == "gone":
+        file.unlink()
+    task = task_in(tmp_path, model)
+    mapped(task, Memory(late))
+    task.costs()
+    (said,) = task.warnings
+    assert f"what {len(lines) - (2 if damage == 'half' else 0)} of its shards cost is not known" in said
+
+
 def test_a_damaged_description_of_a_model_is_said_and_made_again(
     tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

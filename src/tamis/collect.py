@@ -31,7 +31,7 @@ from tamis.model.processes import is_main
 from tamis.model.targets import gradient_layers
 from tamis.progress import NoProgress
 from tamis.protocols import Progress
-from tamis.stages import StageCost, Work, finish, own_shards, read_cost, record_cost
+from tamis.stages import StageCost, Work, finish, own_shards, read_cost, record_cost, shards_without_cost
 from tamis.store.manifest import read_manifest, stage_path
 from tamis.store.reader import StageReader
 from tamis.store.writer import StageWriter
@@ -342,6 +342,12 @@ class Task:
 
         Rows that a stage took from another one of this task were passed through the model once, and count once.
         """
+        for path in dict.fromkeys(self.stages):
+            if lost := shards_without_cost(path):
+                self.warn(
+                    f"{path}: what {lost} of its shards cost is not known (cost-*.jsonl is damaged or gone); the run "
+                    "seems cheaper than it was; delete that folder and run again to compute and count it anew"
+                )
         own = frozenset(path.name for path in self.stages)
         return [c for path in dict.fromkeys(self.stages) if (c := read_cost(path, paid_by=own)) is not None]
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from tamis.model.processes import barrier, is_main, rank, world_size
 from tamis.store.writer import StageWriter
 
-__all__ = ["StageCost", "Work", "finish", "own_shards", "read_cost", "record_cost"]
+__all__ = ["StageCost", "Work", "finish", "own_shards", "read_cost", "record_cost", "shards_without_cost"]
 
 Work = Literal["none", "forward", "gradient"]
 
@@ -36,14 +36,7 @@ def read_cost(stage: Path, *, paid_by: Collection[str] = ()) -> StageCost | None
 
     Shards taken from a stage whose folder is named in ``paid_by`` are left out: their cost is that stage's.
     """
-    shards: dict[int, dict[str, Any]] = {}
-    for file in sorted(stage.glob("cost-*.jsonl")):
-        for line in file.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the last line of a killed run; its shard is computed again
-            shards[record["shard"]] = record
+    shards = {record["shard"]: record for record in _records(stage)}
     shards = {shard: record for shard, record in shards.items() if record.get("taken_from") not in paid_by}
     if not shards:
         return None
@@ -58,6 +51,21 @@ def read_cost(stage: Path, *, paid_by: Collection[str] = ()) -> StageCost | None
         elapsed_s=sum(r["elapsed_s"] for r in records),
         operations=sum(r["operations"] for r in records) if all("operations" in r for r in records) else None,
     )
+
+
+def _records(stage: Path) -> Iterator[dict[str, Any]]:
+    for file in sorted(stage.glob("cost-*.jsonl")):
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the last line of a killed run; its shard is computed again
+
+
+def shards_without_cost(stage: Path) -> int:
+    """How many shards of ``stage`` have no record of what they cost, which only damage can lose."""
+    known = {record["shard"] for record in _records(stage)}
+    return sum(int(path.stem.removeprefix("shard-")) not in known for path in stage.glob("shard-*.safetensors"))
 
 
 def record_cost(stage: Path, shard: int, elapsed_s: float, **more: Any) -> None:

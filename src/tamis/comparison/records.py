@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from tamis.disk import make_folder, replace_atomically
 from tamis.errors import StoreCorrupted
+from tamis.identity import text_sha256
 
 __all__ = ["Records", "Run", "write_rows", "write_runs"]
 
@@ -82,11 +83,14 @@ class Records:
         """
         path = self.path(key)
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(path.read_text(encoding="utf-8", errors="surrogatepass"))
+            seal = values.pop("sha256", None)  # not in records of earlier versions
+            if seal not in (None, _seal(values)):
+                raise ValueError("it is not what was written")
             for name in ("row_losses", "row_matches", "answers", "warnings"):
                 values[name] = tuple(values[name])
             return Run(**values)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreCorrupted(f"{path}: {error}; delete it to repeat that run, then run the same command") from error
 
     def write(self, run: Run) -> None:
@@ -94,8 +98,14 @@ class Records:
         values = {**vars(run), "spec": dict(run.spec)}
         if not run.tasks:  # records of comparisons without tasks read as ever
             del values["tasks"]
-        text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+        text = json.dumps({**values, "sha256": _seal(values)}, indent=1, ensure_ascii=False) + "\n"
         replace_atomically(self.path(run.key), (text.encode("utf-8", errors="surrogatepass"),))
+
+
+def _seal(values: Mapping[str, Any]) -> str:
+    """Over everything but the times, which alone may differ between two runs of one key."""
+    kept = {name: value for name, value in values.items() if not name.endswith("_seconds")}
+    return text_sha256(json.dumps(json.loads(json.dumps(kept)), sort_keys=True))
 
 
 _COLUMNS = (
