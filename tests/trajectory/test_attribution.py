@@ -191,6 +191,13 @@ def test_a_killed_attribution_goes_on_and_ends_in_the_same_bytes(recorded: Recor
     assert (tmp_path / "whole/samples.parquet").read_bytes() == (tmp_path / "cut/samples.parquet").read_bytes()
 
 
+def test_a_killed_pass_that_has_no_state_goes_on(recorded: Recorded, tmp_path: Path) -> None:
+    whole = attribute(recorded, tmp_path / "whole", method="tracin")
+    killed_at(4, segment_store, lambda: attribute(recorded, tmp_path / "cut", method="tracin"))
+    assert (tmp_path / "cut/store/sweep/reached.json").is_file()
+    assert attribute(recorded, tmp_path / "cut", method="tracin").uses.equals(whole.uses)
+
+
 def under_another_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     now = releases("torch")["torch"]
     monkeypatch.setattr("tamis.runs.manifest.releases", lambda *names: {**releases(*names), "torch": f"{now}.post1"})

@@ -57,7 +57,7 @@ class SegmentStore:
         }
         replace_atomically(self._folder / f"scores-{start:08d}-{stop:08d}.safetensors", (save(flat),))
         own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-        if own:
+        if start:  # also where it is empty (TracIn's): a pass that goes on reads it
             replace_atomically(self._folder / f"state-{start:08d}.safetensors", (save(own),))
         replace_atomically(self._folder / "reached.json", (json.dumps({"step": start}).encode(),))
         self.reached = start
