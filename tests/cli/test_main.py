@@ -268,6 +268,14 @@ def test_help_version_and_wrong_settings_do_not_import_pytorch() -> None:
     assert f"tamis {tamis.__version__}" in done.stdout
 
 
+def test_one_process_of_several_writes_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "report.html").write_text("a page", encoding="utf-8")
+    for rank, written in (("1", False), ("0", True)):  # two would rename one unfinished file
+        monkeypatch.setenv("RANK", rank)
+        assert run(["report", str(tmp_path), "--out", str(tmp_path / "copy.html")]) == 0
+        assert (tmp_path / "copy.html").exists() == written
+
+
 def test_the_command_exits_2_with_one_line_for_a_missing_file() -> None:
     done = tamis_command("select", "--model", "nowhere/at/all", "--pool", "none.jsonl", "--target", "none.jsonl")
     assert done.returncode == 2
