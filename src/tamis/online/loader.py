@@ -89,4 +89,5 @@ class ShareSampler(BatchSampler):
                 yield own + [filler(choice[0])] * (self.batch_size - len(own))
 
     def __len__(self) -> int:
-        return -(-len(self.sampler) // (self.batch_size * self._processes)) * self._processes
+        order: Any = self.sampler  # a launcher may have put another one in its place
+        return -(-len(order) // (self.batch_size * self._processes)) * self._processes
