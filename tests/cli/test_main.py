@@ -284,6 +284,65 @@ def test_the_command_exits_2_with_one_line_for_a_missing_file() -> None:
     assert "Traceback" not in done.stderr
 
 
+# A verb that fails in some processes while the others wait for them.
+FAILS_IN_SOME = """
+import os, sys, types
+from tamis.errors import InvalidInput
+from tamis.model.processes import barrier
+module = types.ModuleType("tamis.api")
+def select_from_settings(settings, *, progress):
+    barrier()
+    if os.environ["RANK"] in os.environ["FAILING"]:
+        raise InvalidInput("row 3 is not for rank " + os.environ["FAILING"])
+    barrier()
+module.select_from_settings = select_from_settings
+import tamis
+tamis.api = sys.modules["tamis.api"] = module
+from tamis.cli.main import main
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", ["0", "1", "01"])
+def test_an_error_of_one_process_or_of_all_is_said_once_and_ends_them_all(tmp_path: Path, failing: str) -> None:
+    script = tmp_path / "fails.py"
+    script.write_text(FAILS_IN_SOME, encoding="utf-8")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    done = subprocess.run(
+        [*launcher, str(script), "select", *ARGUMENTS],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "FAILING": failing},
+        timeout=240,
+    )
+    assert done.returncode == 1, done.stderr  # the launcher's
+    said = [line for line in done.stderr.splitlines() if line.startswith("tamis")]
+    rank = "" if "0" in failing else " (rank 1)"
+    assert said[0] == f"tamis{rank}: row 3 is not for rank {failing}"
+    assert all("FAILED" in line for line in said[1:]), said  # the launcher's, too
+    assert "by peer" not in done.stderr  # of the process that waited
+
+
+def test_a_process_that_has_lost_another_says_so_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("tamis.cli.main.time.sleep", waited.append)
+    fake = types.ModuleType("tamis.api")
+
+    def select_from_settings(settings: SelectSettings, *, progress: Any) -> None:
+        raise RuntimeError("[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1. GLHF!")
+
+    fake.select_from_settings = select_from_settings  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tamis.api", fake)
+    monkeypatch.setattr(tamis, "api", fake, raising=False)
+    assert run(["select", *ARGUMENTS]) == 2
+    assert capsys.readouterr().err.startswith("tamis: another process of this run has ended; its own message, or the ")
+    assert len(waited) == 1
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     return make_run(tmp_path_factory.mktemp("run"))
