@@ -12,7 +12,7 @@ from accelerate import PartialState
 __all__ = ["barrier", "collective_device", "counts_of_all", "is_main", "local_rank", "rank", "world_size"]
 
 # Of a wait for others. Their shares of a long stage may differ by more than the minutes that backends allow, and what
-# the main process does alone may take hours. No failure needs one: the launcher ends the processes beside one that fails.
+# the main process does alone may take hours. No failure needs one: launchers end the processes beside one that fails.
 _TIME_OUT = timedelta(days=7)
 
 
