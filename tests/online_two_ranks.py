@@ -38,7 +38,7 @@ def main(folder: Path, name: str, micro: int) -> None:
     trainer = OnlineTrainer(
         model=model,
         args=arguments(folder, max_steps=3, per_device_train_batch_size=micro, gradient_accumulation_steps=2),
-        train_dataset=rows_of(48, seed=1, sources=True),
+        train_dataset=rows_of(41, seed=1, sources=True),  # the last choice has one row: none for one of two processes
         target_dataset=rows_of(7, seed=2),
         data_collator=collate,
         selection=METHODS[name],

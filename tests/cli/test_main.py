@@ -268,12 +268,79 @@ def test_help_version_and_wrong_settings_do_not_import_pytorch() -> None:
     assert f"tamis {tamis.__version__}" in done.stdout
 
 
+def test_one_process_of_several_writes_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "report.html").write_text("a page", encoding="utf-8")
+    for rank, written in (("1", False), ("0", True)):  # two would rename one unfinished file
+        monkeypatch.setenv("RANK", rank)
+        assert run(["report", str(tmp_path), "--out", str(tmp_path / "copy.html")]) == 0
+        assert (tmp_path / "copy.html").exists() == written
+
+
 def test_the_command_exits_2_with_one_line_for_a_missing_file() -> None:
     done = tamis_command("select", "--model", "nowhere/at/all", "--pool", "none.jsonl", "--target", "none.jsonl")
     assert done.returncode == 2
     assert done.stdout == ""
     assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("tamis: ")
     assert "Traceback" not in done.stderr
+
+
+# A verb that fails in some processes while the others wait for them.
+FAILS_IN_SOME = """
+import os, sys, types
+from tamis.errors import InvalidInput
+from tamis.model.processes import barrier
+module = types.ModuleType("tamis.api")
+def select_from_settings(settings, *, progress):
+    barrier()
+    if os.environ["RANK"] in os.environ["FAILING"]:
+        raise InvalidInput("row 3 is not for rank " + os.environ["FAILING"])
+    barrier()
+module.select_from_settings = select_from_settings
+import tamis
+tamis.api = sys.modules["tamis.api"] = module
+from tamis.cli.main import main
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", ["0", "1", "01"])
+def test_an_error_of_one_process_or_of_all_is_said_once_and_ends_them_all(tmp_path: Path, failing: str) -> None:
+    script = tmp_path / "fails.py"
+    script.write_text(FAILS_IN_SOME, encoding="utf-8")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    done = subprocess.run(
+        [*launcher, str(script), "select", *ARGUMENTS],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "FAILING": failing},
+        timeout=240,
+    )
+    assert done.returncode == 1, done.stderr  # the launcher's
+    said = [line for line in done.stderr.splitlines() if line.startswith("tamis")]
+    rank = "" if "0" in failing else " (rank 1)"
+    assert said[0] == f"tamis{rank}: row 3 is not for rank {failing}"
+    assert all("FAILED" in line for line in said[1:]), said  # the launcher's, too
+    assert "by peer" not in done.stderr  # of the process that waited
+
+
+def test_a_process_that_has_lost_another_says_so_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("tamis.cli.main.time.sleep", waited.append)
+    fake = types.ModuleType("tamis.api")
+
+    def select_from_settings(settings: SelectSettings, *, progress: Any) -> None:
+        raise RuntimeError("[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1. GLHF!")
+
+    fake.select_from_settings = select_from_settings  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tamis.api", fake)
+    monkeypatch.setattr(tamis, "api", fake, raising=False)
+    assert run(["select", *ARGUMENTS]) == 2
+    assert capsys.readouterr().err.startswith("tamis: another process of this run has ended; its own message, or the ")
+    assert len(waited) == 1
 
 
 @pytest.fixture(scope="module")

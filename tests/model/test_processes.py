@@ -13,6 +13,13 @@ from tamis.model.processes import barrier, counts_of_all, is_main, local_rank, r
 _SCRIPT = """
 from tamis.model.processes import barrier, counts_of_all, is_main, local_rank, rank, world_size
 import sys, time
+import torch.distributed as dist
+from datetime import timedelta
+begin = dist.init_process_group
+def init_process_group(*args, timeout=timedelta(minutes=10), **kwargs):  # a backend's own is no longer than 30
+    assert timeout > timedelta(days=1), "one process may work alone for hours while the others wait"
+    begin(*args, timeout=timeout, **kwargs)
+dist.init_process_group = init_process_group
 from pathlib import Path
 here = Path(sys.argv[1])
 time.sleep(rank())  # the second comes late, and the first has to wait for it

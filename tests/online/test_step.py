@@ -400,7 +400,7 @@ def test_what_cannot_be_done_is_refused_with_its_reason() -> None:
     OnlineStep(model, TracIn(keep=2)).propose([CANDIDATES], [TARGET], sgd)  # looks at no moments
     with pytest.raises(InvalidInput, match="needs target rows at every step"):
         OnlineStep(model, TracIn()).propose([CANDIDATES], [], sgd)
-    with pytest.raises(InvalidInput, match="process 0 has no candidate"):
+    with pytest.raises(InvalidInput, match="no candidate of this step has a supervised token"):
         OnlineStep(model, TracIn()).propose([], [TARGET], sgd)
     with pytest.raises(InvalidSettings, match=r"projection_dim=256.*gram='exact'"):
         OnlineStep(model, FilterThenWeight.paper(), StepSettings(gram="exact"))

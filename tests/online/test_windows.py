@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from tamis.errors import InvalidInput, InvalidSettings, Unsupported
 from tamis.online import FilterThenWeight, StepSettings, TracIn
 from tamis.online.checks import refuse_sharded
 from tamis.online.fate import read_candidates
+from tamis.online.loader import ShareSampler
+from tamis.online.numbered import ROWS, NumberedCollator, NumberedRows, filler
 from tamis.online.target_turns import target_positions
 from tamis.online.trainer import OnlineTrainer
 from tamis.online.window import WindowSampler
@@ -50,6 +54,24 @@ def test_every_process_sees_its_own_part_of_every_window_again_and_again(rows: i
     loader = DataLoader(list(range(rows)), batch_sampler=windows)  # type: ignore[arg-type]
     rest = [batch.tolist() for batch in skip_first_batches(loader, 2)]
     assert rest == [batch.tolist() for batch in loader][2:]
+
+
+@pytest.mark.parametrize(("rows", "processes"), [(24, 2), (21, 2), (37, 3), (2, 3), (13, 3)])
+def test_processes_see_every_row_of_an_epoch_once_and_divide_what_its_last_choice_has(
+    rows: int, processes: int
+) -> None:
+    shares = ShareSampler(range(rows), 4, processes=processes)
+    assert len(shares) == len(list(shares)) == math.ceil(rows / (4 * processes)) * processes
+    own = [list(BatchSamplerShard(shares, processes, rank)) for rank in range(processes)]
+    for number, choice in enumerate(zip(*own, strict=True)):
+        assert [len(share) for share in choice] == [4] * processes  # what launchers leave as it is
+        real = [[place for place in share if place >= 0] for share in choice]
+        first = number * 4 * processes
+        assert [*chain(*real)] == list(range(first, min(rows, first + 4 * processes)))  # in the order of one process
+        assert max(map(len, real)) - min(map(len, real)) <= 1
+    batch = NumberedCollator(collate)([NumberedRows(POOL)[place] for place in (3, filler(2))])
+    assert batch[ROWS].tolist() == [3, -3]
+    assert bool((batch["labels"][0] >= 0).any()) and not bool((batch["labels"][1] >= 0).any())
 
 
 def test_windows_are_scored_once_and_a_run_resumes_in_the_middle_of_one_bit_for_bit(tmp_path: Path) -> None:

@@ -504,6 +504,17 @@ def test_no_interval_is_given_below_eight_samples() -> None:
     assert (eight.low, eight.high) == (1, 1)
 
 
+def test_several_processes_are_refused_before_they_write_over_each_other(
+    recorded: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tamis.runs.trace_inputs.world_size", lambda: 3)
+    with pytest.raises(InvalidSettings, match=r"`tamis attribute` works in one process, and 3 were started; run it wi"):
+        attribute(recorded, tmp_path / "never")
+    with pytest.raises(InvalidSettings, match=r"`tamis verify` .* without a launcher \(--processes shares out"):
+        tamis.verify(run=recorded.folder, target=TARGET, model=recorded.model, out=tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+
+
 def test_settings_that_contradict_each_other_are_refused(recorded: Recorded, tmp_path: Path) -> None:
     for settings, message in (
         ({"method": "dvemb"}, "expected one of adamw-influence"),

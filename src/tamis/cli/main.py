@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from typing import Annotated, NoReturn
@@ -21,6 +22,7 @@ from tamis import __version__
 from tamis.cli import attribute, compare, doctor, plan, proxy, report, select, train, verify
 from tamis.cli.command import UserInterruptError, VerbCommand, VerbGroup, usage
 from tamis.errors import TamisError
+from tamis.progress import is_main_rank
 from tamis.report.wording import visible
 from tamis.settings import (
     AttributeSettings,
@@ -34,6 +36,8 @@ from tamis.settings import (
 )
 
 __all__ = ["app", "main", "run"]
+
+_SECONDS_TO_BE_ENDED = 3.0  # in which a launcher ends the processes beside one that failed
 
 app = typer.Typer(
     name="tamis",
@@ -86,11 +90,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         code = typer.main.get_command(app).main(typed, prog_name="tamis", standalone_mode=False)
     except (UserInterruptError, KeyboardInterrupt, typer.Abort):
-        _say(
-            "interrupted; what was finished is kept. To resume, run the same command again: "
-            + shlex.join(["tamis", *typed]),
-            style="yellow",
-        )
+        if is_main_rank():  # Control-C reaches every process
+            _say(
+                "interrupted; what was finished is kept. To resume, run the same command again: "
+                + shlex.join(["tamis", *typed]),
+                style="yellow",
+            )
         return 130
     except BrokenPipeError:
         # Whoever read our output has seen enough. Python would complain once more when it flushes at exit.
@@ -98,6 +103,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return 0
     except Exception as error:
         line = _one_line(error)
+        # Most errors are every process's, and a process that ends is an error of those that wait for it. What is said
+        # once is enough: whoever has nothing of its own to say waits here, and is ended by the launcher.
+        if not is_main_rank() or _has_lost_another(error):
+            time.sleep(_SECONDS_TO_BE_ENDED)
         if line is None:
             raise
         if os.environ.get("TAMIS_DEBUG", "0") not in ("", "0"):
@@ -132,11 +141,21 @@ def _one_line(error: Exception) -> str | None:
         command = context.command_path if context is not None else "tamis"
         said = str(format_message()).rstrip(".")
         return f"{said}{'' if said.endswith('?') else '.'} See {command} --help"
+    if _has_lost_another(error):
+        return (
+            "another process of this run has ended; its own message, or the launcher's, says why. What was finished is "
+            "kept, run the same command again to resume"
+        )
     # A full disk, a missing permission: the system names the file and the reason.
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or error}; what was finished is kept, run the same command again to resume"
     return None
+
+
+def _has_lost_another(error: Exception) -> bool:
+    """Whether a connection to another process of the run broke, by what gloo says; NCCL leaves it to the launcher."""
+    return isinstance(error, RuntimeError) and "gloo" in str(error) and "by peer" in str(error)
 
 
 def _say(message: str, *, style: str) -> None:

@@ -50,11 +50,13 @@ def report(
     with the text of the best and worst rows, and the cost. `tamis select --report`,
     `tamis compare` and `tamis proxy` write their page themselves: its path is printed, and with --out it is copied.
     """
+    if not is_main_rank():
+        return  # the page is one file
     with clean_output(quiet=quiet or as_json):
         from tamis.runs.report import write_report  # imports PyTorch; help must not wait for it
 
         path = write_report(run, out=out)
     if as_json:
         print_json({"report": str(path)})
-    elif not quiet and is_main_rank():
+    elif not quiet:
         Console().print(str(path), soft_wrap=True, highlight=False)

@@ -85,12 +85,16 @@ class RowGradients:
     @autocast_off()
     def sketches(self, matrix: ParamMatrix, left: Tensor | None, right: Tensor | None) -> Float[Tensor, "n K"]:
         """The matrix's gradient projected from both sides, of every sample."""
-        return torch.cat(
-            [
-                _summed([one_pass[layer.name].sketch(left, right) for layer in matrix.layers])
-                for one_pass in self._passes
-            ]
-        )
+        parts = [
+            _summed([one_pass[layer.name].sketch(left, right) for layer in matrix.layers]) for one_pass in self._passes
+        ]
+        if not parts:  # of several processes, one may have no row
+            param = matrix.params[0][1]
+            outs, ins = (
+                size if side is None else side.shape[1] for size, side in zip(matrix.shape, (left, right), strict=True)
+            )
+            return param.new_zeros((0, outs * ins), dtype=assembly_dtype(param.dtype))
+        return torch.cat(parts)
 
     def factors(self, layer: LayerSpec) -> list[Factored]:
         """The factors of a linear layer, pass by pass; only if they were to be kept."""

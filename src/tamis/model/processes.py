@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
 __all__ = ["barrier", "collective_device", "counts_of_all", "is_main", "local_rank", "rank", "world_size"]
+
+# Of a wait for others. Their shares of a long stage may differ by more than the minutes that backends allow, and what
+# the main process does alone may take hours. No failure needs one: launchers end the processes beside one that fails.
+_TIME_OUT = timedelta(days=7)
 
 
 def rank() -> int:
@@ -56,7 +61,7 @@ def _state() -> PartialState:
     # each of them would take itself for the only one and do all the work.
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
     asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on")
-    return PartialState(cpu=launched and (asked or not _has_accelerator()))
+    return PartialState(cpu=launched and (asked or not _has_accelerator()), timeout=_TIME_OUT)
 
 
 def _has_accelerator() -> bool:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from tamis.errors import InvalidInput
-from tamis.online.numbered import NumberedCollator, NumberedRows
+from tamis.online.numbered import NumberedCollator, NumberedRows, filler
 from tamis.online.window import WindowSampler
 
-__all__ = ["candidate_loader"]
+__all__ = ["ShareSampler", "candidate_loader"]
 
 
 def candidate_loader(
@@ -38,8 +39,8 @@ def candidate_loader(
     Raises:
         InvalidInput: the data set does not fill one window.
     """
+    order: Any = range(len(rows)) if sampler is None else sampler
     if choices > 1:
-        order: Any = range(len(rows)) if sampler is None else sampler
         windows = WindowSampler(order, share, times=choices, processes=processes)
         if not len(windows):
             raise InvalidInput(
@@ -47,6 +48,8 @@ def candidate_loader(
                 "choose a smaller keep or oversample, or give more rows"
             )
         batches: dict[str, Any] = {"batch_sampler": windows}
+    elif processes > 1 and not args.dataloader_drop_last:
+        batches = {"batch_sampler": ShareSampler(order, share, processes=processes)}
     else:
         batches = {"batch_size": share, "sampler": sampler, "drop_last": args.dataloader_drop_last}
     return DataLoader(
@@ -58,3 +61,33 @@ def candidate_loader(
         prefetch_factor=args.dataloader_prefetch_factor,
         **batches,
     )
+
+
+class ShareSampler(BatchSampler):
+    """A batch of ``size`` rows for every process in turn; what is left for the last choice is divided among them.
+
+    Launchers want batches of one size, and would fill the last ones up with rows of the first choice, as candidates
+    once more. Here fillers stand in their place, which nobody takes for candidates.
+
+    Args:
+        sampler: of rows.
+        size: rows of one process in one choice.
+        processes: of the run.
+    """
+
+    def __init__(self, sampler: Sampler[int] | Any, size: int, *, processes: int) -> None:
+        super().__init__(sampler, size, drop_last=False)
+        self._processes = processes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        places = iter(self.sampler)
+        while choice := list(islice(places, self.batch_size * self._processes)):
+            each, more = divmod(len(choice), self._processes)
+            left = iter(choice)
+            for number in range(self._processes):
+                own = list(islice(left, each + (number < more)))
+                yield own + [filler(choice[0])] * (self.batch_size - len(own))
+
+    def __len__(self) -> int:
+        order: Any = self.sampler  # a launcher may have put another one in its place
+        return -(-len(order) // (self.batch_size * self._processes)) * self._processes

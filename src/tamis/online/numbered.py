@@ -8,9 +8,16 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-__all__ = ["ROWS", "NumberedCollator", "NumberedRows"]
+from tamis.online.batches import IGNORED_LABEL
+
+__all__ = ["ROWS", "NumberedCollator", "NumberedRows", "filler"]
 
 ROWS = "tamis_rows"  # the key under which a batch carries the places of its rows
+
+
+def filler(place: int) -> int:
+    """The place of a row that makes a batch full and is no candidate; it is read at ``place`` and loses its labels."""
+    return -1 - place
 
 
 class NumberedRows(Dataset[dict[str, Any]]):
@@ -23,7 +30,7 @@ class NumberedRows(Dataset[dict[str, Any]]):
         return len(self._rows)
 
     def __getitem__(self, place: int) -> dict[str, Any]:
-        return {"row": self._rows[place], "place": place}
+        return {"row": self._rows[place if place >= 0 else filler(place)], "place": place}
 
 
 class NumberedCollator:
@@ -33,7 +40,11 @@ class NumberedCollator:
         self._collate = collate
 
     def __call__(self, numbered: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """The batch, places included."""
+        """The batch, places included; fillers have no labels, so that nobody takes them for candidates."""
         batch = dict(self._collate([item["row"] for item in numbered]))
-        batch[ROWS] = torch.tensor([item["place"] for item in numbered], dtype=torch.int64)
+        places = torch.tensor([item["place"] for item in numbered], dtype=torch.int64)
+        if "labels" in batch and bool((places < 0).any()):
+            batch["labels"] = batch["labels"].clone()
+            batch["labels"][places < 0] = IGNORED_LABEL
+        batch[ROWS] = places
         return batch

@@ -87,7 +87,8 @@ class Passes:
         device = next(iter(direction.values())).device
         pairs = [loss_tangents(self._model, batch.to(device), direction) for batch in candidates]
         self.counter.add("candidates", "jvp", candidates)
-        losses, slopes = (gather_rows(torch.cat([pair[i].double().cpu() for pair in pairs])) for i in (0, 1))
+        none = torch.zeros(0, dtype=torch.float64)  # of several processes, one may have no candidate
+        losses, slopes = (gather_rows(torch.cat([none, *(pair[i].double().cpu() for pair in pairs)])) for i in (0, 1))
         return losses, slopes
 
     def run_chosen(

@@ -127,5 +127,6 @@ class Proxy:
             for batch in candidates
         ]
         self.counter.add("candidates", self._measurer.work, candidates)
-        losses = gather_rows(torch.cat(mine))
+        none = torch.zeros(0, dtype=torch.float64)  # of several processes, one may have no candidate
+        losses = gather_rows(torch.cat([none, *mine]))
         return self._measurer.measure(rows, losses, goal, None, counts=counts, sizes=sizes)

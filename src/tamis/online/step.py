@@ -143,10 +143,10 @@ class OnlineStep:
         """
         counts = counts_of_all(sum(len(batch.rows) for batch in candidates))
         tokens = gather_rows(supervised_tokens(candidates)).numpy()
-        if 0 in counts:
+        if not sum(counts):
             raise InvalidInput(
-                f"process {counts.index(0)} has no candidate with a supervised token in this step; shuffle the pool or "
-                "remove rows without supervised tokens"
+                "no candidate of this step has a supervised token; shuffle the pool or remove rows without supervised "
+                "tokens"
             )
         needs = self.method.needs
         if needs.target_only:

@@ -205,7 +205,7 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
             self.optimizer.train()
         step = self._online_step()
-        self._check_count(len(inputs[ROWS]))
+        self._check_count(int((inputs[ROWS] >= 0).sum()))  # without fillers
         candidates = self._raw_batches(inputs)
         number = self.state.global_step * self.args.gradient_accumulation_steps + self._micro
         cold = self.state.global_step < cold_updates(self.selection)
@@ -296,7 +296,8 @@ class OnlineMixin(_TrainerLike):  # type: ignore[misc]
             self._meter.note("realised_drop", found[1])
 
     def _record(self, proposal: Proposal, candidates: list[Batch], number: int, *, looked: IntArray | None) -> None:
-        places = gather_rows(torch.cat([batch.rows.cpu() for batch in candidates])).numpy()
+        none = torch.zeros(0, dtype=torch.int64)  # of several processes, one may have no candidate
+        places = gather_rows(torch.cat([none, *(batch.rows.cpu() for batch in candidates)])).numpy()
         numbers, sources = self._in_the_log(places)
         self._meter.add(proposal, sources)
         tell_recorders(self.callback_handler.callbacks, candidates, proposal, reduction=self._step_settings.reduction)

@@ -25,7 +25,15 @@ from tamis.progress import NoProgress
 from tamis.protocols import Progress
 from tamis.runs.attribution_result import Attribution, read_attribution
 from tamis.runs.outputs import claim_folder, refuse_strangers, write_json, write_scores
-from tamis.runs.trace_inputs import OpenedRun, announce_rows, open_inputs, read_target, recorded_rows, run_identity
+from tamis.runs.trace_inputs import (
+    OpenedRun,
+    announce_rows,
+    open_inputs,
+    read_target,
+    recorded_rows,
+    refuse_several,
+    run_identity,
+)
 from tamis.seeds import child_seed, random_subset
 from tamis.settings import AttributeSettings
 from tamis.trajectory.adjoint import refuse_lone_sample, renormalised
@@ -53,6 +61,7 @@ def attribute_from_settings(
     """The scores that ``settings`` ask for; see ``tamis.attribute``."""
     held, progress = held or {}, progress or NoProgress()
     out = Path(settings.out)
+    refuse_several("attribute")
     check_writable(out)
     refuse_strangers(out)
     target = read_target(settings, store=out / "store", held=held, progress=progress)

@@ -20,9 +20,10 @@ from tamis.data.render import Renderer
 from tamis.data.row_warnings import tool_warnings
 from tamis.data.rows import Rows
 from tamis.disk import make_folder
-from tamis.errors import InvalidInput, StoreCorrupted, Unsupported
+from tamis.errors import InvalidInput, InvalidSettings, StoreCorrupted, Unsupported
 from tamis.identity import canonical_json, file_sha256, text_sha256
 from tamis.model.load import ModelSettings, load_tokenizer, template_sha256
+from tamis.model.processes import world_size
 from tamis.notation import target_parts
 from tamis.protocols import Progress
 from tamis.runs.manifest import base_identity
@@ -43,6 +44,7 @@ __all__ = [
     "open_inputs",
     "read_target",
     "recorded_rows",
+    "refuse_several",
     "run_digest",
     "run_identity",
     "write_examples",
@@ -98,6 +100,18 @@ def open_inputs(
             )
     micros = trajectory.micros_of(target.rows, most=settings.batch_rows)
     return OpenedRun(trajectory=trajectory, micros=micros, target=target)
+
+
+def refuse_several(verb: str, instead: str = "") -> None:
+    """Refuse to work in one folder from several processes, which would write the same files.
+
+    Raises:
+        InvalidSettings: a launcher started several.
+    """
+    if world_size() > 1:
+        raise InvalidSettings(
+            f"`tamis {verb}` works in one process, and {world_size()} were started; run it without a launcher{instead}"
+        )
 
 
 def read_target(

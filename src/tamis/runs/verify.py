@@ -31,7 +31,15 @@ from tamis.errors import InvalidSettings, NonFinite, StoreCorrupted, first_line
 from tamis.progress import NoProgress
 from tamis.protocols import Progress
 from tamis.runs.outputs import claim_folder, refuse_strangers, write_json
-from tamis.runs.trace_inputs import OpenedRun, TargetRows, announce_rows, open_inputs, read_target, run_identity
+from tamis.runs.trace_inputs import (
+    OpenedRun,
+    TargetRows,
+    announce_rows,
+    open_inputs,
+    read_target,
+    refuse_several,
+    run_identity,
+)
 from tamis.seeds import child_seed, random_subset
 from tamis.settings import VerifySettings
 from tamis.trajectory.causal import RecordedRun
@@ -90,6 +98,7 @@ def verify_from_settings(
     if model is not None and settings.processes > 1:
         raise InvalidSettings("processes: a model object cannot be given to several; pass its name or folder instead")
     out = Path(settings.out)
+    refuse_several("verify", " (--processes shares out the retrainings)")
     check_writable(out)
     refuse_strangers(out)
     target = read_target(settings, store=out / "store", held=held, progress=progress)
