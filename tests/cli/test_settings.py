@@ -101,7 +101,6 @@ def test_a_wrong_value_is_refused_by_name(setting: str, value: Any, message: str
         ({"forecast_every": -1}, "forecast_every=-1: expected at least 0"),
         ({"held_out": 1.0}, "held_out=1.0: expected a share of the target rows"),
         ({"held_out": 0.1, "eval": ("e",)}, "held_out, eval: rows that measure come from one of them"),
-        ({"target": ("a=t",), "eval": ("b=t",)}, "target, eval: t is in both, and rows that a choice looks at measure"),
         ({"held_out": 0.0, "eval_steps": 5}, "eval_steps: no row measures; pass --eval, or --held-out"),
         ({"patience": 2}, "patience: counts measurements, and none is made on the way; pass --eval-steps"),
         ({"patience": 2, "eval_steps": 5, "save_steps": 10}, "but save_steps=10 and eval_steps=5"),

@@ -44,7 +44,9 @@ def test_a_pool_must_have_two_sources_where_sources_are_chosen() -> None:
 
 
 def test_rows_that_measure_are_targets_with_names_of_their_own() -> None:
-    assert measuring_targets(settings(steps=1, eval=("t", "x=b.jsonl"))) == (
-        "t (measures)=t",
+    assert measuring_targets(settings(steps=1, eval=("u", "x=b.jsonl"))) == (
+        "u (measures)=u",
         "x (measures)=b.jsonl",
     )
+    with pytest.raises(InvalidSettings, match="target, eval: t is in both, and rows that a choice looks at measure"):
+        measuring_targets(settings(steps=1, target=("a=t",), eval=("b=t",)))

@@ -134,5 +134,16 @@ def num_updates(settings: TrainRunSettings, *, pool_rows: int, candidates: int, 
 
 
 def measuring_targets(settings: TrainRunSettings) -> tuple[str, ...]:
-    """Rows that only measure, as targets of their own, so that they are read, checked and compared like all others."""
+    """Rows that only measure, as targets of their own, so that they are read, checked and compared like all others.
+
+    Raises:
+        InvalidSettings: a target is one of them.
+    """
+    chosen_by = {path for _, path in map(target_parts, settings.target)}
+    for _, path in map(target_parts, settings.eval):
+        if path in chosen_by:
+            raise InvalidSettings(
+                f"target, eval: {path} is in both, and rows that a choice looks at measure nothing; leave --eval out, "
+                "and a share of the target's rows only measures"
+            )
     return tuple(f"{name}{_MEASURES}={path}" for name, path in map(target_parts, settings.eval))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tamis.errors import InvalidSettings
-from tamis.notation import candidates_parts, check_online_method, target_parts
+from tamis.notation import candidates_parts, check_online_method
 from tamis.settings.checks import (
     check_above_zero,
     check_at_least,
@@ -144,12 +144,6 @@ class TrainRunSettings(LoadingSettings):
             raise InvalidSettings(f"held_out={self.held_out}: expected a share of the target rows, at least 0, below 1")
         if self.eval and self.held_out:
             raise InvalidSettings("held_out, eval: rows that measure come from one of them; give one")
-        both = {target_parts(text)[1] for text in self.target} & {target_parts(text)[1] for text in self.eval}
-        if both:
-            raise InvalidSettings(
-                f"target, eval: {min(both)} is in both, and rows that a choice looks at measure nothing; leave --eval "
-                "out, and a share of the target's rows only measures"
-            )
         measured = bool(self.eval) or self.held_out_share > 0
         if self.eval_steps is not None and not measured:
             raise InvalidSettings("eval_steps: no row measures; pass --eval, or --held-out above 0")
