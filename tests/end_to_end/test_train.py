@@ -257,6 +257,10 @@ def test_a_run_killed_by_force_ends_in_the_bytes_of_one_left_alone(run: TinyRun,
     assert tables[0].equals(tables[1])
     assert entries(tmp_path / "killed", "loss") == entries(tmp_path / "whole", "loss")
     assert result.summary()["candidates"] == 30 * 8
+    (closing,) = (entry for entry in result.log if "train_runtime" in entry)
+    assert not {"train_loss", "train_samples_per_second"} & set(closing), "they are of the last part alone"
+    assert 0 < closing["train_runtime"] <= result.manifest["cost"]["seconds"]
+    assert len(entries(tmp_path / "whole", "train_loss")) == 1
 
 
 def test_training_stops_when_nothing_becomes_better_and_keeps_the_best(run: TinyRun, tmp_path: Path) -> None:

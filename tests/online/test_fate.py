@@ -60,6 +60,14 @@ def test_a_part_that_is_damaged_is_named(tmp_path: Path) -> None:
         read_candidates(tmp_path)
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_part_that_is_missing_before_others_is_named(tmp_path: Path, place: int) -> None:
+    write(tmp_path, range(1, 7), first_step=1, flush_every=2)
+    sorted(tmp_path.iterdir())[place].unlink()
+    with pytest.raises(StoreCorrupted, match=f"has nothing of update {1 + 2 * place}, but of later ones; only a run"):
+        read_candidates(tmp_path)
+
+
 def test_a_resumed_run_takes_back_what_it_repeats(tmp_path: Path) -> None:
     write(tmp_path, range(1, 7), first_step=1)
     write(tmp_path, range(4, 6), first_step=4)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from tamis.errors import StoreCorrupted
 from tamis.online.resume import append_log, cut_log, mark_whole, read_log, remove_after, whole_checkpoints
 
 
@@ -57,3 +60,14 @@ def test_a_log_loses_what_is_done_again_and_what_was_cut_off(tmp_path: Path) -> 
     assert read_log(path) == entries
     cut_log(path, -1)
     assert path.read_text() == ""
+
+
+@pytest.mark.parametrize("damage", ['{"step": 3, "lo', '["step"]', '{"loss": 1.5}', "\x00\x00"])
+def test_a_log_that_is_damaged_before_its_end_is_named(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "log.jsonl"
+    append_log(path, {"step": 0, "eval_loss": 2.0})
+    with path.open("a") as file:
+        file.write(f"{damage}\n")
+    append_log(path, {"step": 5, "loss": 1.0})
+    with pytest.raises(StoreCorrupted, match=r"line 2 of .*log\.jsonl is damaged; only a run from the start"):
+        read_log(path)

@@ -21,6 +21,8 @@ __all__ = ["CandidateLog", "read_candidates", "refuse_earlier_parts"]
 
 _PART = re.compile(r"part-(\d{8})-(\d{8})\.parquet")
 
+_FROM_THE_START = "only a run from the start writes it again: train into another folder, or delete this run's"
+
 _SCHEMA = pa.schema(
     [
         ("step", pa.int64()),  # the update, from 1
@@ -117,22 +119,25 @@ def read_candidates(folder: Path) -> pa.Table:
 
     Raises:
         InvalidInput: there is none.
-        StoreCorrupted: one is damaged.
+        StoreCorrupted: one is damaged, or one before the last is not there.
     """
-    paths = sorted(path for path in folder.glob("part-*.parquet") if _PART.fullmatch(path.name))
-    if not paths:
+    names = sorted(path.name for path in folder.glob("part-*.parquet"))
+    parts = [part for name in names if (part := _PART.fullmatch(name))]
+    if not parts:
         raise InvalidInput(f"{folder} holds no candidates; give the folder 'candidates' of an online run's output")
-    return pa.concat_tables([_part(path) for path in paths])
+    coming = 1
+    for part in parts:
+        if int(part[1]) != coming:
+            raise StoreCorrupted(f"{folder} has nothing of update {coming}, but of later ones; {_FROM_THE_START}")
+        coming = int(part[2]) + 1
+    return pa.concat_tables([_part(folder / part[0]) for part in parts])
 
 
 def _part(path: Path) -> pa.Table:
     try:
         return pq.read_table(path)
     except (OSError, pa.ArrowInvalid) as error:
-        raise StoreCorrupted(
-            f"{path} cannot be read ({first_line(error)}); only a run from the start writes it again: train into "
-            "another folder, or delete this run's"
-        ) from error
+        raise StoreCorrupted(f"{path} cannot be read ({first_line(error)}); {_FROM_THE_START}") from error
 
 
 def _known(value: float | None) -> float | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tamis.disk import disk_errors, replace_atomically
+from tamis.errors import StoreCorrupted
 
 __all__ = ["WholeCheckpoint", "append_log", "cut_log", "mark_whole", "read_log", "remove_after", "whole_checkpoints"]
 
@@ -86,13 +87,26 @@ def append_log(path: Path, entry: Mapping[str, Any]) -> None:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Every whole line; none if there is no file."""
+    """Every entry, but for a last line that a killed run left unfinished; none if there is no file.
+
+    Raises:
+        StoreCorrupted: another line is damaged.
+    """
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for number, line in enumerate(lines, start=1):
         try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue  # the last line of a killed run
+            entry = json.loads(line)
+            if not isinstance(entry.get("step"), int):
+                raise ValueError("no step")
+        except (ValueError, AttributeError) as error:
+            if number < len(lines):
+                raise StoreCorrupted(
+                    f"line {number} of {path} is damaged; only a run from the start writes it again: train into "
+                    "another folder, or delete this run's"
+                ) from error
+        else:
+            found.append(entry)
     return found
 
 
@@ -101,6 +115,7 @@ def cut_log(path: Path, step: int) -> None:
 
     Raises:
         InvalidInput: the disk is full or the folder read-only.
+        StoreCorrupted: the log is damaged.
     """
     ends = ("train_runtime", "final_eval_loss")
     kept = [e for e in read_log(path) if e["step"] <= step and not any(name in e for name in ends)]

@@ -24,6 +24,8 @@ from tamis.types import IntArray
 
 __all__ = ["HeldOut", "RunCallback", "RunTrainer", "is_stopped", "rate_share"]
 
+_OF_ONE_PART = ("train_loss", "train_samples_per_second", "train_steps_per_second")
+
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
@@ -165,9 +167,13 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no
         self._advance(1)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the entry as the trainer keeps it."""
+        """Write the entry as the trainer keeps it; of the last one of a resumed run, what holds for the whole run."""
+        entry = {name: _plain(value) for name, value in state.log_history[-1].items()}
+        if "train_runtime" in entry and self._before:  # the trainer sums up what it did since it was resumed
+            entry = {name: value for name, value in entry.items() if name not in _OF_ONE_PART}
+            entry["train_runtime"] = round(self.seconds, 4)
         if is_main():
-            append_log(self._log, {name: _plain(value) for name, value in state.log_history[-1].items()})
+            append_log(self._log, entry)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop when nothing has become better for long enough."""
