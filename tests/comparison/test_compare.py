@@ -318,6 +318,14 @@ def test_layers_that_take_no_adapter_are_refused_before_anything_is_selected(run
     assert not (tmp_path / "out" / "store").exists()
 
 
+def test_budgets_that_come_to_the_same_rows_are_refused_before_anything_is_written(
+    run: TinyRun, tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidSettings, match="the budgets 8 and 20% are both 8 of the pool's 40 rows; leave one out"):
+        compare(run, tmp_path / "out", budgets=("10%", "20%", "500-tokens"))
+    assert not (tmp_path / "out" / "manifest.json").exists() and not (tmp_path / "out" / "store").exists()
+
+
 def test_a_folder_of_other_rows_is_refused(run: TinyRun, whole: tamis.CompareResult, tmp_path: Path) -> None:
     other = write_rows(tmp_path / "pool.jsonl", [chat("Hello?", "No.")] * 9)
     with pytest.raises(InvalidSettings, match="holds another run"):

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from peft import PeftModel
 
+from tamis.budget import parse_budget, rows_for
 from tamis.comparison.benchmarks import open_benchmarks
 from tamis.comparison.cells import Cell, Price
 from tamis.comparison.contenders import Contender, contenders_of
@@ -26,6 +27,7 @@ from tamis.corpora import Rendered, Sources, leaked_rows, model_settings, read_s
 from tamis.data.examples import Examples, read_examples
 from tamis.data.rows import Rows
 from tamis.disk import check_writable
+from tamis.errors import InvalidSettings
 from tamis.model.flops import ModelShape, TrainedMatrices
 from tamis.model.limits import skeleton
 from tamis.model.load import model_fingerprint, resolved_dtype, template_sha256
@@ -88,6 +90,7 @@ def compare_from_settings(
     asked = settings
     measured = _measured_in_place_of_target(settings)
     sources = read_sources(measured, held)
+    _refuse_equal_budgets(settings.all_budgets, num_rows=len(sources.pool))
     target = _read_target(settings, held) if settings.eval else sources.target
     halves = None if settings.eval else halves_of(sources, seed=settings.seed)
     template = template_sha256(settings.chat_template)
@@ -164,6 +167,21 @@ def compare_from_settings(
         _write(result, rendered, [*_distinct(runs), *parts])
     barrier()
     return result
+
+
+def _refuse_equal_budgets(budgets: Sequence[str], *, num_rows: int) -> None:
+    """Budgets that come to the same rows would be trained twice, and make a curve of one point."""
+    seen: dict[int, str] = {}
+    for budget in budgets:
+        asked = parse_budget(budget)
+        if asked.kind == "tokens":
+            continue
+        rows = rows_for(asked, num_rows)
+        if rows in seen:
+            raise InvalidSettings(
+                f"the budgets {seen[rows]} and {budget} are both {rows} of the pool's {num_rows} rows; leave one out"
+            )
+        seen[rows] = budget
 
 
 def _price_of(run: TrainRunSettings) -> Price:
