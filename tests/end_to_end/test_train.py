@@ -492,3 +492,12 @@ def test_the_report_of_a_run_shows_its_rows_as_long_as_they_are_the_same(run: Ti
     assert "not finished yet" in page
     pool.unlink()
     assert "cannot be read from here" in write_report(tmp_path / "out").read_text()
+
+
+def test_a_record_of_several_processes_is_refused_before_any_file_is_read(
+    run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tamis.trajectory.recorder.world_size", lambda: 2)
+    with pytest.raises(Unsupported, match="several processes or GPUs cannot be recorded"):
+        train(run, tmp_path / "out", pool=tmp_path / "absent.jsonl", record=tmp_path / "trace")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "trace").exists()

@@ -40,7 +40,7 @@ from tamis.protocols import Progress
 from tamis.runs.manifest import TRAINER, base_identity, identity_settings, repeat_command
 from tamis.runs.outputs import check_claim, check_files, claim_folder, read_written, write_json
 from tamis.runs.train_account import describe_cost, describe_training
-from tamis.runs.train_record import finish_record, recorder_of, require_record
+from tamis.runs.train_record import check_record, finish_record, recorder_of, require_record
 from tamis.runs.train_rows import RunRows, check_candidates, measuring_targets, num_updates, split_rows
 from tamis.runs.train_setup import (
     check_device,
@@ -116,6 +116,7 @@ def train_from_settings(
     method, step_settings = method_and_step(settings, method)
     out = Path(settings.out)
     check_reports(settings)
+    check_record(settings)
     if is_main():  # what takes no time is tried before files are read and weights are hashed
         check_writable(out)
     dtype = compute_dtype(settings)  # refuses a device that is not there

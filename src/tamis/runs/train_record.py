@@ -13,11 +13,21 @@ from tamis.errors import InvalidInput
 from tamis.runs.trace_inputs import write_examples
 from tamis.settings import TrainRunSettings
 from tamis.trajectory.log import LogReader, mark_finished
-from tamis.trajectory.recorder import TrajectoryRecorder
+from tamis.trajectory.recorder import TrajectoryRecorder, refuse_several_processes
 from tamis.trajectory.token_rows import TokenRow
 from tamis.types import IntArray
 
-__all__ = ["finish_record", "recorder_of", "require_record"]
+__all__ = ["check_record", "finish_record", "recorder_of", "require_record"]
+
+
+def check_record(settings: TrainRunSettings) -> None:
+    """Refuse at once a record that the recorder would refuse when the model is there.
+
+    Raises:
+        Unsupported: the run has several processes.
+    """
+    if settings.record is not None:
+        refuse_several_processes()
 
 
 def recorder_of(settings: TrainRunSettings, *, owner: str) -> TrajectoryRecorder | None:

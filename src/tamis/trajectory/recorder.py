@@ -30,7 +30,7 @@ from tamis.trajectory.token_rows import TOKEN_INPUTS, TokenRow, rows_of_inputs
 from tamis.types import Batch
 from tamis.versions import versions
 
-__all__ = ["TrajectoryRecorder"]
+__all__ = ["TrajectoryRecorder", "refuse_several_processes"]
 
 logger = logging.getLogger(__name__)
 
@@ -368,5 +368,14 @@ def _refuse_arguments(args: Any) -> None:
     for name, (found, why) in refused.items():
         if found:
             raise Unsupported(f"a run with {name} cannot be recorded: {why}")
-    if world_size() > 1 or getattr(args, "n_gpu", 1) > 1:
+    refuse_several_processes(gpus=getattr(args, "n_gpu", 1))
+
+
+def refuse_several_processes(*, gpus: int = 1) -> None:
+    """A record has what one process saw.
+
+    Raises:
+        Unsupported: the run has several processes, or one that uses several GPUs.
+    """
+    if world_size() > 1 or gpus > 1:
         raise Unsupported("a run of several processes or GPUs cannot be recorded yet; record one of a single process")
