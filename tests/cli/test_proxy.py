@@ -143,7 +143,10 @@ def _needs(preset: str) -> dict[str, str]:
         ),
         ({"preset": "svd", "form": "core"}, "form: the preset 'svd' does not weigh by it"),
         ({"kl_weight": 0.5}, "only objective='align\\+kl' reads it, not 'kl'"),
-        ({"damping": "absolute"}, "damps relatively, and its numbers mean nothing.*pass damping_input, too"),
+        (
+            {"damping": "absolute"},
+            "damps relatively, and its numbers mean nothing.*pass damping_input and damping_output, too",
+        ),
         ({"damping": "absolute", "damping_input": 1e-3}, "pass damping_output, too"),
         ({"weighting": "inverse", "damping_output": 0.0}, "damping_output=0 with weighting='inverse'"),
         ({"out": " "}, "out=' ': expected a text that is not empty"),

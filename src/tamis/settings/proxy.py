@@ -207,16 +207,14 @@ class ProxySettings(SharedSettings):
                 raise InvalidSettings(
                     f"{name}={getattr(self, name)}: {why} trains nothing, so nothing reads it; leave it out"
                 )
-        for name in (name for name, weighs in sides if weighs):
-            if (
-                self.damping == "absolute"
-                and _RECIPES[self.preset].damping == "relative"
-                and getattr(self, name) is None
-            ):
-                raise InvalidSettings(
-                    f"damping='absolute': the preset {self.preset!r} damps relatively, and its numbers mean nothing as "
-                    f"absolute ones; pass {name}, too"
-                )
+        read = [name for name, weighs in sides if weighs]
+        missing = [name for name in read if getattr(self, name) is None]
+        if missing and self.damping == "absolute" and _RECIPES[self.preset].damping == "relative":
+            raise InvalidSettings(
+                f"damping='absolute': the preset {self.preset!r} damps relatively, and its numbers mean nothing as "
+                f"absolute ones; pass {' and '.join(missing)}, too"
+            )
+        for name in read:
             if recipe.weighting == "inverse" and getattr(recipe, name) == 0:
                 raise InvalidSettings(
                     f"{name}=0 with weighting='inverse': directions without a probe would weigh infinitely; pass a "
