@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ from torch import Tensor, nn
 import tamis
 from classifier import Classifier, LabelledRows
 from online_runs import arguments, collate, rows_of
-from tamis.errors import InvalidSettings, Unsupported
+from tamis.errors import InvalidInput, InvalidSettings, Unsupported
 from tamis.model.loss import per_sample_losses
 from tamis.online import Lookahead, rehearsal
 from tamis.online.ahead import EarlyBatches
 from tamis.online.fate import read_candidates
 from tamis.online.rehearsal import coming_rates, look_ahead, rehearse
 from tamis.online.target_turns import target_positions
+from tamis.online.trainer import OnlineTrainer
 from tamis.trajectory.adjoint import start_channel, sweep_step
 from tamis.trajectory.optimizer_state import live_optimizer
 from tamis.trajectory.replay import mean_gradient, play, train
@@ -94,6 +95,34 @@ def test_rehearsed_scores_are_differences_of_real_training(slot: int, place: int
     eps = 1e-5
     difference = (after(slot, place, eps, 3) - after(slot, place, -eps, 3)) / (2 * eps)
     assert float(found[slot][place]) == pytest.approx(difference, rel=1e-5, abs=1e-10)
+
+
+@pytest.mark.parametrize("secant", [False, True])
+def test_a_broken_candidate_has_no_score_and_no_part_in_the_others(secant: bool) -> None:
+    method = Lookahead(horizon=2, curvature="exact", secant=secant)
+
+    def clean(batch: Batch) -> Batch:
+        return replace(batch, input_ids=torch.where(batch.input_ids == 3, 4, batch.input_ids))
+
+    def found(second: Batch) -> list[Tensor]:
+        model, optimizer = warmed()
+        with torch.no_grad():
+            model.get_input_embeddings().weight[3] = torch.inf
+        block, rates = [[clean(BLOCK[0])], [second]], [(rate,) for rate in RATES[:2]]
+        return rehearse(method, model, optimizer, block, [clean(TARGET)], rates=rates, clip=CLIP)
+
+    second = clean(BLOCK[1])
+    broken = replace(second, input_ids=second.input_ids.clone())
+    broken.input_ids[2, 0] = 3
+    others = [0, 1, 3]
+    without = found(Batch(**{name: tensor[others] for name, tensor in vars(second).items()}))
+    first, last = found(broken)
+    torch.testing.assert_close(first, without[0], rtol=1e-12, atol=0)
+    torch.testing.assert_close(last[others], without[1], rtol=1e-12, atol=0)
+    assert torch.isnan(last[2])
+    broken.input_ids[:, 0] = 3
+    first, last = found(broken)
+    assert torch.isfinite(first).all() and torch.isnan(last).all()
 
 
 def test_rows_of_more_tokens_weigh_more_in_a_rehearsal_by_tokens() -> None:
@@ -327,6 +356,18 @@ class Runs:
     later: Any
 
 
+@pytest.mark.parametrize("horizon", [1, 3])
+def test_a_choice_without_a_supervised_token_is_said_as_by_every_method(tmp_path: Path, horizon: int) -> None:
+    silent = [{**row, "labels": [-100] * len(row["labels"])} for row in rows_of(12, seed=1)]
+    trainer = OnlineTrainer(
+        model=tiny_model("llama", dtype=torch.float32, lora=True).train(), args=arguments(tmp_path, max_steps=4),
+        train_dataset=silent, target_dataset=rows_of(3, seed=2), data_collator=collate,
+        selection=Lookahead(keep=2, oversample=2, horizon=horizon),
+    )  # fmt: skip
+    with pytest.raises(InvalidInput, match="no candidate of this step has a supervised token; shuffle the pool"):
+        trainer.train()
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("runs")
@@ -406,6 +447,9 @@ def micros_of(value: Any) -> Any:
 def test_settings_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(InvalidSettings, match="horizon must be at least 1"):
         Lookahead(horizon=0)
+    with pytest.raises(InvalidSettings, match=r"cold_start=0: .*or secant=True"):
+        Lookahead(cold_start=0)
+    assert Lookahead(cold_start=0, secant=True).cold_start == 0
     with pytest.raises(InvalidSettings, match=r"form='guess': expected one of rehearsal, frozen"):
         Lookahead(form="guess")  # type: ignore[arg-type]
     with pytest.raises(Unsupported, match=r"set gradient_accumulation_steps=1 \(tamis train: --accumulation 1\)"):

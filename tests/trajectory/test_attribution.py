@@ -31,7 +31,7 @@ from online_runs import arguments, collate, rows_of
 from tamis.cli.main import run as run_command
 from tamis.errors import InvalidInput, InvalidSettings, StoreCorrupted
 from tamis.maths.ranks import rank_correlation
-from tamis.runs.verify import _shares
+from tamis.runs.verify import _shares, choose_uses
 from tamis.trajectory import segment_store, sweep
 from tamis.trajectory.fidelity import fidelity
 from tamis.trajectory.leave_out import leave_out_effect
@@ -303,6 +303,16 @@ def test_a_killed_verification_goes_on_and_tells_the_methods_apart(recorded: Rec
     assert best["spearman"] > 0.95 and best["relative_error"] < 0.1
     assert best["spearman"] >= found.methods["adamw-influence"]["spearman"] > found.methods["tracin"]["spearman"]
     assert found.methods["adamw-influence"]["low"] <= found.methods["adamw-influence"]["spearman"]
+
+
+@pytest.mark.parametrize("counts", [(1, 3), (4, 9), (9, 18), (17, 18)])
+def test_more_samples_contain_fewer_also_beyond_half_of_all_uses(recorded: Recorded, counts: tuple[int, int]) -> None:
+    run = open_run(recorded.folder, recorded.model)
+    total = sum(len(run.step(index).rows) for index in range(run.num_steps))
+    few, many = (choose_uses(run, count * total // 18, 5) for count in counts)
+    assert set(few) < set(many) and len(many) == len(set(many)) == counts[1] * total // 18
+    assert few == sorted(few)
+    assert len(choose_uses(run, 2 * total, 5)) == total
 
 
 def test_a_verification_grows_with_samples_and_takes_other_scores(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 import tamis
 from classifier import Classifier
@@ -19,10 +21,12 @@ from online_runs import arguments, collate, rows_of
 from tamis.errors import InvalidSettings, NonFinite, StoreMismatch, Unsupported
 from tamis.gradients.functional import products, weighted_gradient
 from tamis.trajectory.fidelity import fidelity
+from tamis.trajectory.leave_out import leave_out_effect
 from tamis.trajectory.open_run import open_run
 from tamis.trajectory.replay import play_segment, segments
 from tamis.trajectory.run import HeldTrajectory, Step
 from tamis.trajectory.sweep import SweepSettings, run_sweep
+from tamis.trajectory.token_rows import rows_of_inputs
 from tiny_models import tiny_model
 from trajectory_case import REFERENCE_TARGET, ReferenceNet, reference_rows, reference_run
 
@@ -33,11 +37,13 @@ def model_of(**options: Any) -> nn.Module:
     return tiny_model("llama", dtype=torch.float32, lora=True, **options).train()
 
 
-def record(folder: Path, model: nn.Module, *, resume: Any = None, collator: Any = collate, **changes: Any) -> Trainer:
+def record(
+    folder: Path, model: nn.Module, *, resume: Any = None, collator: Any = collate, first: Any = (), **changes: Any
+) -> Trainer:
     data = rows_of(22, seed=1)
     trainer = Trainer(
         model=model, args=arguments(folder / "trainer", **changes), train_dataset=data, eval_dataset=data.select([1]),
-        data_collator=collator, callbacks=[tamis.TrajectoryRecorder(folder / "record", every=4)],
+        data_collator=collator, callbacks=[*first, tamis.TrajectoryRecorder(folder / "record", every=4)],
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume)
     return trainer
@@ -249,3 +255,63 @@ def test_the_frozen_form_looks_no_further_than_training_goes(tmp_path: Path, mon
     )  # fmt: skip
     trainer.train()
     assert ahead == [3, 2, 1]  # of updates 2, 3 and 4; the first is cold
+
+
+@pytest.mark.parametrize("kind", ["autocast", "frozen weights"])
+def test_what_removing_a_sample_does_is_measured_without_16_bit_rounding(tmp_path: Path, kind: str) -> None:
+    model, changes = model_of(), {"bf16": True} if kind == "autocast" else {}
+    if kind == "frozen weights":
+        for name, param in model.named_parameters():
+            param.data = param.data if "lora" in name else param.data.bfloat16()
+    trained = record(tmp_path, model, max_steps=6, learning_rate=1e-3, **changes).model
+    run = open_run(tmp_path / "record", trained)
+    target = run.micros_of(rows_of_inputs(collate(TARGET)), most=3)
+    scores = run_sweep(run, target, SweepSettings(secant=6, tolerance=1e-1), per_row=False)["scores"]
+    uses = [(step, place) for step in range(6) for place in range(2)]
+    truth = [leave_out_effect(run, step, place, target).mean() for step, place in uses]
+    found = fidelity(
+        np.array([[scores[step][place].item()] for step, place in uses]), np.array([[float(t)] for t in truth]), seed=0
+    )
+    assert found.spearman > 0.97 and found.relative_error < 0.2
+
+
+class Restart(TrainerCallback):
+    """Sets the optimizer's moments to zero after some update and keeps its count, as restarts of LoRA do."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for own in kwargs["optimizer"].state.values() if state.global_step == self.after else ():
+            own["exp_avg"].zero_()
+            own["exp_avg_sq"].zero_()
+
+
+@pytest.mark.parametrize(("after", "said"), [(4, "moments of the optimizer"), (7, "the replayed ones end")])
+def test_an_optimizer_that_was_reset_on_the_way_is_refused(tmp_path: Path, after: int, said: str) -> None:
+    trainer = record(tmp_path, model_of(), first=[Restart(after)], max_steps=8, learning_rate=1e-2)
+    run = open_run(tmp_path / "record", trainer.model)
+    with pytest.raises(StoreMismatch, match=said):
+        for start, stop in segments(run):
+            play_segment(run, start, stop)
+
+
+def test_sgd_without_momentum_has_no_moments_to_compare(tmp_path: Path) -> None:
+    trainer = record(tmp_path, model_of(), optim="sgd", learning_rate=1e-2, max_steps=8)
+    run = open_run(tmp_path / "record", trainer.model)
+    assert not run.rule.has_moments
+    assert_replays(tmp_path, trainer.model)
+
+
+def test_dora_whose_gradients_are_no_derivatives_is_refused_when_recorded_and_when_opened(tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_model("llama", dtype=torch.float32), config).train()
+    with pytest.raises(Unsupported, match="DoRA's gradients hold the norm of the adapted weights fixed"):
+        record(tmp_path, model)
+    trained = record(tmp_path / "plain", model_of(), max_steps=2).model
+    path = tmp_path / "plain/record/manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["model"]["adapter"]["use_dora"] = True
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(Unsupported, match="DoRA"):
+        open_run(tmp_path / "plain/record", trained)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from tamis.errors import Unsupported
 from tamis.model.processes import world_size
+from tamis.online.checks import require_candidates
 from tamis.online.methods.lookahead import Lookahead
 from tamis.online.proposal import Proposal
 from tamis.online.rehearsal import coming_rates, rehearse
@@ -93,9 +95,11 @@ class Ahead:
         """The gradient of ``update`` (from 0), made of the candidates with the best scores.
 
         Raises:
+            InvalidInput: there is no candidate.
             NonFinite: no candidate has a finite score.
             Unsupported: coming learning rates cannot be known, or the optimizer's steps cannot be foreseen.
         """
+        require_candidates(sum(len(batch.rows) for batch in candidates))
         scores = self._scored(update, candidates, target, step, optimizer, scheduler, to_batches)
         return step.propose_scored(candidates, scores)
 
@@ -119,7 +123,8 @@ class Ahead:
         last = self._args.max_steps if self._args.max_steps > 0 else update + self.method.horizon
         count = min(self.method.block, last - update)  # no look beyond the end of training
         coming = self._early.peek(count - 1) if self._early is not None and count > 1 else []
-        block = [list(candidates), *(found for found in map(to_batches, coming) if found)]
+        # A choice without a row ends the block, as it will end the run: later scores would be of other updates.
+        block = [list(candidates), *takewhile(bool, map(to_batches, coming))]
         live = live_optimizer(optimizer, step.model)
         rates = coming_rates(scheduler, live, min(self.method.horizon, last - update))
         if rates is None:

@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from tamis.errors import Unsupported
+from tamis.errors import InvalidInput, Unsupported
 
-__all__ = ["dropout_of", "refuse_added_loss", "refuse_settings", "refuse_sharded"]
+__all__ = ["dropout_of", "refuse_added_loss", "refuse_settings", "refuse_sharded", "require_candidates"]
 
 # Configurations share these with models that classify; a causal language model has no such layer.
 _OF_CLASSIFIERS = ("summary_", "classifier_")
@@ -77,6 +77,19 @@ def refuse_added_loss(model: nn.Module) -> None:
             "the model's configuration has output_router_logits=True, by which the Trainer adds a load-balancing loss "
             "of the routers; online selection trains on plain cross-entropy: set config.output_router_logits=False, "
             "or train the model with the plain Trainer"
+        )
+
+
+def require_candidates(count: int) -> None:
+    """Refuse a choice among ``count`` rows, if that is none.
+
+    Raises:
+        InvalidInput: what to do about it.
+    """
+    if not count:
+        raise InvalidInput(
+            "no candidate of this step has a supervised token; shuffle the pool or remove rows without supervised "
+            "tokens"
         )
 
 

@@ -6,13 +6,15 @@ All of it happens on copies: losses are functions of a flat vector, the live mod
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tamis.errors import Unsupported
-from tamis.gradients.functional import Problem, per_sample_gradients
+from tamis.gradients.functional import Problem, per_sample_gradients, weighted_gradient
+from tamis.maths.autocast import autocast_off
 from tamis.maths.step_derivative import AdamStep
 from tamis.online.batches import supervised_tokens
 from tamis.online.methods.lookahead import Lookahead
@@ -28,6 +30,7 @@ from tamis.types import Batch
 __all__ = ["coming_rates", "look_ahead", "rehearse"]
 
 
+@autocast_off()  # a trainer's own context would compute in 16 bits what no pass of the model does
 def rehearse(
     method: Lookahead,
     model: nn.Module,
@@ -41,6 +44,8 @@ def rehearse(
     autocast: torch.dtype | None = None,
 ) -> list[Tensor]:
     """Scores of the candidates of every slot of ``block``, float64: positive, the candidate lowers the target loss.
+
+    A candidate whose loss or gradient is not finite has no score, NaN, and no part in the rehearsal.
 
     Args:
         method: horizon, form and curvature.
@@ -61,12 +66,29 @@ def rehearse(
         raise Unsupported("lookahead goes through the dynamics of Adam's moments, which SGD has not; train by AdamW")
     problem = CausalProblem(model, live.shapes, autocast=autocast)
     state = live.state()
-    steps = [
-        _step(index, batches, own, reduction, state.theta)
-        for index, (batches, own) in enumerate(zip(block, rates, strict=False))
-    ]
     micros = [TokenMicro(batch=batch) for batch in target]
-    return look_ahead(method, problem, live.rule(clip), state, steps, micros, rates=rates)
+
+    def looked_ahead(slots: Sequence[Sequence[Batch]]) -> list[Tensor]:
+        steps = [
+            _step(index, batches, own, reduction, state.theta)
+            for index, (batches, own) in enumerate(zip(slots, rates, strict=False))
+        ]
+        return look_ahead(method, problem, live.rule(clip), state, steps, micros, rates=rates)
+
+    found = looked_ahead(block)
+    if all(bool(torch.isfinite(scores).all()) for scores in found):
+        return found
+    # One broken row in a block makes all its scores NaN. Seeking it costs a pass for every row, once in a long while.
+    good = [_finite_rows(problem, state.theta, batches) for batches in block]
+    if all(bool(own.all()) for own in good):
+        return found
+    usable = list(takewhile(lambda own: bool(own.any()), good))
+    found = [torch.full((len(own),), torch.nan, dtype=torch.float64) for own in good]
+    if usable:
+        again = looked_ahead([_rows_of(batches, own) for batches, own in zip(block, usable, strict=False)])
+        for scores, own, these in zip(found, usable, again, strict=False):
+            scores[own] = these
+    return found
 
 
 def look_ahead(
@@ -139,6 +161,33 @@ def _repeat(problem: Problem, rule: Rule, first: Played, channel: Channel, rates
     for ahead, own in reversed(list(enumerate(rates, start=1))):
         later = derivative.advanced(count=first.after.count + ahead, lr=rule.over(first.g, own))
         sweep_step(problem, first, channel, derivative=later)
+
+
+def _finite_rows(problem: CausalProblem, theta: Tensor, batches: Sequence[Batch]) -> Tensor:
+    """(n,) bool: rows whose own loss and gradient are finite."""
+    found = []
+    for row in (row for batch in batches for row in batch.split(1)):
+        loss, gradient = weighted_gradient(problem, theta, [TokenMicro(batch=row)], theta.new_ones(1))
+        found.append(bool(torch.isfinite(loss).all()) and bool(torch.isfinite(gradient).all()))
+    return torch.tensor(found)
+
+
+def _rows_of(batches: Sequence[Batch], chosen: Tensor) -> list[Batch]:
+    """The chosen rows alone, in batches as they were; none that is empty."""
+    found = []
+    sizes = [len(batch.rows) for batch in batches]
+    for batch, own in zip(batches, torch.split(chosen, sizes), strict=True):
+        if bool(own.any()):
+            own = own.to(batch.rows.device)
+            found.append(
+                Batch(
+                    rows=batch.rows[own],
+                    input_ids=batch.input_ids[own],
+                    attention_mask=batch.attention_mask[own],
+                    supervised=batch.supervised[own],
+                )
+            )
+    return found
 
 
 def _step(index: int, batches: Sequence[Batch], rates: tuple[float, ...], reduction: str, like: Tensor) -> Step:

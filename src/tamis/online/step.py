@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tamis.errors import InvalidInput, NonFinite
+from tamis.errors import NonFinite
 from tamis.gradients.parameters import param_matrices
 from tamis.gradients.rows import RowGradients
 from tamis.model.processes import counts_of_all
 from tamis.model.trainable import trainable_layers
 from tamis.online.adam_state import learning_rate, read_adam
 from tamis.online.batches import supervised_tokens
-from tamis.online.checks import refuse_sharded
+from tamis.online.checks import refuse_sharded, require_candidates
 from tamis.online.cost import Part
 from tamis.online.evidence import Measured, Measurer, row_sizes
 from tamis.online.methods.choice import Choice, Evidence, Method, Vector, everything, unweighted
@@ -143,11 +143,7 @@ class OnlineStep:
         """
         counts = counts_of_all(sum(len(batch.rows) for batch in candidates))
         tokens = gather_rows(supervised_tokens(candidates)).numpy()
-        if not sum(counts):
-            raise InvalidInput(
-                "no candidate of this step has a supervised token; shuffle the pool or remove rows without supervised "
-                "tokens"
-            )
+        require_candidates(sum(counts))
         needs = self.method.needs
         if needs.target_only:
             return self._on_target(target, tokens)

@@ -40,7 +40,7 @@ from tamis.runs.trace_inputs import (
     refuse_several,
     run_identity,
 )
-from tamis.seeds import child_seed, random_subset
+from tamis.seeds import child_seed, random_permutation
 from tamis.settings import VerifySettings
 from tamis.trajectory.causal import RecordedRun
 from tamis.trajectory.fidelity import fidelity
@@ -139,10 +139,10 @@ def verify_from_settings(
 
 
 def choose_uses(run: RecordedRun, count: int, seed: int) -> list[Use]:
-    """Random uses of samples, over all steps alike."""
+    """Random uses of samples, over all steps alike; more of them contain fewer, whose retrainings are kept."""
     sizes = [len(run.step(index).rows) for index in range(run.num_steps)]
     first = np.concatenate([[0], np.cumsum(sizes)])
-    chosen = random_subset(child_seed(seed, "left out"), int(first[-1]), min(count, int(first[-1])))
+    chosen = np.sort(random_permutation(child_seed(seed, "left out"), int(first[-1]))[:count])
     steps = np.searchsorted(first, chosen, side="right") - 1
     return [(int(step), int(use - first[step])) for step, use in zip(steps, chosen, strict=True)]
 

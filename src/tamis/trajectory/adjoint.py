@@ -8,7 +8,8 @@ the step's derivative (``maths.step_derivative``) and the clip Jacobian J, the i
     (a, b, c) ← A⁰ᵀ (a, b, c) + (H q, 0, 0)
 
 ``H`` is the exact Hessian of the step's loss, its Gauss-Newton part, the empirical Fisher, or left out. AdamW-influence
-is this with the derivative of AdamW; SGD-influence (Hara et al., 2019) with that of plain SGD at the same rates.
+is this with the derivative of AdamW; SGD-influence (Hara et al., 2019) with that of plain SGD at the same rates; both
+with the derivative of the run's clipping.
 """
 
 from __future__ import annotations

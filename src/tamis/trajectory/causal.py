@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tamis.errors import StoreCorrupted, Unsupported
 from tamis.gradients.functional import Layout, Predictions
 from tamis.model.checkpointing import without_checkpointing
+from tamis.model.float32 import in_float32
 from tamis.model.loss import evaluation_mode, gathered_before_head, supervised_positions
 from tamis.trajectory.log import LoggedStep, LogReader
 from tamis.trajectory.run import TOLERANCES, Group, Rule, State, Step
@@ -30,17 +31,28 @@ class CausalProblem:
         model: its own parameters are not touched; those named in ``shapes`` are replaced on every call.
         shapes: the trained parameters, in the order of the flat vector.
         autocast: dtype that the run computed in under autocast, None without.
+        measuring: compute in float32 at least, whatever the run computed in.
     """
 
     def __init__(
-        self, model: nn.Module, shapes: Mapping[str, Sequence[int]], *, autocast: torch.dtype | None = None
+        self,
+        model: nn.Module,
+        shapes: Mapping[str, Sequence[int]],
+        *,
+        autocast: torch.dtype | None = None,
+        measuring: bool = False,
     ) -> None:
-        self.model, self.layout, self._autocast = model, Layout(shapes), autocast
+        self.model, self.layout = model, Layout(shapes)
+        self._shapes, self._autocast, self._measuring = shapes, autocast, measuring
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.model.parameters()).device
+
+    def measured(self) -> CausalProblem:
+        """The same losses without 16-bit rounding, which is larger than what one row of training changes."""
+        return CausalProblem(self.model, self._shapes, measuring=True)
 
     def predict(self, params: Mapping[str, Tensor], micro: TokenMicro) -> Predictions:
         """Logits where a supervised token is predicted; with the pass's own dropout if it had any."""
@@ -55,7 +67,9 @@ class CausalProblem:
             if micro.random_state is not None:
                 stack.enter_context(_dropout_on(self.model))
                 stack.enter_context(_randomness(micro.random_state))
-            if self._autocast is not None:
+            if self._measuring:
+                stack.enter_context(in_float32(self.model))
+            elif self._autocast is not None:
                 stack.enter_context(torch.autocast(self.device.type, dtype=self._autocast))
             logits = torch.func.functional_call(self.model, dict(params), (), call).logits
         logits = logits.view(-1, logits.shape[-1])
@@ -88,6 +102,11 @@ class RecordedRun:
         )
         self.rows: list[TokenRow] = reader.rows()
         self._steps: dict[int, Step] = {}
+
+    @property
+    def measured(self) -> CausalProblem:
+        """Without 16-bit rounding."""
+        return self.problem.measured()
 
     @property
     def tolerance(self) -> float:

@@ -12,7 +12,7 @@ from tamis.gradients.functional import per_sample_gradients
 from tamis.trajectory.replay import play_segment, segments
 from tamis.trajectory.run import Trajectory
 from tamis.trajectory.segment_store import SegmentStore
-from tamis.trajectory.summary_matrix import SummaryMatrix, scores_of_embeddings
+from tamis.trajectory.summary_matrix import SummaryMatrix, require_adam, scores_of_embeddings
 
 __all__ = ["run_embeddings", "scores_from_embeddings"]
 
@@ -32,6 +32,7 @@ def run_embeddings(
         StoreMismatch: the replay is not the recorded run.
         InvalidSettings: the run was not trained by Adam.
     """
+    require_adam(trajectory.rule)
     theta = trajectory.state(trajectory.num_steps).theta
     matrices = [SummaryMatrix(mask=mask.to(theta.device), like=theta, rescale=rescale) for mask in masks]
     parts, done = segments(trajectory), SegmentStore(folder)

@@ -10,10 +10,10 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from tamis.errors import StoreMismatch
+from tamis.errors import StoreMismatch, Unsupported
 from tamis.identity import text_sha256
 
-__all__ = ["base_dtype", "check_model", "describe_model", "frozen_digest", "has_dropout"]
+__all__ = ["base_dtype", "check_model", "describe_model", "frozen_digest", "has_dropout", "refuse_dora"]
 
 _ENTRIES = 4096  # looked at of every frozen tensor
 # Of a configuration, what says where it lies or how it is run, not what it computes.
@@ -43,6 +43,19 @@ def describe_model(model: nn.Module, name: str | None) -> dict[str, Any]:
         "config": text_sha256(json.dumps(plain, sort_keys=True, default=str)),
         "adapter": adapter,
     }
+
+
+def refuse_dora(adapter: Mapping[str, Any] | None) -> None:
+    """Refuse an adapter whose gradients are not the derivatives of its loss.
+
+    Raises:
+        Unsupported: it is DoRA, whose backward pass holds the norm of the weights fixed.
+    """
+    if adapter is not None and adapter.get("use_dora"):
+        raise Unsupported(
+            "DoRA's gradients hold the norm of the adapted weights fixed, so they are not the derivatives of the loss, "
+            "and no score that is built on derivatives is right; train LoRA"
+        )
 
 
 def frozen_digest(model: nn.Module) -> str:

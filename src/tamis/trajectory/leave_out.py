@@ -45,7 +45,7 @@ def leave_out_effect(
     renormalise: bool = False,
     undisturbed: dict[int, Tensor] | None = None,
 ) -> Tensor:
-    """``ℓ(θ_T without it) - ℓ(θ_T)`` of every target row.
+    """``ℓ(θ_T without it) - ℓ(θ_T)`` of every target row, both losses computed in float32 at least.
 
     The undisturbed end is replayed too, from the same state, so that rounding and what replay cannot reproduce of the
     recorded run cancel. ``undisturbed`` remembers its losses, by the state that it was replayed from.
@@ -53,9 +53,9 @@ def leave_out_effect(
     start = max(boundary for boundary in trajectory.boundaries if boundary <= index)
     known = {} if undisturbed is None else undisturbed
     if start not in known:
-        known[start] = final_values(trajectory.problem, _replayed_end(trajectory, start), target)
+        known[start] = final_values(trajectory.measured, _replayed_end(trajectory, start), target)
     without = final_parameters_without(trajectory, index, place, renormalise=renormalise)
-    return final_values(trajectory.problem, without, target) - known[start]
+    return final_values(trajectory.measured, without, target) - known[start]
 
 
 def _replayed_end(trajectory: Trajectory, start: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import nn
 from tamis.errors import InvalidInput, Unsupported
 from tamis.model.load import LoadedModel, ModelSettings, load_model
 from tamis.trajectory.causal import CausalProblem, RecordedRun
-from tamis.trajectory.identity import check_model
+from tamis.trajectory.identity import check_model, refuse_dora
 from tamis.trajectory.log import LogReader
 
 __all__ = ["model_of_run", "open_run", "run_model_settings"]
@@ -53,9 +53,11 @@ def open_run(folder: Path, model: nn.Module) -> RecordedRun:
     Raises:
         InvalidInput: there is no run, or it did not come to its end.
         StoreMismatch: it was recorded from another model.
+        Unsupported: it trained an adapter whose gradients are not derivatives.
     """
     reader = LogReader(folder)
     reader.require_complete()
+    refuse_dora(reader.manifest["model"]["adapter"])
     check_model(model, reader.manifest, where=str(folder))
     autocast = reader.manifest["autocast"]
     dtype = None if autocast is None else getattr(torch, autocast)

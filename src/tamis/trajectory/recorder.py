@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 from tamis.errors import InvalidSettings, Unsupported, first_line
 from tamis.model.processes import world_size
 from tamis.trajectory.causal import random_state_of
-from tamis.trajectory.identity import base_dtype, describe_model, frozen_digest, has_dropout
+from tamis.trajectory.identity import base_dtype, describe_model, frozen_digest, has_dropout, refuse_dora
 from tamis.trajectory.log import LOG_VERSION, LoggedMicro, LoggedStep, LogWriter
 from tamis.trajectory.optimizer_state import LiveOptimizer, live_optimizer
 from tamis.trajectory.record_size import announce_record, saves_of
@@ -88,6 +88,8 @@ class TrajectoryRecorder(TrainerCallback):  # type: ignore[misc]  # transformers
         self._remove_hooks()
         model, live = kwargs["model"], live_optimizer(kwargs["optimizer"], kwargs["model"])
         _refuse_arguments(args)
+        described = describe_model(model, self._model_name)
+        refuse_dora(described["adapter"])
         every = self._every or max(_FEWEST_STEPS, math.isqrt(state.max_steps))
         saves = saves_of(args, state, kwargs.get("train_dataloader"))
         announce_record(self.folder, live, every=every, steps=state.max_steps, saves=saves, most_gb=self._most_gb)
@@ -95,7 +97,7 @@ class TrajectoryRecorder(TrainerCallback):  # type: ignore[misc]  # transformers
         self._random = has_dropout(model)
         manifest = {
             "version": LOG_VERSION,
-            "model": describe_model(model, self._model_name),
+            "model": described,
             "trained": [[name, list(shape)] for name, shape in live.shapes.items()],
             "dtype": str(next(iter(live.params.values())).dtype).removeprefix("torch."),
             "base_dtype": base_dtype(model),

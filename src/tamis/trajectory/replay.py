@@ -72,6 +72,8 @@ def play_segment(trajectory: Trajectory, start: int, stop: int, *, tolerance: fl
         state = played.after
     if stop in trajectory.boundaries:
         _check_end(found[0].before, state, trajectory.state(stop), start, stop, tolerance)
+        if trajectory.rule.has_moments:
+            _check_moments(state, trajectory.state(stop), start, stop, tolerance)
     return found
 
 
@@ -146,3 +148,16 @@ def _check_end(before: State, found: State, recorded: State, start: int, stop: i
             f"updates {start + 1} to {stop}: the recorded parameters moved by {moved:.3g} and the replayed ones end "
             f"{off:.3g} away from them; something that is not in the log changed them"
         )
+
+
+def _check_moments(found: State, recorded: State, start: int, stop: int, tolerance: float) -> None:
+    for ours, theirs in zip(found.moments, recorded.moments, strict=True):
+        norm = float(torch.linalg.vector_norm(theirs.double()))
+        off = float(torch.linalg.vector_norm((theirs - ours).double()))
+        # Gradients replayed in 16 bits are a few percent off; moments that were set anew are off by all of themselves.
+        if not off <= min(50 * tolerance, 0.5) * max(norm, float(torch.linalg.vector_norm(ours.double()))) + 1e-30:
+            raise StoreMismatch(
+                f"updates {start + 1} to {stop}: the recorded moments of the optimizer have norm {norm:.3g} when they "
+                f"are done, and the replayed ones are {off:.3g} away from them, although the parameters agree; the "
+                "optimizer's state was changed on the way (a restart, a reset), which is not in the log"
+            )

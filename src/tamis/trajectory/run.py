@@ -70,6 +70,11 @@ class Rule:
     groups: tuple[Group, ...]
     clip: float | None = None  # largest norm of the raw gradient; None: not clipped
 
+    @property
+    def has_moments(self) -> bool:
+        """Whether a step depends on the gradients of earlier ones; plain SGD's does not."""
+        return self.kind != "sgd" or all(group.beta1 > 0 for group in self.groups)
+
     def fresh(self, theta: Tensor) -> State:
         """The state before the first step."""
         count = 1 if self.kind == "sgd" else 2
@@ -92,7 +97,10 @@ class Rule:
         return settings if isinstance(settings, SgdStep) else AdamStep(settings, g, *after.moments)
 
     def as_plain_sgd(self, g: Tensor, rates: Sequence[float]) -> SgdStep:
-        """The step as SGD-influence sees it, as published: the run's rates alone; an SGD run's own step as it is."""
+        """The step as SGD-influence sees it: the run's rates alone, without decay; an SGD run's own step as it is.
+
+        Clipping is not part of it: the adjoint puts its derivative in for every method, which the published form lacks.
+        """
         if self.kind == "sgd":
             own = self._settings(g, 1, rates)
             assert isinstance(own, SgdStep)
@@ -132,6 +140,11 @@ class Trajectory(Protocol):
         ...
 
     @property
+    def measured(self) -> Problem:
+        """The same, as losses are measured: in float32 at least, whatever the run computed in."""
+        ...
+
+    @property
     def rule(self) -> Rule:
         """How it was updated."""
         ...
@@ -168,6 +181,11 @@ class HeldTrajectory:
     rule: Rule
     steps: Sequence[Step]
     states: Mapping[int, State]
+
+    @property
+    def measured(self) -> Problem:
+        """The problem itself: nothing here computes in 16 bits."""
+        return self.problem
 
     @property
     def tolerance(self) -> float:

@@ -23,8 +23,19 @@ from tamis.errors import InvalidSettings
 from tamis.maths.step_derivative import AdamStep
 from tamis.seeds import child_seed, random_permutation, random_subset
 from tamis.trajectory.replay import Played
+from tamis.trajectory.run import Rule
 
-__all__ = ["SummaryMatrix", "draw_masks", "scores_of_embeddings"]
+__all__ = ["SummaryMatrix", "draw_masks", "require_adam", "scores_of_embeddings"]
+
+
+def require_adam(rule: Rule) -> None:
+    """Refuse a run that Adam did not train.
+
+    Raises:
+        InvalidSettings: that is so.
+    """
+    if rule.kind == "sgd":
+        raise InvalidSettings("the summary matrix is that of Adam; use the adjoint form for an SGD run")
 
 
 def draw_masks(numel: int, *, count: int, share: float | None = None, seed: int = 0) -> list[Tensor]:
@@ -61,14 +72,9 @@ class SummaryMatrix:
         self.rows = (eye, torch.zeros_like(eye), torch.zeros_like(eye))
 
     def embed(self, played: Played, grads: Float[Tensor, "B P"]) -> Float[Tensor, "B K"]:
-        """``e_i`` of the step's samples from their gradients; ``M`` moves to before the step.
-
-        Raises:
-            InvalidSettings: the run was not trained by Adam.
-        """
+        """``e_i`` of the step's samples from their gradients; ``M`` moves to before the step."""
         whole = played.derivative()
-        if not isinstance(whole, AdamStep):
-            raise InvalidSettings("the summary matrix is that of Adam; use the adjoint form for an SGD run")
+        assert isinstance(whole, AdamStep)  # of an Adam run, see require_adam
         step = whole.at(self.mask)
         weighted = played.clip.jacobian(grads) * played.step.weights.to(grads)[:, None]
         embeddings = weighted[:, self.mask] @ step.inject(self.rows).T

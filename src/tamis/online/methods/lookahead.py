@@ -58,6 +58,12 @@ class Lookahead:
         check_settings(self)
         if self.horizon < 1:
             raise InvalidSettings(f"horizon must be at least 1 update, got {self.horizon}")
+        if self.cold_start < 1 and not self.secant:
+            raise InvalidSettings(
+                "cold_start=0: Adam's first step hardly depends on a gradient's size, so that its derivative does not "
+                "say what leaving out a candidate does; set cold_start to 1 or more (1 is the default), or "
+                "secant=True, which is exact there"
+            )
 
     @property
     def block(self) -> int:
