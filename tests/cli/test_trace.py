@@ -19,7 +19,10 @@ from tamis.cli.verify import verify
 from tamis.settings import AttributeSettings, VerifySettings
 
 ARGUMENTS = ["--run", "r", "--target", "t.jsonl"]
-VALUES = {"spearman": 0.912, "low": None, "high": None, "samples": 4, "relative_error": 0.3}
+MISS = {"step": 1, "place": 3, "score": 0.447, "retrained": 0.0055}
+VALUES = {
+    "spearman": 0.912, "low": None, "high": None, "samples": 4, "relative_error": 0.3, "largest_miss": MISS
+}  # fmt: skip
 
 
 class FakeResult:
@@ -39,20 +42,31 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return FakeResult(
             {
                 "updates": 5,
-                "target_rows": ["a", "b"],
+                "target_rows": [{"target": "t", "id": "a"}, {"target": "t", "id": "b"}],
+                "target_loss": 1.5,
+                "outsized_updates": [1, 2],
+                "warnings": ["Updates 1 and 2 have nearly all."],
                 "curvature_advice": "use --curvature exact",
                 "sources": [
-                    {"source": "maths\u202e", "samples": 1200, "uses": 1300, "mean_score": 2.5e-3},
-                    {"source": "web", "samples": 7, "uses": 7, "mean_score": -1e-4},
+                    {
+                        "source": "maths\u202e",
+                        "samples": 1200,
+                        "uses": 1300,
+                        "mean_score": 2.5e-3,
+                        "mean_score_elsewhere": 1e-3,
+                    },
+                    {"source": "web", "samples": 7, "uses": 7, "mean_score": -1e-4, "mean_score_elsewhere": None},
                 ],
-                "best": [{"sample": "row-1", "uses": 2, "score": 0.25}],
-                "worst": [{"sample": "row-9", "uses": 1, "score": -0.5}],
+                "best": [{"sample": "row-1", "uses": 2, "update": 3, "score": 0.25}],
+                "worst": [{"sample": "row-9", "uses": 1, "update": 1, "score": -0.5}],
             }
         )
 
     def verify_from_settings(settings: VerifySettings, *, progress: Any) -> FakeResult:
         found.append(settings)
-        return FakeResult({"samples": 4, "methods": {"adamw-influence": VALUES}})
+        return FakeResult(
+            {"samples": 4, "methods": {"adamw-influence": VALUES, "tracin": VALUES | {"relative_error": 16.7}}}
+        )
 
     module = types.ModuleType("tamis.api")
     module.attribute_from_settings = attribute_from_settings  # type: ignore[attr-defined]
@@ -90,17 +104,24 @@ def test_every_setting_has_a_flag(command: Any, settings: Any) -> None:
 
 def test_results_are_printed_or_given_as_json(seen: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["attribute", *ARGUMENTS]) == 0
-    printed = capsys.readouterr().out
-    assert "use --curvature exact" in printed and "target rows" in printed
-    assert re.search(r"maths⟦U\+202E⟧ +1,200 +1,300 +\+0\.0025", printed)
-    assert re.search(r"row-1 +2 +\+0\.25", printed) and re.search(r"row-9 +1 +-0\.5", printed)
-    assert re.search("next +tamis verify --run r --target t.jsonl\n", printed)
+    printed, said = capsys.readouterr()
+    assert "use --curvature exact" in printed and re.search("target rows +2\n", printed)
+    assert "Updates 1 and 2 have nearly all." in said
+    assert "mean per use" in printed and "without update 1, 2" in printed and "in nats" in printed
+    assert re.search(r"maths⟦U\+202E⟧ +1,200 +1,300 +\+0\.0025 +\+0\.001\n", printed)
+    assert re.search(r"web +7 +7 +-0\.0001 +–\n", printed)
+    assert re.search(r"row-1 +2 +3 +\+0\.25", printed) and re.search(r"row-9 +1 +1 +-0\.5", printed)
+    assert re.search("next +tamis verify --run r --target t.jsonl --out tamis-attribution-verified\n", printed)
     assert run(["attribute", *ARGUMENTS, "--curvature", "none", "--per-row", "--seed", "3", "--json"]) == 0
     following = json.loads(capsys.readouterr().out)["next"]
-    assert following == "tamis verify --run r --target t.jsonl --curvature none --per-row"
+    assert following == (
+        "tamis verify --run r --target t.jsonl --curvature none --per-row --out tamis-attribution-verified"
+    )
     assert run(["verify", *ARGUMENTS]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"0\.912 +│ +– +│ +0\.300", printed)  # no interval of four samples
+    assert "tracin: sizes are wrong" in printed and "adamw-influence: sizes" not in printed
+    assert "update 1, place 3, scored +0.447, retrained" in " ".join(printed.split())
     assert run(["verify", *ARGUMENTS, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["methods"]["adamw-influence"]["low"] is None
 

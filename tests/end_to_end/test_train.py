@@ -501,3 +501,16 @@ def test_a_record_of_several_processes_is_refused_before_any_file_is_read(
     with pytest.raises(Unsupported, match="several processes or GPUs cannot be recorded"):
         train(run, tmp_path / "out", pool=tmp_path / "absent.jsonl", record=tmp_path / "trace")
     assert not (tmp_path / "out").exists() and not (tmp_path / "trace").exists()
+
+
+def test_a_run_begun_with_a_record_does_not_go_on_without_it(run: TinyRun, tmp_path: Path) -> None:
+    settings = {"method": "full", "keep": 4, "oversample": 1, "save_steps": 2}
+    record = tmp_path / "trace"
+    train(run, tmp_path / "out", record=record, **settings)
+    (tmp_path / "out" / "manifest.json").unlink()  # as if killed before its end
+    with pytest.raises(InvalidSettings, match=f"was begun with --record {record}: give it again"):
+        train(run, tmp_path / "out", **settings)
+    assert train(run, tmp_path / "out", record=record, **settings).summary()["steps"] == STEPS
+    (tmp_path / "out" / "manifest.json").unlink()
+    shutil.rmtree(record)
+    assert train(run, tmp_path / "out", **settings).summary()["steps"] == STEPS

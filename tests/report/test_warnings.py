@@ -238,6 +238,9 @@ def test_rows_of_no_help_are_named_for_methods_whose_sign_means_something() -> N
     assert finding.sentence.startswith("2 selected rows")
     lexical = with_changes(plain(score=score), manifest={"settings": {"method": "bm25"}})
     assert "negative-score" not in findings(lexical)
+    of_a_run = with_changes(plain(score=score), manifest={"settings": {"method": "adamw-influence"}})
+    assert findings(of_a_run)["negative-score"].severity == "note"
+    assert "did less for the target than their share" in findings(of_a_run)["negative-score"].sentence
 
 
 def test_equal_scores_and_missing_scores_are_told() -> None:

@@ -33,6 +33,7 @@ from tamis.errors import InvalidInput, InvalidSettings, StoreCorrupted
 from tamis.maths.ranks import rank_correlation
 from tamis.runs.verify import _shares, choose_uses
 from tamis.trajectory import segment_store, sweep
+from tamis.trajectory.adjoint import final_values
 from tamis.trajectory.fidelity import fidelity
 from tamis.trajectory.leave_out import leave_out_effect
 from tamis.trajectory.log import LogReader
@@ -88,6 +89,27 @@ def test_scores_are_those_of_the_sweep_by_use_and_summed_by_sample(recorded: Rec
     assert json.loads((tmp_path / "a/manifest.json").read_text())["uses"] == len(table)
     with pytest.raises(InvalidSettings, match=r"holds another run: settings\.error_samples"):
         attribute(recorded, tmp_path / "a", per_row=True, error="exact", error_samples=2)
+
+
+def test_what_is_said_of_the_target_its_loss_its_rows_and_those_that_were_trained_on(
+    recorded: Recorded, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen = dict(rows_of(24, seed=1)[3])
+    target = {"fresh": [*TARGET, TARGET[0]], "seen": [seen]}
+    found = tamis.attribute(run=recorded.folder, target=target, out=tmp_path / "a", model=recorded.model, per_row=True)
+    rows = found.manifest["target_rows"]
+    assert [row["target"] for row in rows] == ["fresh"] * 6 + ["seen"]
+    assert len({row["id"] for row in rows}) == 7 == len(found.samples["scores"][0])
+    assert found.manifest["target_trained_on"] == [rows[-1]["id"]]
+    assert "1 of 7 target rows were trained on in this run" in caplog.text
+    assert "1 of 7 target rows repeat another one; each counts" in caplog.text
+    run = open_run(recorded.folder, recorded.model)
+    micros = run.micros_of([_row(row) for row in (*TARGET, TARGET[0], seen)], most=1)
+    losses = final_values(run.problem, run.state(run.num_steps).theta, micros)
+    assert found.summary()["target_loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
+    first = found.summary()["best"][0]
+    own = found.uses.to_pandas().query("row == @found.samples.sort_by([('score', 'descending')])['row'][0].as_py()")
+    assert first["update"] == own.loc[own["score"].abs().idxmax(), "step"]
 
 
 def _row(row: dict[str, Any]) -> Any:
@@ -299,6 +321,13 @@ def test_a_killed_verification_goes_on_and_tells_the_methods_apart(recorded: Rec
         assert path.stem == f"update-{said['step']:08d}-place-{said['place']:05d}"
         effect = leave_out_effect(run, said["step"] - 1, said["place"], micros)  # counted from 1, as in uses.parquet
         np.testing.assert_array_equal(said["effect"], effect.double().numpy())
+    pairs = pq.read_table(tmp_path / "cut/pairs.parquet").to_pandas()
+    effects = [np.mean(json.loads(path.read_text())["effect"]) for path in truth]
+    np.testing.assert_allclose(pairs["retrained"], effects, rtol=1e-12)
+    worst = (pairs["tracin"] - pairs["retrained"]).abs().idxmax()
+    expected = {"step": "step", "place": "place", "score": "tracin", "retrained": "retrained"}
+    miss = found.methods["tracin"]["largest_miss"]
+    assert miss == {name: pairs.loc[worst, column] for name, column in expected.items()}
     best = found.methods["adamw-influence, finite removal over 7 steps"]
     assert best["spearman"] > 0.95 and best["relative_error"] < 0.1
     assert best["spearman"] >= found.methods["adamw-influence"]["spearman"] > found.methods["tracin"]["spearman"]
@@ -510,8 +539,11 @@ def test_no_interval_is_given_below_eight_samples() -> None:
     for count in (3, 7):
         found = fidelity(truth[:count], truth[:count])
         assert found.spearman == 1 and (found.low, found.high, found.samples) == (None, None, count)
-    eight = fidelity(truth, truth)
-    assert (eight.low, eight.high) == (1, 1)
+    turned = np.concatenate([truth[1::-1], truth[2:]])
+    eight = fidelity(turned, truth)
+    assert eight.low is not None and eight.high is not None and eight.low < eight.high
+    perfect = fidelity(truth, truth)  # every draw has the same order
+    assert (perfect.spearman, perfect.low, perfect.high) == (1, None, None)
 
 
 def test_several_processes_are_refused_before_they_write_over_each_other(
@@ -577,9 +609,10 @@ def test_the_three_verbs_work_one_after_the_other(
     assert run_command([*train, *more, *record, *common]) == 0
     following = json.loads(capsys.readouterr().out)["next"]
     target = ["--target", str(tiny.target)]
-    assert following == shlex.join(
-        ["tamis", "attribute", "--max-length", "64", *target, "--run", str(tmp_path / "record")]
-    )
+    run_and_out = ["--out", f"{tmp_path / 'record'}-scores", "--run", str(tmp_path / "record")]
+    assert following == shlex.join(["tamis", "attribute", "--max-length", "64", *target, *run_and_out])
+    template = LogReader(tmp_path / "record").manifest["chat_template"]
+    assert template == json.loads((tiny.model / "tokenizer_config.json").read_text()).get("chat_template", template)
     trace = ["--run", str(tmp_path / "record"), "--target", str(tiny.target), "--max-length", "64", *common]
     assert run_command(["attribute", *trace, "--out", str(tmp_path / "a")]) == 0
     summary = json.loads(capsys.readouterr().out)
@@ -638,3 +671,17 @@ def test_a_training_run_killed_while_its_rows_are_looked_for_names_them_when_it_
     assert run_command(train) == 0
     positions = LogReader(record).positions()
     assert len(positions) == 8 and positions.min() >= 0
+
+
+def test_a_target_is_made_rows_by_the_template_of_the_run(tmp_path: Path) -> None:
+    tiny = make_run(tmp_path, rows=16)
+    template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
+    shared: dict[str, Any] = {"model": tiny.model, "pool": tiny.pool, "target": tiny.target}
+    options: dict[str, Any] = {"method": "full", "keep": 4, "oversample": 1, "steps": 2, "lora_rank": 2}
+    tamis.train(**shared, **options, chat_template=template, record=tmp_path / "record", out=tmp_path / "t")
+    assert LogReader(tmp_path / "record").manifest["chat_template"] == template
+    trace: dict[str, Any] = {"run": tmp_path / "record", "target": tiny.target}
+    plain = tamis.attribute(**trace, out=tmp_path / "a")
+    given = tamis.attribute(**trace, chat_template=template, out=tmp_path / "b")
+    other = tamis.attribute(**trace, chat_template=template.replace("</s>", "</s></s>"), out=tmp_path / "c")
+    assert plain.uses.equals(given.uses) and not plain.uses.equals(other.uses)

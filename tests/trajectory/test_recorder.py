@@ -469,20 +469,49 @@ def test_a_trainer_that_sends_a_batch_twice_is_refused_before_its_first_update(t
     assert all(torch.equal(p, own) for p, own in zip(model.parameters(), before, strict=True))
 
 
-@pytest.mark.parametrize("name", ["states/model.safetensors", "segments/mine.safetensors", "end.json", "manifest.json"])
+@pytest.mark.parametrize("name", ["states/model.safetensors", "segments/mine.safetensors", "manifest.json"])
 def test_what_is_of_no_record_is_refused_and_kept(tmp_path: Path, name: str) -> None:
     record(tmp_path / "other", model_of(lora=True))
     manifest = read_manifest(tmp_path / "other/record")
     state = LogReader(tmp_path / "other/record").state(0)
+    folder = tmp_path / "new"
+    folder.mkdir()
     for one in (name, "states/00000000.safetensors", "states/.DS_Store"):
-        (tmp_path / one).parent.mkdir(exist_ok=True)
-        (tmp_path / one).write_bytes(b"mine")
+        (folder / one).parent.mkdir(exist_ok=True)
+        (folder / one).write_bytes(b"mine")
     with pytest.raises(InvalidInput, match=f"{name} is not of a recorded run that could be replaced; record into an"):
-        LogWriter.open_new(tmp_path, manifest, state)
-    assert (tmp_path / name).read_bytes() == (tmp_path / "states/00000000.safetensors").read_bytes() == b"mine"
-    (tmp_path / name).unlink()
-    LogWriter.open_new(tmp_path, manifest, state)  # what a killed run left of its beginning is no obstacle
-    assert torch.equal(LogReader(tmp_path).state(0).theta, state.theta)
+        LogWriter.open_new(folder, manifest, state)
+    assert (folder / name).read_bytes() == (folder / "states/00000000.safetensors").read_bytes() == b"mine"
+    (folder / name).unlink()
+    LogWriter.open_new(folder, manifest, state)  # what a killed run left of its beginning is no obstacle
+    assert torch.equal(LogReader(folder).state(0).theta, state.theta)
+
+
+@pytest.mark.parametrize("name", ["pool.jsonl", "end.json"])
+def test_a_folder_with_files_of_the_user_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "record").mkdir()
+    (tmp_path / "record" / ".hidden").write_bytes(b"mine")
+    (tmp_path / "record" / name).write_bytes(b"mine")
+    with pytest.raises(
+        InvalidInput, match=f"is not empty and holds no recorded run \\(but {name}\\); record into a new"
+    ):
+        record(tmp_path, model_of(lora=True))
+    assert sorted(path.name for path in (tmp_path / "record").iterdir()) == [".hidden", name]
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"folder": None}, "folder: expected the name of a folder for the record, got None"),
+        ({"folder": "f", "every": 0}, "every: expected a number of updates, at least 1, got 0"),
+        ({"folder": "f", "every": 2.5}, "every: expected a number of updates"),
+        ({"folder": "f", "most_gb": "20"}, "most_gb: expected a number of gigabytes above zero, got '20'"),
+        ({"folder": "f", "most_gb": -1}, "most_gb: expected a number of gigabytes above zero, got -1"),
+    ],
+)
+def test_a_recorder_that_cannot_be_is_refused_when_it_is_made(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(InvalidSettings, match=said):
+        tamis.TrajectoryRecorder(**values)
 
 
 @pytest.mark.parametrize("removals", range(6))

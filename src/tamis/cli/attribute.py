@@ -148,27 +148,42 @@ def attribute(
 
         result = api.attribute_from_settings(job.settings, progress=job.progress)
         summary = plain(result.summary())
-    verify = next_command("verify", job.settings, VerifySettings, out=None, batch_rows=None, seed=None)
-    job.answer({**summary, "next": verify}, _print_scores)
+    out = f"{job.settings.out}-verified"
+    verify = next_command("verify", job.settings, VerifySettings, out=out, batch_rows=None, seed=None)
+    job.answer({**summary, "next": verify}, _print_scores, warnings=summary["warnings"])
 
 
 def _print_scores(console: Console, summary: Mapping[str, Any]) -> None:
     """What the samples did, by source and at either end, then counts, cost and paths."""
+    console.print(
+        "A score is by how much the target's mean loss (in nats) would be higher at the end without the sample in one "
+        "update: + helped, - did less than its share. Of best and worst it is the sum over the row's uses.",
+        style="dim",
+    )
     if len(summary["sources"]) > 1:
-        console.print(_table("source", summary["sources"], ["samples", "uses", "mean score"]))
+        heads = {"samples": "samples", "uses": "uses", "mean_score": "mean per use"}
+        if summary["outsized_updates"]:
+            heads["mean_score_elsewhere"] = "without update " + ", ".join(map(str, summary["outsized_updates"]))
+        console.print(_table("source", summary["sources"], heads))
     for name in ("best", "worst") if summary["best"] else ():  # of one sample there is neither
-        console.print(_table(name, summary[name], ["uses", "score"]))
-    rest = {key: value for key, value in summary.items() if key not in ("sources", "best", "worst")}
+        console.print(_table(name, summary[name], {"uses": "uses", "update": "most in update", "score": "score"}))
+    shown = ("sources", "best", "worst", "outsized_updates")
+    rest = {key: value for key, value in summary.items() if key not in shown}
     print_summary(console, {**rest, "target_rows": len(rest["target_rows"])})
 
 
-def _table(name: str, lines: Sequence[Mapping[str, Any]], heads: Sequence[str]) -> Table:
+def _table(name: str, lines: Sequence[Mapping[str, Any]], heads: Mapping[str, str]) -> Table:
+    """``heads`` has a title for each key of ``lines`` that is shown."""
     table = Table(box=None, pad_edge=False)
     table.add_column(name, overflow="fold")
-    for head in heads:
+    for head in heads.values():
         table.add_column(head, justify="right", no_wrap=True)
     for line in lines:
-        numbers = [line[head.replace(" ", "_")] for head in heads]
-        said = [f"{value:,}" if isinstance(value, int) else f"{value:+.3g}" for value in numbers]
+        numbers = [line[key] for key in heads]
+        said = [_said(value) for value in numbers]
         table.add_row(Text(visible(line["source" if name == "source" else "sample"])), *said)
     return table
+
+
+def _said(value: float | None) -> str:
+    return "–" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:+.3g}"

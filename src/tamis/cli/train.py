@@ -257,6 +257,8 @@ def train(
         result = api.train_from_settings(job.settings, progress=job.progress)
         summary = plain(result.summary())
     if job.settings.record is not None:
-        own: dict[str, Any] = dict.fromkeys(("model", "revision", "method", "out", "batch_rows", "seed"))
-        summary["next"] = next_command("attribute", job.settings, AttributeSettings, **own, run=job.settings.record)
+        own: dict[str, Any] = dict.fromkeys(("model", "revision", "method", "batch_rows", "seed"))
+        record = job.settings.record
+        own |= {"run": record, "out": f"{record}-scores"}
+        summary["next"] = next_command("attribute", job.settings, AttributeSettings, **own)
     job.answer(summary, print_summary)

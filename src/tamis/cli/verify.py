@@ -8,10 +8,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from tamis.cli import options as opt
 from tamis.cli.command import work
-from tamis.cli.output import plain
+from tamis.cli.output import plain, print_summary
 from tamis.settings import VerifySettings
 
 __all__ = ["EPILOG", "verify"]
@@ -81,7 +82,8 @@ def verify(
     """Retrain a recorded run without each of some random samples, and see which method's scores predicted the outcome.
 
     Prints Spearman's correlation with an interval of 95 % for every method. Writes to the --out folder:
-    [bold]truth[/bold] (one file per retraining), [bold]manifest.json[/bold], and [bold]run.yaml[/bold].
+    [bold]truth[/bold] (one file per retraining), [bold]pairs.parquet[/bold] (what each found beside every method's
+    score), [bold]manifest.json[/bold], and [bold]run.yaml[/bold].
     """
     with work(ctx, VerifySettings) as job:
         from tamis import api
@@ -96,6 +98,26 @@ def _print_agreement(console: Console, summary: Mapping[str, Any]) -> None:
     for name, values in summary["methods"].items():
         table.add_row(name, _number(values["spearman"]), _interval(values), _number(values["relative_error"]))
     console.print(table)
+    console.print(
+        "Spearman: whether the scores have the order of what retraining did. Relative error: of their sizes; scores of "
+        "zero have 1.",
+        style="dim",
+    )
+    for name, values in summary["methods"].items():
+        if values["relative_error"] > 1:
+            console.print(Text(_oversized(name, values)))
+    print_summary(console, {key: value for key, value in summary.items() if key != "methods"})
+
+
+def _oversized(name: str, values: Mapping[str, Any]) -> str:
+    """Of scores that are further from the truth than zeros would be."""
+    miss = values["largest_miss"]
+    advice = " (try --secant 10)" if name == "adamw-influence" else ""
+    return (
+        f"{name}: sizes are wrong, so neither sums per row nor means per source are to be trusted{advice}. Its largest "
+        f"miss: update {miss['step']}, place {miss['place']}, scored {miss['score']:+.3g}, retrained "
+        f"{miss['retrained']:+.3g}."
+    )
 
 
 def _number(value: float | None) -> str:

@@ -66,6 +66,14 @@ class Columns:
         """The score for one target; the overall score when there is no column of its own."""
         return self.target_scores.get(target, self.score)
 
+    def score_picked_by(self) -> DoubleArray:
+        """Each row's score for the target that it was picked for; the overall one where it was picked for all."""
+        found: DoubleArray = self.score.copy()
+        for index, name in enumerate(self.target_names):
+            picked = self.picked_for == index
+            found[picked] = self.score_for(name)[picked]
+        return found
+
     def cell(self, name: str, row: int) -> str:
         """One string of the table, empty for null."""
         value = self.table.column(name)[row].as_py()

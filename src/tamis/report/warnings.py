@@ -34,9 +34,7 @@ BAD_SHARE = 0.05  # truncated rows in the selection
 FLAGGED_SHARE = 0.1  # flagged rows: about 5 % of clean data are
 
 # Methods whose score estimates a change of the target loss, so that its sign means something.
-_SIGNED_METHODS = frozenset(
-    {"tracin", "less", "loss-drop", "influence-function", "influence-distillation", "adamw-influence"}
-)
+_SIGNED_METHODS = frozenset({"tracin", "less", "loss-drop", "influence-function", "influence-distillation"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,8 +291,17 @@ def check_scores(evidence: Evidence) -> Iterator[Finding]:
         severity: Severity = "note" if evidence.method == "uniform" else "warning"
         sentence = f"The score says nothing about {joined(constant)}: every row has the same."
         yield Finding("constant-score", severity, "All scores are equal", sentence)
-    harmful = int((columns.selected & (columns.score <= 0)).sum())
-    if evidence.method in _SIGNED_METHODS and harmful:
+    harmful = int((columns.selected & (columns.score_picked_by() <= 0)).sum())
+    if harmful and evidence.method == "adamw-influence":  # scores of a run nearly sum to zero, whatever it did
+        yield Finding(
+            "negative-score",
+            "note",
+            "Rows were selected that did less than others",
+            f"{counted(harmful, 'selected row')} with a score of zero or below: in the reference run they did less for "
+            "the target than their share.",
+            "A smaller budget would leave them out.",
+        )
+    elif harmful and evidence.method in _SIGNED_METHODS:
         yield Finding(
             "negative-score",
             "warning",

@@ -23,6 +23,7 @@ from tamis.maths.ranks import rank_correlation
 from tamis.model.memory import free_memory
 from tamis.progress import NoProgress
 from tamis.protocols import Progress
+from tamis.runs.attribution_doubts import doubts
 from tamis.runs.attribution_result import Attribution, read_attribution
 from tamis.runs.outputs import claim_folder, refuse_strangers, write_json, write_scores
 from tamis.runs.trace_inputs import (
@@ -36,7 +37,7 @@ from tamis.runs.trace_inputs import (
 )
 from tamis.seeds import child_seed, random_subset
 from tamis.settings import AttributeSettings
-from tamis.trajectory.adjoint import refuse_lone_sample, renormalised
+from tamis.trajectory.adjoint import final_values, refuse_lone_sample, renormalised
 from tamis.trajectory.embeddings import run_embeddings, scores_from_embeddings
 from tamis.trajectory.segment_store import SegmentStore
 from tamis.trajectory.summary_matrix import draw_masks
@@ -78,6 +79,7 @@ def attribute_from_settings(
     uses, samples = _tables(opened, found, settings, Path(settings.run))
     for name, table in (("uses", uses), ("samples", samples)):
         write_scores(out / f"{name}.parquet", table)
+    theta = opened.trajectory.state(opened.trajectory.num_steps).theta
     manifest = {
         **identity,
         "versions": versions(),
@@ -86,9 +88,12 @@ def attribute_from_settings(
         "updates": opened.trajectory.num_steps,
         "uses": len(uses),
         "rows": len(samples),
-        "target_rows": list(target.ids),
+        "target_rows": [{"target": of, "id": name} for of, name in zip(target.names, target.ids, strict=True)],
         "target_left_out": list(target.left_out),
+        "target_trained_on": list(opened.trained_on),
+        "target_loss": float(final_values(opened.trajectory.measured, theta, opened.micros).mean()),
         **_diagnosis(found),
+        **doubts(uses, settings, moved=float(torch.linalg.vector_norm(theta - opened.trajectory.state(0).theta))),
         "cost": {"seconds": round(time.perf_counter() - started, 3)},
         "files": {name: file_sha256(out / name) for name in ("uses.parquet", "samples.parquet")},
     }

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tamis.runs.outputs import check_files, read_written
@@ -29,10 +31,12 @@ class Attribution:
     def summary(self) -> dict[str, Any]:
         """The result in a few plain values, as ``tamis attribute --json`` prints it with what to type next.
 
-        ``best`` and ``worst`` are the samples at either end, the extreme one first; ``sources`` what each source's
-        samples did, by the mean score of a use, where the record knows sources.
+        ``best`` and ``worst`` are the samples at either end, the extreme one first, with the update of its largest use;
+        ``sources`` what each source's samples did, by the mean score of a use, where the record knows sources, and by
+        that of the uses outside ``outsized_updates``, where there are some. Scores and ``target_loss`` are in nats.
         """
-        found = {key: self.manifest[key] for key in ("method", "updates", "uses", "rows", "target_rows")}
+        names = ("method", "updates", "uses", "rows", "target_rows", "target_loss", "outsized_updates", "warnings")
+        found = {key: self.manifest[key] for key in names}
         for key in ("curvature_agreement", "curvature_advice"):
             if self.manifest.get(key) is not None:
                 found[key] = self.manifest[key]
@@ -50,7 +54,14 @@ class Attribution:
         few = self.samples.sort_by([("score", order), ("row", "ascending")]).slice(
             0, min(_EXTREMES, len(self.samples) // 2)
         )
-        return [{"sample": _name(one), "uses": one["uses"], "score": one["score"]} for one in few.to_pylist()]
+        row, step = self.uses["row"].to_numpy(), self.uses["step"].to_numpy()
+        size = np.abs(self.uses["score"].to_numpy())
+        found = []
+        for one in few.to_pylist():
+            own = np.flatnonzero(row == one["row"])
+            update = int(step[own[np.argmax(size[own])]]) if len(own) else None
+            found.append({"sample": _name(one), "uses": one["uses"], "update": update, "score": one["score"]})
+        return found
 
     def _by_source(self) -> list[dict[str, Any]]:
         if "source" not in self.samples.column_names:
@@ -62,11 +73,20 @@ class Attribution:
                 "samples": one["row_count"],
                 "uses": one["uses_sum"],
                 "mean_score": one["score_sum"] / one["uses_sum"],
+                **self._mean_of_the_others(one["source"]),
             }
             for one in table.to_pylist()
             if one["source"] is not None  # null: rows that were not found in the training data
         ]
         return sorted(found, key=lambda one: (-one["mean_score"], one["source"]))
+
+    def _mean_of_the_others(self, source: str) -> dict[str, float | None]:
+        """The mean score of the source's uses outside the updates that outweigh all others; nothing without such."""
+        if not self.manifest["outsized_updates"]:
+            return {}
+        own = np.isin(self.uses["row"].to_numpy(), self.samples.filter(pc.field("source") == source)["row"].to_numpy())
+        own &= ~np.isin(self.uses["step"].to_numpy(), self.manifest["outsized_updates"])
+        return {"mean_score_elsewhere": float(self.uses["score"].to_numpy()[own].mean()) if own.any() else None}
 
 
 def read_attribution(out: Path) -> Attribution:

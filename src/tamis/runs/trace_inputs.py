@@ -30,14 +30,13 @@ from tamis.runs.manifest import base_identity
 from tamis.runs.outputs import write_scores
 from tamis.settings import AttributeSettings, VerifySettings
 from tamis.trajectory.causal import RecordedRun
-from tamis.trajectory.log import LogReader
+from tamis.trajectory.log import EXAMPLES, LogReader
 from tamis.trajectory.open_run import model_of_run, open_run, run_model_settings
 from tamis.trajectory.token_rows import TOKEN_INPUTS, TokenMicro, TokenRow, rows_of_inputs
 from tamis.types import IntArray
 from tamis.values import to_dict
 
 __all__ = [
-    "EXAMPLES",
     "OpenedRun",
     "TargetRows",
     "announce_rows",
@@ -52,8 +51,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-EXAMPLES = "examples.parquet"  # in a record: the user's rows by position in the training data
-
 
 @dataclass(frozen=True, kw_only=True)
 class TargetRows:
@@ -61,6 +58,7 @@ class TargetRows:
 
     rows: tuple[TokenRow, ...]
     ids: tuple[str, ...]
+    names: tuple[str, ...]  # of the target that each row is of
     left_out: tuple[str, ...]  # rows without an answer that counts
     digest: str
 
@@ -72,6 +70,7 @@ class OpenedRun:
     trajectory: RecordedRun
     micros: tuple[TokenMicro, ...]  # of the target
     target: TargetRows
+    trained_on: tuple[str, ...]  # ids of target rows that the run was trained on, token for token
 
 
 def open_inputs(
@@ -99,7 +98,15 @@ def open_inputs(
                 "of them; make the rows with the tokenizer of the run's model"
             )
     micros = trajectory.micros_of(target.rows, most=settings.batch_rows)
-    return OpenedRun(trajectory=trajectory, micros=micros, target=target)
+    trained = {row.digest() for row in trajectory.rows}
+    known = tuple(name for name, row in zip(target.ids, target.rows, strict=True) if row.digest() in trained)
+    if known:
+        logger.warning(
+            "%d of %d target rows were trained on in this run (%s): what their own scores say is mostly how well they "
+            "were memorised; measure by rows that were not trained on",
+            len(known), len(target.rows), _some(known),
+        )  # fmt: skip
+    return OpenedRun(trajectory=trajectory, micros=micros, target=target, trained_on=known)
 
 
 def refuse_several(verb: str, instead: str = "") -> None:
@@ -117,19 +124,26 @@ def refuse_several(verb: str, instead: str = "") -> None:
 def read_target(
     settings: AttributeSettings | VerifySettings, *, store: Path, held: Mapping[str, Rows], progress: Progress
 ) -> TargetRows:
-    """Render the target with the tokenizer of the run's model; rows with ``input_ids`` and ``labels`` are as they are.
+    """Render the target with the tokenizer of the run's model, in the run's chat template if it recorded one.
+
+    Rows with ``input_ids`` and ``labels`` are as they are.
 
     Raises:
         InvalidInput: no row has a supervised token; a row of tokens is none that a causal model is trained on; or text
             was given and nothing says by which tokenizer to read it.
         BadRow: a row cannot be used and ``on_bad_row`` is "fail".
     """
-    paths = [path for _, path in (target_parts(text) for text in settings.target)]
+    given, paths = zip(*map(target_parts, settings.target), strict=True)
     if all(path in held and "input_ids" in held[path][0] for path in paths):
-        named = [(f"{path}:{n}", row) for path in paths for n, row in enumerate(held[path])]
-        found = [(name, _of_tokens(row, name)) for name, row in named]
-        rows, ids = [row for _, row in found if row is not None], [name for name, row in found if row is not None]
-        left_out, within = [name for name, row in found if row is None], ""  # tokens are never cut
+        found = [
+            (of, f"{path}:{n}", _of_tokens(row, f"{path}:{n}"))
+            for of, path in zip(given, paths, strict=True)
+            for n, row in enumerate(held[path])
+        ]
+        rows = [row for _, _, row in found if row is not None]
+        names = [of for of, _, row in found if row is not None]
+        ids = [name for _, name, row in found if row is not None]
+        left_out, within = [name for _, name, row in found if row is None], ""  # tokens are never cut
     else:
         if not (settings.model or LogReader(Path(settings.run)).manifest["model"]["name"]):
             raise InvalidInput(
@@ -139,11 +153,12 @@ def read_target(
         examples = read_examples(paths, row_format=settings.row_format, on_bad_row=settings.on_bad_row, held=held)
         renderer = Renderer(load_tokenizer(_model_settings(settings)), max_length=settings.max_length)
         corpus = tokenize("target", examples, renderer, root=store, on_bad_row=settings.on_bad_row, progress=progress)
-        for sentence in tool_warnings(examples, renderer, "target"):
+        for sentence in (*renderer.notes, *tool_warnings(examples, renderer, "target")):
             logger.warning("%s", sentence)
         usable = np.flatnonzero(corpus.usable).astype(np.int64)
         rows = [TokenRow(ids=t.input_ids, supervised=t.supervised).trimmed() for t in corpus.take(usable)]
         ids = [examples.ids[int(row)] for row in usable]
+        names = [given[examples.named_by[int(examples.file_index[row])]] for row in usable]
         left_out = [f"{bad.file}, row {bad.row} ({bad.problem})" for bad in examples.skipped]
         left_out += [examples.ids[int(row)] for row in np.flatnonzero(~corpus.usable)]
         within = f" among its first {settings.max_length} (--max-length)"
@@ -155,8 +170,17 @@ def read_target(
         logger.warning(
             "left out of the target (%d), for want of a supervised token%s: %s", len(left_out), within, _some(left_out)
         )
-    digest = text_sha256("".join(row.digest().hex() for row in rows))
-    return TargetRows(rows=tuple(rows), ids=tuple(ids), left_out=tuple(left_out), digest=digest)
+    digests = [row.digest() for row in rows]
+    repeated = len(rows) - len(set(digests))
+    if repeated:
+        logger.warning("%d of %d target rows repeat another one; each counts", repeated, len(rows))
+    return TargetRows(
+        rows=tuple(rows),
+        ids=tuple(ids),
+        names=tuple(names),
+        left_out=tuple(left_out),
+        digest=text_sha256("".join(digest.hex() for digest in digests)),
+    )
 
 
 def run_digest(folder: Path) -> str:
@@ -269,12 +293,13 @@ def _is_fraction(tensor: Tensor) -> bool:
 
 
 def _model_settings(settings: AttributeSettings | VerifySettings) -> ModelSettings:
-    named = LogReader(Path(settings.run)).manifest["model"]["name"]
+    manifest = LogReader(Path(settings.run)).manifest
+    named = manifest["model"]["name"]
     base = ModelSettings(
         name=settings.model or named or "(unnamed)",
         revision=settings.revision,
         device=settings.device,
         trust_remote_code=settings.trust_remote_code,
-        chat_template=settings.chat_template,
+        chat_template=settings.chat_template or manifest.get("chat_template"),
     )
     return run_model_settings(Path(settings.run), base if settings.model or named else None)

@@ -24,7 +24,7 @@ from tamis.disk import check_writable, disk_errors
 from tamis.errors import InvalidSettings
 from tamis.identity import file_sha256
 from tamis.identity import fingerprint as fingerprint_of
-from tamis.model.load import ModelSettings, model_fingerprint, no_progress_bars, template_sha256
+from tamis.model.load import LoadedModel, ModelSettings, model_fingerprint, no_progress_bars, template_sha256
 from tamis.model.memory import is_out_of_memory
 from tamis.model.processes import barrier, is_main, world_size
 from tamis.model.proxy_folder import layout_of, write_layout
@@ -40,7 +40,7 @@ from tamis.protocols import Progress
 from tamis.runs.manifest import TRAINER, base_identity, identity_settings, repeat_command
 from tamis.runs.outputs import check_claim, check_files, claim_folder, read_written, write_json
 from tamis.runs.train_account import describe_cost, describe_training
-from tamis.runs.train_record import check_record, finish_record, recorder_of, require_record
+from tamis.runs.train_record import check_record, finish_record, recorder_of, require_begun_record, require_record
 from tamis.runs.train_rows import RunRows, check_candidates, measuring_targets, num_updates, split_rows
 from tamis.runs.train_setup import (
     check_device,
@@ -135,6 +135,7 @@ def train_from_settings(
     }
     if is_main():
         claim_folder(out, identity)
+        require_begun_record(settings)
         write_config("train", settings, out / "run.yaml", held=list(held))
     barrier()
     if (out / "manifest.json").is_file() and (out / "model").is_dir():
@@ -235,7 +236,7 @@ class _Run:
                 patience=settings.patience,
                 advance=advance,
             )
-            trainer = self._trainer(opened.model, opened.pad_id, callback)
+            trainer = self._trainer(opened, callback)
             if start is None:
                 before = trainer.held_out_losses()
                 if is_main():
@@ -267,19 +268,23 @@ class _Run:
             "cost": cost,
         }
 
-    def _trainer(self, model: Any, pad_id: int, callback: RunCallback) -> RunTrainer:
+    def _trainer(self, opened: LoadedModel, callback: RunCallback) -> RunTrainer:
         settings, rows, rendered = self.settings, self.rows, self.rendered
+        template: Any = opened.tokenizer.chat_template
+        recorder = recorder_of(
+            settings, owner=self.digest, chat_template=template if isinstance(template, str) else None
+        )
         held_out = None
         if len(rows.held_out):
             held_out = HeldOut(
                 rows=TokenRows(rendered.target, rows.held_out), group=rows.held_out_group, names=rows.names
             )
         trainer = RunTrainer(
-            model=model,
+            model=opened.model,
             args=training_arguments(settings, total=self.total, dtype=self.dtype, out=self.out),
             train_dataset=TokenRows(rendered.pool, rows.pool),
             target_dataset=TokenRows(rendered.target, rows.target),
-            data_collator=PaddingCollator(pad_id),
+            data_collator=PaddingCollator(opened.pad_id),
             selection=self.method,
             step_settings=self.step_settings,
             target_rows=settings.target_rows,
@@ -288,7 +293,7 @@ class _Run:
             sources=rendered.pool.examples.sources_of(rows.pool),
             held_out=held_out,
             callbacks=[
-                *filter(None, [recorder_of(settings, owner=self.digest)]),
+                *filter(None, [recorder]),
                 callback,
             ],  # a whole checkpoint is recorded too
         )

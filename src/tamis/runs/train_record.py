@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tamis.config import read_config
 from tamis.corpora import Rendered
-from tamis.errors import InvalidInput
+from tamis.errors import InvalidInput, InvalidSettings
 from tamis.runs.trace_inputs import write_examples
 from tamis.settings import TrainRunSettings
 from tamis.trajectory.log import LogReader, mark_finished
@@ -17,7 +18,7 @@ from tamis.trajectory.recorder import TrajectoryRecorder, refuse_several_process
 from tamis.trajectory.token_rows import TokenRow
 from tamis.types import IntArray
 
-__all__ = ["check_record", "finish_record", "recorder_of", "require_record"]
+__all__ = ["check_record", "finish_record", "recorder_of", "require_begun_record", "require_record"]
 
 
 def check_record(settings: TrainRunSettings) -> None:
@@ -30,12 +31,38 @@ def check_record(settings: TrainRunSettings) -> None:
         refuse_several_processes()
 
 
-def recorder_of(settings: TrainRunSettings, *, owner: str) -> TrajectoryRecorder | None:
+def require_begun_record(settings: TrainRunSettings) -> None:
+    """Refuse to go on without the record that a run was begun with: it would end where the run was interrupted.
+
+    Raises:
+        InvalidSettings: naming it.
+    """
+    begun, out = Path(settings.out) / "run.yaml", Path(settings.out)
+    if settings.record is not None or not begun.is_file() or (out / "manifest.json").is_file():
+        return
+    try:
+        earlier = read_config(begun).get("record")
+    except InvalidInput:  # damaged; it is about to be written again
+        return
+    if earlier and (Path(earlier) / "manifest.json").is_file():
+        raise InvalidSettings(
+            f"{out} was begun with --record {earlier}: give it again, or the record would end where the run was "
+            f"interrupted; to go on without, remove {earlier}"
+        )
+
+
+def recorder_of(settings: TrainRunSettings, *, owner: str, chat_template: str | None) -> TrajectoryRecorder | None:
     """What records the run, None if it is not asked for; ``owner`` tells the run from all others."""
     if settings.record is None:
         return None
     # Killed before its first checkpoint, the run begins its record anew.
-    return TrajectoryRecorder(settings.record, every=settings.record_every, model_name=settings.model, owner=owner)
+    return TrajectoryRecorder(
+        settings.record,
+        every=settings.record_every,
+        model_name=settings.model,
+        chat_template=chat_template,
+        owner=owner,
+    )
 
 
 def finish_record(folder: Path, rendered: Rendered, rows: IntArray) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 from torch import nn
 
@@ -30,7 +31,7 @@ from tamis.disk import check_writable, make_folder, replace_atomically
 from tamis.errors import InvalidSettings, NonFinite, StoreCorrupted, first_line
 from tamis.progress import NoProgress
 from tamis.protocols import Progress
-from tamis.runs.outputs import claim_folder, refuse_strangers, write_json
+from tamis.runs.outputs import claim_folder, refuse_strangers, write_json, write_scores
 from tamis.runs.trace_inputs import (
     OpenedRun,
     TargetRows,
@@ -64,7 +65,7 @@ class Verification:
     """How well each method's scores agree with retraining, also on disk under ``out``."""
 
     out: Path  # folder of the result
-    # of each method: spearman, low, high (its interval), samples, relative_error
+    # of each method: spearman, low, high (its interval), samples, relative_error, largest_miss
     methods: Mapping[str, Mapping[str, Any]]
     manifest: Mapping[str, Any]  # what determined the result, as manifest.json
 
@@ -74,6 +75,7 @@ class Verification:
             "samples": self.manifest["samples"],
             "target_rows": self.manifest["target_rows"],
             "methods": {name: dict(values) for name, values in self.methods.items()},
+            "pairs": str(self.out / "pairs.parquet"),
             "seconds": self.manifest["cost"]["seconds"],
             "retrained": str(self.out / "truth"),
         }
@@ -118,10 +120,15 @@ def verify_from_settings(
     truth = np.stack([_retrained(out, use) for use in uses])
     if not settings.per_row:
         truth = truth.mean(axis=1, keepdims=True)
-    methods = {}
+    methods, pairs = {}, _columns_of(uses, truth)
     for name, by_step in scores.items():
         own = np.stack([by_step[step][place].double().numpy() for step, place in uses])
-        methods[name] = asdict(fidelity(own, truth, seed=settings.seed))
+        methods[name] = {
+            **asdict(fidelity(own, truth, seed=settings.seed)),
+            "largest_miss": _largest_miss(own, truth, uses),
+        }
+        pairs[name] = own.mean(axis=1)
+    write_scores(out / "pairs.parquet", pa.table(pairs))
     manifest = {
         **identity,
         "versions": versions(),
@@ -129,6 +136,7 @@ def verify_from_settings(
         "samples": len(uses),
         "uses": [{"step": step + 1, "place": place} for step, place in uses],
         "target_rows": len(target.rows),
+        "target_trained_on": list(opened.trained_on),
         "target_left_out": list(target.left_out),
         "methods": methods,
         "left_out": left_out,
@@ -188,6 +196,25 @@ def _options(settings: VerifySettings, name: str, secant: int) -> dict[str, Any]
         "renormalise": settings.removal == "renormalise",
         "tolerance": settings.tolerance,
     }
+
+
+def _columns_of(uses: Sequence[Use], truth: npt.NDArray[np.float64]) -> dict[str, Any]:
+    """Of ``pairs.parquet``, in which scores of each method follow."""
+    return {
+        "step": [step + 1 for step, _ in uses],
+        "place": [place for _, place in uses],
+        "retrained": truth.mean(axis=1),
+    }
+
+
+def _largest_miss(
+    scores: npt.NDArray[np.float64], truth: npt.NDArray[np.float64], uses: Sequence[Use]
+) -> dict[str, float]:
+    """The use whose score is furthest from what retraining without it did."""
+    score, effect = scores.mean(axis=1), truth.mean(axis=1)
+    worst = int(np.argmax(np.abs(score - effect)))
+    step, place = uses[worst]
+    return {"step": step + 1, "place": place, "score": float(score[worst]), "retrained": float(effect[worst])}
 
 
 def _retrain_all(

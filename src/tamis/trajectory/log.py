@@ -4,7 +4,7 @@
 ``segments/<first>-<stop>.safetensors`` are the steps between two states, with the rows that they were the first to
 use. A segment appears whole and after the state at its end, so a killed run leaves a log that ends at a state.
 ``end.json`` says that training ended. ``positions.safetensors``, which comes last, says where each row stands in the
-training data. Nothing is pickled.
+training data. ``examples.parquet`` has what the user calls those rows, if that is known. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -28,9 +28,19 @@ from tamis.trajectory.run import State
 from tamis.trajectory.token_rows import TokenRow
 from tamis.types import IntArray
 
-__all__ = ["LOG_VERSION", "LogReader", "LogWriter", "LoggedMicro", "LoggedStep", "mark_finished", "read_manifest"]
+__all__ = [
+    "EXAMPLES",
+    "LOG_VERSION",
+    "LogReader",
+    "LogWriter",
+    "LoggedMicro",
+    "LoggedStep",
+    "mark_finished",
+    "read_manifest",
+]
 
 LOG_VERSION = 1
+EXAMPLES = "examples.parquet"  # the user's rows, by position in the training data
 _MANIFEST, _END, _POSITIONS = "manifest.json", "end.json", "positions.safetensors"
 _STATE = re.compile(r"(\d{8,})\.safetensors")
 _SEGMENT = re.compile(r"(\d{8,})-(\d{8,})\.safetensors")
@@ -358,10 +368,17 @@ def _states(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """Refuse a folder for a new log where something stands in its way that no log made. Hidden files do not."""
+    """Refuse a folder for a new log where something lies that no log made. Hidden files may."""
     manifest = folder / _MANIFEST
-    names = () if manifest.exists() else (_END, _POSITIONS)  # a log has its manifest before these
-    found = [folder / name for name in names if (folder / name).exists()]
+    if folder.is_dir() and not manifest.exists():
+        strangers = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+        strangers = [name for name in strangers if name not in ("states", "segments", EXAMPLES)]
+        if strangers:
+            raise InvalidInput(
+                f"{folder} is not empty and holds no recorded run (but {', '.join(strangers[:3])}); record into a new "
+                "or an empty folder"
+            )
+    found = list[Path]()
     if manifest.exists() and not _is_of_log(manifest):
         found.append(manifest)
     for place, own in (("states", _STATE), ("segments", _SEGMENT)):

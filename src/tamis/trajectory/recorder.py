@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -50,6 +51,8 @@ class TrajectoryRecorder(TrainerCallback):  # type: ignore[misc]  # transformers
             updates, at least 10.
         model_name: what opens the model that training started from; None: what the model says of itself.
         most_gb: refuse to start if the record would be larger.
+        chat_template: by which text was made rows, so that a target can be made rows alike; None: that of the
+            trainer's ``processing_class``, if it has one.
         owner: what tells the run from all others. A run with an owner begins its record anew over what it did not
             finish; others are refused where there is a record.
     """
@@ -61,12 +64,18 @@ class TrajectoryRecorder(TrainerCallback):  # type: ignore[misc]  # transformers
         every: int | None = None,
         model_name: str | None = None,
         most_gb: float | None = None,
+        chat_template: str | None = None,
         owner: str | None = None,
     ) -> None:
-        if every is not None and every < 1:
-            raise InvalidSettings(f"every must be at least 1 update, got {every}")
+        if not isinstance(folder, (str, os.PathLike)):
+            raise InvalidSettings(f"folder: expected the name of a folder for the record, got {folder!r}")
+        if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
+            raise InvalidSettings(f"every: expected a number of updates, at least 1, got {every!r}")
+        if most_gb is not None and (not isinstance(most_gb, (int, float)) or not most_gb > 0):
+            raise InvalidSettings(f"most_gb: expected a number of gigabytes above zero, got {most_gb!r}")
         self.folder = Path(folder)
         self._every, self._model_name, self._most_gb = every, model_name, most_gb
+        self._chat_template = chat_template
         self._owner = owner
         self._writer: LogWriter | None = None
         self._live: LiveOptimizer | None = None
@@ -108,6 +117,7 @@ class TrajectoryRecorder(TrainerCallback):  # type: ignore[misc]  # transformers
             "clip": clip,
             "every": every,
             "planned": state.max_steps,
+            "chat_template": self._chat_template or _template_of(kwargs.get("processing_class")),
             "owner": self._owner,
             "versions": versions(),
         }
@@ -348,6 +358,12 @@ def _weigh(passes: Sequence[_Pass], divisor: float | None) -> tuple[LoggedMicro,
             )
         )
     return tuple(found)
+
+
+def _template_of(tokenizer: Any) -> str | None:
+    """The chat template; None for none, and for the tables of several that some tokenizers have."""
+    found = getattr(tokenizer, "chat_template", None)
+    return found if isinstance(found, str) else None
 
 
 def _refuse_arguments(args: Any) -> None:

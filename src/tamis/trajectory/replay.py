@@ -121,7 +121,7 @@ def _check_step(played: Played, tolerance: float) -> None:
                 f"update {step.index + 1}: the run recorded a loss of {recorded:.6g} for a micro-batch and replaying "
                 f"it gives {found:.6g}, off by {abs(found - recorded) / scale:.2g} of it ({tolerance:g} is allowed); "
                 "scores of another run would be worthless. Give the model, dtype, attention kernel and library "
-                "versions of the recorded run"
+                "versions of the recorded run; if they are the same, the record is damaged"
             )
     off = abs(step.norm - norm) / max(step.norm, 1e-12) if step.norm is not None else 0.0
     if not off <= 10 * tolerance:
