@@ -63,23 +63,14 @@ def test_three_rows_that_agree_have_a_correlation_and_no_interval() -> None:
     for rows in (3, FEWEST_ROWS - 1):
         found = rank_agreement(x[:rows], x[:rows] ** 3, seed=0)
         assert found.mean == pytest.approx(1) and found.middle is None
-    turned = x.copy()
-    turned[:2] = turned[1::-1]
-    low, high = rank_agreement(x, turned, seed=0).middle or (1.0, 0.0)
-    assert 0.5 < low < high <= 1 + 1e-12
-
-
-def test_rows_in_the_very_same_order_have_no_interval_as_every_draw_says_the_same() -> None:
-    x = np.arange(30.0)[:, None]
-    found = rank_agreement(x, x**3, seed=0)
-    assert found.mean == pytest.approx(1) and found.middle is None and found.draws == DRAWS
+    assert rank_agreement(x, x**3, seed=0).middle == pytest.approx((1, 1))
 
 
 def test_draws_without_a_ranking_are_left_out_and_counted() -> None:
     few = np.zeros((20, 1))
     few[:2] = [[1.0], [2.0]]  # a draw without both has only zeros: 12 in 100 have neither
     found = rank_agreement(few, few, seed=0)
-    assert found.mean == 1
+    assert found.mean == 1 and found.middle == pytest.approx((1, 1))
     expected = DRAWS * (1 - 0.9**20)
     assert abs(found.draws - expected) < 5 * np.sqrt(expected * 0.9**20)  # five deviations, and the seed is fixed
 

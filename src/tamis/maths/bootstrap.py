@@ -31,7 +31,7 @@ class RankAgreement:
 
     columns: tuple[float | None, ...]  # None where one side is constant
     mean: float | None  # over the columns that have one
-    middle: Middle  # None below eight rows, if fewer than half of the draws are left, or if all gave the same
+    middle: Middle  # None below eight rows, or if fewer than half of the draws are left
     draws: int  # left after those in which a column of the mean has become constant
 
 
@@ -56,14 +56,11 @@ def draw_rows(rows: int, seed: int) -> Counts:
 
 
 def middle(values: npt.NDArray[np.float64], *, rows: int) -> Middle:
-    """The middle 95 % of what draws of ``rows`` rows gave; None where that says nothing.
-
-    Of rows in the very same order every draw gives 1, which is no certainty but the end of what draws can tell.
-    """
+    """The middle 95 % of what draws of ``rows`` rows gave; None where that says nothing."""
     if rows < FEWEST_ROWS or len(values) < _FEWEST_DRAWS:
         return None
     low, high = np.quantile(values, [0.025, 0.975]).tolist()
-    return None if high - low < 1e-9 else (low, high)
+    return low, high
 
 
 def resampled_correlation(x: npt.NDArray[Any], y: npt.NDArray[Any], counts: Counts) -> npt.NDArray[np.float64]:

@@ -19,7 +19,7 @@ class Fidelity:
     """Spearman's correlation over samples, averaged over final values, with an interval of 95 % over samples."""
 
     spearman: float | None  # None where one side is constant
-    low: float | None  # None below eight samples
+    low: float | None  # None below eight samples, and where every draw says the same
     high: float | None
     samples: int
     relative_error: float  # ‖scores - truth‖ / ‖truth‖, over all of them
@@ -33,6 +33,8 @@ def fidelity(scores: Matrix, truth: Matrix, *, seed: int = 0) -> Fidelity:
     assert np.isfinite(scores).all() and np.isfinite(truth).all(), "NaN has no rank"
     found = rank_agreement(scores, truth, seed=seed)
     low, high = found.middle or (None, None)
+    if low is not None and high is not None and high - low < 1e-9:
+        low = high = None  # samples in the very same order: no certainty, but the end of what draws can tell
     scale = float(np.linalg.norm(truth))
     return Fidelity(
         spearman=found.mean,
