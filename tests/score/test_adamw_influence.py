@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from score_task import POOL, make_task, save_tiny
-from tamis.errors import InvalidSettings
+from tamis.errors import InvalidSettings, Unsupported
 from tamis.methods import AdamwInfluence
 from tamis.trajectory import reference_run as module
 from tamis.trajectory.adjoint import final_values
@@ -154,6 +155,21 @@ def test_an_interrupted_reference_run_goes_on_at_its_last_state(
         train(tmp_path / "cut")
     monkeypatch.setattr(module, "play", play)
     assert train(tmp_path / "cut") == whole
+
+
+def test_the_record_has_the_chat_template_and_dora_is_refused(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    settings, rows = ReferenceSettings(epochs=1, update_rows=2), rows_of_tokens(4)
+    model = tiny_model("llama", dtype=torch.float32, lora=True)
+    run, _ = reference_run(model, rows, settings, seed=0, folder=tmp_path / "a", name="m", chat_template=template)
+    assert run.reader.manifest["chat_template"] == template
+    config = LoraConfig(r=2, target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM")
+    with pytest.raises(Unsupported, match="DoRA"):
+        reference_run(
+            get_peft_model(tiny_model("llama", dtype=torch.float32), config), rows, settings, seed=0,
+            folder=tmp_path / "b", name="m",
+        )  # fmt: skip
+    assert not (tmp_path / "b").exists()
 
 
 def test_settings_out_of_range_are_refused() -> None:

@@ -22,6 +22,7 @@ from tamis.disk import replace_atomically
 from tamis.errors import InvalidSettings
 from tamis.identity import rows_sha256
 from tamis.model.flops import ModelShape, stage_flops
+from tamis.model.load import template_text
 from tamis.model.processes import barrier, is_main
 from tamis.model.targets import has_adapter
 from tamis.score.decisions import kept_tensors
@@ -120,13 +121,13 @@ class AdamwInfluence:
         model = self._model(task)
         rows = [_token_row(one) for one in task.pool.take(task.rows)]
         target = [_token_row(one) for one in task.target.take(task.target_rows)]
-        settings = self.reference_settings()
+        settings, template = self.reference_settings(), task.model_settings.chat_template
         total = self.epochs * -(-len(rows) // self.update_rows)
         started = time.perf_counter()
         with task.progress.stage("reference run", total, "updates") as advance:
             run, numbers = reference_run(
                 model, rows, settings, seed=task.seed, folder=trained / "run", name=task.model_settings.name,
-                advance=advance,
+                chat_template=None if template is None else template_text(template), advance=advance,
             )  # fmt: skip
         ours, theirs = task.pool.sizes(task.rows), task.target.sizes(task.target_rows)
         if read_cost(trained) is None:  # else it was trained for another target

@@ -16,7 +16,7 @@ from tamis.errors import InvalidSettings
 from tamis.maths.schedule import linear_rate
 from tamis.seeds import child_seed, random_permutation
 from tamis.trajectory.causal import CausalProblem, RecordedRun
-from tamis.trajectory.identity import base_dtype, describe_model, frozen_digest
+from tamis.trajectory.identity import base_dtype, describe_model, frozen_digest, refuse_dora
 from tamis.trajectory.log import LOG_VERSION, LoggedMicro, LoggedStep, LogReader, LogWriter
 from tamis.trajectory.optimizer_state import live_optimizer
 from tamis.trajectory.replay import play
@@ -64,6 +64,7 @@ def reference_run(
     seed: int,
     folder: Path,
     name: str,
+    chat_template: str | None = None,
     advance: Callable[[int], None] = lambda steps: None,
 ) -> tuple[RecordedRun, list[int]]:
     """Train what ``model`` has trainable on ``rows``, and its record with the number of every row in it.
@@ -73,7 +74,10 @@ def reference_run(
     Raises:
         InvalidInput: the folder cannot be written.
         StoreMismatch: it holds another run.
+        Unsupported: an adapter is trained whose gradients are not derivatives.
     """
+    described = describe_model(model, name)
+    refuse_dora(described["adapter"])
     # Made for its checks and its groups; no step of it is ever taken.
     params = [param for param in model.parameters() if param.requires_grad]
     live = live_optimizer(torch.optim.AdamW(params, weight_decay=0.0), model)
@@ -83,7 +87,7 @@ def reference_run(
     every = max(10, int(total**0.5))
     manifest: dict[str, Any] = {
         "version": LOG_VERSION,
-        "model": describe_model(model, name),
+        "model": described,
         "trained": [[name, list(shape)] for name, shape in live.shapes.items()],
         "dtype": str(live.state().theta.dtype).removeprefix("torch."),
         "base_dtype": base_dtype(model),
@@ -95,6 +99,7 @@ def reference_run(
         "clip": rule.clip,
         "every": every,
         "planned": total,
+        "chat_template": chat_template,
     }
     writer, first, state = _open(folder, manifest, rule.fresh(live.state().theta))
     numbers = [writer.number_of(row) for row in rows] if first == 0 else [writer.known[row.digest()] for row in rows]
